@@ -1,0 +1,6 @@
+"""Vision Mamba (Vim) and VMamba backbones. Importing this package registers them with timm."""
+
+from .models import Vim, VMamba
+
+__all__ = ['VMamba', 'Vim', '__version__']
+__version__ = '0.1.0'

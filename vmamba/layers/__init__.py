@@ -1,0 +1,19 @@
+"""Mixers and the layers that timm.layers lacks."""
+
+from .bimamba import BiMamba, DirectionalSSM
+from .image import check_images
+from .norm import ResidualRmsNorm
+from .ss2d import SS2D
+from .token_embed import TokenEmbed, insert_class_token, resize_pos_embed, split_class_token
+
+__all__ = [
+    'BiMamba',
+    'DirectionalSSM',
+    'ResidualRmsNorm',
+    'SS2D',
+    'TokenEmbed',
+    'check_images',
+    'insert_class_token',
+    'resize_pos_embed',
+    'split_class_token',
+]

@@ -1,0 +1,91 @@
+"""VMamba's mixer: the 2-D selective scan (SS2D).
+
+VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
+"""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels import ss2d_scan
+from .ssm_init import init_A_log_, init_dt_bias_, init_dt_weight_
+
+NUM_ROUTES = 4
+
+
+@register_notrace_module
+class SS2D(nn.Module):
+    """2-D selective scan over a channels-last map.
+
+    y = out_proj(LayerNorm(scan(silu(conv2d(in_proj(x)))))), where scan sums a selective scan along each of the four
+    routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
+    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
+
+    Args:
+        dim: Channels d of the map.
+        ssm_ratio: Inner channels are D = int(ssm_ratio * dim).
+        d_state: State dimension N.
+        dt_rank: Rank R of the step-size projection, ceil(dim / 16) by default.
+        d_conv: Odd kernel size of the depthwise convolution.
+        conv_bias: Give the depthwise convolution a bias.
+        gate: Gate the output by silu(z).
+        norm_eps: Epsilon of the output LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        dt_rank: Optional[int] = None,
+        d_conv: int = 3,
+        conv_bias: bool = False,
+        gate: bool = False,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if d_conv % 2 == 0:
+            raise ValueError(f'd_conv must be odd, got {d_conv}')
+        inner = int(ssm_ratio * dim)
+        dt_rank = dt_rank or math.ceil(dim / 16)
+        self.gate = gate
+        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
+        self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
+        self.x_proj = nn.Linear(inner, NUM_ROUTES * (dt_rank + 2 * d_state), bias=False, **dd)
+        self.dt_proj_weight = nn.Parameter(torch.empty(NUM_ROUTES, inner, dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(NUM_ROUTES, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(NUM_ROUTES, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(NUM_ROUTES, inner, **dd))
+        self.out_norm = LayerNorm(inner, eps=norm_eps, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the state-space parameters; the linear and convolution layers initialise themselves."""
+        init_dt_weight_(self.dt_proj_weight)
+        init_dt_bias_(self.dt_proj_bias)
+        init_A_log_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, d] -> [B, H, W, d]"""
+        x = self.in_proj(x)
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # in NCHW view of channels-last memory
+        x = F.silu(x)
+        x_dbl = self.x_proj(x).unflatten(-1, (NUM_ROUTES, -1))
+        A = -torch.exp(self.A_log.float())
+        y = ss2d_scan(x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
+        y = self.out_norm(y)
+        if self.gate:
+            y = y * F.silu(z)
+        return self.out_proj(y)

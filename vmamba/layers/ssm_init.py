@@ -1,0 +1,33 @@
+"""Initial values of the state-space parameters, as in Mamba.
+
+Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+@torch.no_grad()
+def init_A_log_(A_log: Tensor) -> Tensor:
+    """Fills A_log [..., N] with log(1), ..., log(N) (S4D-real), so that A = -exp(A_log) = -1, ..., -N."""
+    states = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device)
+    return A_log.copy_(states.log().expand_as(A_log))
+
+
+@torch.no_grad()
+def init_dt_weight_(weight: Tensor) -> Tensor:
+    """Fills the step-size projection [..., D, R] from U(-R^-0.5, R^-0.5)."""
+    bound = weight.shape[-1] ** -0.5
+    return weight.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def init_dt_bias_(bias: Tensor) -> Tensor:
+    """Fills bias so that softplus(bias) is log-uniform in [1e-3, 0.1] and at least 1e-4."""
+    dt = torch.rand(bias.shape, device=bias.device) * (math.log(_DT_MAX) - math.log(_DT_MIN)) + math.log(_DT_MIN)
+    dt = dt.exp().clamp(min=_DT_FLOOR)
+    return bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus

@@ -1,0 +1,6 @@
+"""timm models. Importing this package registers them."""
+
+from .vim import Vim
+from .vmamba import VMamba
+
+__all__ = ['VMamba', 'Vim']

@@ -1,0 +1,198 @@
+"""Building models with timm's builder, and loading their checkpoints without ever leaving a weight to chance."""
+
+import argparse
+import logging
+import pickle
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Optional, Type, Union
+from urllib.error import URLError
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import adapt_input_conv, build_model_with_cfg, clean_state_dict
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
+
+StateDict = Dict[str, Tensor]
+FilterFn = Callable[[StateDict, nn.Module], StateDict]
+
+_NAMES_SHOWN = 12
+
+
+def build_model(
+    model_cls: Type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: FilterFn,
+    feature_cfg: Dict[str, Any],
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    **kwargs,
+) -> nn.Module:
+    """Builds a registered variant with timm's builder; official files go through the model's `load_pretrained`.
+
+    Args:
+        model_cls: Model class with a `load_pretrained(path)` method.
+        variant: Registered name.
+        pretrained: Load weights.
+        filter_fn: Renames any known checkpoint layout to the model's.
+        feature_cfg: Defaults of timm's feature extraction.
+        pretrained_cfg_overlay: timm's overlay of the pretrained configuration, e.g. dict(file=path).
+        **kwargs: Arguments of the model class and of timm's builder; an unknown one is a TypeError.
+
+    Raises:
+        RuntimeError: If weights cannot be fetched or do not fit the model.
+    """
+    # timm's own reading of a file prefers EMA weights and is lax about missing keys once num_classes differs.
+    overlay = {'custom_load': 'hf', **(pretrained_cfg_overlay or {})}
+    if kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)
+
+    def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
+        state_dict = filter_fn(state_dict, model)
+        check_fit(state_dict, model, f'the checkpoint of {variant}', fresh=_classifier_keys(model))
+        return state_dict
+
+    try:
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=filter_and_check,
+            feature_cfg=feature_cfg,
+            pretrained_cfg_overlay=overlay,
+            **kwargs,
+        )
+    except (URLError, ConnectionError, TimeoutError, OSError) as error:
+        if not pretrained or isinstance(error, CheckpointFileError):
+            raise
+        raise _download_error(variant, error) from error
+    except Exception as error:
+        if pretrained and type(error).__module__.split('.')[0] in ('huggingface_hub', 'httpx', 'requests'):
+            raise _download_error(variant, error) from error
+        raise
+
+
+def _download_error(variant: str, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f'could not download the weights of {variant} ({error}); with a local copy, use '
+        f"timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='path/to/checkpoint'))"
+    )
+
+
+class CheckpointFileError(FileNotFoundError):
+    """The checkpoint file that was asked for does not exist."""
+
+
+def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
+    """Reads the weights of a .safetensors file or of a PyTorch file, which is never unpickled beyond weights.
+
+    A PyTorch file may hold the weights themselves or a dictionary of a training run: of that, the first present of
+    `state_dict_ema`, `state_dict` (timm), `model`, `model_ema` (official) is taken.
+
+    Args:
+        path: File.
+        use_ema: Prefer `model_ema` to all others.
+
+    Raises:
+        CheckpointFileError: If there is no such file.
+        RuntimeError: If the file is corrupt or holds something other than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointFileError(f'there is no checkpoint file {path}')
+    try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        # Vim's files keep the arguments of their training run beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(
+            f'{path} is not a checkpoint of weights: it is corrupt, or it holds pickled objects, which are not loaded '
+            f'because they could run code ({str(error).splitlines()[0]})'
+        ) from error
+    except (RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
+        raise RuntimeError(f'{path} is not a readable checkpoint: {error}') from error
+    return _select_weights(checkpoint, path, use_ema)
+
+
+def _select_weights(checkpoint: Any, path: Path, use_ema: bool) -> StateDict:
+    keys = ('state_dict_ema', 'state_dict', 'model', 'model_ema')
+    if isinstance(checkpoint, dict):
+        for key in ('model_ema', *keys) if use_ema else keys:
+            if isinstance(checkpoint.get(key), dict):
+                checkpoint = checkpoint[key]
+                break
+    is_weights = isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values())
+    if not is_weights:
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise RuntimeError(f'{path} holds no weights: expected tensors, or them under one of {keys}, found {found}')
+    return clean_state_dict(checkpoint)
+
+
+def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterFn, use_ema: bool = False) -> None:
+    """Loads a checkpoint in any known layout into a model made by timm's builder; every weight must be in it.
+
+    Another number of image channels adapts the input convolution as timm does. A classifier that the caller asked to
+    have another number of classes than the pretrained configuration stays freshly initialised, which is logged.
+
+    Args:
+        model: Model with a `pretrained_cfg`.
+        path: File of `read_checkpoint`.
+        filter_fn: Renames any known checkpoint layout to the model's.
+        use_ema: Prefer the official EMA weights.
+
+    Raises:
+        RuntimeError: If a key is missing, unexpected or of another shape, with the names.
+    """
+    state_dict = filter_fn(read_checkpoint(path, use_ema), model)
+    input_key = model.pretrained_cfg['first_conv'] + '.weight'
+    weight = state_dict.get(input_key)
+    if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and model.in_chans != 3:
+        state_dict[input_key] = adapt_input_conv(model.in_chans, weight)
+
+    own = model.state_dict()
+    classifier = _classifier_keys(model)
+    fresh = []
+    if not any(key in own for key in classifier):
+        state_dict = {key: value for key, value in state_dict.items() if key not in classifier}
+    elif model.num_classes != model.pretrained_cfg['num_classes'] and any(
+        key not in state_dict or state_dict[key].shape != own[key].shape for key in classifier
+    ):
+        state_dict = {key: value for key, value in state_dict.items() if key not in classifier}
+        fresh = classifier
+        _logger.warning('%s has no classifier of %d classes: it starts freshly initialised', path, model.num_classes)
+    check_fit(state_dict, model, path, fresh)
+    model.load_state_dict(state_dict, strict=not fresh)
+
+
+def _classifier_keys(model: nn.Module) -> list[str]:
+    return [f'{model.pretrained_cfg["classifier"]}.{name}' for name in ('weight', 'bias')]
+
+
+def check_fit(state_dict: StateDict, model: nn.Module, source: Union[str, Path], fresh: Iterable[str] = ()) -> None:
+    """Raises RuntimeError, naming the keys, unless state_dict has exactly the model's keys (but for `fresh`) and shapes."""
+    own = model.state_dict()
+    fresh = set(fresh)
+    problems = {
+        'missing': [key for key in own if key not in state_dict and key not in fresh],
+        'unexpected': [key for key in state_dict if key not in own and key not in fresh],
+        'of another shape': [
+            f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
+            for key in own
+            if key in state_dict and key not in fresh and state_dict[key].shape != own[key].shape
+        ],
+    }
+    report = '; '.join(f'{kind}: {_shorten(keys)}' for kind, keys in problems.items() if keys)
+    if report:
+        raise RuntimeError(
+            f'{source} does not fit {type(model).__name__}: {report}. Check the variant; for weights without this '
+            f'classifier pass num_classes=0, another num_classes or features_only=True'
+        )
+
+
+def _shorten(keys: list[str]) -> str:
+    more = f' and {len(keys) - _NAMES_SHOWN} more' if len(keys) > _NAMES_SHOWN else ''
+    return ', '.join(keys[:_NAMES_SHOWN]) + more

@@ -1,0 +1,554 @@
+"""VMamba
+
+Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
+
+The models and weights are of https://github.com/MzeroMiko/VMamba (MIT); this code is written anew.
+"""
+
+import re
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerNorm, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from ..layers import SS2D, check_images
+from ._pretrained import build_model, load_pretrained
+
+__all__ = ['VMamba']
+
+NORM_EPS = 1e-5
+
+
+class ConvStem(nn.Module):
+    """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    min_size = 1
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=NORM_EPS, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchStem(nn.Module):
+    """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    min_size = 4
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class ConvDownsample(nn.Module):
+    """Overlapping 3x3 convolution of stride 2, normalised: [B, d, H, W] -> [B, d', H/2, W/2]."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm2d(out_dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class MergeDownsample(PatchMerging):
+    """Patches of 2x2 concatenated, normalised and projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, out_dim, norm_layer=LayerNorm5, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        return x.permute(0, 3, 1, 2)
+
+
+class LayerNorm5(LayerNorm):
+    """LayerNorm over the last dimension with the official epsilon of 1e-5."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, eps=NORM_EPS, device=device, dtype=dtype)
+
+
+class VMambaBlock(nn.Module):
+    """x = x + drop_path(SS2D(norm1(x))), then x = x + drop_path(mlp(norm2(x))) if there is an MLP.
+
+    Args:
+        dim: Channels d.
+        ssm_ratio: Inner channels of SS2D over d.
+        d_state: State dimension N.
+        conv_bias: Give SS2D's convolution a bias.
+        gate: Gate SS2D's output.
+        mlp_ratio: Hidden channels of the MLP over d; 0 for no MLP.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        conv_bias: bool = False,
+        gate: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = LayerNorm5(dim, **dd)
+        self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.has_mlp = mlp_ratio > 0
+        if self.has_mlp:
+            self.norm2 = LayerNorm5(dim, **dd)
+            self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, d] -> [B, H, W, d]"""
+        x = x + self.drop_path1(self.mixer(self.norm1(x)))
+        if self.has_mlp:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class VMambaStage(nn.Module):
+    """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout."""
+
+    def __init__(
+        self, dim: int, drop_paths: List[float], downsample: nn.Module, device=None, dtype=None, **block
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(
+            *(VMambaBlock(dim, drop_path=rate, device=device, dtype=dtype, **block) for rate in drop_paths)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class VMamba(nn.Module):
+    """VMamba backbone and classifier.
+
+    Args:
+        in_chans: Image channels.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: Pooling of the last map, '' for none.
+        depths: Blocks per stage.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        ssm_ratio: Inner channels of SS2D over the stage's channels.
+        d_state: State dimension N.
+        conv_bias: Give SS2D's convolutions a bias.
+        gate: Gate SS2D's outputs.
+        mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
+        stem: ConvStem or PatchStem.
+        downsample: ConvDownsample or MergeDownsample.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        depths: Tuple[int, ...] = (2, 2, 8, 2),
+        embed_dim: int = 96,
+        ssm_ratio: float = 1.0,
+        d_state: int = 1,
+        conv_bias: bool = False,
+        gate: bool = False,
+        mlp_ratio: float = 4.0,
+        stem: Type[nn.Module] = ConvStem,
+        downsample: Type[nn.Module] = ConvDownsample,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.stem = stem(in_chans, embed_dim, **dd)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        block = dict(ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio)
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        stages = []
+        self.feature_info = []
+        for i, dim in enumerate(dims):
+            between = downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
+            stages.append(VMambaStage(dim, drop_paths[i], between, **dd, **block))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = LayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Linear layers from a truncated normal of 0.02; x_proj, convolutions and the SSM keep their own."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """Loads a checkpoint in any official layout; see `vmamba.models.vmamba.checkpoint_filter_fn`."""
+        load_pretrained(self, path, checkpoint_filter_fn)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """A_log, D and the step's bias (the official runs decayed A_log and the bias, being 2-D there)."""
+        exempt = ('.A_log', '.D', '.dt_proj_bias')
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns of the layer groups for layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Outputs of the chosen stages, before the downsampling that follows them.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: The last n stages if an int, all if None, else the stages of these indices.
+            norm: Apply the final norm to the last stage's output.
+            stop_early: Stop after the last chosen stage.
+            output_fmt: 'NCHW' is the only one.
+            intermediates_only: Return only the intermediates.
+
+        Returns:
+            The intermediates [B, d, h, w], or the final features and them.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x) if i == last else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Removes what is not needed for the intermediates of these stages; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or pruned:
+            self.norm = nn.Identity()
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _embed(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans, self.stem.min_size)
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
+        return self.norm(self.stages(self._embed(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map [B, d, h, w] -> logits [B, num_classes]"""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, num_classes]"""
+        return self.forward_head(self.forward_features(x))
+
+
+_LEGACY_NAMES = (
+    (r'^patch_embed\.proj\.', 'patch_embed.0.'),
+    (r'^patch_embed\.norm\.', 'patch_embed.2.'),
+    (r'\.ln_1\.', '.norm.'),
+    (r'\.self_attention\.', '.op.'),
+    (r'\.downsample\.norm\.', '.downsample.1.'),
+    (r'\.downsample\.reduction\.', '.downsample.2.'),
+    (r'^norm\.', 'classifier.norm.'),
+    (r'^head\.', 'classifier.head.'),
+)
+_RENAMES = (
+    (r'^layers\.(\d+)\.blocks\.(\d+)\.norm\.', r'stages.\1.blocks.\2.norm1.'),
+    (r'^layers\.(\d+)\.blocks\.(\d+)\.op\.', r'stages.\1.blocks.\2.mixer.'),
+    (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'),
+    (r'\.x_proj_weight$', '.x_proj.weight'),
+    (r'\.dt_projs[._]', '.dt_proj_'),
+    (r'\.A_logs$', '.A_log'),
+    (r'\.Ds$', '.D'),
+    (r'^classifier\.norm\.', 'norm.'),
+    (r'^classifier\.head\.', 'head.fc.'),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Renames and reshapes any official layout to this module's; its own layout passes unchanged.
+
+    Known layouts: the release's, its legacy names, the one-file code's, linear layers as 1x1 convolutions, and the
+    backbone of a detection or segmentation checkpoint, whose `outnorm3` becomes the final norm.
+    """
+    if any(key.startswith('backbone.') for key in state_dict):
+        state_dict = {key[len('backbone.') :]: v for key, v in state_dict.items() if key.startswith('backbone.')}
+    if not any(key.startswith(('layers.', 'patch_embed.')) for key in state_dict):
+        return dict(state_dict)
+    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in state_dict.items()}
+    if not any(key.startswith('classifier.norm.') for key in state_dict):
+        state_dict = {key.replace('outnorm3.', 'classifier.norm.'): value for key, value in state_dict.items()}
+    names = _sequential_names(state_dict)
+    out = {}
+    for key, value in state_dict.items():
+        if key.startswith('outnorm'):
+            continue
+        module, _, parameter = key.rpartition('.')
+        key = f'{names[module]}.{parameter}' if module in names else _rename(key, _RENAMES)
+        out[key] = _reshape(key, value)
+    return out
+
+
+def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
+    """Names of the stem's and downsamplers' modules, whose numbers differ between layouts: told by weight and order."""
+    names = {}
+    convs: Dict[str, int] = {}
+    norms: Dict[str, int] = {}
+    modules = [
+        key[: -len('.weight')] for key in state_dict if re.match(r'(patch_embed|.*\.downsample)\.\d+\.weight$', key)
+    ]
+    two_convs = sum(module.startswith('patch_embed.') for module in modules) == 4
+    for module in sorted(modules, key=lambda name: [int(part) for part in re.findall(r'\d+', name)]):
+        parent = module.rpartition('.')[0]
+        weight = state_dict[f'{module}.weight']
+        is_norm = weight.ndim == 1
+        count = norms if is_norm else convs
+        count[parent] = count.get(parent, 0) + 1
+        if parent == 'patch_embed':
+            number = str(count[parent]) if two_convs else ''
+            names[module] = f'stem.{"norm" if is_norm else "conv"}{number}'
+        else:
+            stage = int(re.findall(r'\d+', parent)[0]) + 1
+            is_conv = weight.ndim == 4 and weight.shape[-1] > 1
+            names[module] = f'stages.{stage}.downsample.{"norm" if is_norm else "conv" if is_conv else "reduction"}'
+    return names
+
+
+def _reshape(key: str, value: Tensor) -> Tensor:
+    if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1)]
+        return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else value.flatten(1)
+    if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1)]
+        return value if value.shape[0] == 4 else value.flatten(1).unflatten(0, (4, -1))
+    if key.endswith('.A_log'):  # [4 * D, N]
+        return value.unflatten(0, (4, -1))
+    if key.endswith(('.dt_proj_bias', '.D')):  # [4, D] or [4 * D]
+        return value.reshape(4, -1)
+    if key.endswith(('_proj.weight', '.fc1.weight', '.fc2.weight', '.fc.weight', '.reduction.weight')):
+        return value.flatten(1)
+    return value
+
+
+def _cfg(file: str = '', **kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': f'https://github.com/MzeroMiko/VMamba/releases/download/{file}' if file else '',
+        'custom_load': 'hf',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv1',
+        'classifier': 'head.fc',
+        'license': 'mit',
+        'paper_ids': 'arXiv:2401.10166',
+        'origin_url': 'https://github.com/MzeroMiko/VMamba',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'vmamba_t.in1k': _cfg('%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'),
+        'vmamba_s.in1k': _cfg('%23v2cls/vssm_small_0229_ckpt_epoch_222.pth'),
+        'vmamba_b.in1k': _cfg('%23v2cls/vssm_base_0229_ckpt_epoch_237.pth'),
+        'vmamba_t_s2l5.in1k': _cfg('%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth'),
+        'vmamba_s_s1l20.in1k': _cfg('%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth'),
+        'vmamba_b_s1l20.in1k': _cfg('%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth'),
+        'vmamba_t_v0.in1k': _cfg('%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth', first_conv='stem.conv'),
+        'vmamba_s_v0.in1k': _cfg('%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth', first_conv='stem.conv'),
+        'vmamba_b_v0.in1k': _cfg('%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth', first_conv='stem.conv'),
+        'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    }
+)
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
+    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return build_model(VMamba, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)
+
+
+_V0 = dict(
+    ssm_ratio=2.0, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem=PatchStem, downsample=MergeDownsample
+)
+
+
+@register_model
+def vmamba_t(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T (s1l8)"""
+    args = dict(depths=(2, 2, 8, 2), embed_dim=96, ssm_ratio=1.0)
+    return _create_vmamba('vmamba_t', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_s(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S (s2l15)"""
+    args = dict(depths=(2, 2, 15, 2), embed_dim=96, ssm_ratio=2.0)
+    return _create_vmamba('vmamba_s', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_b(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B (s2l15)"""
+    args = dict(depths=(2, 2, 15, 2), embed_dim=128, ssm_ratio=2.0)
+    return _create_vmamba('vmamba_b', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_t_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T with 2 x inner channels and 5 blocks in the third stage"""
+    args = dict(depths=(2, 2, 5, 2), embed_dim=96, ssm_ratio=2.0)
+    return _create_vmamba('vmamba_t_s2l5', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_s_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S with 1 x inner channels and 20 blocks in the third stage"""
+    args = dict(depths=(2, 2, 20, 2), embed_dim=96, ssm_ratio=1.0)
+    return _create_vmamba('vmamba_s_s1l20', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_b_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B with 1 x inner channels and 20 blocks in the third stage"""
+    args = dict(depths=(2, 2, 20, 2), embed_dim=128, ssm_ratio=1.0)
+    return _create_vmamba('vmamba_b_s1l20', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_t_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first VMamba-T ("vanilla")"""
+    args = dict(depths=(2, 2, 9, 2), embed_dim=96, **_V0)
+    return _create_vmamba('vmamba_t_v0', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_s_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first VMamba-S ("vanilla")"""
+    args = dict(depths=(2, 2, 27, 2), embed_dim=96, **_V0)
+    return _create_vmamba('vmamba_s_v0', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_b_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The first VMamba-B ("vanilla")"""
+    args = dict(depths=(2, 2, 27, 2), embed_dim=128, **_V0)
+    return _create_vmamba('vmamba_b_v0', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_nano(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """A small VMamba for small images; no weights are published"""
+    args = dict(depths=(1, 1, 2, 1), embed_dim=32, ssm_ratio=2.0)
+    return _create_vmamba('vmamba_nano', pretrained, **{**args, **kwargs})
+
+
+register_model_deprecations(
+    __name__,
+    {
+        'vmamba_tiny_s1l8': 'vmamba_t',
+        'vmamba_small_s2l15': 'vmamba_s',
+        'vmamba_base_s2l15': 'vmamba_b',
+        'vmamba_tiny_s2l5': 'vmamba_t_s2l5',
+        'vmamba_small_s1l20': 'vmamba_s_s1l20',
+        'vmamba_base_s1l20': 'vmamba_b_s1l20',
+        'vanilla_vmamba_tiny': 'vmamba_t_v0',
+        'vanilla_vmamba_small': 'vmamba_s_v0',
+        'vanilla_vmamba_base': 'vmamba_b_v0',
+    },
+)
