@@ -173,7 +173,7 @@ def _classifier_keys(model: nn.Module) -> list[str]:
 
 
 def check_fit(state_dict: StateDict, model: nn.Module, source: Union[str, Path], fresh: Iterable[str] = ()) -> None:
-    """Raises RuntimeError, naming the keys, unless state_dict has exactly the model's keys (but for `fresh`) and shapes."""
+    """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes."""
     own = model.state_dict()
     fresh = set(fresh)
     problems = {

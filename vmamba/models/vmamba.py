@@ -72,7 +72,7 @@ class ConvDownsample(nn.Module):
 
 
 class MergeDownsample(PatchMerging):
-    """Patches of 2x2 concatenated, normalised and projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
+    """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
         super().__init__(dim, out_dim, norm_layer=LayerNorm5, device=device, dtype=dtype)
@@ -136,15 +136,11 @@ class VMambaBlock(nn.Module):
 class VMambaStage(nn.Module):
     """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout."""
 
-    def __init__(
-        self, dim: int, drop_paths: List[float], downsample: nn.Module, device=None, dtype=None, **block
-    ) -> None:
+    def __init__(self, downsample: nn.Module, blocks: List[VMambaBlock]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
-        self.blocks = nn.Sequential(
-            *(VMambaBlock(dim, drop_path=rate, device=device, dtype=dtype, **block) for rate in drop_paths)
-        )
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -205,7 +201,8 @@ class VMamba(nn.Module):
         self.feature_info = []
         for i, dim in enumerate(dims):
             between = downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
-            stages.append(VMambaStage(dim, drop_paths[i], between, **dd, **block))
+            blocks = [VMambaBlock(dim, drop_path=rate, **block, **dd) for rate in drop_paths[i]]
+            stages.append(VMambaStage(between, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
@@ -236,16 +233,10 @@ class VMamba(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns of the layer groups for layer-wise learning rates."""
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)'
-            if coarse
-            else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ],
-        )
+        if coarse:
+            return dict(stem=r'^stem', blocks=r'^stages\.(\d+)')
+        downsample, blocks = (r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)
+        return dict(stem=r'^stem', blocks=[downsample, blocks, (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -388,9 +379,8 @@ def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
     names = {}
     convs: Dict[str, int] = {}
     norms: Dict[str, int] = {}
-    modules = [
-        key[: -len('.weight')] for key in state_dict if re.match(r'(patch_embed|.*\.downsample)\.\d+\.weight$', key)
-    ]
+    numbered = re.compile(r'(patch_embed|layers\.\d+\.downsample)\.\d+(?=\.weight$)')
+    modules = [match[0] for match in map(numbered.match, state_dict) if match]
     two_convs = sum(module.startswith('patch_embed.') for module in modules) == 4
     for module in sorted(modules, key=lambda name: [int(part) for part in re.findall(r'\d+', name)]):
         parent = module.rpartition('.')[0]
