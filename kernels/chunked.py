@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .recurrence import linear_recurrence_, segments
 
-_LOG2_E = math.log2(math.e)  # torch's vectorised exp2 is about three times as fast as its exp
+_LOG2_E = math.log2(math.e)  # torch's vectorised exp2 and log2 are several times as fast as exp and log1p
+_SOFTPLUS_THRESHOLD = 20.0
 
 
 class ScanGradients(NamedTuple):
@@ -26,16 +27,26 @@ class ScanGradients(NamedTuple):
     initial_state: Tensor
 
 
-def scan_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def scan_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, delta_softplus: bool
+) -> tuple[Tensor, Tensor]:
     """Computes h_l = exp(delta_l * A) * h_{l-1} + delta_l * B_l * u_l and y_l = <C_l, h_l>.
+
+    Args:
+        u, delta, A, B, C: See the module.
+        state: State before the first step.
+        delta_softplus: Apply softplus to delta first.
 
     Returns:
         y [batch, L, G, D/G] and the state after the last step.
     """
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    for part in segments(u.shape[1], state.numel()):
-        _, states = _states(u[:, part], delta[:, part], A, B[:, part], state)
-        y[:, part] = _contract_states(C[:, part], states[:, 1:])
+    parts, buffers = _segments(u.shape[1], state, 2)
+    for part in parts:
+        step = softplus(delta[:, part]) if delta_softplus else delta[:, part]
+        decay, states = (buffer[:, : step.shape[1] + 1] for buffer in buffers)
+        _states(u[:, part], step, A, B[:, part], state, decay, states, products=decay)
+        _contract_states(C[:, part], states[:, 1:], out=y[:, part])
         state = states[:, -1].clone()
     return y, state
 
@@ -49,71 +60,111 @@ def scan_backward(
     B: Tensor,
     C: Tensor,
     state: Tensor,
+    delta_softplus: bool,
 ) -> ScanGradients:
     """Gradients of `scan_forward` by the adjoint recurrence g_l = C_l * grad_y_l + exp(delta_{l+1} * A) * g_{l+1}.
 
     Args:
         grad_y: Gradient of y.
         grad_state: Gradient of the state after the last step.
-        u, delta, A, B, C, state: The arguments of `scan_forward`.
+        u, delta, A, B, C, state, delta_softplus: The arguments of `scan_forward`.
     """
-    parts = segments(u.shape[1], state.numel())
+    parts, buffers = _segments(u.shape[1], state, 4)
     starts = [state]
     for part in parts[:-1]:
-        _, states = _states(u[:, part], delta[:, part], A, B[:, part], starts[-1])
+        step = softplus(delta[:, part]) if delta_softplus else delta[:, part]
+        decay, states = (buffer[:, : step.shape[1] + 1] for buffer in buffers[:2])
+        _states(u[:, part], step, A, B[:, part], starts[-1], decay, states, products=decay)
         starts.append(states[:, -1].clone())
 
-    contiguous = {'memory_format': torch.contiguous_format}
-    grad_u, grad_delta = torch.empty_like(u, **contiguous), torch.empty_like(delta, **contiguous)
-    grad_A = torch.zeros_like(A, **contiguous)
-    grad_B, grad_C = torch.empty_like(B, **contiguous), torch.empty_like(C, **contiguous)
+    grad_u, grad_delta, grad_B, grad_C = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, B, C)
+    )
+    grad_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
     for part, start in zip(reversed(parts), reversed(starts)):
-        u_part, delta_part, B_part = u[:, part], delta[:, part], B[:, part]
-        decay, states = _states(u_part, delta_part, A, B_part, start)
-        grad_C[:, part] = _contract_channels(states[:, 1:], grad_y[:, part])
+        u_part, B_part = u[:, part], B[:, part]
+        step = softplus(delta[:, part]) if delta_softplus else delta[:, part]
+        decay, states, products, adjoint = (buffer[:, : step.shape[1] + 1] for buffer in buffers)
+        _states(u_part, step, A, B_part, start, decay, states, products)
+        _contract_channels(states[:, 1:], grad_y[:, part], out=grad_C[:, part])
 
-        adjoint = C[:, part].unsqueeze(-1) * grad_y[:, part].unsqueeze(-2)
-        linear_recurrence_(decay[:, 1:].flatten(2), adjoint.flatten(2), grad_state.flatten(1), reverse=True)
+        adjoint = adjoint[:, 1:]
+        torch.mul(C[:, part].unsqueeze(-1), grad_y[:, part].unsqueeze(-2), out=adjoint)
+        next_decay, next_products = decay[:, 1:].flatten(2), products[:, 1:].flatten(2)
+        linear_recurrence_(next_decay, adjoint.flatten(2), grad_state.flatten(1), next_products, reverse=True)
         grad_state = decay[:, 0] * adjoint[:, 0]
 
-        grad_B[:, part] = _contract_channels(adjoint, delta_part * u_part)
-        grad_input = _contract_states(B_part, adjoint)
-        torch.mul(grad_input, delta_part, out=grad_u[:, part])
+        _contract_channels(adjoint, step * u_part, out=grad_B[:, part])
+        grad_input = torch.empty_like(step, memory_format=torch.contiguous_format)
+        _contract_states(B_part, adjoint, out=grad_input)
+        torch.mul(grad_input, step, out=grad_u[:, part])
 
         grad_exponent = adjoint.mul_(states[:, :-1]).mul_(decay[:, :-1])
-        grad_delta[:, part] = torch.sum(grad_exponent * A, dim=-2).addcmul_(grad_input, u_part)
-        grad_A += grad_exponent.mul_(delta_part.unsqueeze(-2)).sum(dim=(0, 1))
+        grad_step = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_part)
+        if delta_softplus:
+            grad_step.mul_(torch.sigmoid(delta[:, part]))
+        grad_delta[:, part] = grad_step
+        grad_A += grad_exponent.mul_(step.unsqueeze(-2)).sum(dim=(0, 1))
     return ScanGradients(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_state)
 
 
-def _states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States of one segment of S steps.
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), and x itself above 20, to a few units in the last place.
 
-    Returns:
-        decay [batch, S + 1, G, N, D/G], whose last entry is one (so that `decay[:, 1:]` are the adjoint's decays),
-        and states [batch, S + 1, G, N, D/G], whose first entry is the state before the segment.
+    With w = 1 + t as rounded, log1p(t) = log(w) + (t - (w - 1)) / w up to the square of the rounding error.
     """
-    batch, steps = u.shape[:2]
-    decay = u.new_empty(batch, steps + 1, *A.shape)
-    torch.mul(delta.unsqueeze(-2), A * _LOG2_E, out=decay[:, :-1])
+    t = x.clamp(max=_SOFTPLUS_THRESHOLD).mul_(_LOG2_E).exp2_()
+    w = t + 1
+    rounding = t.sub_(w - 1).div_(w)
+    return rounding.add_(w.log2_(), alpha=1 / _LOG2_E).maximum(x)
+
+
+def _segments(steps: int, state: Tensor, count: int) -> tuple[list[slice], Tensor]:
+    """Slices of L of bounded memory, and `count` buffers [batch, S + 1, G, N, D/G] for the longest of S steps.
+
+    The buffers are one allocation that all segments share: fresh memory costs more than all arithmetic done in it.
+    """
+    parts, length = segments(steps, state.numel())
+    batch, *sizes = state.shape
+    return parts, state.new_empty(count, batch, length + 1, *sizes)
+
+
+def _states(
+    u: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    products: Tensor,
+) -> None:
+    """Fills decay and states for one segment of S steps, [batch, S + 1, G, N, D/G] each.
+
+    The last entry of decay is one (so that `decay[:, 1:]` are the adjoint's decays), the first of states is `state`.
+    With decay itself as scratch memory `products`, its contents are lost.
+    """
+    torch.mul(step.unsqueeze(-2), A * _LOG2_E, out=decay[:, :-1])
     decay[:, :-1].exp2_()
     decay[:, -1] = 1
-    states = torch.empty_like(decay)
     states[:, 0] = state
-    torch.mul(B.unsqueeze(-1), (delta * u).unsqueeze(-2), out=states[:, 1:])
-    linear_recurrence_(decay[:, :-1].flatten(2), states[:, 1:].flatten(2), state.flatten(1))
-    return decay, states
+    torch.mul(B.unsqueeze(-1), (step * u).unsqueeze(-2), out=states[:, 1:])
+    steps = decay[:, :-1].flatten(2)
+    scratch = steps if products is decay else products[:, :-1].flatten(2)
+    linear_recurrence_(steps, states[:, 1:].flatten(2), state.flatten(1), scratch)
 
 
-def _contract_states(weight: Tensor, states: Tensor) -> Tensor:
-    """sum_n weight[..., n] * states[..., n, d]"""
+def _contract_states(weight: Tensor, states: Tensor, out: Tensor) -> None:
+    """out[..., d] = sum_n weight[..., n] * states[..., n, d]"""
     if weight.shape[-1] == 1:  # a product of 1x1 matrices has far more overhead than arithmetic
-        return weight * states.squeeze(-2)
-    return torch.matmul(weight.unsqueeze(-2), states).squeeze(-2)
+        torch.mul(weight, states.squeeze(-2), out=out)
+    else:
+        out.copy_(torch.matmul(weight.unsqueeze(-2), states).squeeze(-2))
 
 
-def _contract_channels(states: Tensor, channels: Tensor) -> Tensor:
-    """sum_d states[..., n, d] * channels[..., d]"""
+def _contract_channels(states: Tensor, channels: Tensor, out: Tensor) -> None:
+    """out[..., n] = sum_d states[..., n, d] * channels[..., d]"""
     if states.shape[-2] == 1:
-        return (states * channels.unsqueeze(-2)).sum(dim=-1)
-    return torch.matmul(states, channels.unsqueeze(-1)).squeeze(-1)
+        torch.sum(states * channels.unsqueeze(-2), dim=-1, out=out)
+    else:
+        out.copy_(torch.matmul(states, channels.unsqueeze(-1)).squeeze(-1))

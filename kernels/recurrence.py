@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 # A step narrower than this is bound by the cost of starting an operator, so several chunks walk together.
-_NARROW_STEP = 2**14
+_NARROW_STEP = 2**13
 # Elements of one [steps, width] buffer that is held at a time: small enough for the processor's cache.
 _SEGMENT_ELEMENTS = 2**19
 
 
-def segments(steps: int, width: int) -> list[slice]:
+def segments(steps: int, width: int) -> tuple[list[slice], int]:
     """Cuts `steps` time steps of `width` elements into consecutive slices of bounded memory.
 
     Args:
@@ -20,13 +20,15 @@ def segments(steps: int, width: int) -> list[slice]:
         width: Elements that one time step of a state buffer holds.
 
     Returns:
-        Slices that cover `range(steps)` in order.
+        Slices that cover `range(steps)` in order, and the length of the longest.
     """
-    length = max(_SEGMENT_ELEMENTS // max(width, 1), 8)
-    return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
+    length = min(max(_SEGMENT_ELEMENTS // max(width, 1), 8), steps)
+    return [slice(start, min(start + length, steps)) for start in range(0, steps, length)], length
 
 
-def linear_recurrence_(decay: Tensor, value: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
+def linear_recurrence_(
+    decay: Tensor, value: Tensor, initial: Tensor, products: Tensor, reverse: bool = False
+) -> Tensor:
     """Computes h_t = decay_t * h_{t-1} + value_t in place of `value` (h_t = decay_t * h_{t+1} + value_t in reverse).
 
     T steps are cut into about sqrt(T) chunks that walk together from a zero state; each chunk's state at its end is
@@ -37,6 +39,7 @@ def linear_recurrence_(decay: Tensor, value: Tensor, initial: Tensor, reverse: b
         decay: [batch, T, width].
         value: [batch, T, width], overwritten by the states.
         initial: [batch, width], the state before the first step.
+        products: Scratch memory of decay's shape for the products of decays; decay itself if it is not needed again.
         reverse: Walk from the last step to the first.
 
     Returns:
@@ -50,11 +53,13 @@ def linear_recurrence_(decay: Tensor, value: Tensor, initial: Tensor, reverse: b
     length = steps // chunks
     whole = chunks * length
     rest = decay[:, whole:], value[:, whole:]
+    if products is not decay:
+        products[:, :whole] = decay[:, :whole]
     if reverse and whole < steps:
         _walk_(*rest, initial, reverse)
         initial = value[:, whole]
     _walk_chunks_(
-        decay[:, :whole].unflatten(1, (chunks, length)),
+        products[:, :whole].unflatten(1, (chunks, length)),
         value[:, :whole].unflatten(1, (chunks, length)),
         initial,
         reverse,
@@ -80,9 +85,8 @@ def _walk_(decay: Tensor, value: Tensor, state: Tensor, reverse: bool) -> None:
         state = value_t.addcmul_(decay_t, state)
 
 
-def _walk_chunks_(decay: Tensor, value: Tensor, initial: Tensor, reverse: bool) -> None:
-    """As `_walk_`, for decay and value of shape [batch, chunks, length, width]."""
-    product = decay.clone()
+def _walk_chunks_(product: Tensor, value: Tensor, initial: Tensor, reverse: bool) -> None:
+    """As `_walk_`, on [batch, chunks, length, width]; turns the decays in `product` into their running products."""
     previous_product = previous_state = None
     for product_t, state_t in zip(_steps(product, 2, reverse), _steps(value, 2, reverse)):
         if previous_state is not None:

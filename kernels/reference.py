@@ -102,3 +102,33 @@ def ss2d_scan(
         ys.append(y)
     merged = cross_merge(torch.stack(ys, dim=1), height, width)
     return merged.permute(0, 2, 3, 1).to(x.dtype)  # [B, D, H, W] -> [B, H, W, D]
+
+
+def bidirectional_scan(
+    u: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> Tensor:
+    """See `vmamba.kernels.bidirectional_scan`: a selective scan in each direction, summed."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    dt_rank, dstate = dt_weight.shape[-1], A.shape[-1]
+    y = 0
+    for k, reverse in enumerate((False, True)):
+        dt, B, C = x_dbl[:, :, k].to(wide).transpose(1, 2).split([dt_rank, dstate, dstate], dim=1)
+        delta = dt_weight[k].to(wide) @ dt
+        y_k, _ = selective_scan(
+            u[:, :, k].to(wide).transpose(1, 2),
+            delta,
+            A[k],
+            B[:, None],
+            C[:, None],
+            D[k],
+            delta_bias=dt_bias[k],
+            delta_softplus=True,
+            reverse=reverse,
+        )
+        y = y + y_k
+    return y.transpose(1, 2).to(u.dtype)

@@ -125,8 +125,8 @@ def _selective_scan(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    core, _ = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, delta_softplus, reverse)
-    y, last_state = scan_forward(*core)
+    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, reverse)
+    y, last_state = scan_forward(*core, delta_softplus)
     y = _to_sequence(y, reverse)
     if D is not None:
         y.addcmul_(u.to(y.dtype), D.to(y.dtype).unsqueeze(-1))
@@ -158,13 +158,13 @@ def _selective_scan_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of the tensor arguments; an absent argument has an empty one."""
-    core, raw_delta = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, delta_softplus, reverse)
+    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, reverse)
     wide = core[0].dtype
     wide_u, grad_y = u.to(wide), grad_y.to(wide)
     grad_D, grad_z, grad_delta_bias, grad_initial = (u.new_empty(0) for _ in range(4))
 
     if z is not None:
-        y = _to_sequence(scan_forward(*core)[0], reverse)
+        y = _to_sequence(scan_forward(*core, delta_softplus)[0], reverse)
         if D is not None:
             y.addcmul_(wide_u, D.to(wide).unsqueeze(-1))
         wide_z = z.to(wide)
@@ -173,14 +173,12 @@ def _selective_scan_backward(
         grad_y = grad_y * wide_z * gate
     groups = B.shape[1]
     state_gradient = grad_last_state.to(wide).unflatten(1, (groups, -1)).transpose(-2, -1)
-    grads = scan_backward(_to_groups(grad_y, groups, reverse), state_gradient, *core)
+    grads = scan_backward(_to_groups(grad_y, groups, reverse), state_gradient, *core, delta_softplus)
 
     grad_u, grad_delta = _to_sequence(grads.u, reverse), _to_sequence(grads.delta, reverse)
     if D is not None:
         grad_D = (grad_y * wide_u).sum(dim=(0, 2)).to(D.dtype)
         grad_u.addcmul_(grad_y, D.to(wide).unsqueeze(-1))
-    if delta_softplus:
-        grad_delta.mul_(torch.sigmoid(raw_delta))
     if delta_bias is not None:
         grad_delta_bias = grad_delta.sum(dim=(0, 2)).to(delta_bias.dtype)
     if initial_state is not None:
@@ -229,32 +227,29 @@ def _core_arguments(
     C: Tensor,
     delta_bias: Optional[Tensor],
     initial_state: Optional[Tensor],
-    delta_softplus: bool,
     reverse: bool,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The arguments of `scan_forward`, and delta with its bias before the softplus [batch, dim, L]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of `scan_forward`, in walking order."""
     wide = torch.promote_types(u.dtype, torch.float32)
     groups = B.shape[1]
-    raw_delta = delta.to(wide)
+    delta = delta.to(wide)
     if delta_bias is not None:
-        raw_delta = raw_delta + delta_bias.to(wide).unsqueeze(-1)
-    step = F.softplus(raw_delta) if delta_softplus else raw_delta
+        delta = delta + delta_bias.to(wide).unsqueeze(-1)
     A = A.to(wide).unflatten(0, (groups, -1)).transpose(-2, -1).contiguous()  # [dim, N] -> [G, N, dim/G]
     if initial_state is None:
         state = u.new_zeros(u.shape[0], *A.shape, dtype=wide)
     else:
         state = initial_state.to(wide).unflatten(1, (groups, -1)).transpose(-2, -1).contiguous()
     B, C = (tensor.to(wide).permute(0, 3, 1, 2) for tensor in (B, C))  # [batch, G, N, L] -> [batch, L, G, N]
-    if reverse:
-        B, C = B.flip(1), C.flip(1)
-    u, step = (_to_groups(tensor.to(wide), groups, reverse) for tensor in (u, step))
-    return (u, step, A, B, C, state), raw_delta
+    B, C = (tensor.flip(1) if reverse else tensor.contiguous() for tensor in (B, C))
+    u, delta = (_to_groups(tensor.to(wide), groups, reverse) for tensor in (u, delta))
+    return u, delta, A, B, C, state
 
 
 def _to_groups(sequence: Tensor, groups: int, reverse: bool) -> Tensor:
     """[batch, dim, L] -> [batch, L, G, dim/G], in walking order."""
     grouped = sequence.transpose(1, 2).unflatten(-1, (groups, -1))
-    return grouped.flip(1) if reverse else grouped
+    return grouped.flip(1) if reverse else grouped.contiguous()
 
 
 def _to_sequence(grouped: Tensor, reverse: bool) -> Tensor:

@@ -4,10 +4,9 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import scan_backward, scan_forward
+from .routed import check_parameters, routed_scan, routed_scan_backward
 
 NUM_ROUTES = 4
 
@@ -42,32 +41,18 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
 
 
 def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f'x must be a floating [B, H, W, D] tensor, got {tuple(x.shape)} {x.dtype}')
-    if dt_weight.ndim != 3 or A.ndim != 3:
-        raise ValueError(
-            f'dt_weight must be [4, D, R] and A [4, D, N], got {tuple(dt_weight.shape)} and {tuple(A.shape)}'
-        )
-    dim, dt_rank, dstate = x.shape[-1], dt_weight.shape[-1], A.shape[-1]
-    expected = {
-        'x_dbl': (x_dbl, (*x.shape[:3], NUM_ROUTES, dt_rank + 2 * dstate)),
-        'dt_weight': (dt_weight, (NUM_ROUTES, dim, dt_rank)),
-        'dt_bias': (dt_bias, (NUM_ROUTES, dim)),
-        'A': (A, (NUM_ROUTES, dim, dstate)),
-        'D': (D, (NUM_ROUTES, dim)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f'{name} must be {list(shape)}, got {tuple(tensor.shape)}')
+    if x.ndim != 4 or 0 in x.shape[1:] or not x.is_floating_point():
+        raise ValueError(f'x must be a floating, non-empty [B, H, W, D] map, got {tuple(x.shape)} {x.dtype}')
+    check_parameters((*x.shape[:3], NUM_ROUTES), x.shape[-1], x_dbl, dt_weight, dt_bias, A, D)
 
 
 @torch.library.custom_op('vmamba::ss2d_scan', mutates_args=())
 def _ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
-    u, dt, B, C = _routes(x, x_dbl, dt_weight.shape[-1])
-    delta = F.softplus(_project_dt(dt, dt_weight, dt_bias))
-    y, _ = scan_forward(u, delta, *_core_arguments(A, B, C))
-    y.addcmul_(u, D.to(y.dtype))
-    return _merge(y, *x.shape[1:3]).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    y = routed_scan(_cross_scan(x_wide), _route(x_dbl.to(wide)), dt_weight, dt_bias, A)
+    merged = _merge(y, *x.shape[1:3]).addcmul_(x_wide, D.to(wide).sum(dim=0))
+    return merged.to(x.dtype)
 
 
 @_ss2d_scan.register_fake
@@ -80,23 +65,18 @@ def _ss2d_scan_backward(
     grad_y: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     height, width = x.shape[1:3]
-    u, dt, B, C = _routes(x, x_dbl, dt_weight.shape[-1])
-    raw_delta = _project_dt(dt, dt_weight, dt_bias)
-    grad_y = _cross_scan(grad_y.to(u.dtype))
-    A_core, B, C, state = _core_arguments(A, B, C)
-    grads = scan_backward(grad_y, torch.zeros_like(state), u, F.softplus(raw_delta), A_core, B, C, state)
-    grad_u = grads.u.addcmul_(grad_y, D.to(u.dtype))
-    grad_delta = grads.delta.mul_(torch.sigmoid(raw_delta)).flatten(0, 1).transpose(0, 1)  # [4, B * L, D]
-    grad_dt_weight = grad_delta.transpose(1, 2) @ dt.flatten(0, 1).transpose(0, 1)
-    grad_dt = (grad_delta @ dt_weight.to(u.dtype)).transpose(0, 1).unflatten(0, dt.shape[:2])
-    grad_x_dbl = torch.cat([grad_dt, grads.B, grads.C], dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide, grad_y = x.to(wide), grad_y.to(wide)
+    grad_u, grad_x_dbl, *grad_parameters = routed_scan_backward(
+        _cross_scan(grad_y), _cross_scan(x_wide), _route(x_dbl.to(wide)), dt_weight, dt_bias, A
+    )
+    grad_x = _merge(grad_u, height, width).addcmul_(grad_y, D.to(wide).sum(dim=0))
+    grad_D = (grad_y * x_wide).sum(dim=(0, 1, 2)).repeat(NUM_ROUTES, 1)
     return (
-        _merge(grad_u, height, width).to(x.dtype),
+        grad_x.to(x.dtype),
         _unroute(grad_x_dbl, height, width).to(x_dbl.dtype),
-        grad_dt_weight.to(dt_weight.dtype),
-        grad_delta.sum(dim=1).to(dt_bias.dtype),
-        grads.A.transpose(-2, -1).contiguous().to(A.dtype),
-        (grad_y * u).sum(dim=(0, 1)).to(D.dtype),
+        *grad_parameters,
+        grad_D.to(D.dtype),
     )
 
 
@@ -114,30 +94,6 @@ def _backward(ctx, grad_y):
 
 
 _ss2d_scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _routes(x: Tensor, x_dbl: Tensor, dt_rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u [B, L, 4, D] and dt [B, L, 4, R], B, C [B, L, 4, N] in the order of each route, in the computing dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    projected = _route(x_dbl.to(wide))
-    dstate = (x_dbl.shape[-1] - dt_rank) // 2
-    return _cross_scan(x.to(wide)), *projected.split([dt_rank, dstate, dstate], dim=-1)
-
-
-def _project_dt(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """delta before its softplus, [B, L, 4, D]."""
-    delta = torch.baddbmm(
-        bias.to(dt.dtype).unsqueeze(1),  # [4, 1, D]
-        dt.flatten(0, 1).transpose(0, 1),  # [B, L, 4, R] -> [4, B * L, R]
-        weight.to(dt.dtype).transpose(1, 2),  # [4, R, D]
-    )
-    return delta.transpose(0, 1).unflatten(0, dt.shape[:2])
-
-
-def _core_arguments(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, C and a zero initial state as `scan_forward` takes them."""
-    A = A.to(B.dtype).transpose(-2, -1).contiguous()  # [4, D, N] -> [4, N, D]
-    return A, B, C, A.new_zeros(B.shape[0], *A.shape)
 
 
 def _cross_scan(x: Tensor) -> Tensor:

@@ -5,29 +5,29 @@ https://arxiv.org/abs/2401.09417
 """
 
 import math
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import selective_scan
+from ..kernels import bidirectional_scan
 from .ssm_init import init_A_log_, init_dt_bias_, init_dt_weight_
 
 
 class DirectionalSSM(nn.Module):
-    """Causal depthwise convolution, SiLU and selective scan along a sequence in one direction.
+    """Causal depthwise convolution, SiLU and the projections of a selective scan along a sequence in one direction.
 
-    u = silu(conv1d(x));  dt, B, C = split(x_proj(u));  y = selective_scan(u, dt_proj(dt), -exp(A_log), B, C, D).
-    In reverse every part sees the sequence from its end, and the output is in the sequence's order.
+    u = silu(conv1d(x));  x_dbl = x_proj(u). In reverse the convolution sees the sequence from its end.
+    The scan itself runs for both directions at once, in `BiMamba`, with this module's dt_proj, A_log and D.
 
     Args:
         dim: Inner channels D.
         d_state: State dimension N.
         dt_rank: Rank R of the step-size projection.
         d_conv: Width of the convolution.
-        reverse: Walk from the end of the sequence.
+        reverse: See the sequence from its end.
     """
 
     def __init__(
@@ -36,9 +36,8 @@ class DirectionalSSM(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.reverse = reverse
-        self.widths = [dt_rank, d_state, d_state]
         self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, **dd)
-        self.x_proj = nn.Linear(dim, sum(self.widths), bias=False, **dd)
+        self.x_proj = nn.Linear(dim, dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, dim, **dd)
         self.A_log = nn.Parameter(torch.empty(dim, d_state, **dd))
         self.D = nn.Parameter(torch.empty(dim, **dd))
@@ -51,37 +50,28 @@ class DirectionalSSM(nn.Module):
         init_A_log_(self.A_log)
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]"""
-        u = F.silu(self._causal_conv(x.transpose(1, 2)))  # [B, D, L]
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split(self.widths, dim=-1)
-        delta = F.linear(dt, self.dt_proj.weight)
-        y = selective_scan(
-            u,
-            delta.transpose(1, 2),
-            -torch.exp(self.A_log.float()),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
-            delta_softplus=True,
-            reverse=self.reverse,
-        )
-        return y.transpose(1, 2)
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """[B, L, D] -> u [B, L, D] and x_dbl [B, L, R + 2N]"""
+        u = F.silu(self._causal_conv(x))
+        return u, self.x_proj(u)
 
     def _causal_conv(self, x: Tensor) -> Tensor:
-        conv = self.conv1d
-        past = conv.kernel_size[0] - 1
-        if self.reverse:
-            return F.conv1d(F.pad(x, (0, past)), conv.weight.flip(-1), conv.bias, groups=conv.groups)
-        return F.conv1d(F.pad(x, (past, 0)), conv.weight, conv.bias, groups=conv.groups)
+        """The convolution as a sum of shifted products: channels-last throughout."""
+        seqlen, past = x.shape[1], self.conv1d.kernel_size[0] - 1
+        x = F.pad(x, (0, 0, 0, past) if self.reverse else (0, 0, past, 0))
+        y = self.conv1d.bias.to(x.dtype)
+        for shift, weight in enumerate(self.conv1d.weight.to(x.dtype).squeeze(1).unbind(-1)):
+            start = past - shift if self.reverse else shift
+            y = torch.addcmul(y, x[:, start : start + seqlen], weight)
+        return y
 
 
 @register_notrace_module
 class BiMamba(nn.Module):
     """Bidirectional Mamba over a token sequence.
 
-    x, z = in_proj(h);  out = out_proj((forward_ssm(x) + backward_ssm(x)) / 2 * silu(z)).
+    x, z = in_proj(h);  out = out_proj((y_forward + y_backward) / 2 * silu(z)), with y of the two directions'
+    selective scans (see `vmamba.kernels.bidirectional_scan`).
 
     Args:
         dim: Token channels d.
@@ -113,5 +103,14 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = (self.forward_ssm(x) + self.backward_ssm(x)) / 2
+        y = self._scan(x) / 2
         return self.out_proj(y * F.silu(z))
+
+    def _scan(self, x: Tensor) -> Tensor:
+        directions = (self.forward_ssm, self.backward_ssm)
+        u, x_dbl = (torch.stack(tensors, dim=2) for tensors in zip(*(ssm(x) for ssm in directions)))
+        dt_weight, dt_bias, A_log, D = (
+            torch.stack(tensors)
+            for tensors in zip(*((ssm.dt_proj.weight, ssm.dt_proj.bias, ssm.A_log, ssm.D) for ssm in directions))
+        )
+        return bidirectional_scan(u, x_dbl, dt_weight, dt_bias, -torch.exp(A_log.float()), D)
