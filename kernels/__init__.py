@@ -1,8 +1,9 @@
 """Selective-scan operators. Imports torch (and triton) only."""
 
+from . import flops
 from .bidirectional import bidirectional_scan
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
 from .ss2d import ss2d_scan
 
-__all__ = ['bidirectional_scan', 'cross_merge', 'cross_scan', 'selective_scan', 'ss2d_scan']
+__all__ = ['bidirectional_scan', 'cross_merge', 'cross_scan', 'flops', 'selective_scan', 'ss2d_scan']

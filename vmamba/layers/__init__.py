@@ -3,12 +3,18 @@
 from .bimamba import BiMamba, DirectionalSSM
 from .image import check_images
 from .norm import ResidualRmsNorm
+from .patches import NORM_EPS, ConvDownsample, ConvStem, MergeDownsample, PatchStem
 from .ss2d import SS2D
 from .token_embed import TokenEmbed, insert_class_token, resize_pos_embed, split_class_token
 
 __all__ = [
     'BiMamba',
+    'ConvDownsample',
+    'ConvStem',
     'DirectionalSSM',
+    'MergeDownsample',
+    'NORM_EPS',
+    'PatchStem',
     'ResidualRmsNorm',
     'SS2D',
     'TokenEmbed',

@@ -5,7 +5,6 @@ Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
 The models and weights are of https://github.com/MzeroMiko/VMamba (MIT); this code is written anew.
 """
 
-import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
@@ -13,80 +12,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..layers import SS2D, check_images
+from ..layers import NORM_EPS, SS2D, ConvDownsample, ConvStem, MergeDownsample, PatchStem, check_images
 from ._pretrained import build_model, load_pretrained
+from ._vmamba_layouts import convert_layout
 
 __all__ = ['VMamba']
-
-NORM_EPS = 1e-5
-
-
-class ConvStem(nn.Module):
-    """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
-
-    min_size = 1
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm2d(dim // 2, eps=NORM_EPS, **dd)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = LayerNorm2d(dim, eps=NORM_EPS, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x)))
-        return self.norm2(self.conv2(x))
-
-
-class PatchStem(nn.Module):
-    """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
-
-    min_size = 4
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm = LayerNorm2d(dim, eps=NORM_EPS, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class ConvDownsample(nn.Module):
-    """Overlapping 3x3 convolution of stride 2, normalised: [B, d, H, W] -> [B, d', H/2, W/2]."""
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = LayerNorm2d(out_dim, eps=NORM_EPS, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class MergeDownsample(PatchMerging):
-    """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
-        super().__init__(dim, out_dim, norm_layer=LayerNorm5, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
-        return x.permute(0, 3, 1, 2)
-
-
-class LayerNorm5(LayerNorm):
-    """LayerNorm over the last dimension with the official epsilon of 1e-5."""
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__(dim, eps=NORM_EPS, device=device, dtype=dtype)
 
 
 class VMambaBlock(nn.Module):
@@ -116,12 +48,12 @@ class VMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = LayerNorm5(dim, **dd)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS, **dd)
         self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0
         if self.has_mlp:
-            self.norm2 = LayerNorm5(dim, **dd)
+            self.norm2 = LayerNorm(dim, eps=NORM_EPS, **dd)
             self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -321,95 +253,9 @@ class VMamba(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-_LEGACY_NAMES = (
-    (r'^patch_embed\.proj\.', 'patch_embed.0.'),
-    (r'^patch_embed\.norm\.', 'patch_embed.2.'),
-    (r'\.ln_1\.', '.norm.'),
-    (r'\.self_attention\.', '.op.'),
-    (r'\.downsample\.norm\.', '.downsample.1.'),
-    (r'\.downsample\.reduction\.', '.downsample.2.'),
-    (r'^norm\.', 'classifier.norm.'),
-    (r'^head\.', 'classifier.head.'),
-)
-_RENAMES = (
-    (r'^layers\.(\d+)\.blocks\.(\d+)\.norm\.', r'stages.\1.blocks.\2.norm1.'),
-    (r'^layers\.(\d+)\.blocks\.(\d+)\.op\.', r'stages.\1.blocks.\2.mixer.'),
-    (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'),
-    (r'\.x_proj_weight$', '.x_proj.weight'),
-    (r'\.dt_projs[._]', '.dt_proj_'),
-    (r'\.A_logs$', '.A_log'),
-    (r'\.Ds$', '.D'),
-    (r'^classifier\.norm\.', 'norm.'),
-    (r'^classifier\.head\.', 'head.fc.'),
-)
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-    """Renames and reshapes any official layout to this module's; its own layout passes unchanged.
-
-    Known layouts: the release's, its legacy names, the one-file code's, linear layers as 1x1 convolutions, and the
-    backbone of a detection or segmentation checkpoint, whose `outnorm3` becomes the final norm.
-    """
-    if any(key.startswith('backbone.') for key in state_dict):
-        state_dict = {key[len('backbone.') :]: v for key, v in state_dict.items() if key.startswith('backbone.')}
-    if not any(key.startswith(('layers.', 'patch_embed.')) for key in state_dict):
-        return dict(state_dict)
-    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in state_dict.items()}
-    if not any(key.startswith('classifier.norm.') for key in state_dict):
-        state_dict = {key.replace('outnorm3.', 'classifier.norm.'): value for key, value in state_dict.items()}
-    names = _sequential_names(state_dict)
-    out = {}
-    for key, value in state_dict.items():
-        if key.startswith('outnorm'):
-            continue
-        module, _, parameter = key.rpartition('.')
-        key = f'{names[module]}.{parameter}' if module in names else _rename(key, _RENAMES)
-        out[key] = _reshape(key, value)
-    return out
-
-
-def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
-    """Names of the stem's and downsamplers' modules, whose numbers differ between layouts: told by weight and order."""
-    names = {}
-    convs: Dict[str, int] = {}
-    norms: Dict[str, int] = {}
-    numbered = re.compile(r'(patch_embed|layers\.\d+\.downsample)\.\d+(?=\.weight$)')
-    modules = [match[0] for match in map(numbered.match, state_dict) if match]
-    two_convs = sum(module.startswith('patch_embed.') for module in modules) == 4
-    for module in sorted(modules, key=lambda name: [int(part) for part in re.findall(r'\d+', name)]):
-        parent = module.rpartition('.')[0]
-        weight = state_dict[f'{module}.weight']
-        is_norm = weight.ndim == 1
-        count = norms if is_norm else convs
-        count[parent] = count.get(parent, 0) + 1
-        if parent == 'patch_embed':
-            number = str(count[parent]) if two_convs else ''
-            names[module] = f'stem.{"norm" if is_norm else "conv"}{number}'
-        else:
-            stage = int(re.findall(r'\d+', parent)[0]) + 1
-            is_conv = weight.ndim == 4 and weight.shape[-1] > 1
-            names[module] = f'stages.{stage}.downsample.{"norm" if is_norm else "conv" if is_conv else "reduction"}'
-    return names
-
-
-def _reshape(key: str, value: Tensor) -> Tensor:
-    if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1)]
-        return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else value.flatten(1)
-    if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1)]
-        return value if value.shape[0] == 4 else value.flatten(1).unflatten(0, (4, -1))
-    if key.endswith('.A_log'):  # [4 * D, N]
-        return value.unflatten(0, (4, -1))
-    if key.endswith(('.dt_proj_bias', '.D')):  # [4, D] or [4 * D]
-        return value.reshape(4, -1)
-    if key.endswith(('_proj.weight', '.fc1.weight', '.fc2.weight', '.fc.weight', '.reduction.weight')):
-        return value.flatten(1)
-    return value
+    """Renames and reshapes any official layout to this module's; its own layout passes unchanged."""
+    return convert_layout(state_dict)
 
 
 def _cfg(file: str = '', **kwargs: Any) -> Dict[str, Any]:

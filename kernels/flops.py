@@ -1,0 +1,66 @@
+"""Operation counts of the scans, in multiply-adds as the official tables count them, and for PyTorch's counter.
+
+A scan over L positions of D channels with N states counts 9 * L * D * N, its skip connection and gate L * D each.
+"""
+
+from math import prod
+from typing import Any, Optional, Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import bidirectional, scan, ss2d  # noqa: F401  they define the operators
+
+Shape = Sequence[int]
+
+
+def selective_scan_macs(u: Shape, dstate: int, has_skip: bool, has_gate: bool) -> int:
+    """Multiply-adds of `selective_scan` on u [batch, dim, L]."""
+    return prod(u) * (9 * dstate + has_skip + has_gate)
+
+
+def routed_scan_macs(x_dbl: Shape, dt_weight: Shape, A: Shape) -> int:
+    """Multiply-adds of `ss2d_scan` and `bidirectional_scan`, their projections of dt included.
+
+    Args:
+        x_dbl: [..., K, R + 2N], with a leading dimension per batch entry and position.
+        dt_weight: [K, D, R].
+        A: [K, D, N].
+    """
+    positions = prod(x_dbl[:-2])
+    return positions * (prod(dt_weight) + prod(A[:2]) * (9 * A[2] + 1))
+
+
+@register_flop_formula(torch.ops.vmamba.selective_scan)
+def _selective_scan_flops(
+    u: Shape,
+    delta: Shape,
+    A: Shape,
+    B: Shape,
+    C: Shape,
+    D: Optional[Shape],
+    z: Optional[Shape],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return 2 * selective_scan_macs(u, A[1], D is not None, z is not None)
+
+
+@register_flop_formula([torch.ops.vmamba.ss2d_scan, torch.ops.vmamba.bidirectional_scan])
+def _routed_scan_flops(
+    x: Shape, x_dbl: Shape, dt_weight: Shape, dt_bias: Shape, A: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * routed_scan_macs(x_dbl, dt_weight, A)
+
+
+@register_flop_formula(torch.ops.vmamba.selective_scan_backward)
+def _selective_scan_backward_flops(
+    grad_y: Shape, grad_last_state: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 3 * _selective_scan_flops(*args)  # the states again, and the adjoint recurrence at twice the cost
+
+
+@register_flop_formula([torch.ops.vmamba.ss2d_scan_backward, torch.ops.vmamba.bidirectional_scan_backward])
+def _routed_scan_backward_flops(grad_y: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 3 * _routed_scan_flops(*args)

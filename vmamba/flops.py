@@ -1,0 +1,60 @@
+"""Counting a model's operations as the official tables do."""
+
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+from torch import nn
+
+from .kernels.flops import routed_scan_macs, selective_scan_macs
+
+Handle = Callable[[list, list], int]
+
+
+def fvcore_handles() -> Dict[str, Handle]:
+    """Handles of the operators of `vmamba.kernels`, for `fvcore.nn.FlopCountAnalysis.set_op_handle`."""
+    return {
+        'vmamba::selective_scan': _selective_scan,
+        'vmamba::ss2d_scan': _routed_scan,
+        'vmamba::bidirectional_scan': _routed_scan,
+    }
+
+
+def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224)) -> int:
+    """Multiply-adds of one image, by the rules of the official tables (there called FLOPs).
+
+    Convolutions and linear layers count their multiply-adds, a scan 9 * L * D * N, a LayerNorm 5 operations an element
+    and pooling one. `torch.utils.flop_counter` also knows the operators; it counts a multiply-add as two and leaves
+    out norms and pooling.
+
+    Args:
+        model: Model.
+        input_size: (channels, height, width) of the image.
+
+    Raises:
+        ModuleNotFoundError: Without fvcore.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    parameter = next(model.parameters())
+    image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    training = model.training
+    analysis = FlopCountAnalysis(model.eval(), image).set_op_handle(**fvcore_handles())
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    total = int(analysis.total())
+    model.train(training)
+    return total
+
+
+def _shape(value: Any) -> Optional[Tuple[int, ...]]:
+    """Shape of a traced tensor; None for an argument that was not given."""
+    return tuple(value.type().sizes()) if value.type().kind() == 'TensorType' else None
+
+
+def _routed_scan(inputs: list, outputs: list) -> int:
+    _, x_dbl, dt_weight, _, A, _ = map(_shape, inputs)
+    return routed_scan_macs(x_dbl, dt_weight, A)
+
+
+def _selective_scan(inputs: list, outputs: list) -> int:
+    u, _, A, _, _, D, z = map(_shape, inputs[:7])
+    return selective_scan_macs(u, A[1], D is not None, z is not None)

@@ -1,0 +1,70 @@
+"""VMamba's front ends and the downsampling between its stages, in NCHW views of channels-last memory.
+
+VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
+"""
+
+from functools import partial
+
+from timm.layers import LayerNorm, LayerNorm2d
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+NORM_EPS = 1e-5
+
+
+class ConvStem(nn.Module):
+    """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    min_size = 1
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=NORM_EPS, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchStem(nn.Module):
+    """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    min_size = 4
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class ConvDownsample(nn.Module):
+    """Overlapping 3x3 convolution of stride 2, normalised: [B, d, H, W] -> [B, d', H/2, W/2]."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm2d(out_dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class MergeDownsample(PatchMerging):
+    """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__(dim, out_dim, norm_layer=partial(LayerNorm, eps=NORM_EPS), device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        return x.permute(0, 3, 1, 2)
