@@ -51,7 +51,8 @@ def build_model(
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         state_dict = filter_fn(state_dict, model)
-        check_fit(state_dict, model, f'the checkpoint of {variant}', fresh=_classifier_keys(model))
+        adapted_by_timm = {*_classifier_keys(model), *({_input_key(model)} & state_dict.keys())}
+        check_fit(state_dict, model, f'the checkpoint of {variant}', fresh=adapted_by_timm)
         return state_dict
 
     try:
@@ -148,7 +149,7 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
         RuntimeError: If a key is missing, unexpected or of another shape, with the names.
     """
     state_dict = filter_fn(read_checkpoint(path, use_ema), model)
-    input_key = model.pretrained_cfg['first_conv'] + '.weight'
+    input_key = _input_key(model)
     weight = state_dict.get(input_key)
     if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and model.in_chans != 3:
         state_dict[input_key] = adapt_input_conv(model.in_chans, weight)
@@ -170,6 +171,10 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
 
 def _classifier_keys(model: nn.Module) -> list[str]:
     return [f'{model.pretrained_cfg["classifier"]}.{name}' for name in ('weight', 'bias')]
+
+
+def _input_key(model: nn.Module) -> str:
+    return f'{model.pretrained_cfg["first_conv"]}.weight'
 
 
 def check_fit(state_dict: StateDict, model: nn.Module, source: Union[str, Path], fresh: Iterable[str] = ()) -> None:
