@@ -6,7 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
-_KEPT_BYTES = 2**24
+_KEPT_BYTES = 2**25
 
 _kept = threading.local()
 
@@ -14,7 +14,7 @@ _kept = threading.local()
 def scratch(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised memory of `like`'s dtype and device, valid until the thread's next call.
 
-    On a CPU up to 16 MiB per dtype are kept: pages fresh from the operating system cost more than the arithmetic of
+    On a CPU up to 32 MiB per dtype are kept: pages fresh from the operating system cost more than the arithmetic of
     a small scan. More than that, and memory of other devices, is allocated as usual.
     """
     size = math.prod(shape)
