@@ -39,15 +39,16 @@ def scan_forward(
         delta_softplus: Apply softplus to delta first.
 
     Returns:
-        y [batch, L, G, D/G] and the state after the last step.
+        y [batch, L, G, D/G], in memory that the thread's next call overwrites, and the state after the last step.
     """
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y = scratch('y', u, u.shape)
+    A = A * _LOG2_E
     parts, buffers = _segments(u.shape[1], state, 2)
     for part in parts:
         step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        decay, states = (buffer[:, : step.shape[1] + 1] for buffer in buffers)
+        decay, states = (buffer[:, : step.shape[1]] for buffer in buffers)
         _states(u[:, part], step, A, B[:, part], state, decay, states, products=decay)
-        _contract_states(C[:, part], states[:, 1:], out=y[:, part])
+        _contract_states(C[:, part], states, out=y[:, part])
         state = states[:, -1].clone()
     return y, state
 
@@ -71,11 +72,12 @@ def scan_backward(
         u, delta, A, B, C, state, delta_softplus: The arguments of `scan_forward`.
     """
     parts, buffers = _segments(u.shape[1], state, 4)
+    A_log2 = A * _LOG2_E
     starts = [state]
     for part in parts[:-1]:
         step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        decay, states = (buffer[:, : step.shape[1] + 1] for buffer in buffers[:2])
-        _states(u[:, part], step, A, B[:, part], starts[-1], decay, states, products=decay)
+        decay, states = (buffer[:, : step.shape[1]] for buffer in buffers[:2])
+        _states(u[:, part], step, A_log2, B[:, part], starts[-1], decay, states, products=decay)
         starts.append(states[:, -1].clone())
 
     grad_u, grad_delta, grad_B, grad_C = (
@@ -85,14 +87,16 @@ def scan_backward(
     for part, start in zip(reversed(parts), reversed(starts)):
         u_part, B_part = u[:, part], B[:, part]
         step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
+        # One step more than the segment: the state before it, and a decay of one into the step after it.
         decay, states, products, adjoint = (buffer[:, : step.shape[1] + 1] for buffer in buffers)
-        _states(u_part, step, A, B_part, start, decay, states, products)
+        states[:, 0] = start
+        decay[:, -1] = 1
+        _states(u_part, step, A_log2, B_part, start, decay[:, :-1], states[:, 1:], products[:, :-1])
         _contract_channels(states[:, 1:], grad_y[:, part], out=grad_C[:, part])
 
         adjoint = adjoint[:, 1:]
         torch.mul(C[:, part].unsqueeze(-1), grad_y[:, part].unsqueeze(-2), out=adjoint)
-        next_decay, next_products = decay[:, 1:].flatten(2), products[:, 1:].flatten(2)
-        linear_recurrence_(next_decay, adjoint.flatten(2), grad_state.flatten(1), next_products, reverse=True)
+        linear_recurrence_(decay[:, 1:], adjoint, grad_state, products[:, 1:], reverse=True)
         grad_state = decay[:, 0] * adjoint[:, 0]
 
         _contract_channels(adjoint, step * u_part, out=grad_B[:, part])
@@ -116,32 +120,23 @@ def _segments(steps: int, state: Tensor, count: int) -> tuple[list[slice], Tenso
     """
     parts, length = segments(steps, state.numel())
     batch, *sizes = state.shape
-    return parts, scratch(state, (count, batch, length + 1, *sizes))
+    return parts, scratch('states', state, (count, batch, length + 1, *sizes))
 
 
 def _states(
     u: Tensor,
     step: Tensor,
-    A: Tensor,
+    A_log2: Tensor,
     B: Tensor,
     state: Tensor,
     decay: Tensor,
     states: Tensor,
     products: Tensor,
 ) -> None:
-    """Fills decay and states for one segment of S steps, [batch, S + 1, G, N, D/G] each.
-
-    The last entry of decay is one (so that `decay[:, 1:]` are the adjoint's decays), the first of states is `state`.
-    With decay itself as scratch memory `products`, its contents are lost.
-    """
-    torch.mul(step.unsqueeze(-2), A * _LOG2_E, out=decay[:, :-1])
-    decay[:, :-1].exp2_()
-    decay[:, -1] = 1
-    states[:, 0] = state
-    torch.mul(B.unsqueeze(-1), (step * u).unsqueeze(-2), out=states[:, 1:])
-    steps = decay[:, :-1].flatten(2)
-    scratch = steps if products is decay else products[:, :-1].flatten(2)
-    linear_recurrence_(steps, states[:, 1:].flatten(2), state.flatten(1), scratch)
+    """Fills decay and states [batch, S, G, N, D/G] of one segment; its decays are lost if `products` is decay."""
+    torch.mul(step.unsqueeze(-2), A_log2, out=decay).exp2_()
+    torch.mul(B.unsqueeze(-1), (step * u).unsqueeze(-2), out=states)
+    linear_recurrence_(decay, states, state, products)
 
 
 def _contract_states(weight: Tensor, states: Tensor, out: Tensor) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 # so are the last few steps that a reduction leaves.
 _WIDE_STEP = 2**14
 _FEW_STEPS = 8
-# Elements of one [steps, width] buffer that is held at a time: small enough for the processor's cache.
+# Elements of one [batch, steps, ...] buffer that is held at a time: small enough for the processor's cache.
 _SEGMENT_ELEMENTS = 2**20
 
 
@@ -32,9 +32,9 @@ def linear_recurrence_(decay: Tensor, value: Tensor, initial: Tensor, products: 
     many steps at once, for three times the arithmetic of a walk.
 
     Args:
-        decay: [batch, T, width].
-        value: [batch, T, width], overwritten by the states.
-        initial: [batch, width], the state before the first step.
+        decay: [batch, T, ...].
+        value: [batch, T, ...], overwritten by the states.
+        initial: [batch, ...], the state before the first step.
         products: Scratch memory of decay's shape for products of decays; decay itself if it is not needed again.
         reverse: Walk from the last step to the first.
     """

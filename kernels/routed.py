@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .chunked import scan_backward, scan_forward
+from .scratch import scratch
 
 
 def check_parameters(
@@ -40,7 +41,7 @@ def check_parameters(
 
 
 def routed_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor) -> Tensor:
-    """y [B, L, K, D]; u and x_dbl are in the computing dtype."""
+    """y [B, L, K, D] in scratch memory; u and x_dbl are in the computing dtype."""
     dt, B, C = _split(x_dbl, dt_weight, A)
     y, _ = scan_forward(u, _project_dt(dt, dt_weight, dt_bias), *_core_arguments(A, B, C), delta_softplus=True)
     return y
@@ -74,8 +75,8 @@ def _split(x_dbl: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _project_dt(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """delta before its softplus, [B, L, K, D]."""
-    delta = dt.new_empty(*dt.shape[:-1], weight.shape[1])
+    """delta before its softplus, [B, L, K, D], in scratch memory."""
+    delta = scratch('delta', dt, (*dt.shape[:-1], weight.shape[1]))
     torch.baddbmm(
         bias.to(dt.dtype).unsqueeze(1),  # [K, 1, D]
         dt.flatten(0, 1).transpose(0, 1),  # [B, L, K, R] -> [K, B * L, R]

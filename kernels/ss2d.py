@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .routed import check_parameters, routed_scan, routed_scan_backward
+from .scratch import scratch
 
 NUM_ROUTES = 4
 
@@ -50,7 +51,7 @@ def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tens
 def _ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide = x.to(wide)
-    y = routed_scan(_cross_scan(x_wide), _route(x_dbl.to(wide)), dt_weight, dt_bias, A)
+    y = routed_scan(_cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A)
     merged = _merge(y, *x.shape[1:3]).addcmul_(x_wide, D.to(wide).sum(dim=0))
     return merged.to(x.dtype)
 
@@ -68,7 +69,7 @@ def _ss2d_scan_backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, grad_y = x.to(wide), grad_y.to(wide)
     grad_u, grad_x_dbl, *grad_parameters = routed_scan_backward(
-        _cross_scan(grad_y), _cross_scan(x_wide), _route(x_dbl.to(wide)), dt_weight, dt_bias, A
+        _cross_scan(grad_y, 'grad_y'), _cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A
     )
     grad_x = _merge(grad_u, height, width).addcmul_(grad_y, D.to(wide).sum(dim=0))
     grad_D = (grad_y * x_wide).sum(dim=(0, 1, 2)).repeat(NUM_ROUTES, 1)
@@ -96,15 +97,15 @@ def _backward(ctx, grad_y):
 _ss2d_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _cross_scan(x: Tensor) -> Tensor:
-    """The same map on every route: [B, H, W, D] -> [B, L, 4, D]."""
-    return _route(x.unsqueeze(3).expand(-1, -1, -1, NUM_ROUTES, -1))
+def _cross_scan(x: Tensor, slot: str) -> Tensor:
+    """The same map on every route: [B, H, W, D] -> [B, L, 4, D], in scratch memory."""
+    return _route(x.unsqueeze(3).expand(-1, -1, -1, NUM_ROUTES, -1), slot)
 
 
-def _route(x: Tensor) -> Tensor:
-    """A map for each route, in its order: [B, H, W, 4, E] -> [B, L, 4, E]."""
+def _route(x: Tensor, slot: str) -> Tensor:
+    """A map for each route, in its order: [B, H, W, 4, E] -> [B, L, 4, E], in scratch memory."""
     batch, height, width, _, dim = x.shape
-    routed = x.new_empty(batch, height * width, NUM_ROUTES, dim)
+    routed = scratch(slot, x, (batch, height * width, NUM_ROUTES, dim))
     by_row = routed.unflatten(1, (height, width))
     by_column = routed.unflatten(1, (width, height)).transpose(1, 2)
     by_row[:, :, :, 0] = x[:, :, :, 0]

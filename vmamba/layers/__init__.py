@@ -1,6 +1,6 @@
 """Mixers and the layers that timm.layers lacks."""
 
-from .bimamba import BiMamba, DirectionalSSM
+from .bimamba import BiMamba
 from .image import check_images
 from .norm import ResidualRmsNorm
 from .patches import NORM_EPS, ConvDownsample, ConvStem, MergeDownsample, PatchStem
@@ -11,7 +11,6 @@ __all__ = [
     'BiMamba',
     'ConvDownsample',
     'ConvStem',
-    'DirectionalSSM',
     'MergeDownsample',
     'NORM_EPS',
     'PatchStem',

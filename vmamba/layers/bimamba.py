@@ -5,7 +5,7 @@ https://arxiv.org/abs/2401.09417
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -15,63 +15,16 @@ from torch import Tensor, nn
 from ..kernels import bidirectional_scan
 from .ssm_init import init_A_log_, init_dt_bias_, init_dt_weight_
 
-
-class DirectionalSSM(nn.Module):
-    """Causal depthwise convolution, SiLU and the projections of a selective scan along a sequence in one direction.
-
-    u = silu(conv1d(x));  x_dbl = x_proj(u). In reverse the convolution sees the sequence from its end.
-    The scan itself runs for both directions at once, in `BiMamba`, with this module's dt_proj, A_log and D.
-
-    Args:
-        dim: Inner channels D.
-        d_state: State dimension N.
-        dt_rank: Rank R of the step-size projection.
-        d_conv: Width of the convolution.
-        reverse: See the sequence from its end.
-    """
-
-    def __init__(
-        self, dim: int, d_state: int, dt_rank: int, d_conv: int, reverse: bool = False, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.reverse = reverse
-        self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim, **dd)
-        self.x_proj = nn.Linear(dim, dt_rank + 2 * d_state, bias=False, **dd)
-        self.dt_proj = nn.Linear(dt_rank, dim, **dd)
-        self.A_log = nn.Parameter(torch.empty(dim, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(dim, **dd))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises the state-space parameters; x_proj and conv1d initialise themselves."""
-        init_dt_weight_(self.dt_proj.weight)
-        init_dt_bias_(self.dt_proj.bias)
-        init_A_log_(self.A_log)
-        nn.init.ones_(self.D)
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """[B, L, D] -> u [B, L, D] and x_dbl [B, L, R + 2N]"""
-        u = F.silu(self._causal_conv(x))
-        return u, self.x_proj(u)
-
-    def _causal_conv(self, x: Tensor) -> Tensor:
-        """The convolution as a sum of shifted products: channels-last throughout."""
-        seqlen, past = x.shape[1], self.conv1d.kernel_size[0] - 1
-        x = F.pad(x, (0, 0, 0, past) if self.reverse else (0, 0, past, 0))
-        y = self.conv1d.bias.to(x.dtype)
-        for shift, weight in enumerate(self.conv1d.weight.to(x.dtype).squeeze(1).unbind(-1)):
-            start = past - shift if self.reverse else shift
-            y = torch.addcmul(y, x[:, start : start + seqlen], weight)
-        return y
+NUM_DIRECTIONS = 2
 
 
 @register_notrace_module
 class BiMamba(nn.Module):
     """Bidirectional Mamba over a token sequence.
 
-    x, z = in_proj(h);  out = out_proj((y_forward + y_backward) / 2 * silu(z)), with y of the two directions'
-    selective scans (see `vmamba.kernels.bidirectional_scan`).
+    x, z = in_proj(h);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k with the
+    projections x_proj_k(u_k) (see `vmamba.kernels.bidirectional_scan`);  out = out_proj(y / 2 * silu(z)).
+    Direction 0 walks and convolves from the first token, direction 1 from the last; each has its own parameters.
 
     Args:
         dim: Token channels d.
@@ -96,21 +49,49 @@ class BiMamba(nn.Module):
         inner = int(expand * dim)
         dt_rank = dt_rank or math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.forward_ssm = DirectionalSSM(inner, d_state, dt_rank, d_conv, **dd)
-        self.backward_ssm = DirectionalSSM(inner, d_state, dt_rank, d_conv, reverse=True, **dd)
+        self.conv1d_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, d_conv, **dd))
+        self.conv1d_bias = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, dt_rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, **dd))
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the directions' parameters, convolution and x_proj as torch does; in_proj, out_proj do so."""
+        for parameter in (self.conv1d_weight, self.conv1d_bias):
+            bound = self.conv1d_weight.shape[-1] ** -0.5
+            nn.init.uniform_(parameter, -bound, bound)
+        bound = self.x_proj_weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        init_dt_weight_(self.dt_proj_weight)
+        init_dt_bias_(self.dt_proj_bias)
+        init_A_log_(self.A_log)
+        nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self._scan(x) / 2
-        return self.out_proj(y * F.silu(z))
+        u = F.silu(self._conv(x))
+        x_dbl = torch.stack([F.linear(u[:, :, k], self.x_proj_weight[k]) for k in range(NUM_DIRECTIONS)], dim=2)
+        A = -torch.exp(self.A_log.float())
+        y = bidirectional_scan(u, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
+        return self.out_proj(y / 2 * F.silu(z))
 
-    def _scan(self, x: Tensor) -> Tensor:
-        directions = (self.forward_ssm, self.backward_ssm)
-        u, x_dbl = (torch.stack(tensors, dim=2) for tensors in zip(*(ssm(x) for ssm in directions)))
-        dt_weight, dt_bias, A_log, D = (
-            torch.stack(tensors)
-            for tensors in zip(*((ssm.dt_proj.weight, ssm.dt_proj.bias, ssm.A_log, ssm.D) for ssm in directions))
-        )
-        return bidirectional_scan(u, x_dbl, dt_weight, dt_bias, -torch.exp(A_log.float()), D)
+    def _conv(self, x: Tensor) -> Tensor:
+        """Both directions' causal depthwise convolutions as sums of shifted products: [B, L, D] -> [B, L, 2, D].
+
+        Of the window of 2w - 1 tokens around a token, direction 0 takes the first w in order, direction 1 the last w
+        from the end, so that tap t of both is at t and 2w - 2 - t.
+        """
+        width = self.conv1d_weight.shape[-1]
+        windows = F.pad(x, (0, 0, width - 1, width - 1)).unfold(1, 2 * width - 1, 1).movedim(-1, 2)
+        weight = self.conv1d_weight.to(x.dtype)
+        y = self.conv1d_bias.to(x.dtype)
+        for tap in range(width):
+            last = 2 * width - 2 - tap
+            taps = windows[:, :, tap : last + 1 : max(last - tap, 1)]  # [B, L, 2, D], or 1 for the token itself
+            y = torch.addcmul(y, taps, weight[:, :, tap])
+        return y

@@ -125,9 +125,9 @@ class Vim(nn.Module):
     def init_weights(self) -> None:
         """Classifier from a truncated normal of 0.02, out_proj over sqrt(depth); the rest keep their own."""
         self._init_head()
-        with torch.no_grad():
-            for block in self.blocks:
-                block.mixer.out_proj.weight.div_(len(self.blocks) ** 0.5)
+        for block in self.blocks:
+            bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
+            nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
 
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
@@ -142,8 +142,8 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Embeddings, A_log and D."""
-        exempt = ('pos_embed', 'cls_token', '.A_log', '.D')
+        """Embeddings, A_log, D, and the biases that have a row per direction."""
+        exempt = ('pos_embed', 'cls_token', '.A_log', '.D', '.dt_proj_bias', '.conv1d_bias')
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     @torch.jit.ignore
@@ -269,23 +269,21 @@ _RENAMES = (
     (r'^norm_f\.', 'norm.'),
     (r'^layers\.', 'blocks.'),
     (r'\.mixer\.gamma$', '.ls.gamma'),
-    (r'\.mixer\.(A|D)_b(_log)?$', r'.mixer.backward_ssm.\1\2'),
-    (r'\.mixer\.(conv1d|x_proj|dt_proj)_b\.', r'.mixer.backward_ssm.\1.'),
-    (r'\.mixer\.(A_log|D)$', r'.mixer.forward_ssm.\1'),
-    (r'\.mixer\.(conv1d|x_proj|dt_proj)\.', r'.mixer.forward_ssm.\1.'),
+    (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
+    (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
 )
+_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)$'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Renames the official layout to this module's and fits the position embedding to the model's image size.
 
-    A `mixer.gamma` scales the mixer's output, so for a model without layer scale it goes into out_proj.
+    The official layout keeps the two directions' parameters apart, the backward one's marked `_b`. A `mixer.gamma`
+    scales the mixer's output, so for a model without layer scale it goes into out_proj.
     """
-    out = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        out[key] = value
+    out = dict(state_dict)
+    if any(key.startswith('layers.') for key in state_dict):
+        out = _stack_directions({_rename(key): value for key, value in state_dict.items()})
     own = model.state_dict()
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
@@ -294,6 +292,22 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if pos_embed is not None and pos_embed.shape[1] != model.embed.pos_embed.shape[1]:
         side = int((pos_embed.shape[1] - 1) ** 0.5)
         out['embed.pos_embed'] = resize_pos_embed(pos_embed, (side, side), model.embed.grid_size)
+    return out
+
+
+def _rename(key: str) -> str:
+    for pattern, replacement in _RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Stacks each directional parameter with its `_b`; one without its partner stays, to be named as unexpected."""
+    out = dict(state_dict)
+    for key, value in state_dict.items():
+        if re.search(_DIRECTIONAL, key) and f'{key}_b' in state_dict:
+            pair = torch.stack([value, out.pop(f'{key}_b')])
+            out[key] = pair.squeeze(2) if key.endswith('conv1d_weight') else pair  # [2, D, 1, w] -> [2, D, w]
     return out
 
 
