@@ -86,21 +86,25 @@ def _check(
     delta_bias: Optional[Tensor],
     initial_state: Optional[Tensor],
 ) -> None:
-    if u.ndim != 3 or not u.is_floating_point():
-        raise ValueError(f'u must be a floating [batch, dim, L] tensor, got {tuple(u.shape)} {u.dtype}')
+    names = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias', 'initial_state')
+    for name, tensor in zip(names, (u, delta, A, B, C, D, z, delta_bias, initial_state)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f'{name} must be a real floating tensor, got {tensor.dtype}')
+    if u.ndim != 3:
+        raise ValueError(f'u must be [batch, dim, L], got {tuple(u.shape)}')
     batch, dim, seqlen = u.shape
     if seqlen == 0:
         raise ValueError('u must hold at least one position, got L = 0')
-    if A.ndim != 2 or A.shape[0] != dim or A.is_complex():
-        raise ValueError(f'A must be a real [dim={dim}, N] tensor, got {tuple(A.shape)} {A.dtype}')
+    if A.ndim != 2 or A.shape[0] != dim:
+        raise ValueError(f'A must be [dim={dim}, N], got {tuple(A.shape)}')
     dstate = A.shape[1]
-    if delta.ndim != 3 or (delta.shape[0], delta.shape[2]) != (batch, seqlen) or dim % max(delta.shape[1], 1):
+    if delta.ndim != 3 or (delta.shape[0], delta.shape[2]) != (batch, seqlen) or not _divides(delta.shape[1], dim):
         raise ValueError(f'delta must be [{batch}, {dim} or a divisor of it, {seqlen}], got {tuple(delta.shape)}')
     for name, tensor in (('B', B), ('C', C)):
         constant = tuple(tensor.shape) == (dim, dstate)
         shared = tuple(tensor.shape) == (batch, dstate, seqlen)
         grouped = tensor.ndim == 4 and (tensor.shape[0], *tensor.shape[2:]) == (batch, dstate, seqlen)
-        if not (constant or shared or (grouped and tensor.shape[1] and dim % tensor.shape[1] == 0)):
+        if not (constant or shared or (grouped and _divides(tensor.shape[1], dim))):
             raise ValueError(
                 f'{name} must be [{dim}, {dstate}], [{batch}, {dstate}, {seqlen}] or [{batch}, G, {dstate}, {seqlen}] '
                 f'with G a divisor of {dim}, got {tuple(tensor.shape)}'
@@ -109,6 +113,10 @@ def _check(
     for (name, shape), tensor in zip(expected.items(), (D, z, delta_bias, initial_state)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f'{name} must be {list(shape)}, got {tuple(tensor.shape)}')
+
+
+def _divides(groups: int, dim: int) -> bool:
+    return groups > 0 and dim % groups == 0
 
 
 @torch.library.custom_op('vmamba::selective_scan', mutates_args=())

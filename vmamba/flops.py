@@ -1,5 +1,6 @@
 """Counting a model's operations as the official tables do."""
 
+from math import prod
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -16,6 +17,8 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::selective_scan': _selective_scan,
         'vmamba::ss2d_scan': _routed_scan,
         'vmamba::bidirectional_scan': _routed_scan,
+        'aten::addcmul': _addcmul,  # Vim's depthwise convolution is a sum of these
+        'aten::addcmul_': _addcmul,
     }
 
 
@@ -32,11 +35,14 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224
 
     Raises:
         ModuleNotFoundError: Without fvcore.
+        ValueError: For a model on the meta device, which cannot be traced.
     """
     from fvcore.nn import FlopCountAnalysis
 
     parameter = next(model.parameters())
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    if parameter.is_meta:
+        raise ValueError('a model on the meta device cannot be traced: create it on a real one')
     training = model.training
     analysis = FlopCountAnalysis(model.eval(), image).set_op_handle(**fvcore_handles())
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -48,6 +54,10 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224
 def _shape(value: Any) -> Optional[Tuple[int, ...]]:
     """Shape of a traced tensor; None for an argument that was not given."""
     return tuple(value.type().sizes()) if value.type().kind() == 'TensorType' else None
+
+
+def _addcmul(inputs: list, outputs: list) -> int:
+    return prod(_shape(outputs[0]))
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

@@ -13,7 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import bidirectional_scan
-from .ssm_init import init_A_log_, init_dt_bias_, init_dt_weight_
+from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 NUM_DIRECTIONS = 2
 
@@ -76,7 +76,7 @@ class BiMamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u = F.silu(self._conv(x))
         x_dbl = torch.stack([F.linear(u[:, :, k], self.x_proj_weight[k]) for k in range(NUM_DIRECTIONS)], dim=2)
-        A = -torch.exp(self.A_log.float())
+        A = negative_exp(self.A_log)
         y = bidirectional_scan(u, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
         return self.out_proj(y / 2 * F.silu(z))
 
@@ -89,9 +89,12 @@ class BiMamba(nn.Module):
         width = self.conv1d_weight.shape[-1]
         windows = F.pad(x, (0, 0, width - 1, width - 1)).unfold(1, 2 * width - 1, 1).movedim(-1, 2)
         weight = self.conv1d_weight.to(x.dtype)
-        y = self.conv1d_bias.to(x.dtype)
+        y = None
         for tap in range(width):
             last = 2 * width - 2 - tap
             taps = windows[:, :, tap : last + 1 : max(last - tap, 1)]  # [B, L, 2, D], or 1 for the token itself
-            y = torch.addcmul(y, taps, weight[:, :, tap])
+            if y is None:
+                y = torch.addcmul(self.conv1d_bias.to(x.dtype), taps, weight[:, :, tap])
+            else:
+                y.addcmul_(taps, weight[:, :, tap])
         return y

@@ -13,7 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import ss2d_scan
-from .ssm_init import init_A_log_, init_dt_bias_, init_dt_weight_
+from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 NUM_ROUTES = 4
 
@@ -83,7 +83,7 @@ class SS2D(nn.Module):
         x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # in NCHW view of channels-last memory
         x = F.silu(x)
         x_dbl = self.x_proj(x).unflatten(-1, (NUM_ROUTES, -1))
-        A = -torch.exp(self.A_log.float())
+        A = negative_exp(self.A_log)
         y = ss2d_scan(x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
         y = self.out_norm(y)
         if self.gate:

@@ -102,12 +102,12 @@ class TokenEmbed(nn.Module):
         """Changes the image size, resizing the position embedding in place of the old one."""
         img_size = to_2tuple(img_size)
         grid_size = self.dynamic_feat_size(img_size)
-        with torch.no_grad():
-            self.pos_embed = nn.Parameter(resize_pos_embed(self.pos_embed, self.grid_size, grid_size))
+        resized = resize_pos_embed(self.pos_embed.detach(), self.grid_size, grid_size)
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         self.img_size, self.grid_size = img_size, grid_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> [B, h * w + 1, d]"""
+        """[B, in_chans, H, W] -> [B, h * w + 1, d] in at least fp32: the start of the residual stream"""
         check_images(images, self.in_chans, 1)
         size = tuple(images.shape[-2:])
         if not self.dynamic_img_size and size != self.img_size:
@@ -119,4 +119,5 @@ class TokenEmbed(nn.Module):
         patches = self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).squeeze(1)
         tokens = insert_class_token(patches, class_token)
-        return tokens + resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
+        tokens = tokens + resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Type, Union
 from urllib.error import URLError
@@ -82,6 +83,30 @@ def _download_error(variant: str, error: Exception) -> RuntimeError:
     )
 
 
+class _Inert:
+    """Stands for a pickled record that is not needed: takes whatever it is built from and keeps none of it."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What official files hold beside their weights: Vim's the arguments of the training run, an argparse.Namespace;
+# VMamba's the records of mmengine and yacs, with numbers of numpy. Of the latter nothing is imported or run.
+_RECORDS = {
+    'yacs.config.CfgNode': OrderedDict,
+    'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
+    'numpy.dtype': _Inert,
+    'numpy.ndarray': _Inert,
+    'numpy.core.multiarray._reconstruct': _Inert,
+    'numpy._core.multiarray._reconstruct': _Inert,
+    'numpy.core.multiarray.scalar': _Inert,
+    'numpy._core.multiarray.scalar': _Inert,
+}
+
+
 class CheckpointFileError(FileNotFoundError):
     """The checkpoint file that was asked for does not exist."""
 
@@ -106,17 +131,30 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        # Vim's files keep the arguments of their training run beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(
+            [argparse.Namespace, *((record, name) for name, record in _RECORDS.items())]
+        ):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RuntimeError(
-            f'{path} is not a checkpoint of weights: it is corrupt, or it holds pickled objects, which are not loaded '
-            f'because they could run code ({str(error).splitlines()[0]})'
-        ) from error
+        raise RuntimeError(_refusal(path)) from error
     except (RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
         raise RuntimeError(f'{path} is not a readable checkpoint: {error}') from error
     return _select_weights(checkpoint, path, use_ema)
+
+
+def _refusal(path: Path) -> str:
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        found = []
+    refused = [name for name in found if name not in ('argparse.Namespace', *_RECORDS)]
+    if not refused:
+        return f'{path} is not a readable checkpoint: it is corrupt or in another format'
+    return (
+        f'{path} holds more than weights: {", ".join(refused)}. Such objects could run code and are not loaded; if '
+        f"you trust the file, keep only its weights: torch.save(torch.load(path, weights_only=False)['model'], "
+        f"'weights.pth') (or ['state_dict'], where they are under that key)"
+    )
 
 
 def _select_weights(checkpoint: Any, path: Path, use_ema: bool) -> StateDict:

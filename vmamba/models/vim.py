@@ -6,6 +6,8 @@ Paper: `Vision Mamba: Efficient Visual Representation Learning with Bidirectiona
 The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this code is written anew.
 """
 
+import logging
+import math
 import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
@@ -20,6 +22,8 @@ from ..layers import BiMamba, ResidualRmsNorm, TokenEmbed, resize_pos_embed, spl
 from ._pretrained import build_model, load_pretrained
 
 __all__ = ['Vim']
+
+_logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
 
@@ -203,7 +207,7 @@ class Vim(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         size = tuple(x.shape[-2:])
         intermediates = []
-        x = self._embed(x)
+        x = self.embed(x)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = self._block(block, x)
             if i in take_indices:
@@ -230,16 +234,12 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _embed(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-
     def _block(self, block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
-        x = self._embed(x)
+        x = self.embed(x)
         for block in self.blocks:
             x = self._block(block, x)
         return self.norm(x)
@@ -272,7 +272,7 @@ _RENAMES = (
     (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
     (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
 )
-_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)$'
+_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)(_b)?$'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
@@ -282,17 +282,28 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     scales the mixer's output, so for a model without layer scale it goes into out_proj.
     """
     out = dict(state_dict)
-    if any(key.startswith('layers.') for key in state_dict):
+    is_official = any(key.startswith('layers.') for key in state_dict)
+    if is_official:
         out = _stack_directions({_rename(key): value for key, value in state_dict.items()})
     own = model.state_dict()
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         out[weight] = out[weight] * out.pop(key).unsqueeze(-1)
     pos_embed = out.get('embed.pos_embed')
-    if pos_embed is not None and pos_embed.shape[1] != model.embed.pos_embed.shape[1]:
-        side = int((pos_embed.shape[1] - 1) ** 0.5)
-        out['embed.pos_embed'] = resize_pos_embed(pos_embed, (side, side), model.embed.grid_size)
+    if pos_embed is not None and (is_official or pos_embed.shape != own['embed.pos_embed'].shape):
+        out['embed.pos_embed'] = _fit_pos_embed(pos_embed, model.embed.grid_size)
     return out
+
+
+def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
+    """Resizes the position embedding of a square image to another grid."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if side * side != pos_embed.shape[1] - 1:
+        shape = tuple(pos_embed.shape)
+        raise RuntimeError(f'pos_embed {shape} is not that of a square image: create the model with its img_size')
+    if (side, side) != grid_size:
+        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', side, side, *grid_size)
+    return resize_pos_embed(pos_embed, (side, side), grid_size)
 
 
 def _rename(key: str) -> str:
@@ -302,11 +313,13 @@ def _rename(key: str) -> str:
 
 
 def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Stacks each directional parameter with its `_b`; one without its partner stays, to be named as unexpected."""
-    out = dict(state_dict)
+    """Stacks each directional parameter with its `_b`; one without its partner is left out, so missing."""
+    out = {}
     for key, value in state_dict.items():
-        if re.search(_DIRECTIONAL, key) and f'{key}_b' in state_dict:
-            pair = torch.stack([value, out.pop(f'{key}_b')])
+        if not re.search(_DIRECTIONAL, key):
+            out[key] = value
+        elif f'{key}_b' in state_dict:
+            pair = torch.stack([value, state_dict[f'{key}_b']])
             out[key] = pair.squeeze(2) if key.endswith('conv1d_weight') else pair  # [2, D, 1, w] -> [2, D, w]
     return out
 
@@ -346,7 +359,7 @@ _EMA_VARIANTS = ('vim_b',)  # its published accuracy is that of the averaged wei
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
-    feature_cfg = dict(out_indices=3, feature_cls='getter')
+    feature_cfg = dict(out_indices=3, feature_cls='getter', flatten_sequential=True)
     return build_model(Vim, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)
 
 

@@ -139,13 +139,18 @@ class VMamba(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm = LayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
+        self.drop_rate = drop_rate
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Linear layers from a truncated normal of 0.02; x_proj, convolutions and the SSM keep their own."""
-        for name, module in self.named_modules():
+        self._init_linear(self)
+
+    @staticmethod
+    def _init_linear(parent: nn.Module) -> None:
+        for name, module in parent.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
@@ -183,7 +188,16 @@ class VMamba(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        parameter = next(self.stem.parameters())
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
+            drop_rate=self.drop_rate,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        )
+        self._init_linear(self.head)
 
     def forward_intermediates(
         self,

@@ -1,4 +1,4 @@
-"""Initial values of the state-space parameters, as in Mamba.
+"""The state-space parameters, as in Mamba: initial values and what is computed from them.
 
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
@@ -31,3 +31,8 @@ def init_dt_bias_(bias: Tensor) -> Tensor:
     dt = torch.rand(bias.shape, device=bias.device) * (math.log(_DT_MAX) - math.log(_DT_MIN)) + math.log(_DT_MIN)
     dt = dt.exp().clamp(min=_DT_FLOOR)
     return bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in fp32 also for parameters of half precision."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

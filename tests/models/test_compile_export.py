@@ -1,0 +1,124 @@
+"""Whole-graph capture: torch.compile, torch.export and FX."""
+
+import shutil
+
+import oracles
+import pytest
+import test_timm_api
+import torch
+from test_timm_api import SMALL, images
+from timm.models import create_feature_extractor, get_graph_node_names
+
+SHALLOW = {'vmamba': dict(depths=(1, 1)), 'v0': dict(depths=(1, 1)), 'vim': dict(depth=2)}
+CASES = [
+    pytest.param('vmamba', {}, id='vmamba'),
+    pytest.param('v0', {}, id='v0'),
+    pytest.param('vim', {}, id='vim'),
+    pytest.param('vim', dict(global_pool='avg'), id='vim-avg'),
+    pytest.param('vim', dict(dynamic_img_size=True), id='vim-dynamic'),
+]
+
+
+def small(family, **kwargs):
+    return test_timm_api.small(family, **{**SHALLOW[family], **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def outputs_and_gradients(model, forward, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize('family,options', CASES)
+def test_compiled_in_one_graph_equals_eager(family, options):
+    model, x = small(family, **options).train(), images()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
+        assert oracles.relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize('family', ['vmamba', 'vim'])
+def test_compiled_under_autocast_equals_eager(family):
+    model, x = small(family).train(), images()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.autocast('cpu', torch.bfloat16):
+        for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
+            assert oracles.relative_error(actual.float(), expected.float()) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', ['vmamba', 'vim'])
+def test_compiled_for_any_batch_size(family):
+    model = small(family).eval()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
+    for batch in (2, 3, 5):
+        x = images(batch, 3, 32, 32)
+        assert oracles.relative_error(compiled(x), model(x)) < 1e-5
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+@pytest.mark.parametrize('family', ['vmamba', 'vim'])
+def test_compiled_to_native_code_equals_eager(family):
+    options = dict(depth=1) if family == 'vim' else dict(depths=(1,))
+    model, x = small(family, **options).train(), images()
+    compiled = torch.compile(model, fullgraph=True)
+    for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
+        assert oracles.relative_error(actual, expected) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family,options', CASES)
+def test_exported_equals_eager(family, options):
+    model, x = small(family, **options).eval(), images()
+    exported = torch.export.export(model, (x,)).module()
+    assert oracles.relative_error(exported(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', SMALL)
+def test_exported_with_a_dynamic_batch_equals_eager(family):
+    model = small(family).eval()
+    dynamic = ({0: torch.export.Dim('batch', min=1, max=64)},)
+    exported = torch.export.export(model, (images(3, 3, 32, 32),), dynamic_shapes=dynamic).module()
+    for batch in (1, 2, 7):
+        x = images(batch, 3, 32, 32)
+        assert oracles.relative_error(exported(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', SMALL)
+def test_a_saved_export_loads_and_names_the_operators(family, tmp_path):
+    model, x = small(family).eval(), images()
+    program = torch.export.export(model, (x,))
+    operators = {str(node.target).split('.')[0] for node in program.graph.nodes if node.op == 'call_function'}
+    assert 'vmamba' in operators
+    torch.export.save(program, tmp_path / 'model.pt2')
+    assert oracles.relative_error(torch.export.load(tmp_path / 'model.pt2').module()(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', SMALL)
+def test_traced_by_fx_equals_eager(family):
+    model, x = small(family).eval(), images()
+    _, nodes = get_graph_node_names(model)
+    extractor = create_feature_extractor(model, {nodes[-1]: 'logits', 'norm': 'features'})
+    out = extractor(x)
+    assert torch.equal(out['logits'], model(x))
+    assert torch.equal(out['features'], model.forward_features(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', SMALL)
+def test_captured_graphs_still_refuse_bad_images(family):
+    model = small(family).eval()
+    compiled = torch.compile(model, backend='eager')
+    compiled(images())
+    with pytest.raises(ValueError, match='got 4'):
+        compiled(images(2, 4, 32, 32))

@@ -1,0 +1,76 @@
+"""The models on a CUDA device: the same answers as on the CPU, under autocast, compiled and captured."""
+
+import pytest
+import timm
+import torch
+
+import vmamba  # noqa: F401  registers the models
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+
+NAMES = ['vmamba_nano', 'vim_nano', 'vmamba_t_v0']
+
+
+def build(name):
+    kwargs = dict(depths=(1, 1, 1, 1)) if name == 'vmamba_t_v0' else {}
+    return timm.create_model(name, num_classes=10, **kwargs), torch.randn(4, 3, 32, 32)
+
+
+def relative_error(actual, expected):
+    return ((actual.cpu().double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_outputs_and_gradients_equal_the_cpus(name):
+    model, images = build(name)
+    expected = model(images)
+    expected.square().sum().backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.cuda()
+    logits = model(images.cuda())
+    logits.square().sum().backward()
+    assert relative_error(logits, expected) < 1e-4
+    for key, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, gradients[key]) < 2e-3, key
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
+def test_autocast(name, dtype):
+    model, images = build(name)
+    model.eval().cuda()
+    with torch.no_grad():
+        expected = model(images.cuda()).cpu()
+        with torch.autocast('cuda', dtype):
+            assert relative_error(model(images.cuda()), expected) < 5e-2
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_compiled_without_graph_breaks(name):
+    model, images = build(name)
+    model.cuda()
+    expected = model(images.cuda()).detach().cpu()
+    compiled = torch.compile(model, fullgraph=True)
+    logits = compiled(images.cuda())
+    logits.sum().backward()
+    assert relative_error(logits.detach(), expected) < 1e-4
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_captured_in_a_cuda_graph(name):
+    model, images = build(name)
+    model.eval().cuda()
+    static = images.cuda()
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(static)
+        other = torch.randn_like(images)
+        static.copy_(other)
+        graph.replay()
+        assert relative_error(captured, model(other.cuda()).cpu()) < 1e-5

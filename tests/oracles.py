@@ -1,0 +1,179 @@
+"""Independent float64 definitions of the operators, and the comparisons that tests make with them.
+
+Nothing here imports the library. Loops walk one position at a time and index what the definition names, so that a
+mistake shared with a vectorised implementation is unlikely.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# dtype -> (bound of the relative error by norm, rtol, atol); the last two as in mamba_ssm's own tests.
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-8, 1e-8),
+    torch.float32: (1e-4, 6e-4, 2e-3),
+    torch.float16: (2e-3, 3e-3, 5e-3),
+    torch.bfloat16: (1e-2, 3e-2, 5e-2),
+}
+DTYPES = list(TOLERANCES)
+TINY = 1e-30  # what is smaller than this in float64 may be nothing in fp32
+
+
+def relative_error(actual, expected):
+    """Norm of the difference over the norm of what is expected; NaN if either holds one."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if not expected.numel():
+        return 0.0
+    scale = torch.linalg.vector_norm(expected).item()
+    difference = torch.linalg.vector_norm(actual - expected).item()
+    return difference / max(scale, TINY)
+
+
+def assert_matches(actual, expected, dtype, name=''):
+    """Both by norm and element by element; absolute tolerances are in units of the root mean square."""
+    assert actual.shape == expected.shape, f'{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}'
+    if not expected.numel():
+        return
+    bound, rtol, atol = TOLERANCES[dtype]
+    error = relative_error(actual, expected)
+    assert error <= bound, f'{name}: relative error {error:.3g} is over {bound:.3g}'
+    scale = expected.detach().double().square().mean().sqrt().item()
+    torch.testing.assert_close(
+        actual.detach().double(),
+        expected.detach().double(),
+        rtol=rtol,
+        atol=atol * max(scale, TINY),
+        msg=lambda m: f'{name}: {m}',
+    )
+
+
+def assert_all_match(actual, expected, dtype):
+    """Two dictionaries of tensors by name; None only where both have it."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert (actual[name] is None) == (expected[name] is None), name
+        if expected[name] is not None:
+            assert_matches(actual[name], expected[name], dtype, name)
+
+
+def softplus(x):
+    """log(1 + e^x) without overflow."""
+    return torch.clamp(x, min=0) + torch.log1p(torch.exp(-torch.abs(x)))
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    reverse=False,
+):
+    """The selective scan for one position, group and state at a time; differentiable. All arguments in float64.
+
+    Returns:
+        y [batch, dim, L] and the last state [batch, dim, N].
+    """
+    batch, dim, seqlen = u.shape
+    dstate = A.shape[1]
+    share = dim // delta.shape[1]
+    h = [u.new_zeros(batch, dim) if initial_state is None else initial_state[:, :, n] for n in range(dstate)]
+    y = [None] * seqlen
+    for step in range(seqlen - 1, -1, -1) if reverse else range(seqlen):
+        dt = torch.stack([delta[:, d // share, step] for d in range(dim)], dim=1)
+        if delta_bias is not None:
+            dt = dt + delta_bias
+        if delta_softplus:
+            dt = softplus(dt)
+        x = u[:, :, step]
+        out = 0
+        for n in range(dstate):
+            h[n] = torch.exp(dt * A[:, n]) * h[n] + dt * _coefficient(B, n, step, u) * x
+            out = out + _coefficient(C, n, step, u) * h[n]
+        if D is not None:
+            out = out + D * x
+        if z is not None:
+            out = out * silu(z[:, :, step])
+        y[step] = out
+    return torch.stack(y, dim=-1), torch.stack(h, dim=-1)
+
+
+def _coefficient(tensor, n, step, u):
+    """Entry n of B or C at one position for each channel, [batch or 1, dim]."""
+    batch, dim, _ = u.shape
+    if tensor.ndim == 2:
+        return tensor[None, :, n]
+    if tensor.ndim == 3:
+        return tensor[:, n, step, None].expand(batch, dim)
+    groups = tensor.shape[1]
+    return torch.stack([tensor[:, d * groups // dim, n, step] for d in range(dim)], dim=1)
+
+
+def route_pixels(height, width):
+    """The (row, column) pairs that each of the four routes visits, in order."""
+    by_row = [(h, w) for h in range(height) for w in range(width)]
+    by_column = [(h, w) for w in range(width) for h in range(height)]
+    return [by_row, by_column, by_row[::-1], by_column[::-1]]
+
+
+def ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D):
+    """Four scans over the routes of a map, each output added where its pixel is; differentiable, in float64."""
+    batch, height, width, dim = x.shape
+    dt_rank, dstate = dt_weight.shape[2], A.shape[2]
+    out = {}
+    for k, pixels in enumerate(route_pixels(height, width)):
+        h = x.new_zeros(batch, dim, dstate)
+        for row, column in pixels:
+            dt, B, C = x_dbl[:, row, column, k].split([dt_rank, dstate, dstate], dim=-1)
+            delta = softplus(torch.einsum('dr,br->bd', dt_weight[k], dt) + dt_bias[k])
+            pixel = x[:, row, column]
+            h = torch.exp(delta[:, :, None] * A[k]) * h + torch.einsum('bd,bn,bd->bdn', delta, B, pixel)
+            y = torch.einsum('bn,bdn->bd', C, h) + D[k] * pixel
+            out[row, column] = out.get((row, column), 0) + y
+    rows = [torch.stack([out[row, column] for column in range(width)], dim=1) for row in range(height)]
+    return torch.stack(rows, dim=1)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Over the last dimension."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
+
+
+def rms_norm(x, weight, eps=1e-5):
+    """Over the last dimension."""
+    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def causal_conv1d(x, weight, bias):
+    """Depthwise: x [batch, L, dim], weight [dim, 1, width] whose last tap meets the present position."""
+    width = weight.shape[-1]
+    out = []
+    for step in range(x.shape[1]):
+        total = bias
+        for tap in range(width):
+            past = step - (width - 1 - tap)
+            if past >= 0:
+                total = total + weight[:, 0, tap] * x[:, past]
+        out.append(total.expand(x.shape[0], -1))
+    return torch.stack(out, dim=1)
+
+
+def resize_grid(grid, height, width):
+    """Bicubic without aligned corners: [1, h, w, d] -> [1, height, width, d]"""
+    resized = F.interpolate(grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False)
+    return resized.permute(0, 2, 3, 1)
