@@ -7,13 +7,13 @@ pass recomputes them from the state at each segment's start.
 """
 
 import math
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recurrence import linear_recurrence_, segments
+from .recurrence import blocks, linear_recurrence_
 from .scratch import scratch
 
 _LOG2_E = math.log2(math.e)  # torch's vectorised exp2 is three times as fast as its exp
@@ -42,15 +42,15 @@ def scan_forward(
         y [batch, L, G, D/G], in memory that the thread's next call overwrites, and the state after the last step.
     """
     y = scratch('y', u, u.shape)
-    A = A * _LOG2_E
-    parts, buffers = _segments(u.shape[1], state, 2)
-    for part in parts:
-        step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        decay, states = (buffer[:, : step.shape[1]] for buffer in buffers)
-        _states(u[:, part], step, A, B[:, part], state, decay, states, products=decay)
-        _contract_states(C[:, part], states, out=y[:, part])
-        state = states[:, -1].clone()
-    return y, state
+    last_state = torch.empty_like(state)
+    A_log2 = A * _LOG2_E
+    batches, parts = blocks(*u.shape[:2], A.numel())
+    for rows in batches:
+        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], parts, delta_softplus)
+        for part, states in _walk_parts(*entries):
+            _contract_states(C[rows, part], states, out=y[rows, part])
+        last_state[rows] = states[:, -1]
+    return y, last_state
 
 
 def scan_backward(
@@ -71,56 +71,71 @@ def scan_backward(
         grad_state: Gradient of the state after the last step.
         u, delta, A, B, C, state, delta_softplus: The arguments of `scan_forward`.
     """
-    parts, buffers = _segments(u.shape[1], state, 4)
-    A_log2 = A * _LOG2_E
-    starts = [state]
-    for part in parts[:-1]:
-        step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        decay, states = (buffer[:, : step.shape[1]] for buffer in buffers[:2])
-        _states(u[:, part], step, A_log2, B[:, part], starts[-1], decay, states, products=decay)
-        starts.append(states[:, -1].clone())
-
     grad_u, grad_delta, grad_B, grad_C = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, B, C)
     )
     grad_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
-    for part, start in zip(reversed(parts), reversed(starts)):
-        u_part, B_part = u[:, part], B[:, part]
-        step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        # One step more than the segment: the state before it, and a decay of one into the step after it.
-        decay, states, products, adjoint = (buffer[:, : step.shape[1] + 1] for buffer in buffers)
-        states[:, 0] = start
-        decay[:, -1] = 1
-        _states(u_part, step, A_log2, B_part, start, decay[:, :-1], states[:, 1:], products[:, :-1])
-        _contract_channels(states[:, 1:], grad_y[:, part], out=grad_C[:, part])
+    grad_initial = torch.empty_like(state)
+    A_log2 = A * _LOG2_E
+    batches, parts = blocks(*u.shape[:2], A.numel())
+    for rows in batches:
+        starts = [state[rows]]
+        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], parts[:-1], delta_softplus)
+        starts += [states[:, -1].clone() for _, states in _walk_parts(*entries)]
+        grad_carried = grad_state[rows]
+        for part, start in zip(reversed(parts), reversed(starts)):
+            block = rows, part
+            u_part, B_part, grad_y_part = u[block], B[block], grad_y[block]
+            step = F.softplus(delta[block]) if delta_softplus else delta[block]
+            # One step more than the part: the state before it, and a decay of one into the step after it.
+            decay, states, products, adjoint = _buffers(4, step.shape[1] + 1, start)
+            states[:, 0] = start
+            decay[:, -1] = 1
+            _states(u_part, step, A_log2, B_part, start, decay[:, :-1], states[:, 1:], products[:, :-1])
+            _contract_channels(states[:, 1:], grad_y_part, out=grad_C[block])
 
-        adjoint = adjoint[:, 1:]
-        torch.mul(C[:, part].unsqueeze(-1), grad_y[:, part].unsqueeze(-2), out=adjoint)
-        linear_recurrence_(decay[:, 1:], adjoint, grad_state, products[:, 1:], reverse=True)
-        grad_state = decay[:, 0] * adjoint[:, 0]
+            adjoint = adjoint[:, 1:]
+            torch.mul(C[block].unsqueeze(-1), grad_y_part.unsqueeze(-2), out=adjoint)
+            linear_recurrence_(decay[:, 1:], adjoint, grad_carried, products[:, 1:], reverse=True)
+            grad_carried = decay[:, 0] * adjoint[:, 0]
 
-        _contract_channels(adjoint, step * u_part, out=grad_B[:, part])
-        grad_input = torch.empty_like(step, memory_format=torch.contiguous_format)
-        _contract_states(B_part, adjoint, out=grad_input)
-        torch.mul(grad_input, step, out=grad_u[:, part])
+            _contract_channels(adjoint, step * u_part, out=grad_B[block])
+            grad_input = torch.empty_like(step, memory_format=torch.contiguous_format)
+            _contract_states(B_part, adjoint, out=grad_input)
+            torch.mul(grad_input, step, out=grad_u[block])
 
-        grad_exponent = adjoint.mul_(states[:, :-1]).mul_(decay[:, :-1])
-        grad_step = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_part)
-        if delta_softplus:
-            grad_step.mul_(torch.sigmoid(delta[:, part]))
-        grad_delta[:, part] = grad_step
-        grad_A += grad_exponent.mul_(step.unsqueeze(-2)).sum(dim=(0, 1))
-    return ScanGradients(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_state)
+            grad_exponent = adjoint.mul_(states[:, :-1]).mul_(decay[:, :-1])
+            grad_step = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_part)
+            if delta_softplus:
+                grad_step.mul_(torch.sigmoid(delta[block]))
+            grad_delta[block] = grad_step
+            grad_A += grad_exponent.mul_(step.unsqueeze(-2)).sum(dim=(0, 1))
+        grad_initial[rows] = grad_carried
+    return ScanGradients(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial)
 
 
-def _segments(steps: int, state: Tensor, count: int) -> tuple[list[slice], Tensor]:
-    """Slices of L of bounded memory, and `count` buffers [batch, S + 1, G, N, D/G] for the longest of S steps.
-
-    The buffers are one allocation that all segments share.
-    """
-    parts, length = segments(steps, state.numel())
+def _buffers(count: int, steps: int, state: Tensor) -> Tensor:
+    """`count` buffers [batch, steps, G, N, D/G] in one piece of scratch memory."""
     batch, *sizes = state.shape
-    return parts, scratch('states', state, (count, batch, length + 1, *sizes))
+    return scratch('states', state, (count, batch, steps, *sizes))
+
+
+def _walk_parts(
+    u: Tensor,
+    delta: Tensor,
+    A_log2: Tensor,
+    B: Tensor,
+    state: Tensor,
+    parts: list[slice],
+    delta_softplus: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields each part of L with its states [batch, S, G, N, D/G], which are overwritten by the next part's."""
+    for part in parts:
+        step = F.softplus(delta[:, part]) if delta_softplus else delta[:, part]
+        decay, states = _buffers(2, step.shape[1], state)
+        _states(u[:, part], step, A_log2, B[:, part], state, decay, states, products=decay)
+        state = states[:, -1].clone()
+        yield part, states
 
 
 def _states(
@@ -141,15 +156,22 @@ def _states(
 
 def _contract_states(weight: Tensor, states: Tensor, out: Tensor) -> None:
     """out[..., d] = sum_n weight[..., n] * states[..., n, d]"""
-    if weight.shape[-1] == 1:  # a product of 1x1 matrices has far more overhead than arithmetic
+    if weight.shape[-1] == 1:
         torch.mul(weight, states.squeeze(-2), out=out)
+    elif _is_small(states):
+        torch.sum(weight.unsqueeze(-1) * states, dim=-2, out=out)
     else:
         out.copy_(torch.matmul(weight.unsqueeze(-2), states).squeeze(-2))
 
 
 def _contract_channels(states: Tensor, channels: Tensor, out: Tensor) -> None:
     """out[..., n] = sum_d states[..., n, d] * channels[..., d]"""
-    if states.shape[-2] == 1:
+    if _is_small(states):
         torch.sum(states * channels.unsqueeze(-2), dim=-1, out=out)
     else:
         out.copy_(torch.matmul(states, channels.unsqueeze(-1)).squeeze(-1))
+
+
+def _is_small(states: Tensor) -> bool:
+    """Whether starting a product with each [N, D/G] matrix takes longer than the arithmetic."""
+    return states.shape[-2] * states.shape[-1] < 2**11

@@ -6,22 +6,29 @@ from torch import Tensor
 # so are the last few steps that a reduction leaves.
 _WIDE_STEP = 2**14
 _FEW_STEPS = 8
-# Elements of one [batch, steps, ...] buffer that is held at a time: small enough for the processor's cache.
-_SEGMENT_ELEMENTS = 2**20
+# Elements of a time step, and of all time steps, of a buffer that is held at a time: small enough for the caches.
+_BLOCK_WIDTH = 2**16
+_BLOCK_ELEMENTS = 2**20
 
 
-def segments(steps: int, width: int) -> tuple[list[slice], int]:
-    """Cuts `steps` time steps of `width` elements into consecutive slices of bounded memory.
+def blocks(batch: int, steps: int, width: int) -> tuple[list[slice], list[slice]]:
+    """Cuts a recurrence into blocks of bounded memory: some entries of the batch, some time steps.
 
     Args:
+        batch: Entries of the batch.
         steps: Number of time steps.
-        width: Elements that one time step of a state buffer holds.
+        width: Elements of one time step of one entry.
 
     Returns:
-        Slices that cover `range(steps)` in order, and the length of the longest.
+        Slices that cover `range(batch)`, and slices that cover `range(steps)`, both in order and longest first.
     """
-    length = min(max(_SEGMENT_ELEMENTS // max(width, 1), 8), steps)
-    return [slice(start, min(start + length, steps)) for start in range(0, steps, length)], length
+    rows = max(_BLOCK_WIDTH // max(width, 1), 1)
+    length = max(_BLOCK_ELEMENTS // (min(rows, max(batch, 1)) * max(width, 1)), 8)
+    return _slices(batch, rows), _slices(steps, length)
+
+
+def _slices(total: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
 def linear_recurrence_(decay: Tensor, value: Tensor, initial: Tensor, products: Tensor, reverse: bool = False) -> None:
