@@ -9,7 +9,7 @@ from typing import Any, Optional, Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bidirectional, scan, ss2d  # noqa: F401  they define the operators
+from . import bidirectional, conv, scan, ss2d  # noqa: F401  they define the operators
 
 Shape = Sequence[int]
 
@@ -29,6 +29,21 @@ def routed_scan_macs(x_dbl: Shape, dt_weight: Shape, A: Shape) -> int:
     """
     positions = prod(x_dbl[:-2])
     return positions * (prod(dt_weight) + prod(A[:2]) * (9 * A[2] + 1))
+
+
+def bidirectional_conv1d_macs(x: Shape, weight: Shape) -> int:
+    """Multiply-adds of `bidirectional_conv1d` on x [B, L, D] with weight [2, D, w]."""
+    return prod(x[:-1]) * prod(weight)
+
+
+@register_flop_formula(torch.ops.vmamba.bidirectional_conv1d)
+def _bidirectional_conv1d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * bidirectional_conv1d_macs(x, weight)
+
+
+@register_flop_formula(torch.ops.vmamba.bidirectional_conv1d_backward)
+def _bidirectional_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * _bidirectional_conv1d_flops(*args)
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan)

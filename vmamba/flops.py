@@ -1,12 +1,11 @@
 """Counting a model's operations as the official tables do."""
 
-from math import prod
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import nn
 
-from .kernels.flops import routed_scan_macs, selective_scan_macs
+from .kernels.flops import bidirectional_conv1d_macs, routed_scan_macs, selective_scan_macs
 
 Handle = Callable[[list, list], int]
 
@@ -17,8 +16,7 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::selective_scan': _selective_scan,
         'vmamba::ss2d_scan': _routed_scan,
         'vmamba::bidirectional_scan': _routed_scan,
-        'aten::addcmul': _addcmul,  # Vim's depthwise convolution is a sum of these
-        'aten::addcmul_': _addcmul,
+        'vmamba::bidirectional_conv1d': _bidirectional_conv1d,
     }
 
 
@@ -56,8 +54,8 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
     return tuple(value.type().sizes()) if value.type().kind() == 'TensorType' else None
 
 
-def _addcmul(inputs: list, outputs: list) -> int:
-    return prod(_shape(outputs[0]))
+def _bidirectional_conv1d(inputs: list, outputs: list) -> int:
+    return bidirectional_conv1d_macs(*map(_shape, inputs[:2]))
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

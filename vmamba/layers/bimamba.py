@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import bidirectional_scan
+from ..kernels import bidirectional_conv1d, bidirectional_scan
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 NUM_DIRECTIONS = 2
@@ -74,27 +74,8 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self._conv(x))
-        x_dbl = torch.stack([F.linear(u[:, :, k], self.x_proj_weight[k]) for k in range(NUM_DIRECTIONS)], dim=2)
+        u = F.silu(bidirectional_conv1d(x, self.conv1d_weight, self.conv1d_bias))
+        x_dbl = torch.einsum('blkd,kpd->blkp', u, self.x_proj_weight)
         A = negative_exp(self.A_log)
         y = bidirectional_scan(u, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
         return self.out_proj(y / 2 * F.silu(z))
-
-    def _conv(self, x: Tensor) -> Tensor:
-        """Both directions' causal depthwise convolutions as sums of shifted products: [B, L, D] -> [B, L, 2, D].
-
-        Of the window of 2w - 1 tokens around a token, direction 0 takes the first w in order, direction 1 the last w
-        from the end, so that tap t of both is at t and 2w - 2 - t.
-        """
-        width = self.conv1d_weight.shape[-1]
-        windows = F.pad(x, (0, 0, width - 1, width - 1)).unfold(1, 2 * width - 1, 1).movedim(-1, 2)
-        weight = self.conv1d_weight.to(x.dtype)
-        y = None
-        for tap in range(width):
-            last = 2 * width - 2 - tap
-            taps = windows[:, :, tap : last + 1 : max(last - tap, 1)]  # [B, L, 2, D], or 1 for the token itself
-            if y is None:
-                y = torch.addcmul(self.conv1d_bias.to(x.dtype), taps, weight[:, :, tap])
-            else:
-                y.addcmul_(taps, weight[:, :, tap])
-        return y

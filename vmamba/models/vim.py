@@ -296,9 +296,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 
 
 def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
-    """Resizes the position embedding of a square image to another grid."""
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if side * side != pos_embed.shape[1] - 1:
+    """Resizes the position embedding of a square image to another grid; one of just that grid's length stays."""
+    patches = pos_embed.shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side != patches and patches == math.prod(grid_size):
+        return pos_embed
+    if side * side != patches:
         shape = tuple(pos_embed.shape)
         raise RuntimeError(f'pos_embed {shape} is not that of a square image: create the model with its img_size')
     if (side, side) != grid_size:
