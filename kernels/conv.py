@@ -41,11 +41,11 @@ def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op('vmamba::bidirectional_conv1d', mutates_args=())
 def _bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # [2, D, w] -> [2, w, D]
     u = x.new_empty(x.shape[0], x.shape[1], NUM_DIRECTIONS, x.shape[2])
     u[:] = bias
     for direction, tap, to, source in _taps(x.shape[1], weight.shape[2]):
-        u[:, to, direction].addcmul_(x[:, source], weight[direction, :, tap])
+        u[:, to, direction].addcmul_(x[:, source], taps[direction, tap])
     return u
 
 
@@ -62,9 +62,10 @@ def _bidirectional_conv1d_backward(
     grad_u, x_wide = grad_u.to(wide), x.to(wide)
     grad_x = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
     grad_weight = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
+    taps = weight.to(wide).permute(0, 2, 1).contiguous()  # [2, D, w] -> [2, w, D]
     for direction, tap, to, source in _taps(x.shape[1], weight.shape[2]):
         grad = grad_u[:, to, direction]
-        grad_x[:, source].addcmul_(grad, weight[direction, :, tap].to(wide))
+        grad_x[:, source].addcmul_(grad, taps[direction, tap])
         grad_weight[direction, :, tap] = (grad * x_wide[:, source]).sum(dim=(0, 1))
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_u.sum(dim=(0, 1)).to(bias.dtype)
 
