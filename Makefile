@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target that needs it creates and the others reuse.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+PACKAGING := pyproject.toml setup.py
+
+.PHONY: demo test lint clean
+
+demo: .venv/.tools
+	$(BIN)/python tools/demo.py --output demo
+
+# A thread for each worker: more would fight over the processor.
+test: .venv/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf demo build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Some systems ship Python without ensurepip: there, pip installs itself into the environment.
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv || ( \
+		$(PYTHON) -m venv --clear --without-pip .venv && \
+		$(PYTHON) -m pip --python $(BIN)/python install pip )
+
+.venv/.tools: $(PACKAGING) | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[tools]'
+	touch $@
+
+.venv/.dev: $(PACKAGING) | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[tools,dev]'
+	touch .venv/.tools $@

@@ -1,0 +1,70 @@
+import convert
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A vmamba_nano of 1000 classes and the file of its weights."""
+    torch.manual_seed(0)
+    model = timm.create_model('vmamba_nano').eval()
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'model': model.state_dict()}, path)
+    return model, path
+
+
+def run(*arguments):
+    convert.main([str(argument) for argument in arguments])
+
+
+def load(path, **kwargs):
+    overlay = dict(file=str(path))
+    return timm.create_model('vmamba_nano', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def test_converted_weights_give_the_same_logits(checkpoint, tmp_path):
+    model, path = checkpoint
+    run('vmamba_nano', path, tmp_path / 'out.safetensors')
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path / 'out.safetensors')(x), model(x))
+
+
+def test_backbone_has_no_classifier(checkpoint, tmp_path):
+    model, path = checkpoint
+    run('vmamba_nano', path, tmp_path / 'out.safetensors', '--num-classes', 0)
+    assert not any(key.startswith('head.') for key in load_file(tmp_path / 'out.safetensors'))
+    x = torch.randn(2, 3, 32, 32)
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.equal(load(tmp_path / 'out.safetensors', num_classes=0)(x), expected)
+
+
+def test_output_is_overwritten_only_by_force(checkpoint, tmp_path, capsys):
+    _, path = checkpoint
+    output = tmp_path / 'out.safetensors'
+    output.write_text('precious')
+    with pytest.raises(SystemExit):
+        run('vmamba_nano', path, output)
+    assert 'exists; --force overwrites it' in capsys.readouterr().err
+    assert output.read_text() == 'precious'
+    run('vmamba_nano', path, output, '--force')
+    assert load_file(output)
+
+
+@pytest.mark.parametrize(
+    'model, name, options, message',
+    [
+        ('vmamba_nano', 'absent.pth', (), 'there is no checkpoint file'),
+        ('vmamba_t', 'checkpoint.pth', (), 'does not fit VMamba'),
+        ('vmamba_nano', 'checkpoint.pth', ('--num-classes', 10), 'does not fit VMamba'),
+        ('no_such_model', 'checkpoint.pth', (), 'Unknown model'),
+    ],
+    ids=['no file', 'other variant', 'other classes', 'no model'],
+)
+def test_expected_failures_are_one_line(checkpoint, tmp_path, model, name, options, message):
+    with pytest.raises(SystemExit) as error:
+        run(model, tmp_path / name, tmp_path / 'out.safetensors', *options)
+    assert message in error.value.code
+    assert '\n' not in error.value.code
+    assert not (tmp_path / 'out.safetensors').exists()

@@ -1,0 +1,68 @@
+"""Converts an official checkpoint to safetensors in this library's own layout.
+
+python tools/convert.py vmamba_t vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_t.safetensors
+python tools/convert.py vmamba_t mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth backbone.safetensors --num-classes 0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+from safetensors.torch import save_file
+
+import vmamba  # noqa: F401
+
+
+def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:
+    """Loads a checkpoint into a timm model and writes the model's weights.
+
+    Args:
+        model: Registered name.
+        checkpoint: File in any layout that the model can load.
+        output: The .safetensors file.
+        num_classes: Classes of the checkpoint, the variant's own if None; 0 to drop or do without a classifier.
+
+    Raises:
+        RuntimeError: If the model is unknown, or a weight is missing or of another shape.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    overlay: Dict[str, Any] = {'file': str(checkpoint)}
+    args = {}
+    if num_classes is not None:
+        args['num_classes'] = num_classes
+    if num_classes:
+        overlay['num_classes'] = num_classes  # so that a classifier that does not fit is an error
+    built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    save_file({key: value.contiguous() for key, value in built.state_dict().items()}, output)
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model', help='registered name, such as vmamba_t')
+    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('output', type=Path, help='the .safetensors file to write')
+    parser.add_argument(
+        '--num-classes', type=int, help="classes of the checkpoint (default: the variant's own); 0: none"
+    )
+    parser.add_argument('--force', action='store_true', help='overwrite the output')
+    args = parser.parse_args(argv)
+    if args.output.suffix != '.safetensors':
+        parser.error(f'the output must end in .safetensors, got {args.output}')
+    if args.output.exists() and not args.force:
+        parser.error(f'{args.output} exists; --force overwrites it')
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    try:
+        convert(args.model, args.checkpoint, args.output, args.num_classes)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f'convert.py: {" ".join(str(error).split())}')
+    print(f'Wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)')
+
+
+if __name__ == '__main__':
+    main()
