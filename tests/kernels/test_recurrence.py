@@ -84,11 +84,16 @@ def test_nothing_to_walk(batch, steps, width, reverse):
     assert linear_recurrence_(decay, value, state, reverse).shape == (batch, steps, width)
 
 
+@pytest.mark.parametrize('batch', [0, 1, 5, 64])
 @pytest.mark.parametrize('steps,width', [(1, 7), (129, 12), (512, 12), (1000, 601), (1037, 0), (1037, 2**22)])
-def test_a_sequence_is_cut_into_bounded_segments(monkeypatch, steps, width):
-    """Segments cover the sequence in order and hold few elements, but not fewer than eight steps."""
-    monkeypatch.setattr(recurrence, '_SEGMENT_ELEMENTS', 600)
-    parts, longest = recurrence.segments(steps, width)
+def test_a_recurrence_is_cut_into_bounded_blocks(monkeypatch, batch, steps, width):
+    """Blocks cover batch and sequence in order and hold few elements, but not less than eight steps of one entry."""
+    monkeypatch.setattr(recurrence, '_BLOCK_ELEMENTS', 600)
+    monkeypatch.setattr(recurrence, '_BLOCK_WIDTH', 50)
+    rows, parts = recurrence.blocks(batch, steps, width)
+    assert [i for part in rows for i in range(batch)[part]] == list(range(batch))
     assert [i for part in parts for i in range(steps)[part]] == list(range(steps))
-    assert longest == max(part.stop - part.start for part in parts)
-    assert longest * width <= max(600, 8 * width)
+    entries = max((part.stop - part.start for part in rows), default=0)
+    longest = max(part.stop - part.start for part in parts)
+    assert entries * width <= max(50, width)
+    assert entries * longest * width <= max(600, 8 * entries * width)

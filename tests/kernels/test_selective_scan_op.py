@@ -193,11 +193,12 @@ def test_memory_for_the_backward_pass_does_not_hold_the_states():
     assert sum(distinct.values()) <= 1.1 * inputs
 
 
-@pytest.mark.parametrize('elements', [1, 90, 700], ids='segments-of-{}'.format)
+@pytest.mark.parametrize('elements', [1, 90, 700], ids='blocks-of-{}'.format)
 @pytest.mark.parametrize('wide', [1, 2**14], ids=['walked', 'reduced'])
 @pytest.mark.parametrize('seqlen', [1, 8, 9, 77])
-def test_segments_of_any_size_agree(monkeypatch, elements, wide, seqlen):
-    monkeypatch.setattr(recurrence, '_SEGMENT_ELEMENTS', elements)
+def test_blocks_of_any_size_agree(monkeypatch, elements, wide, seqlen):
+    monkeypatch.setattr(recurrence, '_BLOCK_ELEMENTS', elements)
+    monkeypatch.setattr(recurrence, '_BLOCK_WIDTH', max(elements // 8, 1))
     monkeypatch.setattr(recurrence, '_WIDE_STEP', wide)
     tensors = arguments(seqlen=seqlen, dim=4)
     for reverse in (False, True):

@@ -151,8 +151,9 @@ def test_an_expanded_map_and_gradient():
 
 
 @pytest.mark.parametrize('elements,wide', [(1, 1), (500, 2**14), (2000, 2**14)])
-def test_segments_of_any_size_agree(monkeypatch, elements, wide):
-    monkeypatch.setattr(recurrence, '_SEGMENT_ELEMENTS', elements)
+def test_blocks_of_any_size_agree(monkeypatch, elements, wide):
+    monkeypatch.setattr(recurrence, '_BLOCK_ELEMENTS', elements)
+    monkeypatch.setattr(recurrence, '_BLOCK_WIDTH', max(elements // 8, 1))
     monkeypatch.setattr(recurrence, '_WIDE_STEP', wide)
     compare(arguments((7, 11)), torch.float64)
 
