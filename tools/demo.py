@@ -24,7 +24,7 @@ import vmamba  # noqa: F401
 
 REQUIRED_ACCURACY = 0.97
 HELD_OUT = 0.2
-SIZES = (224, 448, 896)
+SIZES = (224, 448, 672)
 
 
 class Recipe(NamedTuple):
@@ -34,12 +34,10 @@ class Recipe(NamedTuple):
     model_args: Dict[str, Any]
 
 
-# A Vim block costs several times as much on a CPU as a VMamba block: here are fewer of them, with smaller states.
+# Vim walks every patch in every block, so on a CPU its time goes with their number: here they overlap less.
 RECIPES = {
-    'vmamba_nano': Recipe(epochs=10, model_args={}),
-    'vim_nano': Recipe(
-        epochs=8, model_args=dict(depth=4, expand=1, d_state=4, patch_size=8, stride=4, global_pool='avg')
-    ),
+    'vmamba_nano': Recipe(epochs=8, model_args={}),
+    'vim_nano': Recipe(epochs=10, model_args=dict(stride=6)),
 }
 
 

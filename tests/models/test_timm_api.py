@@ -18,7 +18,7 @@ VIM = ['vim_t', 'vim_t_stride8', 'vim_s', 'vim_s_stride8', 'vim_b']
 SMALL = {
     'vmamba': ('vmamba_nano', dict(embed_dim=8, num_classes=10)),
     'v0': ('vmamba_t_v0', dict(depths=(1, 1, 2, 1), embed_dim=8, num_classes=10)),
-    'vim': ('vim_nano', dict(embed_dim=16, depth=4, num_classes=10)),
+    'vim': ('vim_nano', dict(embed_dim=16, d_state=16, patch_size=4, stride=4, global_pool='token', num_classes=10)),
 }
 
 

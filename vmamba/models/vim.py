@@ -403,8 +403,9 @@ def vim_b(pretrained: bool = False, **kwargs: Any) -> Vim:
 
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
-    """A small Vim for small images; no weights are published"""
-    args = dict(img_size=32, patch_size=4, embed_dim=128, depth=8)
+    """A small Vim for small images, light enough to train on a CPU; no weights are published"""
+    patches = dict(img_size=32, patch_size=8, stride=4, global_pool='avg')
+    args = dict(embed_dim=256, depth=4, expand=1.0, d_state=4, **patches)
     return _create_vim('vim_nano', pretrained, **{**args, **kwargs})
 
 
