@@ -11,6 +11,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NAMES = ['vmamba_nano', 'vim_nano', 'vmamba_t_v0']
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Convolutions in fp32: by default they round to TF32 there."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
 def build(name):
     kwargs = dict(depths=(1, 1, 1, 1)) if name == 'vmamba_t_v0' else {}
     size = 32 if name == 'vim_nano' else 64  # on a map of one pixel A has no gradient
