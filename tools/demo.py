@@ -12,6 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
+import yaml
 from compare_highres import MODELS, compare, write_report
 from digits import NUM_CLASSES, Digits, Epoch, load_digits, stratified_split, train
 from measure import Case, device_name, pick_device
@@ -34,11 +35,9 @@ class Recipe(NamedTuple):
     model_args: Dict[str, Any]
 
 
-# Vim walks every patch in every block, so on a CPU its time goes with their number: here they overlap less.
-RECIPES = {
-    'vmamba_nano': Recipe(epochs=8, model_args={}),
-    'vim_nano': Recipe(epochs=11, model_args=dict(stride=6)),
-}
+def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/digits.yaml') -> Dict[str, Recipe]:
+    """Recipe of each model of a YAML file."""
+    return {name: Recipe(**recipe) for name, recipe in yaml.safe_load(path.read_text()).items()}
 
 
 def train_model(
@@ -68,13 +67,13 @@ def train_model(
 
 
 def train_all(args: argparse.Namespace, console: Console) -> Dict[str, List[Epoch]]:
-    """Trains every model of RECIPES on the same split, prints a table, writes training.csv and training.png."""
+    """Trains every model of the recipes on the same split, prints a table, writes training.csv and training.png."""
     digits = load_digits()
     train_indices, test_indices = stratified_split(digits.labels, HELD_OUT, args.seed)
     parts = [digits.take(indices).to(args.device) for indices in (train_indices, test_indices)]
     console.print(f'{len(train_indices)} real digits to learn from, {len(test_indices)} held out, {args.device.type}')
     histories = {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in load_recipes().items():
         recipe = recipe._replace(epochs=args.epochs or recipe.epochs)
         histories[name] = train_model(name, recipe, parts, args.device, args.seed, console)
     write_training(histories, args.output)

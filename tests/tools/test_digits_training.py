@@ -58,7 +58,8 @@ def test_a_few_steps_lower_the_loss(data, name):
 
 def test_demo_writes_its_training_and_fails_below_the_required_accuracy(monkeypatch, tmp_path, data):
     monkeypatch.setattr(demo, 'load_digits', lambda: data.take(torch.arange(0, 5000, 50)))
-    monkeypatch.setattr(demo, 'RECIPES', {'vmamba_nano': demo.RECIPES['vmamba_nano']})
+    recipes = {'vmamba_nano': demo.load_recipes()['vmamba_nano']}
+    monkeypatch.setattr(demo, 'load_recipes', lambda: recipes)
     with pytest.raises(SystemExit, match='held-out accuracy below 97%: vmamba_nano'):
         demo.main(['--epochs', '1', '--device', 'cpu', '--skip-comparison', '--output', str(tmp_path)])
     (row,) = csv.DictReader((tmp_path / 'training.csv').open())
