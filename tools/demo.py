@@ -114,7 +114,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     start = time.perf_counter()
     histories = {} if args.skip_training else train_all(args, console)
     if not args.skip_comparison:
-        cases = [Case(model, size, device=args.device.type, repeats=3) for model in MODELS for size in args.sizes]
+        cases = [Case(model, size, device=args.device.type, repeats=2) for model in MODELS for size in args.sizes]
         write_report(compare(cases, 300, console), args.output, console, device_name(args.device))
     console.print(f'Done in {time.perf_counter() - start:.0f} s; results are in {args.output}/')
     low = [f'{name} {h[-1].accuracy:.1%}' for name, h in histories.items() if h[-1].accuracy < REQUIRED_ACCURACY]
