@@ -94,7 +94,7 @@ def test_registration_of_the_operators(backward, dtype):
         torch.library.opcheck(torch.ops.vmamba.bidirectional_scan_backward.default, (grad, *args))
     else:
         args = tuple(a.requires_grad_() for a in args)
-        torch.library.opcheck(torch.ops.vmamba.bidirectional_scan.default, args, rtol=2e-2, atol=2e-2)
+        torch.library.opcheck(torch.ops.vmamba.bidirectional_scan.default, args, **oracles.OPCHECK_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def operator_arguments(optional, reverse, dtype=torch.float32):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_registration_of_the_forward_operator(optional, reverse, dtype):
     torch.library.opcheck(
-        torch.ops.vmamba.selective_scan.default, operator_arguments(optional, reverse, dtype), rtol=2e-2, atol=2e-2
+        torch.ops.vmamba.selective_scan.default,
+        operator_arguments(optional, reverse, dtype),
+        **oracles.OPCHECK_TOLERANCE,
     )
 
 

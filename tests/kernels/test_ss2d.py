@@ -203,7 +203,7 @@ def test_registration_of_the_operators(layout, dtype, backward):
         torch.library.opcheck(torch.ops.vmamba.ss2d_scan_backward.default, (grad, *args))
     else:
         args = [a.requires_grad_() for a in args]
-        torch.library.opcheck(torch.ops.vmamba.ss2d_scan.default, tuple(args), rtol=2e-2, atol=2e-2)
+        torch.library.opcheck(torch.ops.vmamba.ss2d_scan.default, tuple(args), **oracles.OPCHECK_TOLERANCE)
 
 
 def test_gradients_by_finite_differences():
