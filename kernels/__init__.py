@@ -2,12 +2,14 @@
 
 from . import flops
 from .bidirectional import bidirectional_scan
-from .conv import bidirectional_conv1d
+from .conv import NUM_DIRECTIONS, bidirectional_conv1d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
-from .ss2d import ss2d_scan
+from .ss2d import NUM_ROUTES, ss2d_scan
 
 __all__ = [
+    'NUM_DIRECTIONS',
+    'NUM_ROUTES',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'cross_merge',

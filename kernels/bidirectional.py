@@ -7,9 +7,8 @@ https://arxiv.org/abs/2401.09417
 import torch
 from torch import Tensor
 
+from .conv import NUM_DIRECTIONS
 from .routed import check_parameters, routed_scan, routed_scan_backward
-
-NUM_DIRECTIONS = 2
 
 
 def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import bidirectional_conv1d, bidirectional_scan
+from ..kernels import NUM_DIRECTIONS, bidirectional_conv1d, bidirectional_scan
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
-
-NUM_DIRECTIONS = 2
 
 
 @register_notrace_module

@@ -12,10 +12,8 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import ss2d_scan
+from ..kernels import NUM_ROUTES, ss2d_scan
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
-
-NUM_ROUTES = 4
 
 
 @register_notrace_module

@@ -6,7 +6,6 @@ import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Type, Union
-from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
@@ -66,7 +65,7 @@ def build_model(
             pretrained_cfg_overlay=overlay,
             **kwargs,
         )
-    except (URLError, ConnectionError, TimeoutError, OSError) as error:
+    except OSError as error:
         if not pretrained or isinstance(error, CheckpointFileError):
             raise
         raise _download_error(variant, error) from error
