@@ -126,7 +126,8 @@ def _unroute(routed: Tensor, height: int, width: int) -> Tensor:
 
 def _merge(routed: Tensor, height: int, width: int) -> Tensor:
     """Sums the routes where they passed: [B, L, 4, D] -> [B, H, W, D]."""
-    paired = routed[:, :, :2] + routed[:, :, 2:].flip(1)
+    paired = scratch('paired', routed, (*routed.shape[:2], 2, routed.shape[3]))
+    torch.add(routed[:, :, :2], routed[:, :, 2:].flip(1), out=paired)
     by_row = paired[:, :, 0].unflatten(1, (height, width))
     by_column = paired[:, :, 1].unflatten(1, (width, height)).transpose(1, 2)
     return torch.add(by_row, by_column, out=routed.new_empty(by_row.shape))
