@@ -1,11 +1,12 @@
 """Selective-scan operators. Imports torch (and triton) only."""
 
 from . import flops
+from .backend import use_triton
 from .bidirectional import bidirectional_scan
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
-from .ss2d import NUM_ROUTES, ss2d_scan
+from .ss2d import NUM_ROUTES, ss2d_scan, ss2d_scan_norm
 
 __all__ = [
     'NUM_DIRECTIONS',
@@ -17,4 +18,6 @@ __all__ = [
     'flops',
     'selective_scan',
     'ss2d_scan',
+    'ss2d_scan_norm',
+    'use_triton',
 ]

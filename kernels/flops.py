@@ -10,8 +10,15 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import bidirectional, conv, scan, ss2d  # noqa: F401  they define the operators
+from .backend import triton
 
 Shape = Sequence[int]
+
+_ROUTED_SCANS = [torch.ops.vmamba.ss2d_scan, torch.ops.vmamba.bidirectional_scan]
+_ROUTED_SCANS_BACKWARD = [torch.ops.vmamba.ss2d_scan_backward, torch.ops.vmamba.bidirectional_scan_backward]
+if triton is not None:
+    _ROUTED_SCANS.append(torch.ops.vmamba.ss2d_fused)
+    _ROUTED_SCANS_BACKWARD.append(torch.ops.vmamba.ss2d_fused_backward)
 
 
 def selective_scan_macs(u: Shape, dstate: int, has_skip: bool, has_gate: bool) -> int:
@@ -46,7 +53,7 @@ def _bidirectional_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: A
     return 2 * _bidirectional_conv1d_flops(*args)
 
 
-@register_flop_formula(torch.ops.vmamba.selective_scan)
+@register_flop_formula([torch.ops.vmamba.selective_scan, torch.ops.vmamba.selective_scan_fused])
 def _selective_scan_flops(
     u: Shape,
     delta: Shape,
@@ -62,20 +69,20 @@ def _selective_scan_flops(
     return 2 * selective_scan_macs(u, A[1], D is not None, z is not None)
 
 
-@register_flop_formula([torch.ops.vmamba.ss2d_scan, torch.ops.vmamba.bidirectional_scan])
+@register_flop_formula(_ROUTED_SCANS)
 def _routed_scan_flops(
     x: Shape, x_dbl: Shape, dt_weight: Shape, dt_bias: Shape, A: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     return 2 * routed_scan_macs(x_dbl, dt_weight, A)
 
 
-@register_flop_formula(torch.ops.vmamba.selective_scan_backward)
+@register_flop_formula([torch.ops.vmamba.selective_scan_backward, torch.ops.vmamba.selective_scan_fused_backward])
 def _selective_scan_backward_flops(
     grad_y: Shape, grad_last_state: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     return 3 * _selective_scan_flops(*args)  # the states again, and the adjoint recurrence at twice the cost
 
 
-@register_flop_formula([torch.ops.vmamba.ss2d_scan_backward, torch.ops.vmamba.bidirectional_scan_backward])
+@register_flop_formula(_ROUTED_SCANS_BACKWARD)
 def _routed_scan_backward_flops(grad_y: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 3 * _routed_scan_flops(*args)

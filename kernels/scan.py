@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import runs_on_triton
 from .chunked import scan_backward, scan_forward
+from .fused import scan as _fused  # noqa: F401  defines its operators
 
 
 def selective_scan(
@@ -25,6 +27,7 @@ def selective_scan(
     return_last_state: bool = False,
     initial_state: Optional[Tensor] = None,
     reverse: bool = False,
+    out_dtype: Optional[torch.dtype] = None,
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
     """Selective scan with the signature and layouts of mamba_ssm's `selective_scan_fn`.
 
@@ -47,32 +50,46 @@ def selective_scan(
         return_last_state: Also return the state after the last step.
         initial_state: State before the first step [batch, dim, N], zero by default.
         reverse: Walk from the last position to the first; the output stays in order.
+        out_dtype: dtype of y, by default u's.
 
     Returns:
-        y [batch, dim, L] in u's dtype and memory layout; with `return_last_state` also the last state
+        y [batch, dim, L] in u's memory layout; with `return_last_state` also the last state
         [batch, dim, N] in fp32.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, out_dtype)
+    B, C = (tensor[:, None] if tensor.ndim == 3 else tensor for tensor in (B, C))
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if runs_on_triton(u):
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, last_state, _ = torch.ops.vmamba.selective_scan_fused(
+            *tensors, delta_softplus, reverse, out_dtype or u.dtype, needs_grad
+        )
+    else:
+        y, last_state = _plain_scan(*tensors, delta_softplus, reverse, out_dtype)
+    return (y, last_state) if return_last_state else y
+
+
+def _plain_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Union[Tensor, bool, torch.dtype, None]
+) -> tuple[Tensor, Tensor]:
+    """The operator on one delta a channel, and on B and C of as many groups."""
     dim = u.shape[1]
     if delta.shape[1] != dim:
         delta = delta.repeat_interleave(dim // delta.shape[1], dim=1)
     B, C = (_per_group(tensor, u) for tensor in (B, C))
     groups = max(B.shape[1], C.shape[1])
     B, C = (tensor.repeat_interleave(groups // tensor.shape[1], dim=1) for tensor in (B, C))
-    y, last_state = torch.ops.vmamba.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
-    )
-    return (y, last_state) if return_last_state else y
+    return torch.ops.vmamba.selective_scan(u, delta, A, B, C, *others)
 
 
 def _per_group(tensor: Tensor, u: Tensor) -> Tensor:
     """B or C as [batch, G, N, L]."""
     if tensor.ndim == 2:
         return tensor[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[2])
-    return tensor[:, None] if tensor.ndim == 3 else tensor
+    return tensor
 
 
 def _check(
@@ -85,11 +102,14 @@ def _check(
     z: Optional[Tensor],
     delta_bias: Optional[Tensor],
     initial_state: Optional[Tensor],
+    out_dtype: Optional[torch.dtype],
 ) -> None:
     names = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias', 'initial_state')
     for name, tensor in zip(names, (u, delta, A, B, C, D, z, delta_bias, initial_state)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f'{name} must be a real floating tensor, got {tensor.dtype}')
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f'out_dtype must be a floating dtype, got {out_dtype}')
     if u.ndim != 3:
         raise ValueError(f'u must be [batch, dim, L], got {tuple(u.shape)}')
     batch, dim, seqlen = u.shape
@@ -109,6 +129,9 @@ def _check(
                 f'{name} must be [{dim}, {dstate}], [{batch}, {dstate}, {seqlen}] or [{batch}, G, {dstate}, {seqlen}] '
                 f'with G a divisor of {dim}, got {tuple(tensor.shape)}'
             )
+    groups = sorted(tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4)
+    if groups and groups[-1] % groups[0]:
+        raise ValueError(f'of the groups of B and C one number must divide the other, got {groups}')
     expected = {'D': (dim,), 'z': (batch, dim, seqlen), 'delta_bias': (dim,), 'initial_state': (batch, dim, dstate)}
     for (name, shape), tensor in zip(expected.items(), (D, z, delta_bias, initial_state)):
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -132,6 +155,7 @@ def _selective_scan(
     initial_state: Optional[Tensor],
     delta_softplus: bool,
     reverse: bool,
+    out_dtype: Optional[torch.dtype] = None,
 ) -> tuple[Tensor, Tensor]:
     core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, reverse)
     y, last_state = scan_forward(*core, delta_softplus)
@@ -140,13 +164,13 @@ def _selective_scan(
         y.addcmul_(u.to(y.dtype), D.to(y.dtype).unsqueeze(-1))
     if z is not None:
         y.mul_(F.silu(z.to(y.dtype)))
-    return torch.empty_like(u).copy_(y), _to_state(last_state)
+    return torch.empty_like(u, dtype=out_dtype or u.dtype).copy_(y), _to_state(last_state)
 
 
 @_selective_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, out_dtype=None):
     dtype = torch.promote_types(u.dtype, torch.float32)
-    return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
+    return torch.empty_like(u, dtype=out_dtype or u.dtype), u.new_empty(u.shape[0], *A.shape, dtype=dtype)
 
 
 @torch.library.custom_op('vmamba::selective_scan_backward', mutates_args=())
@@ -214,14 +238,14 @@ def _(grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, initial_stat
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_y, grad_last_state):
     tensors = ctx.saved_tensors
     grads = torch.ops.vmamba.selective_scan_backward(grad_y, grad_last_state, *tensors, ctx.delta_softplus, ctx.reverse)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -4,10 +4,15 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import runs_on_triton, triton
 from .routed import check_parameters, routed_scan, routed_scan_backward
 from .scratch import scratch
+
+if triton is not None:
+    from .fused.ss2d_operator import ss2d_fused
 
 NUM_ROUTES = 4
 
@@ -38,7 +43,51 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
         ValueError: If shapes or dtypes do not fit together.
     """
     _check(x, x_dbl, dt_weight, dt_bias, A, D)
-    return torch.ops.vmamba.ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
+    tensors = x, x_dbl, dt_weight, dt_bias, A, D
+    if runs_on_triton(x):
+        return ss2d_fused(*tensors, None, None, 0.0, _needs_gradients(*tensors))[0]
+    return torch.ops.vmamba.ss2d_scan(*tensors)
+
+
+def ss2d_scan_norm(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """LayerNorm over the channels of `ss2d_scan`, in one operator where Triton runs.
+
+    Args:
+        x, x_dbl, dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
+        norm_weight: [D].
+        norm_bias: [D].
+        norm_eps: Added to the variance.
+
+    Returns:
+        The normalised map [B, H, W, D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit together.
+    """
+    tensors = x, x_dbl, dt_weight, dt_bias, A, D
+    _check(*tensors)
+    for name, tensor in (('norm_weight', norm_weight), ('norm_bias', norm_bias)):
+        if tuple(tensor.shape) != tuple(x.shape[-1:]):
+            raise ValueError(f'{name} must be {list(x.shape[-1:])}, got {tuple(tensor.shape)}')
+    if runs_on_triton(x):
+        keep = _needs_gradients(*tensors, norm_weight, norm_bias)
+        return ss2d_fused(*tensors, norm_weight, norm_bias, norm_eps, keep)[0]
+    y = torch.ops.vmamba.ss2d_scan(*tensors)
+    return F.layer_norm(y, x.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:

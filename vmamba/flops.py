@@ -1,5 +1,6 @@
 """Counting a model's operations as the official tables do."""
 
+from math import prod
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -14,7 +15,9 @@ def fvcore_handles() -> Dict[str, Handle]:
     """Handles of the operators of `vmamba.kernels`, for `fvcore.nn.FlopCountAnalysis.set_op_handle`."""
     return {
         'vmamba::selective_scan': _selective_scan,
+        'vmamba::selective_scan_fused': _selective_scan,
         'vmamba::ss2d_scan': _routed_scan,
+        'vmamba::ss2d_fused': _ss2d_fused,
         'vmamba::bidirectional_scan': _routed_scan,
         'vmamba::bidirectional_conv1d': _bidirectional_conv1d,
     }
@@ -61,6 +64,12 @@ def _bidirectional_conv1d(inputs: list, outputs: list) -> int:
 def _routed_scan(inputs: list, outputs: list) -> int:
     _, x_dbl, dt_weight, _, A, _ = map(_shape, inputs)
     return routed_scan_macs(x_dbl, dt_weight, A)
+
+
+def _ss2d_fused(inputs: list, outputs: list) -> int:
+    """The LayerNorm at its end, if it has one, counts as one by itself."""
+    x, norm_weight = _shape(inputs[0]), _shape(inputs[6])
+    return _routed_scan(inputs[:6], outputs) + (0 if norm_weight is None else 5 * prod(x))
 
 
 def _selective_scan(inputs: list, outputs: list) -> int:

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_ROUTES, ss2d_scan
+from ..kernels import NUM_ROUTES, ss2d_scan_norm
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -82,8 +82,10 @@ class SS2D(nn.Module):
         x = F.silu(x)
         x_dbl = self.x_proj(x).unflatten(-1, (NUM_ROUTES, -1))
         A = negative_exp(self.A_log)
-        y = ss2d_scan(x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
-        y = self.out_norm(y)
+        norm = self.out_norm
+        y = ss2d_scan_norm(
+            x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D, norm.weight, norm.bias, norm.eps
+        )
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)

@@ -142,8 +142,6 @@ class VMamba(nn.Module):
         self.drop_rate = drop_rate
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.init_weights()
-        # The maps are channels-last; kernels in another memory format would be reordered in every convolution.
-        self.to(memory_format=torch.channels_last)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

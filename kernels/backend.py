@@ -1,0 +1,62 @@
+"""Chooses between the Triton kernels and plain PyTorch."""
+
+import contextlib
+import os
+from typing import ContextManager, Iterator, Optional
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Kernels are compiled or interpreted for good when they are defined.
+INTERPRETED = triton is not None and os.environ.get('TRITON_INTERPRET') == '1'
+
+_choice: Optional[bool] = None
+
+
+@contextlib.contextmanager
+def use_triton(enabled: Optional[bool]) -> Iterator[None]:
+    """Within this context the operators run on the Triton kernels (True), in plain PyTorch (False) or as usual (None).
+
+    As usual means: Triton for fp32, fp16 and bf16 tensors of a GPU where the package triton is installed, plain PyTorch
+    for everything else. True demands Triton: elsewhere, and in fp64, it is an error; on a CPU it needs the environment
+    variable TRITON_INTERPRET=1 before the first import. The choice is made when an operator is called, for its backward
+    pass too, and holds for all threads.
+    """
+    global _choice
+    before, _choice = _choice, enabled
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def runs_on_triton(tensor: Tensor) -> bool:
+    """Whether an operator whose main input is `tensor` runs on the Triton kernels.
+
+    Raises:
+        RuntimeError: If `use_triton(True)` demands what cannot be.
+    """
+    device = tensor.device.type
+    if _choice is False or (_choice is None and device in ('cpu', 'meta')):
+        return False
+    possible = triton is not None and tensor.dtype in _DTYPES and (INTERPRETED if device == 'cpu' else device != 'meta')
+    if _choice and not possible:
+        raise RuntimeError(
+            f'use_triton(True): Triton cannot run on a {tensor.dtype} tensor of the device {tensor.device}; it needs '
+            'the package triton, fp32, fp16 or bf16, and a GPU (or TRITON_INTERPRET=1 before the first import)'
+        )
+    return possible
+
+
+def device_of(tensor: Tensor) -> ContextManager[None]:
+    """Makes the tensor's device the current one, which is where Triton launches."""
+    if tensor.device.type == 'cpu':
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)

@@ -1,0 +1,450 @@
+"""Launches of the selective scan's Triton kernels: how the work is cut, strides, and what is summed afterwards.
+
+Importable without the package triton.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 8  # neighbouring positions in the registers of a thread
+_ALIGNMENT = 16  # Triton knows of sizes and strides that they are multiples of this
+_BACKWARD_SLOTS = 5  # see `scan_backward_kernel`
+
+
+class ScanConfig(NamedTuple):
+    """How a pass cuts its work.
+
+    A tile of one program is `rows` channels by `8 * lanes` positions. `chunks` pieces of L are walked in parallel; the
+    blocks of `rows` channels of a group are dealt to `splits` programs (backward only). Zero chooses by the sizes.
+    """
+
+    rows: int = 16
+    lanes: int = 8
+    warps: int = 4
+    chunks: int = 0
+    splits: int = 0
+    warps_per_processor: int = 16  # enough to keep a multiprocessor busy
+    min_tiles: int = 4  # a chunk has no fewer
+
+
+class Scan(NamedTuple):
+    """The tensors of a scan as the kernels take them, and its sizes."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Optional[Tensor]
+    z: Optional[Tensor]
+    delta_bias: Optional[Tensor]
+    initial: Optional[Tensor]
+    groups: int
+    softplus: bool
+    reverse: bool
+
+    @property
+    def group_dim(self) -> int:
+        return self.u.shape[1] // self.groups
+
+    @property
+    def share(self) -> int:
+        return self.u.shape[1] // self.delta.shape[1]
+
+    def strides(self, name: str) -> tuple[int, ...]:
+        """All strides but that along L, which is 1. Constants [dim, N] have only the one between states."""
+        tensor = getattr(self, name)
+        if tensor is None:
+            return 0, 0
+        return (0, 0, 1) if tensor.ndim == 2 else tensor.stride()[:-1]
+
+    def group_share(self, name: str) -> int:
+        """How many of the scan's groups share one group of B or C."""
+        tensor = getattr(self, name)
+        return 1 if tensor.ndim == 2 else self.groups // tensor.shape[1]
+
+
+def fit(config: ScanConfig, group_dim: int) -> ScanConfig:
+    """The config with no more rows than a group has; where those are few, a warp shares one or two channels.
+
+    Coefficients of B and C are loaded in place only while a tile has fewer positions than a program has threads, or
+    exactly 8 for each; fewer warps for fewer rows would not do.
+    """
+    rows = min(config.rows, 1 << (group_dim - 1).bit_length())
+    if rows < min(config.rows, 8) and config.warps > 1:
+        return config._replace(rows=min(rows, 2), lanes=32, warps=1)
+    return config._replace(rows=rows)
+
+
+def _processors(tensor: Tensor) -> int:
+    if tensor.device.type == 'cuda':
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 1
+
+
+def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
+    """Tiles per chunk of L: as few chunks as fill the processors."""
+    chunks = config.chunks
+    if chunks == 0:
+        wanted = _processors(tensor) * config.warps_per_processor
+        chunks = min(-(-wanted // (programs * config.warps)), tiles // config.min_tiles)
+    return -(-tiles // max(1, min(chunks, tiles)))
+
+
+def prepare(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    z: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    initial_state: Optional[Tensor],
+    softplus: bool,
+    reverse: bool,
+) -> Scan:
+    groups = [tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4]
+    return Scan(
+        unit_stride(u),
+        unit_stride(delta),
+        A.float().contiguous(),
+        _coefficients(B),
+        _coefficients(C),
+        None if D is None else D.contiguous(),
+        None if z is None else unit_stride(z),
+        None if delta_bias is None else delta_bias.contiguous(),
+        None if initial_state is None else initial_state.contiguous(),
+        max(groups, default=1),
+        softplus,
+        reverse,
+    )
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _coefficients(tensor: Tensor) -> Tensor:
+    """B or C with rows that can be loaded in whole vectors; copied and padded where they cannot (they are small)."""
+    if tensor.ndim == 2:
+        return tensor.contiguous()
+    if _is_direct(tensor):
+        return tensor
+    padded = tensor.new_zeros(*tensor.shape[:-1], _padded(tensor.shape[-1]))
+    padded[..., : tensor.shape[-1]] = tensor
+    return padded
+
+
+def _padded(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _is_direct(tensor: Tensor) -> bool:
+    """Whether each row starts and ends at a multiple of 16 elements."""
+    sizes = (tensor.shape[-1], *(s for n, s in zip(tensor.shape[:-1], tensor.stride()) if n > 1))
+    return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(s % _ALIGNMENT == 0 for s in sizes)
+
+
+def _all_direct(*sequences: Optional[Tensor]) -> bool:
+    """Whether tiles of all sequences can be loaded in vectors of 8 elements."""
+    return all(s.element_size() == 2 and _is_direct(s) for s in sequences if s is not None)
+
+
+def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tensor, Tensor]:
+    """Fills y; returns the last state and the states between tiles, [batch, dim, N, tiles + 1] if they are saved."""
+    import triton
+
+    from .forward import scan_forward_kernel
+
+    batch, dim, length = scan.u.shape
+    dstate = scan.A.shape[1]
+    blocks = triton.cdiv(scan.group_dim, config.rows)
+    programs = batch * scan.groups * blocks
+    tiles = triton.cdiv(length, config.lanes * ELEMENTS)
+    chunk_tiles = _chunk_tiles(config, tiles, programs, scan.u)
+    chunks = triton.cdiv(tiles, chunk_tiles)
+    chunk_slots, slots = (chunk_tiles, tiles + 1) if save else (2, 2 * chunks)
+    states = scan.u.new_empty(batch, dim, dstate, slots, dtype=torch.float32)
+    if chunks > 1:
+        _carries(scan, states, chunk_tiles, chunk_slots, config)
+    scan_forward_kernel[(programs, chunks)](
+        scan.u,
+        scan.delta,
+        scan.A,
+        scan.B,
+        scan.C,
+        scan.D,
+        scan.z if scan.z is not None else scan.u,
+        scan.delta_bias,
+        scan.initial,
+        y,
+        states,
+        length,
+        _padded(length),
+        dim,
+        dstate,
+        scan.group_dim,
+        blocks,
+        scan.share,
+        scan.group_share('B'),
+        scan.group_share('C'),
+        chunk_tiles,
+        slots,
+        chunk_slots,
+        *scan.strides('u'),
+        *scan.strides('delta'),
+        *scan.strides('z'),
+        *y.stride()[:-1],
+        *scan.strides('B'),
+        *scan.strides('C'),
+        1,
+        HAS_D=scan.D is not None,
+        HAS_Z=scan.z is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        HAS_INITIAL=scan.initial is not None,
+        SOFTPLUS=scan.softplus,
+        CONSTANT_B=scan.B.ndim == 2,
+        CONSTANT_C=scan.C.ndim == 2,
+        REVERSE=scan.reverse,
+        SAVE=save,
+        DIRECT=_all_direct(scan.u, scan.delta, scan.z),
+        R=config.rows,
+        J=config.lanes,
+        E=ELEMENTS,
+        num_warps=config.warps,
+    )
+    last_tiles = tiles - (chunks - 1) * chunk_tiles
+    last_slot = tiles if save else (chunks - 1) * 2 + last_tiles % 2
+    return states[..., last_slot].clone(memory_format=torch.contiguous_format), states
+
+
+def _carries(
+    scan: Scan,
+    states: Tensor,
+    chunk_tiles: int,
+    chunk_slots: int,
+    config: ScanConfig,
+    grad_y: Optional[Tensor] = None,
+    grad_last: Optional[Tensor] = None,
+) -> None:
+    """Fills the first slot of each chunk with the carry into it; given grad_y, with that of the adjoint walk."""
+    import triton
+
+    from .forward import scan_combine_kernel, scan_summary_kernel
+
+    adjoint = grad_y is not None
+    x, initial = (grad_y, grad_last) if adjoint else (scan.u, scan.initial)
+    z, name = (scan.z, 'C') if adjoint else (None, 'B')
+    batch, dim, length = x.shape
+    dstate = scan.A.shape[1]
+    blocks = triton.cdiv(scan.group_dim, config.rows)
+    chunks = triton.cdiv(triton.cdiv(length, config.lanes * ELEMENTS), chunk_tiles)
+    steps = states.new_empty(chunks, batch, dim)
+    coefficients = getattr(scan, name)
+    scan_summary_kernel[(batch * scan.groups * blocks, chunks)](
+        x,
+        z if z is not None else x,
+        scan.delta,
+        scan.A,
+        coefficients,
+        scan.delta_bias,
+        states,
+        steps,
+        length,
+        _padded(length),
+        dim,
+        dstate,
+        scan.group_dim,
+        blocks,
+        scan.share,
+        scan.group_share(name),
+        chunk_tiles,
+        states.shape[-1],
+        chunk_slots,
+        *x.stride()[:-1],
+        *((0, 0) if z is None else z.stride()[:-1]),
+        *scan.strides('delta'),
+        *scan.strides(name),
+        1,
+        HAS_Z=z is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        SOFTPLUS=scan.softplus,
+        CONSTANT_B=coefficients.ndim == 2,
+        REVERSE=scan.reverse != adjoint,
+        ADJOINT=adjoint,
+        DIRECT=_all_direct(x, scan.delta, z),
+        R=config.rows,
+        J=config.lanes,
+        E=ELEMENTS,
+        num_warps=config.warps,
+    )
+    rows, block = batch * dim * dstate, 128
+    scan_combine_kernel[(triton.cdiv(rows, block),)](
+        scan.A,
+        initial,
+        states,
+        steps,
+        rows,
+        dim,
+        dstate,
+        chunks,
+        states.shape[-1],
+        chunk_slots,
+        HAS_INITIAL=initial is not None,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+class Gradients(NamedTuple):
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Optional[Tensor]
+    z: Optional[Tensor]
+    delta_bias: Optional[Tensor]
+    initial: Tensor
+
+
+def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, config: ScanConfig) -> Gradients:
+    import triton
+
+    from .backward import scan_backward_kernel
+
+    batch, dim, length = scan.u.shape
+    dstate, groups = scan.A.shape[1], scan.groups
+    blocks = triton.cdiv(scan.group_dim, config.rows)
+    wanted = -(-_processors(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
+    split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
+    splits = triton.cdiv(blocks, split_blocks)
+    tiles = triton.cdiv(length, config.lanes * ELEMENTS)
+    chunk_tiles = _chunk_tiles(config, tiles, batch * groups * splits, scan.u)
+    chunks = triton.cdiv(tiles, chunk_tiles)
+    padded = _padded(length)
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return scan.u.new_empty(sizes, dtype=dtype)
+
+    def sums_over_channels(coefficients: Tensor) -> Tensor:
+        return empty(*((0,) if coefficients.ndim == 2 else (splits, batch, groups, dstate, padded)))
+
+    work = empty(batch, dim, dstate, chunks * _BACKWARD_SLOTS)
+    if chunks > 1:
+        _carries(scan, work, chunk_tiles, _BACKWARD_SLOTS, config, grad_y, grad_last)
+    grad_u = empty(batch, dim, length, dtype=scan.u.dtype)
+    grad_delta = empty(batch, dim, length, dtype=scan.delta.dtype if scan.share == 1 else torch.float32)
+    grad_z = None if scan.z is None else empty(batch, dim, length, dtype=scan.z.dtype)
+    grad_B, grad_C = sums_over_channels(scan.B), sums_over_channels(scan.C)
+    grad_D, grad_bias = (None if t is None else empty(chunks, batch, dim) for t in (scan.D, scan.delta_bias))
+    scan_backward_kernel[(batch * groups * splits, chunks)](
+        grad_y,
+        grad_last,
+        scan.u,
+        scan.delta,
+        scan.A,
+        scan.B,
+        scan.C,
+        scan.D,
+        scan.z if scan.z is not None else scan.u,
+        scan.delta_bias,
+        scan.initial,
+        states,
+        work,
+        grad_u,
+        grad_delta,
+        grad_z if grad_z is not None else grad_u,
+        grad_B,
+        grad_C,
+        grad_D,
+        grad_bias,
+        length,
+        padded,
+        dim,
+        dstate,
+        scan.group_dim,
+        splits,
+        split_blocks,
+        scan.share,
+        scan.group_share('B'),
+        scan.group_share('C'),
+        states.shape[-1],
+        chunk_tiles,
+        work.shape[-1],
+        _BACKWARD_SLOTS,
+        *grad_y.stride()[:-1],
+        *scan.strides('u'),
+        *scan.strides('delta'),
+        *scan.strides('z'),
+        *scan.strides('B'),
+        *scan.strides('C'),
+        *grad_u.stride()[:-1],
+        1,
+        HAS_D=scan.D is not None,
+        HAS_Z=scan.z is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        HAS_INITIAL=scan.initial is not None,
+        HAS_LAST=grad_last is not None,
+        SOFTPLUS=scan.softplus,
+        CONSTANT_B=scan.B.ndim == 2,
+        CONSTANT_C=scan.C.ndim == 2,
+        REVERSE=scan.reverse,
+        DIRECT=_all_direct(grad_y, scan.u, scan.delta, scan.z),
+        R=config.rows,
+        J=config.lanes,
+        E=ELEMENTS,
+        num_warps=config.warps,
+    )
+    slots = work.unflatten(-1, (chunks, _BACKWARD_SLOTS))
+    last_tiles = tiles - (chunks - 1) * chunk_tiles
+
+    def coefficient_gradient(coefficients: Tensor, grad: Tensor, slot: int) -> Tensor:
+        if coefficients.ndim == 2:
+            return slots[..., slot].sum(dim=(0, 3))
+        grad = grad[..., :length].unflatten(2, (coefficients.shape[1], -1))
+        return grad.sum(dim=(0, 3))
+
+    return Gradients(
+        grad_u,
+        grad_delta if scan.share == 1 else grad_delta.unflatten(1, (-1, scan.share)).sum(dim=2),
+        slots[..., 2].sum(dim=(0, 3)),
+        coefficient_gradient(scan.B, grad_B, 3),
+        coefficient_gradient(scan.C, grad_C, 4),
+        None if grad_D is None else grad_D.sum(dim=(0, 1)),
+        grad_z,
+        None if grad_bias is None else grad_bias.sum(dim=(0, 1)),
+        slots[..., -1, last_tiles % 2],
+    )
+
+
+FORWARD = ScanConfig(rows=32)
+SAVING = ScanConfig(rows=32)  # a forward pass that keeps states for the backward pass, and so has its lanes
+BACKWARD = ScanConfig(rows=32)
+
+
+def _saving_config(group_dim: int) -> ScanConfig:
+    ours, theirs = fit(SAVING, group_dim), fit(BACKWARD, group_dim)
+    return theirs if ours.lanes != theirs.lanes else ours
+
+
+def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
+    """What `run_forward` saves: the states before each tile and after the last, [batch, dim, N, tiles + 1]."""
+    batch, dim, length = u.shape
+    groups = max((tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4), default=1)
+    tile = fit(BACKWARD, dim // groups).lanes * ELEMENTS
+    return batch, *A.shape, (length + tile - 1) // tile + 1
+
+
+def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
+    """Fills y; returns the last state and the saved states. The arguments are those of `prepare`."""
+    scan = prepare(*arguments)
+    return forward(scan, y, save, _saving_config(scan.group_dim) if save else fit(FORWARD, scan.group_dim))
+
+
+def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
+    scan = prepare(*arguments)
+    return backward(scan, unit_stride(grad_y), grad_last, states, fit(BACKWARD, scan.group_dim))
