@@ -3,10 +3,22 @@
 Lying in the root of the tests, this file makes pytest put `oracles` and `official` beside it on the path.
 """
 
+import importlib.util
+import os
+
 import pytest
 import torch
 from torch.utils import deterministic
-from vmamba.kernels import chunked, routed, ss2d
+
+# Without a GPU `use_triton(True)` interprets the kernels. That is settled when they are defined.
+INTERPRETED = importlib.util.find_spec('triton') is not None and not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ['TRITON_INTERPRET'] = '1'
+    from interpreter import combine_slices
+
+    combine_slices()
+
+from vmamba.kernels import chunked, routed, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
 

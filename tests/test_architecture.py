@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,17 @@ ALLOWED = {
 }
 MM = {'mmengine', 'mmcv', 'mmdet', 'mmseg'}
 LIBRARY = {
-    **{f'vmamba.kernels.{path.stem}': path for path in (ROOT / 'kernels').rglob('*.py')},
+    **{
+        '.'.join(['vmamba', *path.relative_to(ROOT).with_suffix('').parts]): path
+        for path in (ROOT / 'kernels').rglob('*.py')
+    },
     **{
         '.'.join(path.relative_to(ROOT).with_suffix('').parts): path
         for path in (ROOT / 'vmamba').rglob('*.py')
         if 'kernels' not in path.relative_to(ROOT).parts
     },
 }
+LIBRARY_PACKAGES = [module.removesuffix('.__init__') for module in LIBRARY if module.endswith('.__init__')]
 SCRIPTS = {str(path.relative_to(ROOT)): path for folder in ('tools', 'tests') for path in (ROOT / folder).rglob('*.py')}
 
 
@@ -39,7 +44,8 @@ def imports(module, path):
             yield from ((alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            yield '.'.join([*base, *([node.module] if node.module else [])]), bool(node.level)
+            base += [node.module] if node.module else []
+            yield from (('.'.join([*base, alias.name]), bool(node.level)) for alias in node.names)
 
 
 def package_of(module):
@@ -50,6 +56,10 @@ def package_of(module):
 def test_the_kernels_are_installed_inside_the_library():
     assert Path(vmamba.kernels.__file__).resolve().parent == ROOT / 'kernels'
     assert len(LIBRARY) > 10
+    assert vmamba.kernels.__name__ in LIBRARY_PACKAGES and 'vmamba.kernels.fused' in LIBRARY_PACKAGES
+    for package in LIBRARY_PACKAGES:
+        spec = find_spec(package)
+        assert Path(spec.origin).resolve() == LIBRARY[f'{package}.__init__'], package
 
 
 @pytest.mark.parametrize('module', LIBRARY)
@@ -71,6 +81,23 @@ def test_kernels_import_torch_and_triton_only(module):
     for name, relative in imports(module, LIBRARY[module]):
         top = name.split('.')[0]
         assert relative or top in ('torch', 'triton') or top in sys.stdlib_module_names, f'{module} imports {name}'
+
+
+@pytest.mark.parametrize('module', [module for module in LIBRARY if module.startswith('vmamba.kernels.fused.')])
+def test_the_triton_kernels_know_only_each_other_and_where_they_run(module):
+    for name, relative in imports(module, LIBRARY[module]):
+        if relative:
+            known = name.startswith(('vmamba.kernels.backend.', 'vmamba.kernels.fused.'))
+            assert known, f'{module} imports {name}'
+
+
+@pytest.mark.parametrize(
+    'module',
+    [*(m for m in LIBRARY if package_of(m) != 'vmamba.kernels'), *(s for s in SCRIPTS if s.startswith('tools'))],
+)
+def test_only_the_kernels_decide_when_triton_runs(module):
+    for name, _ in imports(module, LIBRARY.get(module) or SCRIPTS[module]):
+        assert not name.startswith('vmamba.kernels.fused'), f'{module} imports {name}'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

@@ -4,13 +4,19 @@ import pytest
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_scan
+from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_scan, ss2d_scan_norm, use_triton
+from vmamba.kernels.backend import triton
 
 from vmamba.flops import count_macs
 
 pytest.importorskip('fvcore')
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 pytestmark = pytest.mark.filterwarnings('ignore')
 
+BACKENDS = [
+    pytest.param(False, id='plain'),
+    pytest.param(True, id='triton', marks=pytest.mark.skipif(triton is None, reason='needs the package triton')),
+]
 OFFICIAL = [
     # name, 10^9 multiply-adds as printed
     ('vmamba_t', '4.905610'),
@@ -29,6 +35,17 @@ OFFICIAL = [
 def test_the_official_counts(name, printed):
     digits = len(printed.split('.')[1])
     assert f'{count_macs(timm.create_model(name)) / 1e9:.{digits}f}' == printed
+
+
+@pytest.mark.skipif(triton is None, reason='needs the package triton')
+@pytest.mark.parametrize('d_state', [1, 2])
+def test_the_count_does_not_depend_on_the_kernels(d_state):
+    model = timm.create_model('vmamba_nano', depths=(1,), embed_dim=8, d_state=d_state).to(DEVICE)
+    counts = []
+    for triton_kernels in (False, True):
+        with use_triton(triton_kernels):
+            counts.append(count_macs(model, (3, 12, 8)))
+    assert counts[0] == counts[1]
 
 
 def vim_macs(dim, depth, grid, patch, classes):
@@ -80,13 +97,17 @@ def ss2d_arguments(batch, height, width, dim, dstate, rank, routes=4):
     return [torch.randn(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize('batch,height,width,dim,dstate,rank', [(2, 3, 5, 7, 1, 2), (1, 4, 1, 3, 16, 1)])
-def test_pytorchs_counter_knows_ss2d(batch, height, width, dim, dstate, rank):
-    args = ss2d_arguments(batch, height, width, dim, dstate, rank)
+@pytest.mark.parametrize('triton_kernels', BACKENDS)
+@pytest.mark.parametrize('batch,height,width,dim,dstate,rank', [(2, 3, 5, 7, 1, 2), (1, 4, 1, 3, 3, 1)])
+def test_pytorchs_counter_knows_ss2d(batch, height, width, dim, dstate, rank, triton_kernels):
+    """And leaves out the norm."""
+    args = [t.to(DEVICE) for t in ss2d_arguments(batch, height, width, dim, dstate, rank)]
+    norm = [torch.ones(dim, device=DEVICE), torch.zeros(dim, device=DEVICE)]
     pixels = batch * height * width
     macs = pixels * 4 * dim * (9 * dstate + 1 + rank)
-    assert flops(ss2d_scan, *args) == 2 * macs
-    assert flops(ss2d_scan, *args, backward=True) > 2 * 2 * macs
+    with use_triton(triton_kernels):
+        assert flops(ss2d_scan, *args) == flops(ss2d_scan_norm, *args, *norm) == 2 * macs
+        assert flops(ss2d_scan, *args, backward=True) == 4 * 2 * macs
 
 
 def test_pytorchs_counter_knows_the_bidirectional_scan():

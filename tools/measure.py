@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, List, Optional
 
@@ -19,7 +20,7 @@ import psutil
 import timm
 import torch
 from timm.layers import set_fused_attn
-from torch import Tensor, nn
+from torch import nn
 
 import vmamba  # noqa: F401
 
@@ -111,11 +112,12 @@ def measure(case: Case) -> Result:
     run = torch.compile(model) if case.compile else model
     if case.memory_limit is not None and device.type == 'cpu':
         _limit_memory(case.memory_limit)
+    forward = partial(run, x)
     with torch.inference_mode():
-        peak = _peak_bytes(lambda: run(x), device)
+        peak = _peak_bytes(forward, device)
         if case.cuda_graph:
-            run = _capture(run, x)
-        times = _times(lambda: run(x), device, case.repeats)
+            forward = capture(forward)
+        times = _times(forward, device, case.repeats)
     seconds = statistics.median(times) / case.batch_size
     return Result('ok', 1 / seconds, 1e3 * seconds, peak / MIB, device_name(device))
 
@@ -138,19 +140,19 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _capture(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A replay of the forward on this one input."""
+def capture(run: Callable[[], object]) -> Callable[[], object]:
+    """A replay, as a CUDA graph, of what `run` does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            run(x)
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = run(x)
+        output = run()
 
-    def replay(_: Tensor) -> Tensor:
+    def replay() -> object:
         graph.replay()
         return output
 

@@ -48,7 +48,7 @@ def run(function, tensors, **options):
     weights = [torch.randn(t.shape, dtype=torch.float64) for t in (y, state)]
     # Rounding the weights as the output is rounded leaves nothing for the comparison to differ in.
     weights = [w.to(torch.bfloat16) for w in weights]
-    torch.autograd.backward((y, state), [w.to(t.dtype) for w, t in zip(weights, (y, state))])
+    torch.autograd.backward((y, state), [w.to(t) for w, t in zip(weights, (y, state))])
     return {'y': y, 'last_state': state, **{f'grad_{k}': None if t is None else t.grad for k, t in leaves.items()}}
 
 

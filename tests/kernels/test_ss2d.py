@@ -28,7 +28,7 @@ def run(function, tensors):
     leaves = {k: t.detach().clone().requires_grad_() for k, t in tensors.items()}
     y = function(**leaves)
     torch.manual_seed(1)
-    y.backward(torch.randn(y.shape, dtype=torch.float64).to(torch.bfloat16).to(y.dtype))
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(torch.bfloat16).to(y))
     return {'y': y, **{f'grad_{k}': t.grad for k, t in leaves.items()}}
 
 

@@ -1,0 +1,406 @@
+"""SS2D on its Triton kernels, against the float64 definition of `oracles`.
+
+Without a GPU the kernels run in Triton's interpreter (see conftest.py), on tiles of 16 steps by 16 channels.
+"""
+
+from itertools import product
+
+import oracles
+import pytest
+import test_ss2d
+import torch
+from recorder import Recorder
+from test_ss2d import LAYOUTS
+from vmamba.kernels import ss2d_scan, ss2d_scan_norm, use_triton
+
+from vmamba.layers.ss2d import SS2D
+
+pytest.importorskip('triton')
+from vmamba.kernels.fused import ss2d_operator  # noqa: E402
+from vmamba.kernels.fused.ss2d import Launch, Plan, Sizes, plan, states_shape  # noqa: E402
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+TILE = Launch(rows=8, splits=2, channels=16, regions=1)
+
+# What lies beyond the end of a tensor may be anything; arithmetic on it makes NaN now and then.
+pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels():
+    with use_triton(True):
+        yield
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Sets the launches of both passes, which are the same unless they are given separately."""
+
+    def set_launches(forward=TILE, backward=None):
+        plan = Plan(forward, backward or forward)
+        monkeypatch.setattr(ss2d_operator, 'plan', lambda sizes, processors: plan)
+
+    set_launches()
+    return set_launches
+
+
+def arguments(size=(5, 4), batch=1, dim=16, dstate=1, dt_rank=3, dtype=torch.float32, norm=False):
+    """Arguments of `ss2d_scan`, or with a norm of `ss2d_scan_norm`, by name."""
+    tensors = test_ss2d.arguments(size, batch, dim, dstate, dt_rank, dtype)
+    if norm:
+        weight, bias = 1 + 0.3 * torch.randn(dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
+        tensors |= {'norm_weight': weight.to(tensors['D'].dtype), 'norm_bias': bias.to(tensors['D'].dtype)}
+    return {k: t.to(DEVICE) for k, t in tensors.items()}
+
+
+def library(norm_weight=None, norm_bias=None, **tensors):
+    if norm_weight is None:
+        return ss2d_scan(**tensors)
+    return ss2d_scan_norm(**tensors, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=1e-3)
+
+
+def definition(norm_weight=None, norm_bias=None, **tensors):
+    y = oracles.ss2d_scan(**tensors)
+    return y if norm_weight is None else oracles.layer_norm(y, norm_weight, norm_bias, 1e-3)
+
+
+def run(tensors, function=library):
+    """Output and gradients by name, on the CPU."""
+    return {k: t.cpu() for k, t in test_ss2d.run(function, tensors).items()}
+
+
+def compare(tensors, dtype=torch.float32):
+    actual = run(tensors)
+    oracles.assert_all_match(actual, run({k: t.cpu().double() for k, t in tensors.items()}, definition), dtype)
+    assert actual['y'].dtype == tensors['x'].dtype
+    for name, tensor in tensors.items():
+        assert actual[f'grad_{name}'].dtype == tensor.dtype, name
+
+
+MAPS = [
+    pytest.param(dict(size=(1, 1)), id='pixel'),
+    pytest.param(dict(size=(1, 1), norm=True, dim=3), id='pixel-norm-dim3'),
+    pytest.param(dict(size=(1, 19)), id='row'),
+    pytest.param(dict(size=(1, 35), dstate=2), id='long-row-n2'),
+    pytest.param(dict(size=(19, 1)), id='column'),
+    pytest.param(dict(size=(16, 1), norm=True), id='column-of-a-tile'),
+    pytest.param(dict(size=(5, 4), norm=True), id='tiles-cross-columns'),
+    pytest.param(dict(size=(3, 11), dstate=3), id='tiles-cross-columns-n3'),
+    pytest.param(dict(size=(14, 3), norm=True), id='tiles-end-with-columns'),
+    pytest.param(dict(size=(15, 2), dstate=3), id='tiles-end-with-columns-n3'),
+    pytest.param(dict(size=(2, 5), dstate=16, dim=4), id='n16'),
+    pytest.param(dict(size=(3, 3), dim=33, norm=True), id='dim33-norm'),
+    pytest.param(dict(size=(3, 3), dim=40, dstate=2), id='dim40-n2'),
+    pytest.param(dict(size=(2, 3), dim=1, dt_rank=1), id='dim1-rank1'),
+    pytest.param(dict(size=(2, 3), dt_rank=17), id='rank17'),
+    pytest.param(dict(size=(2, 3), batch=3, norm=True), id='batch3'),
+]
+
+
+@pytest.mark.parametrize('sizes', MAPS)
+def test_outputs_and_gradients(sizes, launch):
+    compare(arguments(**sizes))
+
+
+# The tiles of the backward pass are those of the forward pass, or what a thread walks of one.
+LAUNCHES = [
+    pytest.param(Launch(16, 1, 16, 1), None, dict(size=(3, 11), dstate=2), id='one-split'),
+    pytest.param(Launch(4, 4, 16, 1), None, dict(size=(14, 3)), id='four-splits'),
+    pytest.param(Launch(8, 2, 32, 1), None, dict(size=(3, 3), dim=40), id='channels-32'),
+    pytest.param(Launch(16, 2, 16, 1), Launch(8, 2, 16, 1), dict(size=(27, 5)), id='half-tiles'),
+    pytest.param(
+        Launch(16, 2, 16, 1), Launch(16, 1, 16, 1), dict(size=(9, 5), dstate=2), id='half-tiles-cross-columns'
+    ),
+    pytest.param(Launch(16, 4, 16, 1), Launch(4, 4, 16, 1), dict(size=(11, 7)), id='quarter-tiles'),
+    pytest.param(Launch(8, 2, 16, 2), None, dict(size=(9, 7), dstate=2), id='two-regions'),
+    pytest.param(Launch(8, 2, 16, 3), None, dict(size=(15, 5)), id='three-regions'),
+    pytest.param(Launch(8, 2, 16, 5), None, dict(size=(1, 35), dim=3), id='fewer-tiles-than-regions'),
+    pytest.param(Launch(16, 2, 16, 2), Launch(16, 1, 16, 4), dict(size=(1, 70)), id='half-tiles-in-more-regions'),
+    pytest.param(TILE, TILE._replace(blocks=2), dict(size=(3, 3), dim=40), id='blocks'),
+    pytest.param(TILE, TILE._replace(blocks=4), dict(size=(2, 4), dim=20, dstate=2), id='fewer-channels-than-blocks'),
+    pytest.param(TILE, TILE._replace(batches=2), dict(size=(3, 3), batch=3, dstate=2), id='batches'),
+    pytest.param(
+        TILE._replace(regions=2),
+        TILE._replace(regions=2, blocks=2, batches=2),
+        dict(size=(5, 7), batch=2, dim=20),
+        id='blocks-batches-regions',
+    ),
+]
+
+
+@pytest.mark.parametrize('forward,backward,sizes', LAUNCHES)
+def test_launches(forward, backward, sizes, launch):
+    launch(forward, backward)
+    compare(arguments(**sizes))
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_half_precision(norm, launch):
+    launch(TILE._replace(regions=2))
+    compare(arguments((7, 5), dim=13, dtype=torch.float16, norm=norm), torch.float16)
+
+
+@pytest.mark.parametrize(
+    'wide', [['x_dbl'], ['dt_weight', 'norm_weight'], []], ids=lambda names: '-'.join(names) or '-'
+)
+def test_mixed_dtypes(wide, launch):
+    """As under autocast, and as in a model that is in half precision as a whole."""
+    tensors = {k: t.half() for k, t in arguments((2, 3), norm=True).items()}
+    compare({k: t.float() if k in wide else t for k, t in tensors.items()}, torch.float16)
+
+
+@pytest.mark.filterwarnings('ignore:overflow:RuntimeWarning')
+@pytest.mark.parametrize('case', ['underflow', 'tiny-steps', 'wide-range'])
+def test_extreme_steps_and_decays(case, launch):
+    launch(TILE._replace(regions=2))
+    tensors = arguments((5, 7), dim=4)
+    if case == 'underflow':
+        tensors['dt_bias'] = tensors['dt_bias'] + 60
+        tensors['A'] = tensors['A'] * 1e3
+    elif case == 'tiny-steps':
+        tensors['dt_bias'] = tensors['dt_bias'] - 15
+        tensors['A'] = tensors['A'] * 1e-3
+    else:
+        tensors['dt_bias'] = tensors['dt_bias'] * 20
+        tensors['A'] = -(10 ** (-tensors['A'] * 4 - 3))
+    compare(tensors)
+
+
+def test_the_launches_that_are_chosen():
+    compare(arguments((7, 9), 2, dim=33, norm=True))
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_an_empty_batch(norm):
+    compare(arguments((2, 3), batch=0, norm=norm))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 7), (56, 56), (4096, 1), (1, 4096), (512, 512)], ids=str)
+def test_chosen_launches_fit_together(size):
+    for batch, dim, dstate, processors in product((0, 1, 64), (1, 33, 96, 768), (1, 16), (1, 20, 132)):
+        sizes = Sizes(batch, *size, dim, 6, dstate)
+        forward, backward = chosen = plan(sizes, processors)
+        assert forward.steps == backward.steps or forward.rows == backward.steps
+        for launch in forward, backward:
+            assert launch.steps >= 16 and launch.channels % 16 == 0
+            assert min(launch.regions, launch.blocks, launch.batches, launch.warps) >= 1
+        unused = states_shape(sizes, chosen)[2] * backward.steps - size[0] * size[1]
+        assert unused < max(backward.steps, 0.21 * size[0] * size[1]), 'tiles are nearly full'
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_memory_layout_does_not_matter(layout, launch):
+    tensors = arguments((3, 5), 2, norm=True)
+    expected = run(tensors)
+    leaves = {k: LAYOUTS[layout](t).requires_grad_() for k, t in tensors.items()}
+    assert not leaves['x'].is_contiguous()
+    y = library(**leaves)
+    assert y.is_contiguous()
+    torch.manual_seed(1)
+    y.backward(LAYOUTS[layout](torch.randn(y.shape, dtype=torch.float64).to(torch.bfloat16).to(y)))
+    assert oracles.relative_error(y.cpu(), expected['y']) < 1e-6
+    for name, leaf in leaves.items():
+        assert oracles.relative_error(leaf.grad.cpu(), expected[f'grad_{name}']) < 1e-6, name
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_an_expanded_map_and_gradient(norm, launch):
+    tensors = arguments((2, 3), 2, norm=norm)
+    tensors['x'] = tensors['x'][:1, :1].expand_as(tensors['x'])
+    actual = {k: t.detach().requires_grad_() for k, t in tensors.items()}
+    expected = {k: t.detach().cpu().double().requires_grad_() for k, t in tensors.items()}
+    library(**actual).sum().backward()
+    definition(**expected).sum().backward()
+    for name in tensors:
+        oracles.assert_matches(actual[name].grad.cpu(), expected[name].grad, torch.float32, name)
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(norm, launch):
+    launch(Launch(16, 2, 16, 2), Launch(16, 1, 16, 2))
+    tensors = arguments((9, 9), dim=3, dstate=2, norm=norm)
+    leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    with Recorder() as keeping:
+        y = library(**leaves)
+    kept = keeping.outputs[0][1:]
+    assert [t.numel() > 0 for t in kept] == [norm, True, norm, norm]
+    with torch.no_grad(), Recorder() as no_grad:
+        without_grad = library(**leaves)
+    with Recorder() as constants:
+        of_constants = library(**tensors)
+    assert torch.equal(without_grad, y) and torch.equal(of_constants, y)
+    for recorder in no_grad, constants:
+        assert not any(t.numel() for t in recorder.outputs[0][1:])
+
+
+@pytest.mark.parametrize('name', ['x_dbl', 'D', 'norm_bias'])
+def test_one_gradient_alone(name, launch):
+    tensors = arguments((2, 3), norm=True)
+    expected = run(tensors)[f'grad_{name}']
+    alone = run({name: tensors[name]}, lambda **leaf: library(**{**tensors, **leaf}))[f'grad_{name}']
+    assert torch.equal(alone, expected)
+
+
+def test_two_runs_are_equal_bit_by_bit(launch):
+    """What is read without having been written, or beyond its end, would not be."""
+    launch(TILE._replace(regions=2))
+    tensors = arguments((3, 11), dim=5, dtype=torch.float16, norm=True)
+    first, second = run(tensors), run(tensors)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_inputs_are_left_alone(launch):
+    tensors = arguments((1, 1), norm=True)
+    copies = {k: t.clone() for k, t in tensors.items()}
+    run(tensors)
+    library(**tensors).zero_()
+    assert all(torch.equal(t, copies[k]) for k, t in tensors.items())
+
+
+@pytest.mark.parametrize('keep', [False, True], ids=['forgetting', 'keeping'])
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_registration(dtype, norm, keep, launch):
+    """Of what is kept, too, shapes and dtypes are known without a run."""
+    launch(Launch(16, 2, 16, 2), Launch(16, 1, 16, 2))
+    tensors = [t.requires_grad_(keep) for t in arguments((3, 7), dtype=dtype, norm=norm).values()]
+    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    options = *tensors, *([] if norm else [None, None]), 1e-5, keep
+    torch.library.opcheck(torch.ops.vmamba.ss2d_fused.default, options, test_utils=checks)
+
+
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_registration_of_the_backward_pass(norm, launch):
+    tensors = list(arguments((3, 7), dtype=torch.float16, norm=norm).values())
+    norm_tensors = tensors[6:] or [None, None]
+    out, *kept = torch.ops.vmamba.ss2d_fused(*tensors[:6], *norm_tensors, 1e-5, True)
+    args = torch.randn_like(out), *tensors[:6], norm_tensors[0], *kept
+    checks = ('test_schema', 'test_faketensor')
+    torch.library.opcheck(torch.ops.vmamba.ss2d_fused_backward.default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize('name', ['norm_weight', 'norm_bias'])
+@pytest.mark.parametrize('shape', [(15,), (1, 16), ()], ids=str)
+@pytest.mark.parametrize('plain', [False, True], ids=['triton', 'plain'])
+def test_a_bad_norm_is_an_error_that_shows_it(name, shape, plain):
+    tensors = {**arguments((1, 1), norm=True), name: torch.ones(shape, device=DEVICE)}
+    with use_triton(not plain), pytest.raises(ValueError, match=name) as caught:
+        library(**tensors)
+    assert str(shape) in str(caught.value) and '[16]' in str(caught.value)
+
+
+@pytest.mark.parametrize('name,shape', [('x', (6, 16)), ('x_dbl', (1, 2, 3, 4, 6)), ('A', (4, 15, 1)), ('D', (64,))])
+@pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
+def test_a_bad_argument_is_an_error_that_shows_it(name, shape, norm):
+    tensors = {**arguments((2, 3), norm=norm), name: torch.zeros(shape, device=DEVICE)}
+    with pytest.raises(ValueError, match=name) as caught:
+        library(**tensors)
+    assert str(shape) in str(caught.value)
+
+
+def layer_and_map():
+    layer = SS2D(16, ssm_ratio=1.0).to(DEVICE)
+    return layer, torch.randn(1, 4, 5, 16, device=DEVICE)
+
+
+def outputs_and_gradients(layer, forward, x):
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+def test_a_layer_compiles_in_one_graph(launch):
+    torch.compiler.reset()
+    layer, x = layer_and_map()
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    for actual, expected in zip(outputs_and_gradients(layer, compiled, x), outputs_and_gradients(layer, layer, x)):
+        assert oracles.relative_error(actual, expected) < 1e-5
+
+
+def on_gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+    return pytest.mark.gpu(skip(test))
+
+
+def compare_with_plain(tensors, dtype):
+    """With the plain path in float64 on the GPU, for maps that the definition would take too long for."""
+    with use_triton(False):
+        expected = run({k: t.double() for k, t in tensors.items()})
+    actual = run(tensors)
+    oracles.assert_all_match(actual, expected, dtype)
+    return actual
+
+
+STAGES = [
+    dict(size=(56, 56), dim=96, dt_rank=6),
+    dict(size=(28, 28), dim=192, dt_rank=12),
+    dict(size=(14, 14), dim=384, dt_rank=24),
+    dict(size=(7, 7), dim=768, dt_rank=48),
+    dict(size=(28, 28), dim=96, dt_rank=6, dstate=16),
+]
+OTHERS = [
+    dict(size=(4096, 1), dim=48),
+    dict(size=(1, 4096), dim=33, dstate=2),
+    dict(size=(512, 512), dim=32),
+    dict(size=(200, 333), dim=40, dstate=3),
+]
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', oracles.DTYPES[1:], ids=str)
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('sizes', STAGES, ids=str)
+def test_stages_of_vmamba(sizes, batch, dtype):
+    compare_with_plain(arguments(**sizes, batch=batch, dtype=dtype, norm=True), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', oracles.DTYPES[1:], ids=str)
+@pytest.mark.parametrize('sizes', OTHERS, ids=str)
+def test_large_maps(sizes, dtype):
+    compare_with_plain(arguments(**sizes, dtype=dtype), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('sizes', STAGES[::2] + OTHERS[2:3], ids=str)
+def test_repeated_runs_are_equal_bit_by_bit(sizes):
+    tensors = arguments(**sizes, batch=2, dtype=torch.bfloat16, norm=True)
+    first = run(tensors)
+    for _ in range(5):
+        again = run(tensors)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+@on_gpu
+@torch.inference_mode()
+def test_replays_in_a_cuda_graph():
+    tensors = arguments((14, 14), dim=96, dtype=torch.bfloat16, norm=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        library(**tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = library(**tensors)
+    tensors['x'].copy_(torch.randn_like(tensors['x']))
+    graph.replay()
+    assert torch.equal(captured, library(**tensors))
+
+
+@on_gpu
+def test_a_layer_compiles_with_inductor():
+    torch.compiler.reset()
+    layer, x = layer_and_map()
+    compiled = torch.compile(layer, fullgraph=True)
+    for actual, expected in zip(outputs_and_gradients(layer, compiled, x), outputs_and_gradients(layer, layer, x)):
+        assert oracles.relative_error(actual, expected) < 1e-3
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices')
+def test_a_device_that_is_not_the_current_one():
+    tensors = arguments((14, 14), dim=40, norm=True)
+    expected = run(tensors)
+    assert torch.cuda.current_device() == 0
+    actual = run({k: t.to('cuda:1') for k, t in tensors.items()})
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)

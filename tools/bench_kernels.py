@@ -1,0 +1,200 @@
+"""Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory and shares of the limits.
+
+python tools/bench_kernels.py --csv kernels.csv --docs docs/benchmarks.md
+python tools/bench_kernels.py --only scan --case '*_n16_*'
+python tools/bench_kernels.py --device cpu --batch 1 --repeats 1 --case ss2d_vmamba_t_stage4
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+from kernel_cases import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    KINDS,
+    Case,
+    ModelCase,
+    ScanCase,
+    Workload,
+    mamba_ssm_scan,
+    model_cases,
+    scan_cases,
+    ss2d_cases,
+)
+from kernel_report import Result, Run, write_csv, write_docs, write_report
+from measure import capture, device_name, is_out_of_memory, pick_device
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from timing import measure_ceilings, median_ms, peak_mib, settled_memory
+from torch import Tensor
+
+MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
+OUTPUTS = ('--csv', '--docs')
+WIDTH = 200  # of the tables where there is no terminal
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> Result:
+    """Measures a case; whatever goes wrong is noted in the result, beside what was measured before."""
+    result = Result(case)
+    try:
+        _measure(result, device, repeats)
+    except Exception as error:
+        result.status = 'OOM' if is_out_of_memory(error) else 'failed'
+        result.message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    finally:
+        if isinstance(case, ModelCase) and case.compile:
+            torch.compiler.reset()  # the next model shall not count as a recompilation of this one
+    return result
+
+
+def _measure(result: Result, device: torch.device, repeats: int) -> None:
+    """Memory first, before a graph holds any, then times; each number is kept as soon as it is there."""
+    passes = result.case.passes
+    baseline = settled_memory(device)
+    workload = result.case.workload(device)
+    forward = torch.no_grad()(workload.forward)
+    both = partial(_forward_backward, workload)
+    if FORWARD in passes:
+        forward()  # compiles
+        result.forward_peak_mib = peak_mib(forward, device, baseline)
+        result.forward_ms = median_ms(forward, device, repeats)
+    if BOTH in passes:
+        both()
+        result.training_peak_mib = peak_mib(both, device, baseline)
+        result.forward_backward_ms = median_ms(both, device, repeats)
+    if BACKWARD in passes:
+        result.backward_ms, result.backward_timed = _backward_ms(workload, result, device, repeats)
+    if device.type == 'cuda' and FORWARD in passes:
+        result.forward_graph_ms = median_ms(capture(forward), device, repeats)
+    if device.type == 'cuda' and BACKWARD in passes:
+        result.forward_backward_graph_ms = median_ms(capture(both), device, repeats)
+
+
+def _forward_backward(workload: Workload) -> Tuple[Optional[Tensor], ...]:
+    y = workload.forward()
+    return torch.autograd.grad(y, workload.inputs, torch.ones_like(y), allow_unused=True)
+
+
+def _backward_ms(workload: Workload, result: Result, device: torch.device, repeats: int) -> Tuple[float, str]:
+    """Times the backward pass alone, again and again after one forward pass, or takes the difference if it cannot."""
+    y = workload.forward()
+    grad = torch.ones_like(y)
+    try:
+        backward = partial(torch.autograd.grad, y, workload.inputs, grad, retain_graph=True, allow_unused=True)
+        return median_ms(backward, device, repeats), 'alone'
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a graph that does not survive its backward pass
+        return result.forward_backward_ms - result.forward_ms, 'difference'
+
+
+def with_peer(cases: Sequence[Case], peer: Optional[Callable[..., Tensor]]) -> List[Case]:
+    """Each scan is followed by the same one of the peer, if there is a peer."""
+    found = []
+    for case in cases:
+        found.append(case)
+        if peer is not None and isinstance(case, ScanCase):
+            found.append(replace(case, function=peer, reference=None))
+    return found
+
+
+def bench(cases: Sequence[Case], device: torch.device, repeats: int, console: Console) -> List[Result]:
+    """Measures every case, one after another, under a progress bar."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('{task.description}')
+    results = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task('', total=len(cases))
+        for case in cases:
+            progress.update(task, description=f'{case.name} ({case.implementation})')
+            results.append(measure(case, device, repeats))
+            progress.advance(task)
+    return results
+
+
+def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Sequence[str]]) -> List[Case]:
+    """The cases of these kinds whose names match one of the patterns.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    cases = [case for case in cases if case.kind in kinds]
+    for pattern in patterns or ():
+        if not any(fnmatchcase(case.name, pattern) for case in cases):
+            raise ValueError(f'no case matches {pattern!r}; there are {", ".join(case.name for case in cases)}')
+    return [case for case in cases if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)]
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """The command line without the names of the files that it writes."""
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and not argument.startswith(tuple(f'{output}=' for output in OUTPUTS)) and argument not in OUTPUTS:
+            kept.append(argument)
+        skip = argument in OUTPUTS
+    return shlex.join(['python', 'tools/bench_kernels.py', *kept])
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog='Times are medians.', allow_abbrev=False
+    )
+    parser.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='kinds of cases')
+    parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names')
+    parser.add_argument('--compile-training', action='store_true', help='also train under torch.compile')
+    parser.add_argument('--batch', type=int, help="instead of each case's own; leaves out the peers' earlier figures")
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    parser.add_argument('--repeats', type=int, default=30, help='runs of which the median time is taken')
+    parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
+    parser.add_argument('--csv', type=Path, help='file to write')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    for name in ('repeats', 'batch'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    unknown = [name for name in args.models if not timm.is_model(name)]
+    if unknown:
+        parser.error(f'timm knows no model {", ".join(unknown)}')
+    cases = [*scan_cases(), *ss2d_cases(), *model_cases(args.models, args.compile_training)]
+    try:
+        args.cases = select(cases, args.only, args.case)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.batch is not None:
+        args.cases = [replace(case, batch=args.batch, reference=None) for case in args.cases]
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    if args.list:
+        console.print('\n'.join(case.name for case in args.cases), highlight=False)
+        return
+    device = device_name(args.device)
+    ceilings = measure_ceilings(args.device, args.repeats)
+    cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)
+    results = bench(cases, args.device, args.repeats, console)
+    run = Run(device, ceilings, args.repeats, command_of(argv), results)
+    write_report(run, console)
+    if args.csv:
+        write_csv(run, args.csv)
+    if args.docs:
+        write_docs(run, args.docs)
+
+
+if __name__ == '__main__':
+    main()

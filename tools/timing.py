@@ -1,0 +1,112 @@
+"""Median times by a device's own clock, peaks of its memory, and what it reaches at most."""
+
+import gc
+import statistics
+import time
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from measure import MIB
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+WARM_UPS = {'cuda': 5, 'cpu': 1}
+EXP2_PROGRAMS, EXP2_WIDTH, EXP2_STEPS = 8192, 1024, 1024
+
+
+class Ceilings(NamedTuple):
+    """What a device reaches, measured.
+
+    Attributes:
+        copy: Bytes read and written by a copy, per second.
+        matmul: Floating-point operations of a bf16 matrix product, per second.
+        exp2: exp2 of fp32 numbers in registers, per second; None where Triton does not run.
+    """
+
+    copy: float
+    matmul: float
+    exp2: Optional[float] = None
+
+    def __str__(self) -> str:
+        exp2 = '' if self.exp2 is None else f', exp2 {self.exp2 / 1e12:.2f}e12/s'
+        return f'copy {self.copy / 1e12:.3g} TB/s, bf16 matrix product {self.matmul / 1e12:.3g} TFLOP/s{exp2}'
+
+
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of a run after some warm-up; on a GPU by events, without waiting between the runs."""
+    for _ in range(WARM_UPS[device.type]):
+        run()
+    if device.type != 'cuda':
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def settled_memory(device: torch.device) -> int:
+    """Bytes that stay allocated after all garbage is gone, cuBLAS's workspaces included; 0 on a CPU."""
+    gc.collect()
+    if device.type != 'cuda':
+        return 0
+    torch.cuda.empty_cache()
+    x = torch.ones(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    (x @ x).sum().backward()  # there is a workspace for the backward pass's thread, too
+    del x
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_mib(run: Callable[[], object], device: torch.device, baseline: int) -> Optional[float]:
+    """Peak of the memory that PyTorch's allocator hands out during a run, above a baseline; None on a CPU."""
+    if device.type != 'cuda':
+        run()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - baseline) / MIB
+
+
+def measure_ceilings(device: torch.device, repeats: int) -> Ceilings:
+    """Measures on tensors that fill a GPU, or on small ones on a CPU."""
+    on_gpu = device.type == 'cuda'
+    source = torch.zeros((512 if on_gpu else 16) * MIB, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_ms = median_ms(lambda: target.copy_(source), device, repeats)
+    size = 8192 if on_gpu else 256
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    matmul_ms = median_ms(lambda: matrix @ matrix, device, repeats)
+    exp2 = _exp2_per_second(device, repeats) if on_gpu and triton is not None else None
+    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * size**3 / matmul_ms, exp2)
+
+
+def _exp2_per_second(device: torch.device, repeats: int) -> float:
+    out = torch.empty(EXP2_PROGRAMS * EXP2_WIDTH, device=device)
+    ms = median_ms(lambda: _exp2_chain[(EXP2_PROGRAMS,)](out, EXP2_STEPS, EXP2_WIDTH), device, repeats)
+    return 1e3 * out.numel() * EXP2_STEPS / ms
+
+
+if triton is not None:
+
+    @triton.jit
+    def _exp2_chain(out, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+        """Applies x -> 2**-x to each number again and again."""
+        index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        x = index.to(tl.float32)
+        for _ in range(STEPS):
+            x = tl.exp2(-x)
+        tl.store(out + index, x)
