@@ -109,12 +109,14 @@ def _(grad_out, x, x_dbl, dt_weight, dt_bias, A, D, norm_weight, *saved):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, norm_weight, norm_bias, norm_eps, keep = inputs
+    *tensors, norm_weight, norm_bias, norm_eps, ctx.keep = inputs
     ctx.has_norm_bias = norm_bias is not None
     ctx.save_for_backward(*tensors, norm_weight, *output[1:])
 
 
 def _backward(ctx, grad_out, *grads_of_what_is_kept):
+    if not ctx.keep:
+        raise RuntimeError('ss2d_fused was called with keep=False and has no gradients; call it with keep=True')
     *grads, grad_norm_weight, grad_norm_bias = torch.ops.vmamba.ss2d_fused_backward(grad_out, *ctx.saved_tensors)
     if ctx.saved_tensors[6] is None:
         grad_norm_weight = None

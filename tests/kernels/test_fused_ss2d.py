@@ -279,6 +279,13 @@ def test_registration_of_the_backward_pass(norm, launch):
     torch.library.opcheck(torch.ops.vmamba.ss2d_fused_backward.default, args, test_utils=checks)
 
 
+def test_gradients_of_what_kept_nothing_are_an_error(launch):
+    leaves = [t.requires_grad_() for t in arguments((2, 3), norm=True).values()]
+    out, *_ = torch.ops.vmamba.ss2d_fused(*leaves, 1e-5, False)
+    with pytest.raises(RuntimeError, match='keep=True'):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize('name', ['norm_weight', 'norm_bias'])
 @pytest.mark.parametrize('shape', [(15,), (1, 16), ()], ids=str)
 @pytest.mark.parametrize('plain', [False, True], ids=['triton', 'plain'])
