@@ -60,3 +60,27 @@ def device_of(tensor: Tensor) -> ContextManager[None]:
     if tensor.device.type == 'cpu':
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def processors_of(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device, or 1 where there are none."""
+    if not (tensor.is_cuda and torch.cuda.is_available()):
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def compiles_for_nvidia(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor become code of an NVIDIA GPU."""
+    return tensor.is_cuda and torch.version.hip is None and not INTERPRETED
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """`input_precision` of tl.dot that loses nothing of what a main input like `tensor` holds."""
+    if not compiles_for_nvidia(tensor):
+        return 'ieee'
+    return 'tf32x3' if tensor.dtype == torch.float32 else 'tf32'
+
+
+def needs_gradients(*tensors: Optional[Tensor]) -> bool:
+    """Whether a call on these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

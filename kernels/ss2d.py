@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import needs_gradients, runs_on_triton, triton
 from .routed import check_parameters, routed_scan, routed_scan_backward
 from .scratch import scratch
 
@@ -45,7 +45,7 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
     _check(x, x_dbl, dt_weight, dt_bias, A, D)
     tensors = x, x_dbl, dt_weight, dt_bias, A, D
     if runs_on_triton(x):
-        return ss2d_fused(*tensors, None, None, 0.0, _needs_gradients(*tensors))[0]
+        return ss2d_fused(*tensors, None, None, 0.0, needs_gradients(*tensors))[0]
     return torch.ops.vmamba.ss2d_scan(*tensors)
 
 
@@ -80,14 +80,10 @@ def ss2d_scan_norm(
         if tuple(tensor.shape) != tuple(x.shape[-1:]):
             raise ValueError(f'{name} must be {list(x.shape[-1:])}, got {tuple(tensor.shape)}')
     if runs_on_triton(x):
-        keep = _needs_gradients(*tensors, norm_weight, norm_bias)
+        keep = needs_gradients(*tensors, norm_weight, norm_bias)
         return ss2d_fused(*tensors, norm_weight, norm_bias, norm_eps, keep)[0]
     y = torch.ops.vmamba.ss2d_scan(*tensors)
     return F.layer_norm(y, x.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
-
-
-def _needs_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..backend import INTERPRETED, device_of
+from ..backend import compiles_for_nvidia, device_of, dot_precision, processors_of
 from .merge_norm import merge_norm, merge_norm_backward
 from .ss2d_backward import scan_routes_backward
 from .ss2d_forward import scan_routes
@@ -99,13 +99,6 @@ def _regions(sizes: Sizes, programs: int, processors: int) -> int:
     return max(min(wanted, sizes.height * sizes.width // 128), 1)
 
 
-def processors_of(tensor: Tensor) -> int:
-    """Streaming multiprocessors, or 1 where there are none."""
-    if not (tensor.is_cuda and torch.cuda.is_available()):
-        return 1
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
 def states_shape(sizes: Sizes, plan: Plan) -> tuple[int, ...]:
     """State before each tile of the backward pass on each route, [B, 4, states, N, D]."""
     return sizes.batch, _ROUTES, _tiles(sizes, plan.backward.steps, _wraps(sizes, plan)), sizes.dstate, sizes.dim
@@ -134,7 +127,6 @@ def _split(sizes: Sizes, launch: Launch, wraps: bool) -> tuple[int, int]:
 
 def _constants(sizes: Sizes, launch: Launch, wraps: bool, x: Tensor) -> dict:
     columns = max(sizes.dim, _ROUTES * (sizes.dt_rank + 2 * sizes.dstate))
-    nvidia = x.is_cuda and torch.version.hip is None
     return dict(
         R=sizes.dt_rank,
         RP=max(_power_of_2(sizes.dt_rank), 16),
@@ -146,15 +138,15 @@ def _constants(sizes: Sizes, launch: Launch, wraps: bool, x: Tensor) -> dict:
         EVEN=sizes.dim % launch.channels == 0,
         WIDE=sizes.height * sizes.width * columns >= 2**31,
         EXACT=x.dtype == torch.float32,
-        NVIDIA=nvidia and not INTERPRETED,
-        PRECISION='ieee' if not nvidia else 'tf32x3' if x.dtype == torch.float32 else 'tf32',
+        NVIDIA=compiles_for_nvidia(x),
+        PRECISION=dot_precision(x),
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )
 
 
 def _magic(height: int) -> int:
-    """ceil(2**32 / height) as a signed integer of 32 bits; see `walk_tile`."""
+    """ceil(2**32 / height) as a signed integer of 32 bits; see `walk`."""
     magic = -(-(2**32) // height) if height > 1 else 0
     return magic - 2**32 if magic >= 2**31 else magic
 
@@ -170,6 +162,7 @@ def scan_forward(
     y = torch.empty_like(x), torch.empty_like(x)
     states = A.new_empty(states_shape(sizes, plan) if keep else (0, 0, 0))
     ends, sums = _summaries(sizes, regions, A)
+    carries = torch.empty_like(ends)
     grid = (_parts(sizes.dim, launch.channels) * 2 * regions * sizes.batch,)
     if not grid[0]:
         return y, states
@@ -183,7 +176,7 @@ def scan_forward(
                 A,
                 *y,
                 states,
-                torch.empty_like(ends),
+                carries,
                 ends,
                 sums,
                 sizes.height,

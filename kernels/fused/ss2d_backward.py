@@ -6,7 +6,8 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 import triton
 import triton.language as tl
 
-from .routes import by_column, recur, recur_back, route_of_pair, softplus_log2, walk
+from .elementwise import softplus_log2
+from .routes import by_column, recur, recur_back, route_of_pair, walk
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'grad_y_ptr', 'grad_x_rows_ptr', 'grad_x_columns_ptr', 'grad_x_dbl_ptr', 'dim']

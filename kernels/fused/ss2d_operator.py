@@ -5,7 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .ss2d import merge, merge_backward, plan, processors_of, scan_backward, scan_forward, sizes_of, states_shape
+from ..backend import processors_of
+from .ss2d import merge, merge_backward, plan, scan_backward, scan_forward, sizes_of, states_shape
 
 
 @torch.library.custom_op('vmamba::ss2d_fused', mutates_args=())

@@ -43,7 +43,7 @@ def configure(request, monkeypatch):
     def set_config(channels=None, **changes):
         if channels:
             changes['columns' if design is columns else 'rows'] = channels
-        for name in ('FORWARD', 'SAVING', 'BACKWARD'):
+        for name in ('FORWARD', 'BACKWARD'):
             monkeypatch.setattr(design, name, SMALL[design]._replace(**changes))
 
     if not HAS_GPU:
@@ -278,7 +278,7 @@ def test_a_million_steps():
 @pytest.mark.gpu
 @pytest.mark.parametrize('chunks', [1, 8])
 def test_repeated_runs_agree_bit_by_bit(chunks, monkeypatch):
-    for design, name in product((lanes, columns), ('FORWARD', 'SAVING', 'BACKWARD')):
+    for design, name in product((lanes, columns), ('FORWARD', 'BACKWARD')):
         monkeypatch.setattr(design, name, getattr(design, name)._replace(chunks=chunks))
     tensors = on_device(arguments(batch=4, dim=192, seqlen=3136, dstate=4, B=2, C=2, dtype=torch.bfloat16))
     first = run(library, tensors, delta_softplus=True)

@@ -7,7 +7,8 @@ forward pass kept, and solves the adjoint recurrence g_l = C_l * grad_y_l + exp(
 import triton
 import triton.language as tl
 
-from .tiles import LN2, load_delta, load_steps, recur, recur_back, sigmoid, store_steps
+from ..elementwise import sigmoid
+from .tiles import LN2, load_delta, load_steps, recur, recur_back, store_steps
 
 
 @triton.jit

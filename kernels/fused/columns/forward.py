@@ -10,7 +10,8 @@ pretended one, would make the compiler deal neighbouring steps out to lanes.
 import triton
 import triton.language as tl
 
-from .tiles import LN2, MAX_DECAY, load_delta, load_steps, recur, sigmoid, store_steps
+from ..elementwise import MAX_DECAY, sigmoid
+from .tiles import LN2, load_delta, load_steps, recur, store_steps
 
 
 @triton.jit(do_not_specialize_on_alignment=['B', 'C'])
@@ -59,7 +60,6 @@ def scan_forward_kernel(
     CONSTANT_B: tl.constexpr,
     CONSTANT_C: tl.constexpr,
     REVERSE: tl.constexpr,
-    ONE: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
@@ -113,8 +113,6 @@ def scan_forward_kernel(
                 carry = tl.load(initial + (batch * dim + channel) * dstate + n).to(tl.float32)
             tl.store(states + n * dim, carry, mask=in_rows)
     tl.debug_barrier()
-    if ONE:
-        carry = tl.load(states + tl.cast(chunk * chunk_slots, tl.int64) * dim, mask=in_rows, other=0.0)
     for i in range(count):
         tile = begin + i
         first = (tiles - 1 - tile if REVERSE else tile) * T
@@ -129,10 +127,9 @@ def scan_forward_kernel(
         tl.debug_barrier()
         B_tile = B + first
         C_tile = C + first
-        for n in range(1 if ONE else dstate):
+        for n in range(dstate):
             rate = tl.load(A + n * dim)
-            if not ONE:
-                carry = tl.load(here + n * dim, mask=in_rows, other=0.0)
+            carry = tl.load(here + n * dim, mask=in_rows, other=0.0)
             if CONSTANT_B:
                 b = tl.load(B + channel * dstate + n)[None, :]
             else:

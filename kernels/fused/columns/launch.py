@@ -3,12 +3,14 @@
 Importable without the package triton.
 """
 
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from ...backend import INTERPRETED
+from ...backend import compiles_for_nvidia, dot_precision, processors_of
+from ..sequences import Gradients, Scan, prepare, unit_stride
 
 
 class ScanConfig(NamedTuple):
@@ -32,60 +34,6 @@ class ScanConfig(NamedTuple):
         return max(self.columns // 32, 1)
 
 
-class Scan(NamedTuple):
-    """The tensors of a scan as the kernels take them, and its sizes."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor  # [N, dim]
-    B: Tensor  # [dim, N], or [batch, groups, N, L] with rows padded to whole tiles by zeros; in fp32
-    C: Tensor
-    D: Optional[Tensor]
-    z: Optional[Tensor]
-    delta_bias: Optional[Tensor]
-    initial: Optional[Tensor]
-    groups: int
-    softplus: bool
-    reverse: bool
-
-    @property
-    def group_dim(self) -> int:
-        return self.u.shape[1] // self.groups
-
-    @property
-    def share(self) -> int:
-        return self.u.shape[1] // self.delta.shape[1]
-
-    def strides(self, name: str) -> tuple[int, ...]:
-        """All strides but that along L, which is 1. Constants [dim, N] need none."""
-        tensor = getattr(self, name)
-        if tensor is None:
-            return 0, 0
-        return (0, 0, 0) if tensor.ndim == 2 else tensor.stride()[:-1]
-
-    def group_share(self, name: str) -> int:
-        """How many of the scan's groups share one group of B or C."""
-        tensor = getattr(self, name)
-        return 1 if tensor.ndim == 2 else self.groups // tensor.shape[1]
-
-    def options(self, config: ScanConfig) -> dict:
-        """What all kernels that walk tiles are compiled for."""
-        nvidia = self.u.is_cuda and torch.version.hip is None
-        launch = dict(maxnreg=config.registers) if nvidia and not INTERPRETED else {}
-        return dict(
-            HAS_Z=self.z is not None,
-            HAS_BIAS=self.delta_bias is not None,
-            SOFTPLUS=self.softplus,
-            EXACT=self.u.dtype != torch.bfloat16,
-            NVIDIA=nvidia and not INTERPRETED,
-            T=config.steps,
-            COLUMNS=config.columns,
-            num_warps=config.warps,
-            num_stages=1,
-            **launch,
-        )
-
-
 def fit(config: ScanConfig, dim: int) -> ScanConfig:
     """The config with as many columns as leave the fewest of them idle."""
     if config.columns <= 32:
@@ -94,58 +42,40 @@ def fit(config: ScanConfig, dim: int) -> ScanConfig:
     return config._replace(columns=min(sizes, key=lambda c: (-(-dim // c) * c, -c)))
 
 
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type == 'cuda':
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return 1
-
-
 def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
     """Tiles per chunk of L: as few chunks as fill the processors."""
     chunks = config.chunks
     if chunks == 0:
-        wanted = _processors(tensor) * config.warps_per_processor
+        wanted = processors_of(tensor) * config.warps_per_processor
         chunks = min(round(wanted / (programs * config.warps)), tiles // config.min_tiles)
     return -(-tiles // max(1, min(chunks, tiles)))
 
 
-def prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    z: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    initial_state: Optional[Tensor],
-    softplus: bool,
-    reverse: bool,
-    steps: int,
-) -> Scan:
-    groups = [tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4]
-    return Scan(
-        unit_stride(u),
-        unit_stride(delta),
-        A.float().t().contiguous(),
-        _coefficients(B, steps),
-        _coefficients(C, steps),
-        None if D is None else D.contiguous(),
-        None if z is None else unit_stride(z),
-        None if delta_bias is None else delta_bias.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
-        max(groups, default=1),
-        softplus,
-        reverse,
+def _options(scan: Scan, config: ScanConfig) -> dict:
+    """What all kernels that walk tiles are compiled for."""
+    nvidia = compiles_for_nvidia(scan.u)
+    return dict(
+        HAS_Z=scan.z is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        SOFTPLUS=scan.softplus,
+        EXACT=scan.u.dtype != torch.bfloat16,
+        NVIDIA=nvidia,
+        T=config.steps,
+        COLUMNS=config.columns,
+        num_warps=config.warps,
+        num_stages=1,
+        **(dict(maxnreg=config.registers) if nvidia else {}),
     )
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _prepare(steps: int, *arguments) -> Scan:
+    """The arguments of `prepare` but the first; A becomes [N, dim]."""
+    scan = prepare(partial(_coefficients, steps=steps), *arguments)
+    return scan._replace(A=scan.A.t().contiguous())
 
 
 def _coefficients(tensor: Tensor, steps: int) -> Tensor:
-    """B or C in fp32, which saves conversions in the kernels, with rows of whole tiles (they are small)."""
+    """B or C in fp32, which saves conversions in the kernels, in rows of whole tiles with zeros at the end (small)."""
     if tensor.ndim == 2:
         return tensor.float().contiguous()
     length = tensor.shape[-1]
@@ -210,8 +140,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         CONSTANT_B=scan.B.ndim == 2,
         CONSTANT_C=scan.C.ndim == 2,
         REVERSE=scan.reverse,
-        ONE=dstate == 1,
-        **scan.options(config),
+        **_options(scan, config),
     )
     return states[:, -1].transpose(1, 2).clone(memory_format=torch.contiguous_format), states
 
@@ -239,7 +168,7 @@ def _carries(
     ends = states.new_empty(batch, chunks - 1, dstate, dim)
     totals = states.new_empty(batch, chunks - 1, dim)
     coefficients = getattr(scan, name)
-    options = scan.options(config)
+    options = _options(scan, config)
     options.update(HAS_Z=z is not None)
     scan_summary_kernel[(batch * triton.cdiv(dim, config.columns), chunks - 1)](
         x,
@@ -285,18 +214,6 @@ def _carries(
     )
 
 
-class Gradients(NamedTuple):
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Optional[Tensor]
-    z: Optional[Tensor]
-    delta_bias: Optional[Tensor]
-    initial: Tensor
-
-
 def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, config: ScanConfig) -> Gradients:
     import triton
 
@@ -305,7 +222,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     batch, dim, length = scan.u.shape
     dstate, groups = scan.A.shape[0], scan.groups
     blocks = triton.cdiv(scan.group_dim, config.columns)
-    wanted = -(-_processors(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
+    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
     split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
     splits = triton.cdiv(blocks, split_blocks)
     tiles = triton.cdiv(length, config.steps)
@@ -326,8 +243,6 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     grad_z = None if scan.z is None else empty(batch, dim, length, dtype=scan.z.dtype)
     grad_BC = empty(2, splits, batch, groups, dstate, padded)
     grad_D, grad_bias = (None if t is None else empty(chunks, batch, dim) for t in (scan.D, scan.delta_bias))
-    exact = scan.u.dtype == torch.float32
-    nvidia = scan.u.is_cuda and torch.version.hip is None
     scan_backward_kernel[(batch * groups * splits, chunks)](
         grad_y,
         grad_last,
@@ -374,8 +289,8 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         CONSTANT_B=scan.B.ndim == 2,
         CONSTANT_C=scan.C.ndim == 2,
         REVERSE=scan.reverse,
-        PRECISION='ieee' if not nvidia else 'tf32x3' if exact else 'tf32',
-        **scan.options(config),
+        PRECISION=dot_precision(scan.u),
+        **_options(scan, config),
     )
 
     def coefficient_gradient(coefficients: Tensor, kind: int) -> Tensor:
@@ -398,26 +313,25 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
 
 
 FORWARD = ScanConfig()
-SAVING = ScanConfig()  # a forward pass that keeps states for the backward pass, and so has its steps
 BACKWARD = ScanConfig(columns=64, registers=168, warps_per_processor=12)
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
     """What `run_forward` saves: the states before each tile and after the last, [batch, tiles + 1, N, dim]."""
     batch, dim, length = u.shape
-    return batch, -(-length // SAVING.steps) + 1, A.shape[1], dim
+    return batch, -(-length // FORWARD.steps) + 1, A.shape[1], dim
 
 
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
-    """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the steps."""
-    config = fit(SAVING if save else FORWARD, y.shape[1])
-    return forward(prepare(*arguments, config.steps), y, save, config)
+    """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first."""
+    config = fit(FORWARD, y.shape[1])
+    return forward(_prepare(config.steps, *arguments), y, save, config)
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
-    scan = prepare(*arguments, BACKWARD.steps)
+    scan = _prepare(BACKWARD.steps, *arguments)
     config = BACKWARD
-    if config.columns > 32 and scan.u.shape[0] * scan.groups >= _processors(scan.u):
+    if config.columns > 32 and scan.u.shape[0] * scan.groups >= processors_of(scan.u):
         # Enough programs for small ones, of which more are at work at once.
         config = config._replace(columns=32, warps_per_processor=16)
     return backward(scan, unit_stride(grad_y), grad_last, states, fit(config, scan.group_dim))

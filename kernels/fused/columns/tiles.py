@@ -7,16 +7,9 @@ all steps of a channel, so that recurrences stay inside threads (see `routes`).
 import triton
 import triton.language as tl
 
-from ..routes import softplus_log2
+from ..elementwise import LOG2_E, softplus_log2
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_DECAY = tl.constexpr(3e38)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit

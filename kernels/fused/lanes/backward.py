@@ -7,14 +7,13 @@ forward pass kept, and solves the adjoint recurrence g_l = C_l * grad_y_l + exp(
 import triton
 import triton.language as tl
 
+from ..elementwise import LOG2_E, sigmoid
 from .forward import load_delta
 from .tiles import (
-    LOG2_E,
     last_lane_offset,
     load_coefficients,
     load_tile,
     only_if,
-    sigmoid,
     store_tile,
     sum_positions,
     walk_lanes,

@@ -7,14 +7,12 @@ the next is kept in `states` [batch, dim, N, slots], where the slots of chunk c 
 import triton
 import triton.language as tl
 
+from ..elementwise import LOG2_E, MAX_DECAY, sigmoid
 from .tiles import (
-    LOG2_E,
-    MAX_DECAY,
     last_lane_offset,
     load_coefficients,
     load_tile,
     only_if,
-    sigmoid,
     softplus,
     store_tile,
     sum_positions,

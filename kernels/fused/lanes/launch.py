@@ -8,6 +8,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ...backend import processors_of
+from ..sequences import Gradients, Scan, prepare, unit_stride
+
 ELEMENTS = 8  # neighbouring positions in the registers of a thread
 _ALIGNMENT = 16  # Triton knows of sizes and strides that they are multiples of this
 _BACKWARD_SLOTS = 5  # see `scan_backward_kernel`
@@ -29,43 +32,6 @@ class ScanConfig(NamedTuple):
     min_tiles: int = 4  # a chunk has no fewer
 
 
-class Scan(NamedTuple):
-    """The tensors of a scan as the kernels take them, and its sizes."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Optional[Tensor]
-    z: Optional[Tensor]
-    delta_bias: Optional[Tensor]
-    initial: Optional[Tensor]
-    groups: int
-    softplus: bool
-    reverse: bool
-
-    @property
-    def group_dim(self) -> int:
-        return self.u.shape[1] // self.groups
-
-    @property
-    def share(self) -> int:
-        return self.u.shape[1] // self.delta.shape[1]
-
-    def strides(self, name: str) -> tuple[int, ...]:
-        """All strides but that along L, which is 1. Constants [dim, N] have only the one between states."""
-        tensor = getattr(self, name)
-        if tensor is None:
-            return 0, 0
-        return (0, 0, 1) if tensor.ndim == 2 else tensor.stride()[:-1]
-
-    def group_share(self, name: str) -> int:
-        """How many of the scan's groups share one group of B or C."""
-        tensor = getattr(self, name)
-        return 1 if tensor.ndim == 2 else self.groups // tensor.shape[1]
-
-
 def fit(config: ScanConfig, group_dim: int) -> ScanConfig:
     """The config with no more rows than a group has; where those are few, a warp shares one or two channels.
 
@@ -78,53 +44,13 @@ def fit(config: ScanConfig, group_dim: int) -> ScanConfig:
     return config._replace(rows=rows)
 
 
-def _processors(tensor: Tensor) -> int:
-    if tensor.device.type == 'cuda':
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return 1
-
-
 def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
     """Tiles per chunk of L: as few chunks as fill the processors."""
     chunks = config.chunks
     if chunks == 0:
-        wanted = _processors(tensor) * config.warps_per_processor
+        wanted = processors_of(tensor) * config.warps_per_processor
         chunks = min(-(-wanted // (programs * config.warps)), tiles // config.min_tiles)
     return -(-tiles // max(1, min(chunks, tiles)))
-
-
-def prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    z: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    initial_state: Optional[Tensor],
-    softplus: bool,
-    reverse: bool,
-) -> Scan:
-    groups = [tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4]
-    return Scan(
-        unit_stride(u),
-        unit_stride(delta),
-        A.float().contiguous(),
-        _coefficients(B),
-        _coefficients(C),
-        None if D is None else D.contiguous(),
-        None if z is None else unit_stride(z),
-        None if delta_bias is None else delta_bias.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
-        max(groups, default=1),
-        softplus,
-        reverse,
-    )
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _coefficients(tensor: Tensor) -> Tensor:
@@ -299,18 +225,6 @@ def _carries(
     )
 
 
-class Gradients(NamedTuple):
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Optional[Tensor]
-    z: Optional[Tensor]
-    delta_bias: Optional[Tensor]
-    initial: Tensor
-
-
 def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, config: ScanConfig) -> Gradients:
     import triton
 
@@ -319,7 +233,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     batch, dim, length = scan.u.shape
     dstate, groups = scan.A.shape[1], scan.groups
     blocks = triton.cdiv(scan.group_dim, config.rows)
-    wanted = -(-_processors(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
+    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
     split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
     splits = triton.cdiv(blocks, split_blocks)
     tiles = triton.cdiv(length, config.lanes * ELEMENTS)
@@ -422,13 +336,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
 
 
 FORWARD = ScanConfig(rows=32)
-SAVING = ScanConfig(rows=32)  # a forward pass that keeps states for the backward pass, and so has its lanes
-BACKWARD = ScanConfig(rows=32)
-
-
-def _saving_config(group_dim: int) -> ScanConfig:
-    ours, theirs = fit(SAVING, group_dim), fit(BACKWARD, group_dim)
-    return theirs if ours.lanes != theirs.lanes else ours
+BACKWARD = ScanConfig(rows=32)  # it starts from states that the forward pass saved, and so has its lanes
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
@@ -440,11 +348,11 @@ def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
 
 
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
-    """Fills y; returns the last state and the saved states. The arguments are those of `prepare`."""
-    scan = prepare(*arguments)
-    return forward(scan, y, save, _saving_config(scan.group_dim) if save else fit(FORWARD, scan.group_dim))
+    """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first."""
+    scan = prepare(_coefficients, *arguments)
+    return forward(scan, y, save, fit(FORWARD, scan.group_dim))
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
-    scan = prepare(*arguments)
+    scan = prepare(_coefficients, *arguments)
     return backward(scan, unit_stride(grad_y), grad_last, states, fit(BACKWARD, scan.group_dim))

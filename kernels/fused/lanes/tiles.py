@@ -7,8 +7,7 @@ thread, J in neighbouring lanes. Recurrences walk the registers one by one and c
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-MAX_DECAY = tl.constexpr(3e38)
+from ..elementwise import LOG2_E, MAX_DECAY
 
 
 @triton.jit
@@ -26,11 +25,6 @@ def softplus(x):
     p = p * t - 0.49997174739837646
     p = p * t + 0.9999997615814209
     return tl.maximum(x, 0.0) + t * p
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
