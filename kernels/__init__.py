@@ -6,7 +6,7 @@ from .bidirectional import bidirectional_scan
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
-from .ss2d import NUM_ROUTES, ss2d_scan, ss2d_scan_norm
+from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 
 __all__ = [
     'NUM_DIRECTIONS',
@@ -17,7 +17,7 @@ __all__ = [
     'cross_scan',
     'flops',
     'selective_scan',
+    'ss2d_core',
     'ss2d_scan',
-    'ss2d_scan_norm',
     'use_triton',
 ]

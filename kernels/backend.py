@@ -1,6 +1,7 @@
 """Chooses between the Triton kernels and plain PyTorch."""
 
 import contextlib
+import functools
 import os
 from typing import ContextManager, Iterator, Optional
 
@@ -57,16 +58,19 @@ def runs_on_triton(tensor: Tensor) -> bool:
 
 def device_of(tensor: Tensor) -> ContextManager[None]:
     """Makes the tensor's device the current one, which is where Triton launches."""
-    if tensor.device.type == 'cpu':
+    if tensor.device.type == 'cpu' or (tensor.is_cuda and tensor.device.index == torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def processors_of(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device, or 1 where there are none."""
-    if not (tensor.is_cuda and torch.cuda.is_available()):
-        return 1
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _processors(tensor.device.index) if tensor.is_cuda and torch.cuda.is_available() else 1
+
+
+@functools.lru_cache(maxsize=None)
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def compiles_for_nvidia(tensor: Tensor) -> bool:

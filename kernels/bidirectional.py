@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .conv import NUM_DIRECTIONS
-from .routed import check_parameters, routed_scan, routed_scan_backward
+from .routed import check_parameters, check_shape, routed_scan, routed_scan_backward
 
 
 def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
@@ -42,7 +42,8 @@ def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Ten
 def _check(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
     if u.ndim != 4 or u.shape[2] != NUM_DIRECTIONS or u.shape[1] == 0 or not u.is_floating_point():
         raise ValueError(f'u must be a floating [B, L, 2, D] tensor with L > 0, got {tuple(u.shape)} {u.dtype}')
-    check_parameters((*u.shape[:2], NUM_DIRECTIONS), u.shape[-1], x_dbl, dt_weight, dt_bias, A, D)
+    check_parameters(NUM_DIRECTIONS, u.shape[-1], dt_weight, dt_bias, A, D)
+    check_shape('x_dbl', x_dbl, (*u.shape[:3], dt_weight.shape[-1] + 2 * A.shape[-1]))
 
 
 @torch.library.custom_op('vmamba::bidirectional_scan', mutates_args=())

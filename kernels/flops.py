@@ -14,12 +14,6 @@ from .backend import triton
 
 Shape = Sequence[int]
 
-_ROUTED_SCANS = [torch.ops.vmamba.ss2d_scan, torch.ops.vmamba.bidirectional_scan]
-_ROUTED_SCANS_BACKWARD = [torch.ops.vmamba.ss2d_scan_backward, torch.ops.vmamba.bidirectional_scan_backward]
-if triton is not None:
-    _ROUTED_SCANS.append(torch.ops.vmamba.ss2d_fused)
-    _ROUTED_SCANS_BACKWARD.append(torch.ops.vmamba.ss2d_fused_backward)
-
 
 def selective_scan_macs(u: Shape, dstate: int, has_skip: bool, has_gate: bool) -> int:
     """Multiply-adds of `selective_scan` on u [batch, dim, L]."""
@@ -36,6 +30,14 @@ def routed_scan_macs(x_dbl: Shape, dt_weight: Shape, A: Shape) -> int:
     """
     positions = prod(x_dbl[:-2])
     return positions * (prod(dt_weight) + prod(A[:2]) * (9 * A[2] + 1))
+
+
+def ss2d_core_macs(x: Shape, projects: bool, dt_weight: Shape, A: Shape) -> int:
+    """Multiply-adds of the fused SS2D without its norm, on x [B, H, W, D]; `projects` counts the projection of x too."""
+    routes, dim, dt_rank = dt_weight
+    width = dt_rank + 2 * A[2]
+    projection = prod(x) * routes * width if projects else 0
+    return projection + routed_scan_macs((*x[:-1], routes, width), dt_weight, A)
 
 
 def bidirectional_conv1d_macs(x: Shape, weight: Shape) -> int:
@@ -69,7 +71,7 @@ def _selective_scan_flops(
     return 2 * selective_scan_macs(u, A[1], D is not None, z is not None)
 
 
-@register_flop_formula(_ROUTED_SCANS)
+@register_flop_formula([torch.ops.vmamba.ss2d_scan, torch.ops.vmamba.bidirectional_scan])
 def _routed_scan_flops(
     x: Shape, x_dbl: Shape, dt_weight: Shape, dt_bias: Shape, A: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -83,6 +85,41 @@ def _selective_scan_backward_flops(
     return 3 * _selective_scan_flops(*args)  # the states again, and the adjoint recurrence at twice the cost
 
 
-@register_flop_formula(_ROUTED_SCANS_BACKWARD)
+@register_flop_formula([torch.ops.vmamba.ss2d_scan_backward, torch.ops.vmamba.bidirectional_scan_backward])
 def _routed_scan_backward_flops(grad_y: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 3 * _routed_scan_flops(*args)
+
+
+def _ss2d_fused_flops(
+    x: Shape,
+    x_dbl: Optional[Shape],
+    x_proj_weight: Optional[Shape],
+    dt_weight: Shape,
+    dt_bias: Shape,
+    A: Shape,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return 2 * ss2d_core_macs(x, x_proj_weight is not None, dt_weight, A)
+
+
+def _ss2d_fused_backward_flops(
+    grad_out: Shape,
+    x: Shape,
+    x_dbl: Shape,
+    x_proj_weight: Optional[Shape],
+    dt_weight: Shape,
+    dt_bias: Shape,
+    A: Shape,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    scan, core = (2 * ss2d_core_macs(x, projects, dt_weight, A) for projects in (False, x_proj_weight is not None))
+    return 3 * scan + 2 * (core - scan)
+
+
+if triton is not None:
+    register_flop_formula(torch.ops.vmamba.ss2d_fused)(_ss2d_fused_flops)
+    register_flop_formula(torch.ops.vmamba.ss2d_fused_backward)(_ss2d_fused_backward_flops)

@@ -13,31 +13,21 @@ from .chunked import scan_backward, scan_forward
 from .scratch import scratch
 
 
-def check_parameters(
-    leading: tuple[int, ...],
-    dim: int,
-    x_dbl: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-) -> None:
-    """Raises ValueError unless x_dbl [*leading, R + 2N] and the parameters of its K = leading[-1] routes fit."""
-    routes = leading[-1]
+def check_parameters(routes: int, dim: int, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
+    """Raises ValueError unless the parameters of K = routes scans over D = dim channels fit together."""
     if dt_weight.ndim != 3 or A.ndim != 3:
         shapes = f'{tuple(dt_weight.shape)} and {tuple(A.shape)}'
         raise ValueError(f'dt_weight must be [{routes}, D, R] and A [{routes}, D, N], got {shapes}')
-    dt_rank, dstate = dt_weight.shape[-1], A.shape[-1]
-    expected = {
-        'x_dbl': (x_dbl, (*leading, dt_rank + 2 * dstate)),
-        'dt_weight': (dt_weight, (routes, dim, dt_rank)),
-        'dt_bias': (dt_bias, (routes, dim)),
-        'A': (A, (routes, dim, dstate)),
-        'D': (D, (routes, dim)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f'{name} must be {list(shape)}, got {tuple(tensor.shape)}')
+    check_shape('dt_weight', dt_weight, (routes, dim, dt_weight.shape[-1]))
+    check_shape('dt_bias', dt_bias, (routes, dim))
+    check_shape('A', A, (routes, dim, A.shape[-1]))
+    check_shape('D', D, (routes, dim))
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor has the shape."""
+    if tensor.shape != shape:
+        raise ValueError(f'{name} must be {list(shape)}, got {tuple(tensor.shape)}')
 
 
 def routed_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import needs_gradients, runs_on_triton, triton
-from .routed import check_parameters, routed_scan, routed_scan_backward
+from .routed import check_parameters, check_shape, routed_scan, routed_scan_backward
 from .scratch import scratch
 
 if triton is not None:
@@ -42,16 +42,18 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
     Raises:
         ValueError: If shapes or dtypes do not fit together.
     """
-    _check(x, x_dbl, dt_weight, dt_bias, A, D)
+    _check_map(x)
+    check_parameters(NUM_ROUTES, x.shape[-1], dt_weight, dt_bias, A, D)
+    check_shape('x_dbl', x_dbl, (*x.shape[:3], NUM_ROUTES, dt_weight.shape[-1] + 2 * A.shape[-1]))
     tensors = x, x_dbl, dt_weight, dt_bias, A, D
     if runs_on_triton(x):
-        return ss2d_fused(*tensors, None, None, 0.0, needs_gradients(*tensors))[0]
+        return ss2d_fused(x, x_dbl, None, *tensors[2:], None, None, 0.0, needs_gradients(*tensors))[0]
     return torch.ops.vmamba.ss2d_scan(*tensors)
 
 
-def ss2d_scan_norm(
+def ss2d_core(
     x: Tensor,
-    x_dbl: Tensor,
+    x_proj_weight: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A: Tensor,
@@ -60,10 +62,14 @@ def ss2d_scan_norm(
     norm_bias: Tensor,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm over the channels of `ss2d_scan`, in one operator where Triton runs.
+    """The core of SS2D, one operator where Triton runs: LayerNorm over the channels of `ss2d_scan`.
+
+    The scan's projections x_dbl = x_proj_weight @ x are made in x's dtype.
 
     Args:
-        x, x_dbl, dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
+        x: Activated map [B, H, W, D], in any floating dtype.
+        x_proj_weight: [4 * (R + 2N), D].
+        dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
         norm_weight: [D].
         norm_bias: [D].
         norm_eps: Added to the variance.
@@ -74,22 +80,23 @@ def ss2d_scan_norm(
     Raises:
         ValueError: If shapes or dtypes do not fit together.
     """
-    tensors = x, x_dbl, dt_weight, dt_bias, A, D
-    _check(*tensors)
-    for name, tensor in (('norm_weight', norm_weight), ('norm_bias', norm_bias)):
-        if tuple(tensor.shape) != tuple(x.shape[-1:]):
-            raise ValueError(f'{name} must be {list(x.shape[-1:])}, got {tuple(tensor.shape)}')
+    dim = x.shape[-1]
+    _check_map(x)
+    check_parameters(NUM_ROUTES, dim, dt_weight, dt_bias, A, D)
+    check_shape('x_proj_weight', x_proj_weight, (NUM_ROUTES * (dt_weight.shape[-1] + 2 * A.shape[-1]), dim))
+    check_shape('norm_weight', norm_weight, (dim,))
+    check_shape('norm_bias', norm_bias, (dim,))
     if runs_on_triton(x):
-        keep = needs_gradients(*tensors, norm_weight, norm_bias)
-        return ss2d_fused(*tensors, norm_weight, norm_bias, norm_eps, keep)[0]
-    y = torch.ops.vmamba.ss2d_scan(*tensors)
-    return F.layer_norm(y, x.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
+        tensors = x, None, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias
+        return ss2d_fused(*tensors, norm_eps, needs_gradients(*tensors))[0]
+    x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
+    y = ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
+    return F.layer_norm(y, (dim,), norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
 
 
-def _check(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
+def _check_map(x: Tensor) -> None:
     if x.ndim != 4 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(f'x must be a floating, non-empty [B, H, W, D] map, got {tuple(x.shape)} {x.dtype}')
-    check_parameters((*x.shape[:3], NUM_ROUTES), x.shape[-1], x_dbl, dt_weight, dt_bias, A, D)
 
 
 @torch.library.custom_op('vmamba::ss2d_scan', mutates_args=())

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_scan, ss2d_scan_norm, use_triton
+from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_core, ss2d_scan, use_triton
 from vmamba.kernels.backend import triton
 
 from vmamba.flops import count_macs
@@ -106,8 +106,15 @@ def test_pytorchs_counter_knows_ss2d(batch, height, width, dim, dstate, rank, tr
     pixels = batch * height * width
     macs = pixels * 4 * dim * (9 * dstate + 1 + rank)
     with use_triton(triton_kernels):
-        assert flops(ss2d_scan, *args) == flops(ss2d_scan_norm, *args, *norm) == 2 * macs
+        assert flops(ss2d_scan, *args) == 2 * macs
         assert flops(ss2d_scan, *args, backward=True) == 4 * 2 * macs
+        x, x_dbl, *parameters = args
+        projection = torch.randn(x_dbl[0, 0, 0].numel(), dim, device=DEVICE)
+        projection_macs = pixels * projection.numel()
+        assert flops(ss2d_core, x, projection, *parameters, *norm) == 2 * (macs + projection_macs)
+        assert flops(ss2d_core, x, projection, *parameters, *norm, backward=True) == 2 * (
+            4 * macs + 3 * projection_macs
+        )
 
 
 def test_pytorchs_counter_knows_the_bidirectional_scan():

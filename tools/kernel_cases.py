@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_scan_norm
+from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core
 
 KINDS = ('scan', 'ss2d', 'model')
 REFERENCE_GPU = 'H100'
@@ -165,7 +165,7 @@ class SS2DCase(KernelCase):
         data = dict(device=device, dtype=torch.bfloat16)
         return dict(
             x=torch.randn(self.batch, self.size, self.size, dim, **data),
-            x_proj=torch.randn(routes * (self.dt_rank + 2 * self.dstate), dim, **data) * dim**-0.5,
+            x_proj_weight=torch.randn(routes * (self.dt_rank + 2 * self.dstate), dim, **data) * dim**-0.5,
             dt_weight=torch.randn(routes, dim, self.dt_rank, device=device) * self.dt_rank**-0.5,
             dt_bias=torch.rand(routes, dim, device=device) - 4,
             A=-torch.rand(routes, dim, self.dstate, device=device) * self.dstate,
@@ -179,12 +179,6 @@ class SS2DCase(KernelCase):
 
     def updates(self) -> int:
         return NUM_ROUTES * self.batch * self.size**2 * self.dim * self.dstate
-
-
-def ss2d_core(x: Tensor, x_proj: Tensor, **parameters: Tensor) -> Tensor:
-    """[B, H, W, D] -> [B, H, W, D]"""
-    x_dbl = F.linear(x, x_proj).unflatten(-1, (NUM_ROUTES, -1))
-    return ss2d_scan_norm(x, x_dbl, **parameters)
 
 
 @dataclass(frozen=True)

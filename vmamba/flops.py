@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch import nn
 
-from .kernels.flops import bidirectional_conv1d_macs, routed_scan_macs, selective_scan_macs
+from .kernels.flops import bidirectional_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
 
 Handle = Callable[[list, list], int]
 
@@ -68,8 +68,9 @@ def _routed_scan(inputs: list, outputs: list) -> int:
 
 def _ss2d_fused(inputs: list, outputs: list) -> int:
     """The LayerNorm at its end, if it has one, counts as one by itself."""
-    x, norm_weight = _shape(inputs[0]), _shape(inputs[6])
-    return _routed_scan(inputs[:6], outputs) + (0 if norm_weight is None else 5 * prod(x))
+    x, _, x_proj_weight, dt_weight, _, A, _, norm_weight = map(_shape, inputs[:8])
+    norm = 0 if norm_weight is None else 5 * prod(x)
+    return norm + ss2d_core_macs(x, x_proj_weight is not None, dt_weight, A)
 
 
 def _selective_scan(inputs: list, outputs: list) -> int:

@@ -3,40 +3,43 @@
 import triton
 import triton.language as tl
 
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def merge_norm(
     y_rows_ptr,
     y_columns_ptr,
     x_ptr,
-    skip_ptr,
+    D_ptr,
     weight_ptr,
     bias_ptr,
     merged_ptr,
     out_ptr,
-    mean_ptr,
-    rstd_ptr,
+    moments_ptr,
     pixels,
-    eps,
+    eps: tl.constexpr,
     dim: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """merged = ln 2 * (y_rows + y_columns) + skip * x and out = LayerNorm(merged), on [pixels, dim].
+    """merged = ln 2 * (y_rows + y_columns) + sum(D) * x and out = LayerNorm(merged), on [pixels, dim]; D is [4, dim].
 
-    Without NORM out = merged.
+    Without NORM out = merged. With SAVE merged and moments [2, pixels], mean and reciprocal deviation, are kept.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     has_channel = channel < dim
     mask = (row < pixels)[:, None] & has_channel[None, :]
     offset = row[:, None] * dim + channel[None, :]
-    skip = tl.load(skip_ptr + channel, mask=has_channel, other=0.0)
+    skip = tl.zeros([BLOCK], tl.float32)
+    for route in tl.static_range(4):
+        skip += tl.load(D_ptr + route * dim + channel, mask=has_channel, other=0.0).to(tl.float32)
     merged = tl.load(y_rows_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     merged += tl.load(y_columns_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    merged *= 0.6931471805599453
+    merged *= LN2
     merged += tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) * skip[None, :]
     out = merged
     if NORM:
@@ -48,8 +51,8 @@ def merge_norm(
         out = centred * rstd[:, None] * weight[None, :] + bias[None, :]
         if SAVE:
             tl.store(merged_ptr + offset, merged.to(merged_ptr.dtype.element_ty), mask=mask)
-            tl.store(mean_ptr + row, mean, mask=row < pixels)
-            tl.store(rstd_ptr + row, rstd, mask=row < pixels)
+            tl.store(moments_ptr + row, mean, mask=row < pixels)
+            tl.store(moments_ptr + pixels + row, rstd, mask=row < pixels)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -59,12 +62,9 @@ def merge_norm_backward(
     merged_ptr,
     x_ptr,
     weight_ptr,
-    mean_ptr,
-    rstd_ptr,
+    moments_ptr,
     grad_merged_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
-    grad_skip_ptr,
+    partial_ptr,
     pixels,
     rows_per_program,
     dim: tl.constexpr,
@@ -72,7 +72,8 @@ def merge_norm_backward(
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """grad_merged [pixels, dim], and partial sums [programs, dim] of the gradients of weight, bias and skip."""
+    """ln 2 times the gradient of merged, [pixels, dim], and partial sums [programs, 3, dim] of the gradients of weight,
+    bias and skip."""
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK)
     has_channel = channel < dim
@@ -89,8 +90,8 @@ def merge_norm_backward(
         offset = row[:, None] * dim + channel[None, :]
         grad = tl.load(grad_out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if NORM:
-            mean = tl.load(mean_ptr + row, mask=has_row, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=has_row, other=0.0)
+            mean = tl.load(moments_ptr + row, mask=has_row, other=0.0)
+            rstd = tl.load(moments_ptr + pixels + row, mask=has_row, other=0.0)
             merged = tl.load(merged_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             normal = tl.where(mask, (merged - mean[:, None]) * rstd[:, None], 0.0)
             grad_weight += grad * normal
@@ -98,11 +99,14 @@ def merge_norm_backward(
             grad *= weight[None, :]
             along = tl.sum(grad * normal, axis=1) / dim
             grad = (grad - tl.sum(grad, axis=1)[:, None] / dim - normal * along[:, None]) * rstd[:, None]
-            tl.store(grad_merged_ptr + offset, grad.to(grad_merged_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_merged_ptr + offset, (grad * LN2).to(grad_merged_ptr.dtype.element_ty), mask=mask)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad_skip += tl.where(mask, grad * x, 0.0)
-    partial = program * dim + channel
-    tl.store(grad_skip_ptr + partial, tl.sum(grad_skip, axis=0), mask=has_channel)
+    partial_ptr += program * 3 * dim + channel
     if NORM:
-        tl.store(grad_weight_ptr + partial, tl.sum(grad_weight, axis=0), mask=has_channel)
-        tl.store(grad_bias_ptr + partial, tl.sum(grad_bias, axis=0), mask=has_channel)
+        tl.store(partial_ptr, tl.sum(grad_weight, axis=0), mask=has_channel)
+        tl.store(partial_ptr + dim, tl.sum(grad_bias, axis=0), mask=has_channel)
+    else:
+        tl.store(partial_ptr, tl.zeros([BLOCK], tl.float32), mask=has_channel)
+        tl.store(partial_ptr + dim, tl.zeros([BLOCK], tl.float32), mask=has_channel)
+    tl.store(partial_ptr + 2 * dim, tl.sum(grad_skip, axis=0), mask=has_channel)

@@ -37,10 +37,17 @@ def route_of_pair(pair, height, width, magic, T: tl.constexpr, WRAP: tl.constexp
 
 
 @triton.jit
+def steps_of(backward, T: tl.constexpr, count):
+    """Offsets in the order of the forward route of steps that are counted from where a route enters the tile."""
+    return backward * (T - 1) + (1 - 2 * backward) * count
+
+
+@triton.jit
 def walk(
-    steps,
-    tile,
+    offset,
     backward,
+    tile,
+    tile_back,
     seqlen,
     line,
     step,
@@ -51,35 +58,42 @@ def walk(
     T: tl.constexpr,
     WRAP: tl.constexpr,
 ):
-    """Where steps of tiles of T steps lie on the map.
+    """Where steps of a pair's two tiles of T steps lie on the map.
 
     Args:
-        steps: Numbers of the steps in the walk through the tile.
-        tile: The tile's number in the order of the forward route.
-        backward: 1 where the tile is walked from its last step to its first, else 0.
+        offset: Of the steps from the start of their tile; see `steps_of`.
+        backward: 1 where a step belongs to the backward route, else 0.
+        tile, tile_back: Numbers of the routes' tiles in the order of the forward route. What is computed of them is
+            the same for all threads, and computed once however often this is called.
         seqlen: Pixels of the map.
         line, step, jump, magic, tiles, lines: See `route_of_pair`.
 
     Returns:
-        Positions in the broadcast shape of the first three, and which of them exist; the others are 0.
+        Positions in the broadcast shape of offset and backward, and which of them exist; the others are 0.
     """
-    start = backward * (T - 1)
-    direction = 1 - 2 * backward
-    offset = start + direction * steps
+    start, within, limit = _tile_start(tile, seqlen, line, step, tiles, lines, T, WRAP)
+    start_back, within_back, limit_back = _tile_start(tile_back, seqlen, line, step, tiles, lines, T, WRAP)
+    exists = offset < tl.where(backward == 0, limit, limit_back)
+    position = tl.where(backward == 0, start, start_back) + offset * step
+    if WRAP:
+        along = tl.where(backward == 0, within, within_back) + offset
+        position += tl.umulhi(along.to(tl.uint32), magic.to(tl.uint32)).to(tl.int32) * jump
+    return tl.where(exists, position, 0), exists
+
+
+@triton.jit
+def _tile_start(tile, seqlen, line, step, tiles, lines, T: tl.constexpr, WRAP: tl.constexpr):
+    """Where a tile starts on the map and on its line, and the steps that follow on the line (with WRAP, on the map)."""
     if WRAP:
         first = tile * T
-        line_of_first = first // line
-        within = first - line_of_first * line
-        exists = offset < seqlen - first
-        along = within + offset
-        turns = tl.umulhi(along.to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
-        position = along * step + line_of_first + turns * jump
+        number = first // line
+        within = first - number * line
+        limit = seqlen - first
     else:
-        line_of_tile = tile // tiles
-        within = (tile - line_of_tile * tiles) * T
-        exists = offset < tl.where(line_of_tile < lines, line - within, 0)
-        position = ((within + start) * step + line_of_tile) + (direction * step) * steps
-    return tl.where(exists, position, 0), exists
+        number = tile // tiles
+        within = (tile - number * tiles) * T
+        limit = tl.where(number < lines, line - within, 0)
+    return within * step + number, within, limit
 
 
 @triton.jit
@@ -107,40 +121,42 @@ def recur(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS
     """h = decay * (h of the step before) + value along a tile [ROWS, SPLITS, COLUMNS] in order of (split, row).
 
     Args:
-        carry: State before the tile [COLUMNS].
+        carry: State before the tile, the same in all rows of [SPLITS, COLUMNS].
 
     Returns:
-        States, states before each step, the state before each split [SPLITS, COLUMNS] and after the tile [COLUMNS].
+        States, states before each step, the state before each split [SPLITS, COLUMNS], and the next carry.
     """
     # -0.0, because the compiler removes additions of it.
     nothing = tl.full([ROWS, SPLITS, COLUMNS], -0.0, tl.float32)
     one = tl.full([ROWS, SPLITS, COLUMNS], 1.0, tl.float32)
     if SPLITS == 1:
         first = tl.arange(0, ROWS)[:, None, None] == 0
-        value = tl.where(first, decay * carry[None, None, :] + value, value)
-        before = tl.where(first, carry[None, None, :], nothing)
+        value = tl.where(first, decay * carry[None, :, :] + value, value)
+        before = tl.where(first, carry[None, :, :], nothing)
         decays, h, leads, before = tl.associative_scan((decay, value, one, before), 0, _step_after_with_before)
-        return h, before, carry[None, :], tl.reshape(_pick(h, ROWS - 1, ROWS), [COLUMNS])
+        return h, before, carry, _pick(h, ROWS - 1, ROWS)
     else:
         # Threads scan their rows from zero; what arrives at each split then decays through its rows.
         decays, h, leads, before = tl.associative_scan((decay, value, one, nothing), 0, _step_after_with_before)
         through = _pick(decays, ROWS - 1, ROWS)
         end = _pick(h, ROWS - 1, ROWS)
         first = tl.arange(0, SPLITS)[:, None] == 0
-        end = tl.where(first, through * carry[None, :] + end, end)
-        arriving = tl.where(first, carry[None, :], tl.full([SPLITS, COLUMNS], 0.0, tl.float32))
+        end = tl.where(first, through * carry + end, end)
+        arriving = tl.where(first, carry, 0.0)
         unit = tl.full([SPLITS, COLUMNS], 1.0, tl.float32)
         through, end, unit, arriving = tl.associative_scan((through, end, unit, arriving), 0, _step_after_with_before)
-        carry = _pick(end, SPLITS - 1, SPLITS)
+        # All splits learn what the last one ends with; a reduction would take one more barrier.
+        carry = tl.associative_scan(end, 0, _first, reverse=True)
         return h + decays * arriving[None, :, :], before + leads * arriving[None, :, :], arriving, carry
 
 
 @triton.jit
 def recur_back(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """g = value + (decay * g of the step after) against the order of `recur`; carry is decay * g of the step after all.
+    """g = value + (decay * g of the step after) against the order of `recur`; carry is decay * g of the step after all,
+    the same in all rows of [SPLITS, COLUMNS].
 
     Returns:
-        decay * g of the step after each step, and decay * g of the first step [COLUMNS].
+        decay * g of the step after each step, and the next carry, decay * g of the first step.
     """
     # Free, since threads own whole columns of rows: the compiler renames registers.
     decay = tl.flip(decay, 0)
@@ -149,22 +165,28 @@ def recur_back(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, CO
     one = tl.full([ROWS, SPLITS, COLUMNS], 1.0, tl.float32)
     if SPLITS == 1:
         first = tl.arange(0, ROWS)[:, None, None] == 0
-        value = decay * tl.where(first, value + carry[None, None, :], value)
-        after = tl.where(first, carry[None, None, :], nothing)
+        value = decay * tl.where(first, value + carry[None, :, :], value)
+        after = tl.where(first, carry[None, :, :], nothing)
         decays, g, leads, after = tl.associative_scan((decay, value, one, after), 0, _step_after_with_before)
-        return tl.flip(after, 0), tl.reshape(_pick(g, ROWS - 1, ROWS), [COLUMNS])
+        return tl.flip(after, 0), _pick(g, ROWS - 1, ROWS)
     else:
         decays, g, leads, after = tl.associative_scan((decay, decay * value, one, nothing), 0, _step_after_with_before)
-        through = tl.flip(_pick(decays, ROWS - 1, ROWS), 0)
-        end = tl.flip(_pick(g, ROWS - 1, ROWS), 0)
-        first = tl.arange(0, SPLITS)[:, None] == 0
-        end = tl.where(first, through * carry[None, :] + end, end)
-        arriving = tl.where(first, carry[None, :], tl.full([SPLITS, COLUMNS], 0.0, tl.float32))
+        through = _pick(decays, ROWS - 1, ROWS)
+        end = _pick(g, ROWS - 1, ROWS)
+        last = tl.arange(0, SPLITS)[:, None] == SPLITS - 1
+        end = tl.where(last, through * carry + end, end)
+        arriving = tl.where(last, carry, 0.0)
         unit = tl.full([SPLITS, COLUMNS], 1.0, tl.float32)
-        through, end, unit, arriving = tl.associative_scan((through, end, unit, arriving), 0, _step_after_with_before)
-        carry = _pick(end, SPLITS - 1, SPLITS)
-        arriving = tl.flip(arriving, 0)
+        through, end, unit, arriving = tl.associative_scan(
+            (through, end, unit, arriving), 0, _step_after_with_before, reverse=True
+        )
+        carry = tl.associative_scan(end, 0, _first)
         return tl.flip(after + leads * arriving[None, :, :], 0), carry
+
+
+@triton.jit
+def _first(first, second):
+    return first
 
 
 @triton.jit

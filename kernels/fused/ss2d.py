@@ -1,212 +1,100 @@
 """Launches the kernels of SS2D."""
 
+from functools import lru_cache
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from ..backend import compiles_for_nvidia, device_of, dot_precision, processors_of
+from ..backend import compiles_for_nvidia, dot_precision, processors_of
+from .launcher import Launcher
 from .merge_norm import merge_norm, merge_norm_backward
 from .ss2d_backward import scan_routes_backward
 from .ss2d_forward import scan_routes
+from .ss2d_plan import NUM_ROUTES, Launch, Plan, Sizes, magic_of, parts, power_of_2, split, states_shape, wraps
 
-_ROUTES = 4
-
-
-def _parts(size: int, part: int) -> int:
-    """Parts of at most `part` that make up `size`. (Triton's own functions of this kind are slow on the host.)"""
-    return -(-size // part)
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of 2 that is not below `size`."""
-    return 1 << (size - 1).bit_length()
+_scan_routes = Launcher(scan_routes)
+_scan_routes_backward = Launcher(scan_routes_backward)
+_merge_norm = Launcher(merge_norm)
+_merge_norm_backward = Launcher(merge_norm_backward)
 
 
-class Launch(NamedTuple):
-    """Sizes of a launch.
-
-    Args:
-        rows: Steps of a tile that a thread walks.
-        splits: Threads that share the steps of a tile; rows * splits must be 16 at least.
-        channels: Channels of a tile, a multiple of 16.
-        regions: Parts of the map that are walked at the same time; more than one costs a pass for their states.
-        blocks: Blocks of channels that a program of the backward pass walks, one after the other.
-        batches: Entries of the batch that it walks for each of them.
-        registers: Most registers of a thread, to have enough threads at work; None leaves them to the compiler.
-    """
-
-    rows: int
-    splits: int
-    channels: int
-    regions: int
-    blocks: int = 1
-    batches: int = 1
-    registers: Optional[int] = None
-
-    @property
-    def steps(self) -> int:
-        """Steps of a tile."""
-        return self.rows * self.splits
-
-    @property
-    def warps(self) -> int:
-        """Warps of a program, with one column of a tile for each thread."""
-        return self.splits * self.channels // 16
-
-
-class Sizes(NamedTuple):
-    batch: int
-    height: int
-    width: int
-    dim: int
-    dt_rank: int
-    dstate: int
-
-
-def sizes_of(x: Tensor, dt_weight: Tensor, A: Tensor) -> Sizes:
-    return Sizes(*x.shape, dt_weight.shape[-1], A.shape[-1])
-
-
-class Plan(NamedTuple):
-    """Launches of both passes.
-
-    The backward pass starts its tiles from saved states: they must be the tiles of the forward pass, or what a thread
-    of it walks of one.
-    """
-
-    forward: Launch
-    backward: Launch
-
-
-def plan(sizes: Sizes, processors: int) -> Plan:
-    """Few regions while the batch and the channels alone give every processor enough programs."""
-    programs = sizes.batch * 2 * _parts(sizes.dim, 32)
-    regions = _regions(sizes, programs, processors)
-    # What fits on the processors at once is decided by registers: three programs of four warps with 168 each, two
-    # with what the compiler would take. Many programs hide the latency of each other's steps; few share the steps of
-    # a tile between threads.
-    fits_at_once = 2 * processors < programs * regions <= 3 * processors
-    forward = Launch(16, 2 if programs * regions <= 3 * processors else 1, 32, regions, registers=168)
-    # What is left over of programs sums the gradients of parameters over the batch, which saves memory.
-    batches = max(programs * regions // (5 * processors), 1)
-    registers = 168 if fits_at_once else None
-    return Plan(forward, Launch(8, 2, 32, regions, batches=batches, registers=registers))
-
-
-def _regions(sizes: Sizes, programs: int, processors: int) -> int:
-    wanted = _parts(8 * processors, max(programs, 1)) if programs < processors else 1
-    return max(min(wanted, sizes.height * sizes.width // 128), 1)
-
-
-def states_shape(sizes: Sizes, plan: Plan) -> tuple[int, ...]:
-    """State before each tile of the backward pass on each route, [B, 4, states, N, D]."""
-    return sizes.batch, _ROUTES, _tiles(sizes, plan.backward.steps, _wraps(sizes, plan)), sizes.dstate, sizes.dim
-
-
-def _wraps(sizes: Sizes, plan: Plan) -> bool:
-    """Whether tiles cross the ends of columns: where ending them there would leave too many steps unused."""
-    steps = max(plan.forward.steps, plan.backward.steps)
-    return sizes.height > 1 and _parts(sizes.height, steps) * steps > 1.2 * sizes.height
-
-
-def _tiles(sizes: Sizes, steps: int, wraps: bool) -> int:
-    """Tiles of a route, the larger number of rows and columns."""
-    tiles = _parts(sizes.height * sizes.width, steps)
-    if wraps or sizes.height == 1:
-        return tiles
-    return max(tiles, sizes.width * _parts(sizes.height, steps))
-
-
-def _split(sizes: Sizes, launch: Launch, wraps: bool) -> tuple[int, int]:
-    """Regions, none of them empty, and tiles of a region: an even number, since two routes meet half way."""
-    tiles = _tiles(sizes, launch.steps, wraps)
-    region_tiles = 2 * _parts(tiles, 2 * launch.regions)
-    return _parts(tiles, region_tiles), region_tiles
-
-
-def _constants(sizes: Sizes, launch: Launch, wraps: bool, x: Tensor) -> dict:
-    columns = max(sizes.dim, _ROUTES * (sizes.dt_rank + 2 * sizes.dstate))
-    return dict(
-        R=sizes.dt_rank,
-        RP=max(_power_of_2(sizes.dt_rank), 16),
-        N=sizes.dstate,
-        ROWS=launch.rows,
-        SPLITS=launch.splits,
-        DB=launch.channels,
-        WRAP=wraps,
-        EVEN=sizes.dim % launch.channels == 0,
-        WIDE=sizes.height * sizes.width * columns >= 2**31,
-        EXACT=x.dtype == torch.float32,
-        NVIDIA=compiles_for_nvidia(x),
-        PRECISION=dot_precision(x),
-        num_warps=launch.warps,
-        maxnreg=launch.registers,
+@lru_cache(maxsize=4096)
+def _constants(sizes: Sizes, launch: Launch, wraps: bool, exact: bool, nvidia: bool, precision: str) -> tuple:
+    """The last constants of both scans, from R on."""
+    return (
+        sizes.dt_rank,
+        max(power_of_2(sizes.dt_rank), 16),
+        sizes.dstate,
+        launch.rows,
+        launch.splits,
+        launch.channels,
+        wraps,
+        sizes.seqlen * max(sizes.dim, sizes.projections) >= 2**31,
+        exact,
+        nvidia,
+        precision,
     )
 
 
-def _magic(height: int) -> int:
-    """ceil(2**32 / height) as a signed integer of 32 bits; see `walk`."""
-    magic = -(-(2**32) // height) if height > 1 else 0
-    return magic - 2**32 if magic >= 2**31 else magic
+def _constants_for(x: Tensor, sizes: Sizes, launch: Launch, wraps: bool) -> tuple:
+    return _constants(sizes, launch, wraps, x.dtype == torch.float32, compiles_for_nvidia(x), dot_precision(x))
+
+
+class Summaries(NamedTuple):
+    """What the first of two passes over regions finds of each, and room for what passes from tile to tile.
+
+    States at its end [B, 4, regions, N, dim], the sum of its steps [B, 4, regions, dim], and carries like the states.
+    """
+
+    ends: Tensor
+    sums: Tensor
+    carries: Tensor
+
+
+def _summaries(sizes: Sizes, regions: int, like: Tensor) -> Summaries:
+    if regions == 1 and sizes.dstate == 1:  # all stays in registers
+        return Summaries(like, like, like)
+    batch, dstate, dim = sizes.batch, sizes.dstate, sizes.dim
+    ends = torch.empty(batch, NUM_ROUTES, regions, dstate, dim, dtype=torch.float32, device=like.device)
+    return Summaries(ends, ends.new_empty(batch, NUM_ROUTES, regions, dim), torch.empty_like(ends))
 
 
 def scan_forward(
-    x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, keep: bool, plan: Plan
+    x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, keep: bool, sizes: Sizes, plan: Plan
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Sums of <C, h> / ln 2 over the routes by rows and over those by columns, each [B, H, W, D]; and if they are kept
     the states of `states_shape` / ln 2."""
-    sizes = sizes_of(x, dt_weight, A)
-    launch, wraps = plan.forward, _wraps(sizes, plan)
-    regions, tiles = _split(sizes, launch, wraps)
+    launch, wrap = plan.forward, wraps(sizes, plan)
+    regions, tiles = split(sizes, launch, wrap)
     y = torch.empty_like(x), torch.empty_like(x)
-    states = A.new_empty(states_shape(sizes, plan) if keep else (0, 0, 0))
-    ends, sums = _summaries(sizes, regions, A)
-    carries = torch.empty_like(ends)
-    grid = (_parts(sizes.dim, launch.channels) * 2 * regions * sizes.batch,)
-    if not grid[0]:
-        return y, states
-    with device_of(x):
-        for summary in (True, False) if regions > 1 else (False,):
-            scan_routes[grid](
-                x,
-                x_dbl,
-                dt_weight,
-                dt_bias,
-                A,
-                *y,
-                states,
-                carries,
-                ends,
-                sums,
-                sizes.height,
-                sizes.width,
-                sizes.dim,
-                _magic(sizes.height),
-                regions,
-                tiles,
-                states.shape[2],
-                STATES=launch.steps // plan.backward.steps if keep and not summary else 0,
-                SUMMARY=summary,
-                **_constants(sizes, launch, wraps, x),
-            )
+    shape = states_shape(sizes, plan) if keep else (0, 0, 0)
+    states = torch.empty(shape, dtype=torch.float32, device=x.device)
+    summaries = _summaries(sizes, regions, A)
+    programs = parts(sizes.dim, launch.channels) * 2 * regions * sizes.batch
+    tensors = x, x_dbl, dt_weight, dt_bias, A, *y, states, summaries.carries, summaries.ends, summaries.sums
+    integers = sizes.height, sizes.width, sizes.dim, magic_of(sizes.height), regions, tiles, shape[2]
+    constants = _constants_for(x, sizes, launch, wrap)
+    for summary in (True, False) if regions > 1 else (False,):
+        tiles_kept = launch.steps // plan.backward.steps if keep and not summary else 0
+        _scan_routes(
+            programs, tensors, integers, (tiles_kept, summary, *constants), launch.warps, _registers(x, launch)
+        )
     return y, states
 
 
-def _summaries(sizes: Sizes, regions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    ends = like.new_empty(sizes.batch, _ROUTES, regions, sizes.dstate, sizes.dim)
-    return ends, like.new_empty(sizes.batch, _ROUTES, regions, sizes.dim)
+def _registers(x: Tensor, launch: Launch) -> Optional[int]:
+    return launch.registers if compiles_for_nvidia(x) else None
 
 
 class ScanGradients(NamedTuple):
-    """Partial sums of the gradients of `scan_forward`: x's of the pairs [B, H, W, D], the others along dimension 0."""
+    """Gradients of `scan_forward`: x's of the pairs [B, H, W, D], and along dimension 0 partial sums of those of x_dbl
+    [.., B, H, W, 4, E], in the dtype of x, and of all parameters [.., 4 * D * (R + 1 + N)]: dt_weight, dt_bias, A."""
 
     x_rows: Tensor
     x_columns: Tensor
     x_dbl: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A: Tensor
+    parameters: Tensor
 
 
 def scan_backward(
@@ -216,131 +104,78 @@ def scan_backward(
     dt_weight: Tensor,
     dt_bias: Tensor,
     A: Tensor,
-    skip: Tensor,
+    D: Tensor,
     states: Tensor,
+    sizes: Sizes,
     plan: Plan,
 ) -> ScanGradients:
-    """Gradients of the merged map skip * x + ln 2 * sum(y), y and states being those of `scan_forward`."""
-    sizes = sizes_of(x, dt_weight, A)
-    launch, wraps = plan.backward, _wraps(sizes, plan)
-    regions, tiles = _split(sizes, launch, wraps)
-    groups = _parts(_parts(sizes.dim, launch.channels), launch.blocks)
-    batch_groups = _parts(sizes.batch, launch.batches)
-    ends, sums = _summaries(sizes, regions, A)
-    carries = torch.empty_like(ends)
+    """Gradients of the merged map sum(D) * x + ln 2 * sum(y), y and states being those of `scan_forward`, given ln 2
+    times the map's."""
+    launch, wrap = plan.backward, wraps(sizes, plan)
+    regions, tiles = split(sizes, launch, wrap)
+    blocks, batch_groups = parts(sizes.dim, launch.channels), parts(sizes.batch, launch.batches)
     grads = ScanGradients(
         torch.empty_like(x),
         torch.empty_like(x),
-        # Sums in the dtype of x are enough unless they grow from block to block.
-        (x if launch.blocks == 1 else A).new_empty(groups, *x_dbl.shape),
-        A.new_empty(batch_groups * regions, *dt_weight.shape),
-        A.new_empty(batch_groups * regions, *dt_bias.shape),
-        A.new_empty(batch_groups * regions, *A.shape),
+        torch.empty((blocks, *x_dbl.shape), dtype=x.dtype, device=x.device),
+        torch.empty(batch_groups * regions, sizes.parameters, dtype=torch.float32, device=x.device),
     )
-    grid = (groups * 2 * regions * batch_groups,)
-    if not grid[0]:
-        return grads
-    with device_of(x):
-        for summary in (True, False) if regions > 1 else (False,):
-            scan_routes_backward[grid](
-                grad_y,
-                x,
-                x_dbl,
-                dt_weight,
-                dt_bias,
-                A,
-                skip,
-                states,
-                ends,
-                sums,
-                carries,
-                *grads,
-                sizes.batch,
-                sizes.height,
-                sizes.width,
-                sizes.dim,
-                _magic(sizes.height),
-                regions,
-                tiles,
-                launch.blocks,
-                launch.batches,
-                states.shape[2],
-                SUMMARY=summary,
-                **_constants(sizes, launch, wraps, x),
-            )
+    summaries = _summaries(sizes, regions, A)
+    tensors = grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states, *summaries, *grads
+    integers = (
+        *(sizes.batch, sizes.height, sizes.width, sizes.dim, magic_of(sizes.height)),
+        *(regions, tiles, launch.batches, states.shape[2]),
+    )
+    constants = _constants_for(x, sizes, launch, wrap)
+    for summary in (True, False) if regions > 1 else (False,):
+        _scan_routes_backward(
+            blocks * 2 * regions * batch_groups,
+            tensors,
+            integers,
+            (summary, *constants),
+            launch.warps,
+            _registers(x, launch),
+        )
     return grads
 
 
 def merge(
     y: tuple[Tensor, Tensor],
     x: Tensor,
-    skip: Tensor,
+    D: Tensor,
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     eps: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ln 2 * sum(y) + skip * x, normalised if there is a weight; what of it backward needs: map, mean, rstd."""
-    dim = x.shape[-1]
-    pixels = x.numel() // max(dim, 1)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ln 2 * sum(y) + sum(D) * x, normalised if there is a weight; what of it backward needs: the map before the norm,
+    and the norm's means and reciprocal deviations [2, pixels]."""
+    dim, pixels = x.shape[-1], x.numel() // x.shape[-1]
     out = torch.empty_like(x)
     keep = keep and weight is not None
     merged = torch.empty_like(x) if keep else x.new_empty(0)
-    mean, rstd = (skip.new_empty(pixels if keep else 0) for _ in range(2))
-    block = _power_of_2(dim)
+    moments = torch.empty(2, pixels if keep else 0, dtype=torch.float32, device=x.device)
+    block = power_of_2(dim)
     rows = max(2048 // block, 1)
-    with device_of(x):
-        if pixels:
-            merge_norm[(_parts(pixels, rows),)](
-                *y,
-                x,
-                skip,
-                skip if weight is None else weight,
-                skip if bias is None else bias,
-                merged,
-                out,
-                mean,
-                rstd,
-                pixels,
-                eps,
-                dim=dim,
-                BLOCK=block,
-                ROWS=rows,
-                NORM=weight is not None,
-                SAVE=keep,
-                num_warps=4,
-            )
-    return out, merged, mean, rstd
+    tensors = *y, x, D, x if weight is None else weight, x if bias is None else bias, merged, out, moments
+    constants = eps, dim, block, rows, weight is not None, keep
+    _merge_norm(parts(pixels, rows), tensors, (pixels,), constants, warps=4)
+    return out, merged, moments
 
 
 def merge_backward(
-    grad_out: Tensor, merged: Tensor, x: Tensor, weight: Optional[Tensor], mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the merged map, and of the norm's weight, its bias and the skip connection [D]."""
-    dim = x.shape[-1]
-    pixels = x.numel() // max(dim, 1)
-    block = _power_of_2(dim)
+    grad_out: Tensor, merged: Tensor, x: Tensor, weight: Optional[Tensor], moments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """ln 2 times the gradient of the merged map, and the gradients of the norm's weight, its bias and each route's skip
+    connection [3, D]; the first two mean nothing without a weight."""
+    dim, pixels = x.shape[-1], x.numel() // x.shape[-1]
+    block = power_of_2(dim)
     rows = max(2048 // block, 1)
-    programs = max(min(_parts(pixels, rows), 8 * processors_of(x)), 1)
-    rows_per_program = _parts(_parts(pixels, programs), rows) * rows
-    grad_merged = grad_out if weight is None else torch.empty_like(grad_out)
-    partial = torch.zeros(3, programs, dim, dtype=torch.float32, device=x.device)
-    with device_of(x):
-        merge_norm_backward[(programs,)](
-            grad_out,
-            merged,
-            x,
-            partial if weight is None else weight,
-            mean,
-            rstd,
-            grad_merged,
-            *partial,
-            pixels,
-            rows_per_program,
-            dim=dim,
-            BLOCK=block,
-            ROWS=rows,
-            NORM=weight is not None,
-            num_warps=4,
-        )
-    return grad_merged, *partial.sum(dim=1)
+    programs = max(min(parts(pixels, rows), 8 * processors_of(x)), 1)
+    rows_per_program = parts(parts(pixels, programs), rows) * rows
+    grad_merged = torch.empty_like(grad_out)
+    partial = torch.empty(programs, 3, dim, dtype=torch.float32, device=x.device)
+    tensors = grad_out, merged, x, x if weight is None else weight, moments, grad_merged, partial
+    constants = dim, block, rows, weight is not None
+    _merge_norm_backward(programs, tensors, (pixels, rows_per_program), constants, warps=4)
+    return grad_merged, partial.sum(dim=0)

@@ -6,8 +6,10 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 import triton
 import triton.language as tl
 
-from .elementwise import softplus_log2
-from .routes import by_column, recur, recur_back, route_of_pair, walk
+from .elementwise import LOG2_E, softplus_log2
+from .routes import by_column, recur, recur_back, route_of_pair, steps_of, walk
+
+LN2 = tl.constexpr(0.6931471805599453)
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'grad_y_ptr', 'grad_x_rows_ptr', 'grad_x_columns_ptr', 'grad_x_dbl_ptr', 'dim']
@@ -21,7 +23,7 @@ def scan_routes_backward(
     weight_ptr,
     bias_ptr,
     A_ptr,
-    skip_ptr,
+    D_ptr,
     state_ptr,
     end_ptr,
     sum_ptr,
@@ -29,9 +31,7 @@ def scan_routes_backward(
     grad_x_rows_ptr,
     grad_x_columns_ptr,
     grad_x_dbl_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
-    grad_A_ptr,
+    grad_parameter_ptr,
     batches,
     height,
     width,
@@ -39,46 +39,43 @@ def scan_routes_backward(
     magic,
     regions,
     region_tiles,
-    blocks_per_program,
     batches_per_program,
     states,
+    SUMMARY: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     DB: tl.constexpr,
-    SUMMARY: tl.constexpr,
     WRAP: tl.constexpr,
-    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks one region of a pair of opposite routes back, for some channel blocks of some of the batch.
+    """One program walks one region of a pair of opposite routes back, for DB channels of some entries of the batch.
 
-    The adjoint state g_l = C_l * grad_y_l + exp(delta_{l+1} * A) * g_{l+1} is walked against the route, a tile at a
-    time; the states of the tile are recomputed from the one before it, state [B, 4, states, N, dim] of
-    `scan_routes`. As there, grad_x_rows and grad_x_columns [B, L, dim] are written by the first route of a pair to
-    reach a tile and added to by the second; carry [B, 4, regions, N, dim] is where the adjoint state waits between
-    tiles; and with SUMMARY only end and sum are written.
+    grad_y [B, L, dim] is the gradient of the merged map times ln 2. The adjoint state g_l = C_l * grad_y_l +
+    exp(delta_{l+1} * A) * g_{l+1} is walked against the route, a tile at a time; the states of the tile are recomputed
+    from the one before it, state [B, 4, states, N, dim] of `scan_routes`. As there, grad_x_rows and grad_x_columns
+    [B, L, dim] are written by the first route of a pair to reach a tile and added to by the second; carry
+    [B, 4, regions, N, dim] is where the adjoint state waits between tiles; and with SUMMARY only end and sum are
+    written.
 
-    Gradients that sum over channels or positions are partial sums, for torch to add up: grad_x_dbl over the
-    channels of a program [groups of blocks, B, L, 4 * E], those of the parameters over its batch entries and its
-    region [groups of batches, regions, 4, dim, ...].
+    Gradients that sum over channels or positions are partial sums, for torch to add up: grad_x_dbl over the channels
+    of a program [blocks of channels, B, L, 4 * E]; those of the parameters over its batch entries and its region
+    [groups of batches, regions, 4 * dim * (R + 1 + N)], first all of weight [4, dim, R], then bias [4, dim], then A
+    [4, dim, N].
     """
     pid = tl.program_id(0)
     channel_blocks = tl.cdiv(dim, DB)
-    groups = tl.cdiv(channel_blocks, blocks_per_program)
-    group = pid % groups
-    pair = (pid // groups) % 2
-    region = (pid // groups // 2) % regions
-    batch_group = pid // groups // 2 // regions
+    block = pid % channel_blocks
+    pair = (pid // channel_blocks) % 2
+    region = (pid // channel_blocks // 2) % regions
+    batch_group = pid // channel_blocks // 2 // regions
     E: tl.constexpr = R + 2 * N
     T: tl.constexpr = ROWS * SPLITS
-    LN2: tl.constexpr = 0.6931471805599453
-    LOG2_E: tl.constexpr = 1.4426950408889634
     seqlen = height * width
     operand = tl.bfloat16 if x_ptr.dtype.element_ty == tl.bfloat16 else tl.float32
 
@@ -86,10 +83,23 @@ def scan_routes_backward(
     column = tl.arange(0, 2 * DB)
     backward = column // DB
     route = pair + 2 * backward
+    # Columns beyond the last channel repeat it, with no gradient; what they store is masked.
+    has_channel = block * DB + column % DB < dim
+    channel = tl.minimum(block * DB + column % DB, dim - 1)
+    parameter = route * dim + channel
     rank = tl.arange(0, 2 * RP)
     rank_backward = rank // RP
     rank_column = (pair + 2 * rank_backward) * E + rank % RP
     has_rank = rank % RP < R
+    same_route = has_rank[:, None] & (rank_backward[:, None] == backward[None, :])
+    weight = tl.load(weight_ptr + parameter[None, :] * R + (rank % RP)[:, None], mask=same_route, other=0.0)
+    weight = (weight.to(tl.float32) * LOG2_E).to(operand)
+    weight_transposed = tl.trans(weight)
+    bias = tl.load(bias_ptr + parameter).to(tl.float32) * LOG2_E
+    # The forward route of a pair brings the gradients of both skip connections.
+    skip = tl.load(D_ptr + pair * dim + channel).to(tl.float32)
+    skip += tl.load(D_ptr + (pair + 2) * dim + channel).to(tl.float32)
+    skip = tl.where(backward == 0, skip * LOG2_E, 0.0)
     # Columns of the gradients of B and C: B and C of the forward route, B and C of the backward one.
     other = tl.arange(0, 16)
     other_backward = (other // 2) % 2
@@ -97,67 +107,136 @@ def scan_routes_backward(
     has_other = other < 4
     to_B = tl.where((other[None, :] == 2 * backward[:, None]) & has_other[None, :], 1.0, 0.0).to(operand)
     to_C = tl.where((other[None, :] == 2 * backward[:, None] + 1) & has_other[None, :], 1.0, 0.0).to(operand)
+
     row = tl.arange(0, T)
-    rank_steps = ((row % SPLITS) * ROWS + row // SPLITS)[:, None]
-    steps = tl.arange(0, SPLITS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
-    first = region * region_tiles
+    matrix_count = ((row % SPLITS) * ROWS + row // SPLITS)[:, None]
+    rank_offset = steps_of(rank_backward[None, :], T, matrix_count)
+    other_offset = steps_of(other_backward[None, :], T, matrix_count)
+    count = tl.arange(0, SPLITS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    offset = steps_of(backward[None, None, :], T, count)
+    split = tl.arange(0, SPLITS)[:, None]
+    first_tile = region * region_tiles
+    last_tile = first_tile + region_tiles - 1
     order = tl.where(backward == 0, regions - 1 - region, region)
-    first_block = group * blocks_per_program
     first_batch = batch_group * batches_per_program
 
-    for block in range(first_block, tl.minimum(first_block + blocks_per_program, channel_blocks)):
-        channel = block * DB + column % DB
-        has_channel = channel >= 0 if EVEN else channel < dim
-        parameter = route * dim + tl.where(has_channel, channel, dim - 1)
-        same_route = has_rank[:, None] & (rank_backward[:, None] == backward[None, :])
-        weight = tl.load(weight_ptr + parameter[None, :] * R + (rank % RP)[:, None], mask=same_route, other=0.0)
-        weight = (weight.to(tl.float32) * LOG2_E).to(operand)
-        weight_transposed = tl.trans(weight)
-        bias = tl.load(bias_ptr + parameter).to(tl.float32) * LOG2_E
-        skip = tl.load(skip_ptr + tl.where(has_channel, channel, dim - 1)) * tl.where(route == 0, 1.0, 0.0)
-        total_weight = tl.zeros([2 * DB, 2 * RP], tl.float32)
-        total_bias = tl.zeros([2 * DB], tl.float32)
-        total_A = tl.zeros([2 * DB], tl.float32)
-        partial = ((batch_group * regions + region) * 4 * dim + route * dim + channel).to(tl.int64)
+    total_weight = tl.zeros([2 * DB, 2 * RP], tl.float32)
+    total_bias = tl.zeros([SPLITS, 2 * DB], tl.float32)
+    total_A = tl.zeros([SPLITS, 2 * DB], tl.float32)
+    grad_parameter_ptr += (batch_group * regions + region).to(tl.int64) * (4 * dim * (R + 1 + N))
+    grad_A_ptr = grad_parameter_ptr + 4 * dim * (R + 1) + parameter * N
 
-        for batch_index in range(first_batch, tl.minimum(first_batch + batches_per_program, batches)):
-            batch = tl.cast(batch_index, tl.int64)
-            scan = batch * 4 + route
-            x_batch = x_ptr + batch * seqlen * dim
-            x_dbl_batch = x_dbl_ptr + batch * seqlen * (4 * E)
-            grad_y_batch = grad_y_ptr + batch * seqlen * dim
-            grad_x_batch = (grad_x_rows_ptr if pair == 0 else grad_x_columns_ptr) + batch * seqlen * dim
-            grad_x_dbl_batch = grad_x_dbl_ptr + (tl.cast(group, tl.int64) * batches + batch) * seqlen * (4 * E)
-            state_batch = state_ptr + scan * (states * N * dim) + channel
-            carry_batch = carry_ptr + (scan * regions + region) * (N * dim) + channel
-            end_batch = end_ptr + (scan * regions + region) * (N * dim) + channel
-            carry = tl.zeros([2 * DB], tl.float32)
-            total = tl.zeros([2 * DB], tl.float32)
+    for batch_index in range(first_batch, tl.minimum(first_batch + batches_per_program, batches)):
+        batch = tl.cast(batch_index, tl.int64)
+        scan = batch * 4 + route
+        x_batch = x_ptr + batch * seqlen * dim
+        x_dbl_batch = x_dbl_ptr + batch * seqlen * (4 * E)
+        grad_y_batch = grad_y_ptr + batch * seqlen * dim
+        grad_x_batch = (grad_x_rows_ptr if pair == 0 else grad_x_columns_ptr) + batch * seqlen * dim
+        grad_x_dbl_batch = grad_x_dbl_ptr + (tl.cast(block, tl.int64) * batches + batch) * seqlen * (4 * E)
+        state_batch = state_ptr + scan * (states * N * dim) + channel
+        carry_batch = carry_ptr + (scan * regions + region) * (N * dim) + channel
+        end_batch = end_ptr + (scan * regions + region) * (N * dim) + channel
+        carry = tl.zeros([SPLITS, 2 * DB], tl.float32)
+        total = tl.zeros([SPLITS, 2 * DB], tl.float32)
+        if not SUMMARY:
+            for n in range(N):
+                a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
+                arriving = tl.zeros([2 * DB], tl.float32)
+                for before in range(0, regions - 1):
+                    source = tl.where(backward == 0, regions - 1 - before, before)
+                    region_scan = scan * regions + source
+                    reached = has_channel & (before < order)
+                    decay = tl.load(sum_ptr + region_scan * dim + channel, mask=reached, other=0.0)
+                    end = tl.load(end_ptr + (region_scan * N + n) * dim + channel, mask=reached, other=0.0)
+                    arriving = tl.exp2(decay * a) * arriving + end
+                if N > 1:
+                    tl.store(carry_batch + n * dim, arriving, mask=has_channel)
+                carry = tl.broadcast_to(arriving[None, :], [SPLITS, 2 * DB])
+
+        for i in range(0, region_tiles):
+            if N > 1 or i == region_tiles // 2:
+                # States pass through memory; half way each route enters tiles that the other one has written.
+                tl.debug_barrier()
+            position, exists = walk(
+                offset,
+                backward[None, None, :],
+                last_tile - i,
+                first_tile + i,
+                seqlen,
+                line,
+                step,
+                jump,
+                magic,
+                tiles,
+                lines,
+                T,
+                WRAP,
+            )
+            rank_position, rank_exists = walk(
+                rank_offset,
+                rank_backward[None, :],
+                last_tile - i,
+                first_tile + i,
+                seqlen,
+                line,
+                step,
+                jump,
+                magic,
+                tiles,
+                lines,
+                T,
+                WRAP,
+            )
+            position = tl.max_constancy(position, (1, 1, DB))
+            if WIDE:
+                position = position.to(tl.int64)
+                rank_position = rank_position.to(tl.int64)
+            pixel = tl.max_contiguous(position * dim + channel[None, None, :], (1, SPLITS, DB))
+            grad_y = tl.load(grad_y_batch + pixel).to(tl.float32)
+            # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
+            projection = tl.max_contiguous(position * (4 * E) + (route * E + R)[None, None, :], (1, SPLITS, 2 * DB))
+            rank_pixel = rank_position * (4 * E) + rank_column[None, :]
+            low_rank = tl.load(x_dbl_batch + rank_pixel, mask=has_rank[None, :], other=0.0).to(operand)
+            # All that a tile needs is loaded before the first product, whose barriers would hold later loads back.
+            if N == 1:
+                C = tl.load(x_dbl_batch + projection + 1).to(tl.float32)
             if not SUMMARY:
+                x = tl.load(x_batch + pixel).to(tl.float32)
+                # What is loaded for a step that does not exist is not stored.
+                second = tl.where(i >= region_tiles // 2, column >= 0, False)
+                grad_x = tl.load(grad_x_batch + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
+                tile = tl.where(backward == 0, last_tile - i, first_tile + i)
+                has_state = tile < tiles * lines
+                if N == 1:
+                    B = tl.load(x_dbl_batch + projection).to(tl.float32)
+                    state = state_batch + tile.to(tl.int64) * dim
+                    start = tl.load(state[None, :] + 0 * split, mask=has_state[None, :], other=0.0)
+            z = tl.dot(low_rank, weight, input_precision=PRECISION)
+            z = by_column(z, ROWS, SPLITS, 2 * DB) + bias[None, None, :]
+            z = tl.where(exists, z, -1e4)
+            delta = softplus_log2(z, EXACT, NVIDIA)
+            grad_y = tl.where(exists & has_channel[None, None, :], grad_y, 0.0)
+            if SUMMARY:
+                total += tl.sum(delta, axis=0)
                 for n in range(N):
                     a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-                    carry = tl.zeros([2 * DB], tl.float32)
-                    for before in range(0, regions - 1):
-                        source = tl.where(backward == 0, regions - 1 - before, before)
-                        reached = has_channel & (before < order)
-                        region_scan = scan * regions + source
-                        decay = tl.load(sum_ptr + region_scan * dim + channel, mask=reached, other=0.0)
-                        end = tl.load(end_ptr + (region_scan * N + n) * dim + channel, mask=reached, other=0.0)
-                        carry = tl.exp2(decay * a) * carry + end
                     if N > 1:
-                        tl.store(carry_batch + n * dim, carry, mask=has_channel)
-
-            for i in range(0, region_tiles):
-                if N > 1 or i == region_tiles // 2:
-                    # States pass through memory; half way each route enters tiles that the other one has written.
-                    tl.debug_barrier()
-                tile = tl.where(backward == 0, region_tiles - 1 - i, i)
-                has_state = has_channel & (first + tile < tiles * lines)
-                rank_tile = first + tl.where(rank_backward == 0, region_tiles - 1 - i, i)
-                position, exists = walk(
-                    steps,
-                    (first + tile)[None, None, :],
-                    backward[None, None, :],
+                        C = tl.load(x_dbl_batch + projection + (N + n)).to(tl.float32)
+                        started = tl.where(i > 0, has_channel, False)
+                        carry = tl.load(end_batch[None, :] + n * dim + 0 * split, mask=started[None, :], other=0.0)
+                    decay = tl.exp2(delta * a[None, None, :])
+                    after, carry = recur_back(decay, C * grad_y, carry, ROWS, SPLITS, 2 * DB)
+                    tl.store(end_batch[None, :] + n * dim + 0 * split, carry, mask=has_channel[None, :] & (split == 0))
+            else:
+                delta_x = delta * x
+                grad_input = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
+                grad_delta = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
+                other_position, other_exists = walk(
+                    other_offset,
+                    other_backward[None, :],
+                    last_tile - i,
+                    first_tile + i,
                     seqlen,
                     line,
                     step,
@@ -168,135 +247,67 @@ def scan_routes_backward(
                     T,
                     WRAP,
                 )
-                rank_position, rank_exists = walk(
-                    rank_steps,
-                    rank_tile[None, :],
-                    rank_backward[None, :],
-                    seqlen,
-                    line,
-                    step,
-                    jump,
-                    magic,
-                    tiles,
-                    lines,
-                    T,
-                    WRAP,
-                )
-                position = tl.max_constancy(position, (1, 1, DB))
                 if WIDE:
-                    position = position.to(tl.int64)
-                    rank_position = rank_position.to(tl.int64)
-                pixel = tl.max_contiguous(position * dim + channel[None, None, :], (1, SPLITS, DB))
-                grad_y = tl.load(grad_y_batch + pixel, mask=has_channel[None, None, :], other=0.0).to(tl.float32)
-                # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-                projection = tl.max_contiguous(position * (4 * E) + (route * E + R)[None, None, :], (1, SPLITS, 2 * DB))
-                rank_pixel = rank_position * (4 * E) + rank_column[None, :]
-                low_rank = tl.load(x_dbl_batch + rank_pixel, mask=has_rank[None, :], other=0.0).to(operand)
-                # All that a tile needs is loaded before the first product, whose barriers would hold later loads back.
-                if N == 1:
-                    C = tl.load(x_dbl_batch + projection + 1).to(tl.float32)
-                if not SUMMARY:
-                    x = tl.load(x_batch + pixel, mask=has_channel[None, None, :], other=0.0).to(tl.float32)
-                    # What is loaded for a step that does not exist is not stored.
-                    second = tl.where(i < region_tiles // 2, False, has_channel)
-                    grad_x = tl.load(grad_x_batch + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
+                    other_position = other_position.to(tl.int64)
+                other_target = grad_x_dbl_batch + (other_position * (4 * E) + other_column[None, :])
+                for n in range(N):
+                    a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
+                    if N > 1:
+                        B = tl.load(x_dbl_batch + projection + n).to(tl.float32)
+                        C = tl.load(x_dbl_batch + projection + (N + n)).to(tl.float32)
+                        state = state_batch + (tile.to(tl.int64) * N + n) * dim
+                        start = tl.load(state[None, :] + 0 * split, mask=has_state[None, :], other=0.0)
+                        carry = tl.load(
+                            carry_batch[None, :] + n * dim + 0 * split, mask=has_channel[None, :], other=0.0
+                        )
+                    decay = tl.exp2(delta * a[None, None, :])
+                    h, before, starts, end = recur(decay, delta_x * B, start, ROWS, SPLITS, 2 * DB)
+                    arriving = C * grad_y
+                    after, carry = recur_back(decay, arriving, carry, ROWS, SPLITS, 2 * DB)
+                    g = arriving + after
+                    if N > 1:
+                        target = carry_batch[None, :] + n * dim + 0 * split
+                        tl.store(target, carry, mask=has_channel[None, :] & (split == 0))
+
+                    grad_exponent = g * decay * before
+                    grad_delta += grad_exponent * (a * LN2)[None, None, :]
+                    grad_input += g * B
+                    grad_B = tl.reshape((g * delta_x).to(operand), [T, 2 * DB])
+                    grad_C = tl.reshape((grad_y * h).to(operand), [T, 2 * DB])
+                    others = tl.dot(grad_B, to_B, input_precision=PRECISION)
+                    others = tl.dot(grad_C, to_C, others, input_precision=PRECISION)
+                    stored = other_exists & has_other[None, :]
+                    tl.store(other_target + n, others.to(grad_x_dbl_ptr.dtype.element_ty), mask=stored)
+
+                    grad_a = tl.sum(grad_exponent * delta, axis=0)
                     if N == 1:
-                        B = tl.load(x_dbl_batch + projection).to(tl.float32)
-                        start = tl.load(state_batch + (first + tile).to(tl.int64) * dim, mask=has_state, other=0.0)
-                z = tl.dot(low_rank, weight, input_precision=PRECISION)
-                z = by_column(z, ROWS, SPLITS, 2 * DB) + bias[None, None, :]
-                z = tl.where(exists, z, -1e4)
-                delta = softplus_log2(z, EXACT, NVIDIA)
-                grad_y = tl.where(exists, grad_y * LN2, 0.0)
-                if SUMMARY:
-                    total += tl.sum(tl.sum(delta, axis=0), axis=0)
-                    for n in range(N):
-                        a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-                        if N > 1:
-                            C = tl.load(x_dbl_batch + projection + (N + n)).to(tl.float32)
-                            carry = tl.load(end_batch + n * dim, mask=tl.where(i > 0, has_channel, False), other=0.0)
-                        decay = tl.exp2(delta * a[None, None, :])
-                        after, carry = recur_back(decay, C * grad_y, carry, ROWS, SPLITS, 2 * DB)
-                        tl.store(end_batch + n * dim, carry, mask=has_channel)
-                else:
-                    delta_x = delta * x
-                    grad_input = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
-                    grad_delta = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
-                    other_tile = first + tl.where(other_backward == 0, region_tiles - 1 - i, i)
-                    other_position, other_exists = walk(
-                        rank_steps,
-                        other_tile[None, :],
-                        other_backward[None, :],
-                        seqlen,
-                        line,
-                        step,
-                        jump,
-                        magic,
-                        tiles,
-                        lines,
-                        T,
-                        WRAP,
-                    )
-                    other_pixel = other_position.to(tl.int64) * (4 * E) + other_column[None, :]
-                    other_stored = other_exists & has_other[None, :]
-                    adding = block > first_block
-                    for n in range(N):
-                        a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-                        if N > 1:
-                            B = tl.load(x_dbl_batch + projection + n).to(tl.float32)
-                            C = tl.load(x_dbl_batch + projection + (N + n)).to(tl.float32)
-                            start = tl.load(
-                                state_batch + ((first + tile).to(tl.int64) * N + n) * dim, mask=has_state, other=0.0
-                            )
-                            carry = tl.load(carry_batch + n * dim, mask=has_channel, other=0.0)
-                        decay = tl.exp2(delta * a[None, None, :])
-                        h, before, starts, end = recur(decay, delta_x * B, start, ROWS, SPLITS, 2 * DB)
-                        arriving = C * grad_y
-                        after, carry = recur_back(decay, arriving, carry, ROWS, SPLITS, 2 * DB)
-                        g = arriving + after
-                        if N > 1:
-                            tl.store(carry_batch + n * dim, carry, mask=has_channel)
+                        total_A += grad_a
+                    else:
+                        grad_a = tl.sum(grad_a, axis=0) * LN2
+                        earlier = tl.where((i > 0) | (batch_index > first_batch), has_channel, False)
+                        grad_a += tl.load(grad_A_ptr + n, mask=earlier, other=0.0)
+                        tl.store(grad_A_ptr + n, grad_a, mask=has_channel)
 
-                        grad_exponent = g * decay * before
-                        grad_delta += grad_exponent * (a * LN2)[None, None, :]
-                        grad_input += g * B
-                        grad_B = tl.reshape((g * delta_x).to(operand), [T, 2 * DB])
-                        grad_C = tl.reshape((grad_y * h).to(operand), [T, 2 * DB])
-                        others = tl.dot(grad_B, to_B, input_precision=PRECISION)
-                        others = tl.dot(grad_C, to_C, others, input_precision=PRECISION)
-                        target = grad_x_dbl_batch + (other_pixel + n)
-                        others += tl.load(target, mask=tl.where(adding, other_stored, False), other=0.0).to(tl.float32)
-                        tl.store(target, others.to(grad_x_dbl_ptr.dtype.element_ty), mask=other_stored)
+                # delta is log2(1 + 2**z), whose derivative is 2**(z - delta).
+                grad_z = tl.exp2(tl.minimum(z - delta, 0.0)) * (grad_delta + grad_input * x)
+                total_bias += tl.sum(grad_z, axis=0)
+                grad_z = tl.reshape(grad_z.to(operand), [T, 2 * DB])
+                total_weight = tl.dot(tl.trans(grad_z), low_rank, total_weight, input_precision=PRECISION)
+                grad_rank = tl.dot(grad_z, weight_transposed, input_precision=PRECISION)
+                grad_rank = grad_rank.to(grad_x_dbl_ptr.dtype.element_ty)
+                tl.store(grad_x_dbl_batch + rank_pixel, grad_rank, mask=rank_exists & has_rank[None, :])
 
-                        grad_a = tl.sum(tl.sum(grad_exponent * delta, axis=0), axis=0) * LN2
-                        if N == 1:
-                            total_A += grad_a
-                        else:
-                            earlier = tl.where((i > 0) | (batch_index > first_batch), has_channel, False)
-                            grad_a += tl.load(grad_A_ptr + partial * N + n, mask=earlier, other=0.0)
-                            tl.store(grad_A_ptr + partial * N + n, grad_a, mask=has_channel)
+                grad_x += grad_input * delta + grad_y * skip[None, None, :]
+                grad_x = grad_x.to(x_ptr.dtype.element_ty)
+                tl.store(grad_x_batch + pixel, grad_x, mask=exists & has_channel[None, None, :])
+        if SUMMARY:
+            tl.store(sum_ptr + (scan * regions + region) * dim + channel, tl.sum(total, axis=0), mask=has_channel)
 
-                    # delta is log2(1 + 2**z), whose derivative is 2**(z - delta).
-                    grad_z = tl.exp2(tl.minimum(z - delta, 0.0)) * (grad_delta + grad_input * x)
-                    total_bias += tl.sum(tl.sum(grad_z, axis=0), axis=0)
-                    grad_z = tl.reshape(grad_z.to(operand), [T, 2 * DB])
-                    total_weight = tl.dot(tl.trans(grad_z), low_rank, total_weight, input_precision=PRECISION)
-                    grad_rank = tl.dot(grad_z, weight_transposed, input_precision=PRECISION)
-                    stored = rank_exists & has_rank[None, :]
-                    target = grad_x_dbl_batch + rank_pixel
-                    grad_rank += tl.load(target, mask=tl.where(adding, stored, False), other=0.0).to(tl.float32)
-                    tl.store(target, grad_rank.to(grad_x_dbl_ptr.dtype.element_ty), mask=stored)
-
-                    grad_x += grad_input * delta + grad_y * (skip * LOG2_E)[None, None, :]
-                    grad_x = grad_x.to(x_ptr.dtype.element_ty)
-                    tl.store(grad_x_batch + pixel, grad_x, mask=exists & has_channel[None, None, :])
-            if SUMMARY:
-                tl.store(sum_ptr + (scan * regions + region) * dim + channel, total, mask=has_channel)
-
-        if not SUMMARY:
-            if N == 1:
-                tl.store(grad_A_ptr + partial, total_A, mask=has_channel)
-            tl.store(grad_bias_ptr + partial, total_bias * LOG2_E, mask=has_channel)
-            matrix = partial[:, None] * R + (rank % RP)[None, :]
-            stored = has_channel[:, None] & tl.trans(same_route)
-            tl.store(grad_weight_ptr + matrix, total_weight * LOG2_E, mask=stored)
+    if not SUMMARY:
+        if N == 1:
+            tl.store(grad_A_ptr, tl.sum(total_A, axis=0) * LN2, mask=has_channel)
+        grad_bias = tl.sum(total_bias, axis=0) * LOG2_E
+        tl.store(grad_parameter_ptr + 4 * dim * R + parameter, grad_bias, mask=has_channel)
+        matrix = parameter[:, None] * R + (rank % RP)[None, :]
+        stored = has_channel[:, None] & tl.trans(same_route)
+        tl.store(grad_parameter_ptr + matrix, total_weight * LOG2_E, mask=stored)

@@ -6,8 +6,8 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 import triton
 import triton.language as tl
 
-from .elementwise import softplus_log2
-from .routes import by_column, recur, route_of_pair, walk
+from .elementwise import LOG2_E, softplus_log2
+from .routes import by_column, recur, route_of_pair, steps_of, walk
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'y_rows_ptr', 'y_columns_ptr', 'dim']
@@ -33,16 +33,15 @@ def scan_routes(
     regions,
     region_tiles,
     states,
+    STATES: tl.constexpr,
+    SUMMARY: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     DB: tl.constexpr,
-    STATES: tl.constexpr,
-    SUMMARY: tl.constexpr,
     WRAP: tl.constexpr,
-    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -71,9 +70,10 @@ def scan_routes(
     column = tl.arange(0, 2 * DB)
     backward = column // DB
     route = pair + 2 * backward
-    channel = block * DB + column % DB
-    has_channel = channel >= 0 if EVEN else channel < dim
-    parameter = route * dim + tl.where(has_channel, channel, dim - 1)
+    # Columns beyond the last channel repeat it; only what they store is masked.
+    has_channel = block * DB + column % DB < dim
+    channel = tl.minimum(block * DB + column % DB, dim - 1)
+    parameter = route * dim + channel
 
     # The projections of dt of both routes are one product with a block-diagonal matrix.
     rank = tl.arange(0, 2 * RP)
@@ -85,44 +85,47 @@ def scan_routes(
     y_ptr = (y_rows_ptr if pair == 0 else y_columns_ptr) + batch * seqlen * dim
     x_dbl_ptr += batch * seqlen * (4 * E)
     weight = tl.load(weight_ptr + parameter[None, :] * R + (rank % RP)[:, None], mask=same_route, other=0.0)
-    weight = (weight.to(tl.float32) * 1.4426950408889634).to(x_dbl_ptr.dtype.element_ty)
-    bias = tl.load(bias_ptr + parameter).to(tl.float32) * 1.4426950408889634
+    weight = (weight.to(tl.float32) * LOG2_E).to(x_dbl_ptr.dtype.element_ty)
+    bias = tl.load(bias_ptr + parameter).to(tl.float32) * LOG2_E
 
     scan = batch * 4 + route
     state_ptr += scan * (states * N * dim) + channel
     carry_ptr += (scan * regions + region) * (N * dim) + channel
     order = tl.where(backward == 0, region, regions - 1 - region)
-    carry = tl.zeros([2 * DB], tl.float32)
+    split = tl.arange(0, SPLITS)[:, None]
+    carry = tl.zeros([SPLITS, 2 * DB], tl.float32)
     if SUMMARY:
         end_ptr += (scan * regions + region) * (N * dim) + channel
     else:
         for n in range(N):
             a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-            carry = tl.zeros([2 * DB], tl.float32)
+            start = tl.zeros([2 * DB], tl.float32)
             for before in range(0, regions - 1):
                 source = tl.where(backward == 0, before, regions - 1 - before)
-                reached = has_channel & (before < order)
-                total = tl.load(sum_ptr + (scan * regions + source) * dim + channel, mask=reached, other=0.0)
-                end = tl.load(end_ptr + ((scan * regions + source) * N + n) * dim + channel, mask=reached, other=0.0)
-                carry = tl.exp2(total * a) * carry + end
+                total = tl.load(sum_ptr + (scan * regions + source) * dim + channel, mask=before < order, other=0.0)
+                end_of_source = end_ptr + ((scan * regions + source) * N + n) * dim + channel
+                end = tl.load(end_of_source, mask=before < order, other=0.0)
+                start = tl.exp2(total * a) * start + end
             if N > 1:
-                tl.store(carry_ptr + n * dim, carry, mask=has_channel)
-    total = tl.zeros([2 * DB], tl.float32)
+                tl.store(carry_ptr + n * dim, start, mask=has_channel)
+            carry = tl.broadcast_to(start[None, :], [SPLITS, 2 * DB])
+    total = tl.zeros([SPLITS, 2 * DB], tl.float32)
     row = tl.arange(0, T)
-    rank_steps = ((row % SPLITS) * ROWS + row // SPLITS)[:, None]
-    steps = tl.arange(0, SPLITS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    rank_offset = steps_of(rank_backward[None, :], T, ((row % SPLITS) * ROWS + row // SPLITS)[:, None])
+    count = tl.arange(0, SPLITS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
+    offset = steps_of(backward[None, None, :], T, count)
+    first_tile = region * region_tiles
+    last_tile = first_tile + region_tiles - 1
     for i in range(0, region_tiles):
         if not SUMMARY or N > 1:
             # Half way each route enters tiles that the other one has written; and states pass through memory.
             if N > 1 or i == region_tiles // 2:
                 tl.debug_barrier()
-        local_tile = tl.where(backward == 0, i, region_tiles - 1 - i)
-        tile = region * region_tiles + local_tile
-        rank_tile = region * region_tiles + tl.where(rank_backward == 0, i, region_tiles - 1 - i)
         position, exists = walk(
-            steps,
-            tile[None, None, :],
+            offset,
             backward[None, None, :],
+            first_tile + i,
+            last_tile - i,
             seqlen,
             line,
             step,
@@ -134,9 +137,10 @@ def scan_routes(
             WRAP,
         )
         rank_position, rank_exists = walk(
-            rank_steps,
-            rank_tile[None, :],
+            rank_offset,
             rank_backward[None, :],
+            first_tile + i,
+            last_tile - i,
             seqlen,
             line,
             step,
@@ -149,18 +153,21 @@ def scan_routes(
         )
         position = tl.max_constancy(position, (1, 1, DB))
         if STATES > 0:
-            # A tile starts STATES of the backward pass's tiles, of which the last of a line may hold no step.
-            part = tl.arange(0, STATES)[:, None]
-            part = tl.where(backward[None, :] == 0, part, STATES - 1 - part)
-            tile_of_line = (tile % tiles)[None, :] * STATES + part
-            tiles_of_line = tl.cdiv(seqlen if WRAP else line, T // STATES)
-            state_tile = (tile // tiles)[None, :] * tiles_of_line + tile_of_line
-            state_tile = tl.where((tile_of_line < tiles_of_line) & (tile < tiles * lines)[None, :], state_tile, -1)
+            state_tile = tl.where(backward == 0, first_tile + i, last_tile - i)
+            state_tile = tl.where(state_tile < tiles * lines, state_tile, -1)[None, :]
+            if STATES > 1:
+                # A tile starts STATES of the backward pass's tiles, of which the last of a line may hold no step.
+                part = tl.arange(0, STATES)[:, None]
+                part = tl.where(backward[None, :] == 0, part, STATES - 1 - part)
+                part += (state_tile % tiles) * STATES
+                tiles_of_line = tl.cdiv(seqlen if WRAP else line, T // STATES)
+                state_part = (state_tile // tiles) * tiles_of_line + part
+                state_tile = tl.where((state_tile >= 0) & (part < tiles_of_line), state_part, -1)
         if WIDE:
             position = position.to(tl.int64)
             rank_position = rank_position.to(tl.int64)
         pixel = tl.max_contiguous(position * dim + channel[None, None, :], (1, SPLITS, DB))
-        x = tl.load(x_ptr + pixel, mask=has_channel[None, None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + pixel).to(tl.float32)
         # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
         projection = tl.max_contiguous(position * (4 * E) + (route * E + R)[None, None, :], (1, SPLITS, 2 * DB))
         rank_pixel = rank_position * (4 * E) + rank_column[None, :]
@@ -172,38 +179,40 @@ def scan_routes(
             if N == 1:
                 C = tl.load(x_dbl_ptr + projection + 1).to(tl.float32)
             # What is loaded for a step that does not exist is not stored.
-            second = tl.where(i < region_tiles // 2, False, has_channel)
+            second = tl.where(i >= region_tiles // 2, column >= 0, False)
             y = tl.load(y_ptr + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
         delta = tl.dot(low_rank, weight, input_precision=PRECISION)
         delta = by_column(delta, ROWS, SPLITS, 2 * DB) + bias[None, None, :]
         delta = softplus_log2(tl.where(exists, delta, -1e4), EXACT, NVIDIA)
         delta_x = delta * x
         if SUMMARY:
-            total += tl.sum(tl.sum(delta, axis=0), axis=0)
+            total += tl.sum(delta, axis=0)
         for n in range(N):
             a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
             if N > 1:
                 B = tl.load(x_dbl_ptr + projection + n).to(tl.float32)
             if N > 1 and SUMMARY:
-                carry = tl.load(end_ptr + n * dim, mask=tl.where(i > 0, has_channel, False), other=0.0)
+                started = tl.where(i > 0, has_channel, False)
+                carry = tl.load(end_ptr[None, :] + n * dim + 0 * split, mask=started[None, :], other=0.0)
             elif N > 1:
-                carry = tl.load(carry_ptr + n * dim, mask=has_channel, other=0.0)
+                carry = tl.load(carry_ptr[None, :] + n * dim + 0 * split)
             decay = tl.exp2(delta * a[None, None, :])
-            before_tile = carry[None, :]
+            before_tile = carry
             h, before, starts, carry = recur(decay, delta_x * B, carry, ROWS, SPLITS, 2 * DB)
             if SUMMARY:
-                tl.store(end_ptr + n * dim, carry, mask=has_channel)
+                tl.store(end_ptr[None, :] + n * dim + 0 * split, carry, mask=has_channel[None, :] & (split == 0))
             else:
                 if N > 1:
                     C = tl.load(x_dbl_ptr + projection + (N + n)).to(tl.float32)
                 y += C * h
                 if N > 1:
-                    tl.store(carry_ptr + n * dim, carry, mask=has_channel)
+                    target = carry_ptr[None, :] + n * dim + 0 * split
+                    tl.store(target, carry, mask=has_channel[None, :] & (split == 0))
                 if STATES > 0:
-                    stored = has_channel[None, :] & (state_tile >= 0)
-                    target = state_ptr[None, :] + (state_tile.to(tl.int64) * N + n) * dim
+                    stored = has_channel[None, :] & (state_tile >= 0) & (split < STATES)
+                    target = state_ptr[None, :] + (state_tile.to(tl.int64) * N + n) * dim + 0 * split
                     tl.store(target, before_tile if STATES == 1 else starts, mask=stored)
         if not SUMMARY:
             tl.store(y_ptr + pixel, y.to(y_ptr.dtype.element_ty), mask=exists & has_channel[None, None, :])
     if SUMMARY:
-        tl.store(sum_ptr + (scan * regions + region) * dim + channel, total, mask=has_channel)
+        tl.store(sum_ptr + (scan * regions + region) * dim + channel, tl.sum(total, axis=0), mask=has_channel)

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter (see conftest.py), on tiles of 16 steps by 16 channels.
 """
 
+from functools import partial
 from itertools import product
 
 import oracles
@@ -11,13 +12,13 @@ import test_ss2d
 import torch
 from recorder import Recorder
 from test_ss2d import LAYOUTS
-from vmamba.kernels import ss2d_scan, ss2d_scan_norm, use_triton
+from vmamba.kernels import ss2d_core, ss2d_scan, use_triton
 
 from vmamba.layers.ss2d import SS2D
 
 pytest.importorskip('triton')
 from vmamba.kernels.fused import ss2d_operator  # noqa: E402
-from vmamba.kernels.fused.ss2d import Launch, Plan, Sizes, plan, states_shape  # noqa: E402
+from vmamba.kernels.fused.ss2d_plan import Launch, Plan, Sizes, plan, states_shape  # noqa: E402
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 TILE = Launch(rows=8, splits=2, channels=16, regions=1)
@@ -45,22 +46,36 @@ def launch(monkeypatch):
 
 
 def arguments(size=(5, 4), batch=1, dim=16, dstate=1, dt_rank=3, dtype=torch.float32, norm=False):
-    """Arguments of `ss2d_scan`, or with a norm of `ss2d_scan_norm`, by name."""
+    """Arguments of `ss2d_scan`, or with a norm of `ss2d_core`, by name."""
     tensors = test_ss2d.arguments(size, batch, dim, dstate, dt_rank, dtype)
     if norm:
+        projections = tensors.pop('x_dbl').shape[3:].numel()
+        projection = torch.randn(projections, dim, dtype=torch.float64) * dim**-0.5 / 2
+        tensors = {'x': tensors.pop('x'), 'x_proj_weight': projection.to(tensors['D'].dtype), **tensors}
         weight, bias = 1 + 0.3 * torch.randn(dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
         tensors |= {'norm_weight': weight.to(tensors['D'].dtype), 'norm_bias': bias.to(tensors['D'].dtype)}
     return {k: t.to(DEVICE) for k, t in tensors.items()}
 
 
-def library(norm_weight=None, norm_bias=None, **tensors):
-    if norm_weight is None:
-        return ss2d_scan(**tensors)
-    return ss2d_scan_norm(**tensors, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=1e-3)
+def library(**tensors):
+    return ss2d_core(**tensors, norm_eps=1e-3) if 'norm_weight' in tensors else ss2d_scan(**tensors)
 
 
-def definition(norm_weight=None, norm_bias=None, **tensors):
-    y = oracles.ss2d_scan(**tensors)
+def definition(
+    x,
+    x_proj_weight=None,
+    x_dbl=None,
+    norm_weight=None,
+    norm_bias=None,
+    scan=oracles.ss2d_scan,
+    dtype=None,
+    **parameters,
+):
+    """In float64, but for projections that are made in `dtype`."""
+    if x_dbl is None:
+        x_dbl = (x @ x_proj_weight.T).unflatten(-1, (4, -1))
+        x_dbl = x_dbl + (x_dbl.to(dtype) - x_dbl).detach()
+    y = scan(x, x_dbl, **parameters)
     return y if norm_weight is None else oracles.layer_norm(y, norm_weight, norm_bias, 1e-3)
 
 
@@ -71,7 +86,8 @@ def run(tensors, function=library):
 
 def compare(tensors, dtype=torch.float32):
     actual = run(tensors)
-    oracles.assert_all_match(actual, run({k: t.cpu().double() for k, t in tensors.items()}, definition), dtype)
+    expected = run({k: t.cpu().double() for k, t in tensors.items()}, partial(definition, dtype=tensors['x'].dtype))
+    oracles.assert_all_match(actual, expected, dtype)
     assert actual['y'].dtype == tensors['x'].dtype
     for name, tensor in tensors.items():
         assert actual[f'grad_{name}'].dtype == tensor.dtype, name
@@ -116,14 +132,12 @@ LAUNCHES = [
     pytest.param(Launch(8, 2, 16, 3), None, dict(size=(15, 5)), id='three-regions'),
     pytest.param(Launch(8, 2, 16, 5), None, dict(size=(1, 35), dim=3), id='fewer-tiles-than-regions'),
     pytest.param(Launch(16, 2, 16, 2), Launch(16, 1, 16, 4), dict(size=(1, 70)), id='half-tiles-in-more-regions'),
-    pytest.param(TILE, TILE._replace(blocks=2), dict(size=(3, 3), dim=40), id='blocks'),
-    pytest.param(TILE, TILE._replace(blocks=4), dict(size=(2, 4), dim=20, dstate=2), id='fewer-channels-than-blocks'),
     pytest.param(TILE, TILE._replace(batches=2), dict(size=(3, 3), batch=3, dstate=2), id='batches'),
     pytest.param(
         TILE._replace(regions=2),
-        TILE._replace(regions=2, blocks=2, batches=2),
-        dict(size=(5, 7), batch=2, dim=20),
-        id='blocks-batches-regions',
+        TILE._replace(regions=2, batches=2),
+        dict(size=(5, 7), batch=3, dim=20),
+        id='batches-regions',
     ),
 ]
 
@@ -141,7 +155,7 @@ def test_half_precision(norm, launch):
 
 
 @pytest.mark.parametrize(
-    'wide', [['x_dbl'], ['dt_weight', 'norm_weight'], []], ids=lambda names: '-'.join(names) or '-'
+    'wide', [['x_proj_weight'], ['dt_weight', 'norm_weight'], []], ids=lambda names: '-'.join(names) or '-'
 )
 def test_mixed_dtypes(wide, launch):
     """As under autocast, and as in a model that is in half precision as a whole."""
@@ -183,7 +197,7 @@ def test_chosen_launches_fit_together(size):
         assert forward.steps == backward.steps or forward.rows == backward.steps
         for launch in forward, backward:
             assert launch.steps >= 16 and launch.channels % 16 == 0
-            assert min(launch.regions, launch.blocks, launch.batches, launch.warps) >= 1
+            assert min(launch.regions, launch.batches, launch.warps) >= 1
         unused = states_shape(sizes, chosen)[2] * backward.steps - size[0] * size[1]
         assert unused < max(backward.steps, 0.21 * size[0] * size[1]), 'tiles are nearly full'
 
@@ -210,7 +224,7 @@ def test_an_expanded_map_and_gradient(norm, launch):
     actual = {k: t.detach().requires_grad_() for k, t in tensors.items()}
     expected = {k: t.detach().cpu().double().requires_grad_() for k, t in tensors.items()}
     library(**actual).sum().backward()
-    definition(**expected).sum().backward()
+    definition(**expected, dtype=torch.float32).sum().backward()
     for name in tensors:
         oracles.assert_matches(actual[name].grad.cpu(), expected[name].grad, torch.float32, name)
 
@@ -223,7 +237,7 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(norm, laun
     with Recorder() as keeping:
         y = library(**leaves)
     kept = keeping.outputs[0][1:]
-    assert [t.numel() > 0 for t in kept] == [norm, True, norm, norm]
+    assert [t.numel() > 0 for t in kept] == [norm, norm, True, norm]
     with torch.no_grad(), Recorder() as no_grad:
         without_grad = library(**leaves)
     with Recorder() as constants:
@@ -233,7 +247,7 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(norm, laun
         assert not any(t.numel() for t in recorder.outputs[0][1:])
 
 
-@pytest.mark.parametrize('name', ['x_dbl', 'D', 'norm_bias'])
+@pytest.mark.parametrize('name', ['x_proj_weight', 'D', 'norm_bias'])
 def test_one_gradient_alone(name, launch):
     tensors = arguments((2, 3), norm=True)
     expected = run(tensors)[f'grad_{name}']
@@ -257,31 +271,36 @@ def test_inputs_are_left_alone(launch):
     assert all(torch.equal(t, copies[k]) for k, t in tensors.items())
 
 
+def operator_arguments(tensors):
+    """The tensor arguments of the operator, in its order."""
+    names = ('x', 'x_dbl', 'x_proj_weight', 'dt_weight', 'dt_bias', 'A', 'D', 'norm_weight', 'norm_bias')
+    return [tensors.get(name) for name in names]
+
+
 @pytest.mark.parametrize('keep', [False, True], ids=['forgetting', 'keeping'])
 @pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
 def test_registration(dtype, norm, keep, launch):
     """Of what is kept, too, shapes and dtypes are known without a run."""
     launch(Launch(16, 2, 16, 2), Launch(16, 1, 16, 2))
-    tensors = [t.requires_grad_(keep) for t in arguments((3, 7), dtype=dtype, norm=norm).values()]
+    tensors = {k: t.requires_grad_(keep) for k, t in arguments((3, 7), dtype=dtype, norm=norm).items()}
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    options = *tensors, *([] if norm else [None, None]), 1e-5, keep
+    options = *operator_arguments(tensors), 1e-5, keep
     torch.library.opcheck(torch.ops.vmamba.ss2d_fused.default, options, test_utils=checks)
 
 
 @pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
 def test_registration_of_the_backward_pass(norm, launch):
-    tensors = list(arguments((3, 7), dtype=torch.float16, norm=norm).values())
-    norm_tensors = tensors[6:] or [None, None]
-    out, *kept = torch.ops.vmamba.ss2d_fused(*tensors[:6], *norm_tensors, 1e-5, True)
-    args = torch.randn_like(out), *tensors[:6], norm_tensors[0], *kept
+    x, x_dbl, *tensors, norm_bias = operator_arguments(arguments((3, 7), dtype=torch.float16, norm=norm))
+    out, projected, *kept = torch.ops.vmamba.ss2d_fused(x, x_dbl, *tensors, norm_bias, 1e-5, True)
+    args = torch.randn_like(out), x, projected if norm else x_dbl, *tensors, *kept
     checks = ('test_schema', 'test_faketensor')
     torch.library.opcheck(torch.ops.vmamba.ss2d_fused_backward.default, args, test_utils=checks)
 
 
 def test_gradients_of_what_kept_nothing_are_an_error(launch):
-    leaves = [t.requires_grad_() for t in arguments((2, 3), norm=True).values()]
-    out, *_ = torch.ops.vmamba.ss2d_fused(*leaves, 1e-5, False)
+    leaves = {k: t.requires_grad_() for k, t in arguments((2, 3), norm=True).items()}
+    out, *_ = torch.ops.vmamba.ss2d_fused(*operator_arguments(leaves), 1e-5, False)
     with pytest.raises(RuntimeError, match='keep=True'):
         out.sum().backward()
 
@@ -296,11 +315,20 @@ def test_a_bad_norm_is_an_error_that_shows_it(name, shape, plain):
     assert str(shape) in str(caught.value) and '[16]' in str(caught.value)
 
 
-@pytest.mark.parametrize('name,shape', [('x', (6, 16)), ('x_dbl', (1, 2, 3, 4, 6)), ('A', (4, 15, 1)), ('D', (64,))])
+@pytest.mark.parametrize('name,shape', [('x', (6, 16)), ('dt_bias', (64,)), ('A', (4, 15, 1)), ('D', (64,))])
 @pytest.mark.parametrize('norm', [False, True], ids=['plain', 'norm'])
 def test_a_bad_argument_is_an_error_that_shows_it(name, shape, norm):
     tensors = {**arguments((2, 3), norm=norm), name: torch.zeros(shape, device=DEVICE)}
     with pytest.raises(ValueError, match=name) as caught:
+        library(**tensors)
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize('plain', [False, True], ids=['triton', 'plain'])
+@pytest.mark.parametrize('name,shape', [('x_dbl', (1, 2, 3, 4, 6)), ('x_proj_weight', (4, 5, 16))])
+def test_bad_projections_are_an_error_that_shows_them(name, shape, plain):
+    tensors = {**arguments((2, 3), norm=name == 'x_proj_weight'), name: torch.zeros(shape, device=DEVICE)}
+    with use_triton(not plain), pytest.raises(ValueError, match=name) as caught:
         library(**tensors)
     assert str(shape) in str(caught.value)
 
@@ -332,7 +360,8 @@ def on_gpu(test):
 def compare_with_plain(tensors, dtype):
     """With the plain path in float64 on the GPU, for maps that the definition would take too long for."""
     with use_triton(False):
-        expected = run({k: t.double() for k, t in tensors.items()})
+        plain = partial(definition, scan=ss2d_scan, dtype=dtype)
+        expected = run({k: t.double() for k, t in tensors.items()}, plain)
     actual = run(tensors)
     oracles.assert_all_match(actual, expected, dtype)
     return actual

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_ROUTES, ss2d_scan_norm
+from ..kernels import NUM_ROUTES, ss2d_core
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -80,12 +80,9 @@ class SS2D(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # in NCHW view of channels-last memory
         x = F.silu(x)
-        x_dbl = self.x_proj(x).unflatten(-1, (NUM_ROUTES, -1))
         A = negative_exp(self.A_log)
-        norm = self.out_norm
-        y = ss2d_scan_norm(
-            x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D, norm.weight, norm.bias, norm.eps
-        )
+        dt_proj, norm = (self.dt_proj_weight, self.dt_proj_bias), self.out_norm
+        y = ss2d_core(x, self.x_proj.weight, *dt_proj, A, self.D, norm.weight, norm.bias, norm.eps)
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)
