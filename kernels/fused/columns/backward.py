@@ -28,6 +28,19 @@ from .tiles import (
 
 
 @triton.jit
+def _accumulate(pointer, value, earlier):
+    """Adds value [W, 2, T], which is there twice, to what is at `pointer` already where somebody came by `earlier`."""
+    W: tl.constexpr = value.shape[0]
+    T: tl.constexpr = value.shape[2]
+    copy = tl.arange(0, 2)[None, :, None]
+    place = tl.arange(0, W)[:, None, None] * (2 * T) + copy * 0 + tl.arange(0, T)[None, None, :]
+    target = tl.max_contiguous(pointer + place, (1, 2, T))
+    mask = tl.broadcast_to(copy == 0, value.shape)
+    value += tl.load(target, mask=tl.where(earlier, mask, False), other=0.0)
+    tl.store(target, value, mask=mask)
+
+
+@triton.jit
 def _walk_states(
     step,
     drive,
@@ -63,24 +76,23 @@ def _walk_states(
     ends, of_A, of_B, of_C = (), (), (), ()
     for k in tl.static_range(STATES):
         rate = rates[k][None, :, :]
-        b = load_coefficients(B, state, dstate, k, CONSTANT_B, T, W)
-        c = load_coefficients(C, state, dstate, k, CONSTANT_C, T, W)
+        # In an order that needs few registers.
+        c = load_coefficients(C, state, k, dstate, CONSTANT_C, T)
         decay = tl.exp2(step * rate)
+        adjoint, end = recur_back(decay, grad_out * c, carries[k])
+        grad_b = adjoint * drive
+        if not CONSTANT_B:
+            _accumulate(grad_BC + k * (W * T * 2), sum_channels(grad_b), earlier)
+        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        grad_drive += adjoint * b
         h, before, unused = recur(decay, drive * b, starts[k])
         if HAS_Z:
             out += h * c
-        grad_c = h * grad_out
-        if not CONSTANT_C:
-            target = grad_BC + (k * (W * T * 2) + T)
-            tl.store(target, sum_channels(grad_c) + tl.load(target, mask=earlier, other=0.0))
-        adjoint, end = recur_back(decay, grad_out * c, carries[k])
-        grad_drive += adjoint * b
-        grad_b = adjoint * drive
-        if not CONSTANT_B:
-            target = grad_BC + k * (W * T * 2)
-            tl.store(target, sum_channels(grad_b) + tl.load(target, mask=earlier, other=0.0))
         grad_exponent = adjoint * decay * before
         grad_step += grad_exponent * rate
+        grad_c = h * grad_out
+        if not CONSTANT_C:
+            _accumulate(grad_BC + (k * (W * T * 2) + T), sum_channels(grad_c), earlier)
         ends = ends + (end,)
         of_A = of_A + (sums_A[k] + tl.sum(grad_exponent * step, axis=0) * LN2,)
         of_B = of_B + (sums_B[k] + tl.sum(grad_b, axis=0) if CONSTANT_B else sums_B[k],)
@@ -88,7 +100,7 @@ def _walk_states(
     return out, grad_drive, grad_step, ends, of_A, of_B, of_C
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['grad_BC'])
 def scan_backward_kernel(
     grad_y,
     grad_last,
@@ -176,9 +188,8 @@ def scan_backward_kernel(
     grad_delta += batch * grad_batch
     grad_z += batch * grad_batch
     state = tl.arange(0, W)[:, None]
-    pair = state * (2 * T) + tl.arange(0, T)[None, :]
-    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * T * 2) + pair
-    states += batch * slots * (dstate * dim) + state * dim
+    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * T * 2)
+    states += batch * slots * (dstate * dim)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
     kind = batches * chunks * tl.cast(dstate * dim, tl.int64)
@@ -195,19 +206,18 @@ def scan_backward_kernel(
         delta_rows = (index // share).to(tl.int64) * delta_dim
         z_rows = channel * z_dim
         grad_rows = channel * grad_dim
-        A_block = A + (channel * A_dim)[None, :] + state * A_state
+        A_block = A + channel * A_dim
         # The same for all channels of a group, which the compiler must not know.
         if CONSTANT_B:
-            B_block = B + (channel * dstate)[None, :] + state
+            B_block = B + channel * dstate
         else:
             row = batch * (groups // B_share) + index // group_dim // B_share
-            B_block = B + (row * tiles * (padded * T))[None, :] + state * T
+            B_block = B + row * tiles * (padded * T)
         if CONSTANT_C:
-            C_block = C + (channel * dstate)[None, :] + state
+            C_block = C + channel * dstate
         else:
             row = batch * (groups // C_share) + index // group_dim // C_share
-            C_block = C + (row * tiles * (padded * T))[None, :] + state * T
-        of_state = (batch * dim + channel)[None, :] * dstate + state
+            C_block = C + row * tiles * (padded * T)
         bias = tl.zeros([COLUMNS], tl.float32)
         skip = tl.zeros([COLUMNS], tl.float32)
         if HAS_BIAS:
@@ -216,41 +226,40 @@ def scan_backward_kernel(
             skip = tl.load(D + channel).to(tl.float32)
         sum_D = tl.zeros([COLUMNS, T], tl.float32)
         sum_bias = tl.zeros([COLUMNS, T], tl.float32)
-        partial = (batch * chunks + chunk) * (dstate * dim) + channel[None, :] + state * dim
+        last = grad_last
+        if HAS_LAST:
+            last += (batch * dim + channel) * dstate
+        partial = (batch * chunks + chunk) * (dstate * dim) + channel
         adjoints = carries + partial
         sums_A = sums + partial
         sums_B = sums_A + kind
         sums_C = sums_B + kind
-        carry = no_states(COLUMNS, W, STATES)
+        carry = no_states(W, COLUMNS, STATES)
         of_A, of_B, of_C = carry, carry, carry
         if ONE_PASS:
-            rates = load_states(A_block, A_state, state, dstate, in_rows, W, STATES)
-            carry = load_starts(
-                grad_last, adjoints, dim, of_state, chunk, state, dstate, in_rows, HAS_LAST, CHUNKED, W, STATES
-            )
+            rates = load_states(A_block, A_state, state, dstate, in_rows, STATES)
+            carry = load_starts(last, adjoints, dim, chunk, state, dstate, in_rows, HAS_LAST, CHUNKED, STATES)
         else:
             for p in range(passes):
                 n = p * (STATES * W)
-                store_states(sums_A + n * dim, dim, of_A, state + n, dstate, in_rows, W, STATES)
+                store_states(sums_A, dim, of_A, state + n, dstate, in_rows, STATES)
                 if CONSTANT_B:
-                    store_states(sums_B + n * dim, dim, of_B, state + n, dstate, in_rows, W, STATES)
+                    store_states(sums_B, dim, of_B, state + n, dstate, in_rows, STATES)
                 if CONSTANT_C:
-                    store_states(sums_C + n * dim, dim, of_C, state + n, dstate, in_rows, W, STATES)
+                    store_states(sums_C, dim, of_C, state + n, dstate, in_rows, STATES)
                 start = load_starts(
-                    grad_last,
-                    adjoints + n * dim,
+                    last,
+                    adjoints,
                     dim,
-                    of_state + n,
                     chunk,
                     state + n,
                     dstate,
                     in_rows,
                     HAS_LAST,
                     CHUNKED,
-                    W,
                     STATES,
                 )
-                store_states(adjoints + n * dim, dim, start, state + n, dstate, in_rows, W, STATES)
+                store_states(adjoints, dim, start, state + n, dstate, in_rows, STATES)
 
         for k in range(0, count):
             tile = tiles - 1 - begin - k
@@ -270,14 +279,13 @@ def scan_backward_kernel(
             out = tl.zeros([T, W, COLUMNS], tl.float32)
             grad_drive = tl.zeros([T, W, COLUMNS], tl.float32)
             grad_step = tl.zeros([T, W, COLUMNS], tl.float32)
-            earlier = (pair >= 0) & (block > 0)
             place = tl.cast(tile, tl.int64)
-            here = states + place * (dstate * dim) + channel[None, :]
+            here = states + place * (dstate * dim) + channel
             B_tile = B_block + place * B_tile_size
             C_tile = C_block + place * C_tile_size
             grad_tile = grad_BC + place * (padded * T * 2)
             if ONE_PASS:
-                starts = load_states(here, dim, state, dstate, in_rows, W, STATES)
+                starts = load_states(here, dim, state, dstate, in_rows, STATES)
                 out, grad_drive, grad_step, carry, of_A, of_B, of_C = _walk_states(
                     steps,
                     drives,
@@ -294,7 +302,7 @@ def scan_backward_kernel(
                     B_tile,
                     C_tile,
                     grad_tile,
-                    earlier,
+                    block > 0,
                     state,
                     dstate,
                     HAS_Z,
@@ -314,20 +322,16 @@ def scan_backward_kernel(
                         out,
                         grad_drive,
                         grad_step,
-                        load_states(A_block + n * A_state, A_state, state + n, dstate, in_rows, W, STATES),
-                        load_states(here + n * dim, dim, state + n, dstate, in_rows, W, STATES),
-                        load_states(adjoints + n * dim, dim, state + n, dstate, in_rows, W, STATES),
-                        load_states(sums_A + n * dim, dim, state + n, dstate, in_rows, W, STATES),
-                        load_states(sums_B + n * dim, dim, state + n, dstate, in_rows, W, STATES)
-                        if CONSTANT_B
-                        else of_B,
-                        load_states(sums_C + n * dim, dim, state + n, dstate, in_rows, W, STATES)
-                        if CONSTANT_C
-                        else of_C,
-                        B_tile + n * (1 if CONSTANT_B else T),
-                        C_tile + n * (1 if CONSTANT_C else T),
+                        load_states(A_block, A_state, state + n, dstate, in_rows, STATES),
+                        load_states(here, dim, state + n, dstate, in_rows, STATES),
+                        load_states(adjoints, dim, state + n, dstate, in_rows, STATES),
+                        load_states(sums_A, dim, state + n, dstate, in_rows, STATES),
+                        load_states(sums_B, dim, state + n, dstate, in_rows, STATES) if CONSTANT_B else of_B,
+                        load_states(sums_C, dim, state + n, dstate, in_rows, STATES) if CONSTANT_C else of_C,
+                        B_tile,
+                        C_tile,
                         grad_tile + n * (T * 2),
-                        earlier,
+                        block > 0,
                         state + n,
                         dstate,
                         HAS_Z,
@@ -337,12 +341,12 @@ def scan_backward_kernel(
                         W,
                         STATES,
                     )
-                    store_states(adjoints + n * dim, dim, end, state + n, dstate, in_rows, W, STATES)
-                    store_states(sums_A + n * dim, dim, end_A, state + n, dstate, in_rows, W, STATES)
+                    store_states(adjoints, dim, end, state + n, dstate, in_rows, STATES)
+                    store_states(sums_A, dim, end_A, state + n, dstate, in_rows, STATES)
                     if CONSTANT_B:
-                        store_states(sums_B + n * dim, dim, end_B, state + n, dstate, in_rows, W, STATES)
+                        store_states(sums_B, dim, end_B, state + n, dstate, in_rows, STATES)
                     if CONSTANT_C:
-                        store_states(sums_C + n * dim, dim, end_C, state + n, dstate, in_rows, W, STATES)
+                        store_states(sums_C, dim, end_C, state + n, dstate, in_rows, STATES)
 
             # The sums over states are of the gradients by step / ln 2 over ln 2, and by step * u.
             by_drive = sum_warps(grad_drive)
@@ -362,12 +366,12 @@ def scan_backward_kernel(
             if HAS_BIAS:
                 sum_bias += tl.where((position < length)[None, :], grad_raw, 0.0)
         if ONE_PASS:
-            store_states(adjoints, dim, carry, state, dstate, in_rows, W, STATES)
-            store_states(sums_A, dim, of_A, state, dstate, in_rows, W, STATES)
+            store_states(adjoints, dim, carry, state, dstate, in_rows, STATES)
+            store_states(sums_A, dim, of_A, state, dstate, in_rows, STATES)
             if CONSTANT_B:
-                store_states(sums_B, dim, of_B, state, dstate, in_rows, W, STATES)
+                store_states(sums_B, dim, of_B, state, dstate, in_rows, STATES)
             if CONSTANT_C:
-                store_states(sums_C, dim, of_C, state, dstate, in_rows, W, STATES)
+                store_states(sums_C, dim, of_C, state, dstate, in_rows, STATES)
         totals = (chunk * batches + batch) * dim + channel
         if HAS_D:
             tl.store(grad_D + totals, tl.sum(sum_D, axis=1), mask=in_rows)

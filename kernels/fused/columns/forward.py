@@ -46,8 +46,8 @@ def _walk_states(
     """Adds to `out` [T, W, C] what STATES states of each warp do in a tile; returns it and the states after the tile."""
     ends = ()
     for k in tl.static_range(STATES):
-        b = load_coefficients(B, state, dstate, k, CONSTANT_B, T, W)
-        c = load_coefficients(C, state, dstate, k, CONSTANT_C, T, W)
+        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        c = load_coefficients(C, state, k, dstate, CONSTANT_C, T)
         h, before, end = recur(tl.exp2(step * rates[k][None, :, :]), drive * b, carries[k])
         out += h * c
         ends = ends + (end,)
@@ -134,23 +134,25 @@ def scan_forward_kernel(
     delta_rows = (index // share).to(tl.int64) * delta_dim
     z_rows = channel * z_dim
     y_rows = channel * y_dim
-    A += (channel * A_dim)[None, :] + state * A_state
+    A += channel * A_dim
     B_tile_size = 0
     C_tile_size = 0
     if CONSTANT_B:
-        B += (channel * dstate)[None, :] + state
+        B += channel * dstate
     else:
         groups = dim // group_dim // B_share
-        B += ((batch * groups + group // B_share) * tiles * (padded * T))[None, :] + state * T
+        B += (batch * groups + group // B_share) * tiles * (padded * T)
         B_tile_size = padded * T
     if CONSTANT_C:
-        C += (channel * dstate)[None, :] + state
+        C += channel * dstate
     else:
         groups = dim // group_dim // C_share
-        C += ((batch * groups + group // C_share) * tiles * (padded * T))[None, :] + state * T
+        C += (batch * groups + group // C_share) * tiles * (padded * T)
         C_tile_size = padded * T
-    of_state = (batch * dim + channel)[None, :] * dstate + state
-    states += batch * slots * (dstate * dim) + channel[None, :] + state * dim
+    last += (batch * dim + channel) * dstate
+    if HAS_INITIAL:
+        initial += (batch * dim + channel) * dstate
+    states += batch * slots * (dstate * dim) + channel
     bias = tl.zeros([COLUMNS], tl.float32)
     skip = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
@@ -161,28 +163,24 @@ def scan_forward_kernel(
     count = tl.minimum(chunk_tiles, tiles - begin)
     here = states + tl.cast(chunk * chunk_slots, tl.int64) * (dstate * dim)
     if ONE_PASS:
-        rates = load_states(A, A_state, state, dstate, in_rows, W, STATES)
-        carries = load_starts(
-            initial, here, dim, of_state, chunk, state, dstate, in_rows, HAS_INITIAL, CHUNKED, W, STATES
-        )
+        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
+        carries = load_starts(initial, here, dim, chunk, state, dstate, in_rows, HAS_INITIAL, CHUNKED, STATES)
     if SAVE or not ONE_PASS:
         for p in range(passes):
             n = p * (STATES * W)
             start = load_starts(
                 initial,
-                here + n * dim,
+                here,
                 dim,
-                of_state + n,
                 chunk,
                 state + n,
                 dstate,
                 in_rows,
                 HAS_INITIAL,
                 CHUNKED,
-                W,
                 STATES,
             )
-            store_states(here + n * dim, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), W, STATES)
+            store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
     for i in range(count):
         tile = begin + i
         position = positions_of(tile, tiles, T, REVERSE)
@@ -200,21 +198,21 @@ def scan_forward_kernel(
             )
             here += slot_step * (dstate * dim)
             if SAVE:
-                store_states(here, dim, carries, state, dstate, kept, W, STATES)
+                store_states(here, dim, carries, state, dstate, kept, STATES)
         else:
             after = here + slot_step * (dstate * dim)
             for p in range(passes):
                 n = p * (STATES * W)
-                rates = load_states(A + n * A_state, A_state, state + n, dstate, in_rows, W, STATES)
-                ends = load_states(here + n * dim, dim, state + n, dstate, in_rows, W, STATES)
+                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                ends = load_states(here, dim, state + n, dstate, in_rows, STATES)
                 out, ends = _walk_states(
                     step,
                     drive,
                     out,
                     rates,
                     ends,
-                    B_tile + n * (1 if CONSTANT_B else T),
-                    C_tile + n * (1 if CONSTANT_C else T),
+                    B_tile,
+                    C_tile,
                     state + n,
                     dstate,
                     CONSTANT_B,
@@ -223,8 +221,8 @@ def scan_forward_kernel(
                     W,
                     STATES,
                 )
-                store_states(after + n * dim, dim, ends, state + n, dstate, kept, W, STATES)
-                store_states(last + of_state + n, 1, ends, state + n, dstate, tl.where(tile + 1 == tiles, in_rows, False), W, STATES)
+                store_states(after, dim, ends, state + n, dstate, kept, STATES)
+                store_states(last, 1, ends, state + n, dstate, tl.where(tile + 1 == tiles, in_rows, False), STATES)
             here = after
         out = sum_warps(out) + x * skip[:, None]
         if HAS_Z:
@@ -232,7 +230,7 @@ def scan_forward_kernel(
             out = out * gate * sigmoid(gate)
         store_steps(y, y_rows, in_rows, position, length, out)
     if ONE_PASS:
-        store_states(last + of_state, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), W, STATES)
+        store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
 
 @triton.jit
@@ -298,28 +296,28 @@ def scan_summary_kernel(
     x_rows = channel * x_dim
     z_rows = channel * z_dim
     delta_rows = (index // share).to(tl.int64) * delta_dim
-    A += (channel * A_dim)[None, :] + state * A_state
+    A += channel * A_dim
     B_tile_size = 0
     if CONSTANT_B:
-        B += (channel * dstate)[None, :] + state
+        B += channel * dstate
     else:
         groups = dim // group_dim // B_share
-        B += ((batch * groups + index // group_dim // B_share) * tiles * (padded * T))[None, :] + state * T
+        B += (batch * groups + index // group_dim // B_share) * tiles * (padded * T)
         B_tile_size = padded * T
     bias = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
         bias = tl.load(delta_bias + channel).to(tl.float32)
     slot = batch * tl.num_programs(1) + chunk
-    ends += slot * (dstate * dim) + channel[None, :] + state * dim
+    ends += slot * (dstate * dim) + channel
     totals += slot * dim + channel
     total = tl.zeros([COLUMNS, T], tl.float32)
-    carries = no_states(COLUMNS, W, STATES)
+    carries = no_states(W, COLUMNS, STATES)
     if ONE_PASS:
-        rates = load_states(A, A_state, state, dstate, in_rows, W, STATES)
+        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
     else:
         for p in range(passes):
             n = p * (STATES * W)
-            store_states(ends + n * dim, dim, carries, state + n, dstate, in_rows, W, STATES)
+            store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
     for i in range(chunk_tiles):
         tile = chunk * chunk_tiles + i
         if ADJOINT:
@@ -340,15 +338,14 @@ def scan_summary_kernel(
         else:
             for p in range(passes):
                 n = p * (STATES * W)
-                rates = load_states(A + n * A_state, A_state, state + n, dstate, in_rows, W, STATES)
-                walked = load_states(ends + n * dim, dim, state + n, dstate, in_rows, W, STATES)
-                B_pass = B_tile + n * (1 if CONSTANT_B else T)
+                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                walked = load_states(ends, dim, state + n, dstate, in_rows, STATES)
                 walked = _end_states(
-                    step, push, rates, walked, B_pass, state + n, dstate, CONSTANT_B, ADJOINT, T, W, STATES
+                    step, push, rates, walked, B_tile, state + n, dstate, CONSTANT_B, ADJOINT, T, W, STATES
                 )
-                store_states(ends + n * dim, dim, walked, state + n, dstate, in_rows, W, STATES)
+                store_states(ends, dim, walked, state + n, dstate, in_rows, STATES)
     if ONE_PASS:
-        store_states(ends, dim, carries, state, dstate, in_rows, W, STATES)
+        store_states(ends, dim, carries, state, dstate, in_rows, STATES)
     tl.store(totals, tl.sum(total, axis=1), mask=in_rows)
 
 
@@ -370,7 +367,7 @@ def _end_states(
     """The states after a tile, or with ADJOINT what the tile hands to the one before it."""
     ends = ()
     for k in tl.static_range(STATES):
-        value = push * load_coefficients(B, state, dstate, k, CONSTANT_B, T, W)
+        value = push * load_coefficients(B, state, k, dstate, CONSTANT_B, T)
         decay = tl.exp2(step * rates[k][None, :, :])
         if ADJOINT:
             g, end = recur_back(decay, value, carries[k])

@@ -134,7 +134,9 @@ def _unpack(scan: Scan, partial: Tensor, padded: int) -> tuple[Optional[Tensor],
 
     length, dstate = scan.u.shape[2], scan.A.shape[1]
     tiles = triton.cdiv(length, STEPS)
-    grads = [None if t.ndim == 2 else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (scan.B, scan.C)]
+    grads = [
+        None if t.ndim == 2 else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (scan.B, scan.C)
+    ]
     rows = [0 if grad is None else grad.shape[0] * grad.shape[1] for grad in grads]
     if sum(rows):
         block, block_tiles = min(16, triton.next_power_of_2(padded)), 4
@@ -382,7 +384,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
 
 
 FORWARD = ScanConfig()
-BACKWARD = ScanConfig(warps=8, registers=168, warps_per_processor=12)
+BACKWARD = ScanConfig(registers=168, warps_per_processor=12)
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:

@@ -65,6 +65,15 @@ def by_channel(x, y, z):
 
 
 @triton.jit
+def _of_states(pointer, state, stride):
+    """Pointers [W, C] from those of channels [C], of states [W, 1] that lie `stride` apart.
+
+    The hint makes the compiler load and store in the layout that threads compute in.
+    """
+    return tl.max_contiguous(pointer[None, :] + state * stride, (1, pointer.shape[0]))
+
+
+@triton.jit
 def _four_steps(pointer, STEP: tl.constexpr):
     pointer += (STEP + tl.arange(0, 4))[:, None, None]
     # Vectors of four steps, then lanes along the channels, which get the same.
@@ -72,31 +81,51 @@ def _four_steps(pointer, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_coefficients(pointer, state, dstate, k, CONSTANT: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
-    """B or C of state k * W after `state` [W, 1] as a tile [T, W, C], or [1, W, C] where they are constant.
+def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.constexpr):
+    """B or C of the W states k * W after `state` [W, 1] as a tile [T, W, C], or [1, W, C] where they are constant.
 
     Args:
-        pointer: [W, C], of T neighbours each, rows of T for all states one after the other; or of one, states side by
-            side.
+        pointer: [C], of T neighbours for each state, one state after the other; of constants, one for each state.
     """
+    W: tl.constexpr = state.shape[0]
     if CONSTANT:
-        return tl.load(pointer + k * W, mask=tl.broadcast_to(state + k * W < dstate, pointer.shape), other=0.0)[None, :, :]
-    tl.static_assert(T == 16)
-    pointer = pointer[None, :, :] + k * (W * T)
-    low = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
-    high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
-    x = tl.permute(tl.join(low, high), (4, 3, 0, 1, 2))
-    return tl.reshape(x, [T, W, pointer.shape[2]])
+        state += k * W
+        present = tl.broadcast_to(state < dstate, [W, pointer.shape[0]])
+        return tl.load(_of_states(pointer, state, 1), mask=present, other=0.0)[None, :, :]
+    else:
+        tl.static_assert(T == 16)
+        pointer = pointer[None, None, :] + (state * T)[None, :, :] + k * (W * T)
+        low = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
+        high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
+        x = tl.permute(tl.join(low, high), (4, 3, 0, 1, 2))
+        return tl.reshape(x, [T, W, pointer.shape[2]])
 
 
 @triton.jit
-def load_states(pointer, stride, state, dstate, in_rows, W: tl.constexpr, STATES: tl.constexpr):
-    """Numbers of the states `state` [W, 1], + W, + 2 W ... that lie `stride` apart at `pointer`, as STATES times [W, C]."""
+def load_states(pointer, stride, state, dstate, wanted, STATES: tl.constexpr):
+    """Numbers of STATES times W states as that many tensors [W, C], zero where none are wanted.
+
+    Args:
+        pointer: [C], of the first of all states.
+        stride: Between states.
+        state: The first W states [W, 1].
+        wanted: [C].
+    """
+    W: tl.constexpr = state.shape[0]
     loaded = ()
     for k in tl.static_range(STATES):
-        present = (state + k * W < dstate) & in_rows[None, :]
-        loaded = loaded + (tl.load(pointer + k * W * stride, mask=present, other=0.0),)
+        mask = (state + k * W < dstate) & wanted[None, :]
+        loaded = loaded + (tl.load(_of_states(pointer, state + k * W, stride), mask=mask, other=0.0).to(tl.float32),)
     return loaded
+
+
+@triton.jit
+def store_states(pointer, stride, values, state, dstate, wanted, STATES: tl.constexpr):
+    """Stores what `load_states` loads."""
+    W: tl.constexpr = state.shape[0]
+    for k in tl.static_range(STATES):
+        mask = (state + k * W < dstate) & wanted[None, :]
+        tl.store(_of_states(pointer, state + k * W, stride), values[k], mask=mask)
 
 
 @triton.jit
@@ -104,42 +133,39 @@ def load_starts(
     first,
     pointer,
     stride,
-    place,
     chunk,
     state,
     dstate,
     in_rows,
     HAS_FIRST: tl.constexpr,
     CHUNKED: tl.constexpr,
-    W: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """As `load_states` what a chunk starts from: at `first + place` for the first, where given, else at `pointer`."""
-    starts = ()
-    for k in tl.static_range(STATES):
-        start = tl.zeros([W, in_rows.shape[0]], tl.float32)
-        present = (state + k * W < dstate) & in_rows[None, :]
-        if HAS_FIRST:
-            mask = tl.where(chunk == 0, present, False)
-            start += tl.load(first + place + k * W, mask=mask, other=0.0).to(tl.float32)
-        if CHUNKED:
-            start += tl.load(pointer + k * W * stride, mask=tl.where(chunk > 0, present, False), other=0.0)
-        starts = starts + (start,)
+    """As `load_states` what a chunk starts from: at `first` for the first chunk, where given, else at `pointer`."""
+    W: tl.constexpr = state.shape[0]
+    starts = no_states(W, in_rows.shape[0], STATES)
+    if HAS_FIRST:
+        starts = load_states(first, 1, state, dstate, tl.where(chunk == 0, in_rows, False), STATES)
+    if CHUNKED:
+        later = load_states(pointer, stride, state, dstate, tl.where(chunk > 0, in_rows, False), STATES)
+        starts = _add_states(starts, later, STATES)
     return starts
 
 
 @triton.jit
-def no_states(C: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr):
+def _add_states(x, y, STATES: tl.constexpr):
+    total = ()
+    for k in tl.static_range(STATES):
+        total = total + (x[k] + y[k],)
+    return total
+
+
+@triton.jit
+def no_states(W: tl.constexpr, C: tl.constexpr, STATES: tl.constexpr):
     nothing = ()
     for k in tl.static_range(STATES):
         nothing = nothing + (tl.zeros([W, C], tl.float32),)
     return nothing
-
-
-@triton.jit
-def store_states(pointer, stride, values, state, dstate, in_rows, W: tl.constexpr, STATES: tl.constexpr):
-    for k in tl.static_range(STATES):
-        tl.store(pointer + k * W * stride, values[k], mask=(state + k * W < dstate) & in_rows[None, :])
 
 
 @triton.jit
@@ -158,14 +184,15 @@ def sum_warps(x):
 
 @triton.jit
 def sum_channels(x):
-    """The sum of a tile [T, W, C] over C, [W, T].
+    """The sum of a tile [T, W, C] over C, twice, as [W, 2, T].
 
     It is taken in the layout that Triton gives to tiles [C / 2, W, 2, T], where threads own half of C.
     """
     T: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
     x = tl.permute(tl.reshape(x, [T, W, x.shape[2] // 2, 2]), (2, 1, 3, 0))
-    return tl.sum(pick_last(tl.associative_scan(x, 0, _add)), axis=1)
+    total = tl.sum(pick_last(tl.associative_scan(x, 0, _add)), axis=1)
+    return tl.broadcast_to(total[:, None, :], [W, 2, T])
 
 
 @triton.jit
