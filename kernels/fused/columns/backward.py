@@ -100,7 +100,7 @@ def _walk_states(
     return out, grad_drive, grad_step, ends, of_A, of_B, of_C
 
 
-@triton.jit(do_not_specialize_on_alignment=['grad_BC'])
+@triton.jit(do_not_specialize_on_alignment=['grad_y', 'u', 'delta', 'z', 'grad_u', 'grad_delta', 'grad_z', 'grad_BC'])
 def scan_backward_kernel(
     grad_y,
     grad_last,
@@ -119,11 +119,10 @@ def scan_backward_kernel(
     grad_delta,
     grad_z,
     grad_BC,
-    grad_D,
-    grad_bias,
     length,
     dim,
     dstate,
+    sum_rows,
     group_dim,
     splits,
     split_blocks,
@@ -165,9 +164,9 @@ def scan_backward_kernel(
     """One program walks one chunk of L for `split_blocks` blocks of channels of one group, one after the other.
 
     states [batch, slots, N, dim] holds the state before each tile, carries [batch, chunks, N, dim] gets the adjoint
-    state before each chunk, from the one after it, which for all but the first is there already; sums [3, batch,
-    chunks, N, dim] get the gradients of A and, where they are constant, of B and C. The gradients of other B and C are
-    [splits, batch, groups, tiles, padded N, 2, T], B's before C's.
+    state before each chunk, from the one after it, which for all but the first is there already. sums [batch, chunks,
+    sum_rows, dim] get the gradients of D, of the bias, of the N rows of A and, where they are constant, of B and C. The
+    gradients of other B and C are [splits, batch, groups, tiles, padded N, 2, T], B's before C's.
     """
     program = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -192,7 +191,6 @@ def scan_backward_kernel(
     states += batch * slots * (dstate * dim)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
-    kind = batches * chunks * tl.cast(dstate * dim, tl.int64)
     B_tile_size = 0 if CONSTANT_B else padded * T
     C_tile_size = 0 if CONSTANT_C else padded * T
 
@@ -229,11 +227,12 @@ def scan_backward_kernel(
         last = grad_last
         if HAS_LAST:
             last += (batch * dim + channel) * dstate
-        partial = (batch * chunks + chunk) * (dstate * dim) + channel
-        adjoints = carries + partial
-        sums_A = sums + partial
-        sums_B = sums_A + kind
-        sums_C = sums_B + kind
+        adjoints = carries + (batch * chunks + chunk) * (dstate * dim) + channel
+        sums_D = sums + (batch * chunks + chunk) * (sum_rows * dim) + channel
+        sums_bias = sums_D + dim
+        sums_A = sums_bias + dim
+        sums_B = sums_A + dstate * dim
+        sums_C = sums_B + dstate * dim
         carry = no_states(W, COLUMNS, STATES)
         of_A, of_B, of_C = carry, carry, carry
         if ONE_PASS:
@@ -372,8 +371,7 @@ def scan_backward_kernel(
                 store_states(sums_B, dim, of_B, state, dstate, in_rows, STATES)
             if CONSTANT_C:
                 store_states(sums_C, dim, of_C, state, dstate, in_rows, STATES)
-        totals = (chunk * batches + batch) * dim + channel
         if HAS_D:
-            tl.store(grad_D + totals, tl.sum(sum_D, axis=1), mask=in_rows)
+            tl.store(sums_D, tl.sum(sum_D, axis=1), mask=in_rows)
         if HAS_BIAS:
-            tl.store(grad_bias + totals, tl.sum(sum_bias, axis=1), mask=in_rows)
+            tl.store(sums_bias, tl.sum(sum_bias, axis=1), mask=in_rows)

@@ -1,4 +1,4 @@
-"""Triton kernels that lay out B and C, and their gradients, for the selective scan's kernels and back."""
+"""Triton kernels that lay out B and C for the selective scan's kernels, and that gather gradients of parameters."""
 
 import triton
 import triton.language as tl
@@ -49,7 +49,7 @@ def pack_kernel(
     TILES: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in fp32 and walking order, zeros around them."""
+    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in fp32 and walking order, zeros around."""
     row, state, position, exists, tile, step = _block(B_rows + C_rows, length, padded, REVERSE, T, TILES, STATES)
     tiles = tl.cdiv(length, T)
     inside = (state < dstate) & exists
@@ -89,7 +89,7 @@ def unpack_kernel(
     TILES: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Sums partial [splits, batch, groups, tiles, padded N, 2, T] to gradients of B and C [batch, their groups, N, L]."""
+    """Sums partial [splits, batch, groups, tiles, padded N, 2, T] to gradients of B and C [batch, own groups, N, L]."""
     row, state, position, exists, tile, step = _block(B_rows + C_rows, length, padded, REVERSE, T, TILES, STATES)
     tiles = tl.cdiv(length, T)
     inside = (state < dstate) & exists
@@ -108,3 +108,50 @@ def unpack_kernel(
         tl.store(grad_C + target, total.to(grad_C.dtype.element_ty), mask=inside)
     else:
         tl.store(grad_B + target, total.to(grad_B.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_rows(target, total, row, rows, channel, row_stride, channel_stride, inside):
+    """Stores what belongs to the rows 0 ... rows of a target."""
+    place = row * row_stride + channel * channel_stride
+    tl.store(target + place, total, mask=inside & (row >= 0) & (row < rows))
+
+
+@triton.jit
+def total_kernel(
+    sums,
+    grad_D,
+    grad_bias,
+    grad_A,
+    grad_B,
+    grad_C,
+    count,
+    dim,
+    dstate,
+    sum_rows,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums sums [count, sum_rows, dim], see `scan_backward_kernel`, to fp32 [dim] and [dim, N]."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < sum_rows * dim
+    total = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(0, count, COUNT):
+        index = begin + tl.arange(0, COUNT)
+        source = index.to(tl.int64)[:, None] * (sum_rows * dim) + column[None, :]
+        total += tl.sum(tl.load(sums + source, mask=(index < count)[:, None] & inside[None, :], other=0.0), axis=0)
+    row = column // dim
+    channel = column % dim
+    if HAS_D:
+        _store_rows(grad_D, total, row, 1, channel, 0, 1, inside)
+    if HAS_BIAS:
+        _store_rows(grad_bias, total, row - 1, 1, channel, 0, 1, inside)
+    _store_rows(grad_A, total, row - 2, dstate, channel, 1, dstate, inside)
+    if CONSTANT_B:
+        _store_rows(grad_B, total, row - 2 - dstate, dstate, channel, 1, dstate, inside)
+    if CONSTANT_C:
+        _store_rows(grad_C, total, row - 2 - 2 * dstate, dstate, channel, 1, dstate, inside)

@@ -2,6 +2,8 @@
 
 Sequences are walked tile by tile (see `tiles`), all states of a tile one after the other. What a tile hands to the next
 stays in registers if a thread has few states (ONE_PASS); otherwise it waits in memory, where each thread finds its own.
+
+Known alignment of the sequences would make the compiler load vectors, in a layout whose conversion costs more.
 """
 
 import triton
@@ -43,7 +45,7 @@ def _walk_states(
     W: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Adds to `out` [T, W, C] what STATES states of each warp do in a tile; returns it and the states after the tile."""
+    """Adds what STATES states of each warp do in a tile to `out` [T, W, C]; returns it and the states after."""
     ends = ()
     for k in tl.static_range(STATES):
         b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
@@ -54,7 +56,7 @@ def _walk_states(
     return out, ends
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['u', 'delta', 'z', 'y'])
 def scan_forward_kernel(
     u,
     delta,
@@ -233,7 +235,7 @@ def scan_forward_kernel(
         store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['x', 'z', 'delta'])
 def scan_summary_kernel(
     x,
     z,
@@ -310,7 +312,7 @@ def scan_summary_kernel(
     slot = batch * tl.num_programs(1) + chunk
     ends += slot * (dstate * dim) + channel
     totals += slot * dim + channel
-    total = tl.zeros([COLUMNS, T], tl.float32)
+    total = tl.zeros([T, 1, COLUMNS], tl.float32)
     carries = no_states(W, COLUMNS, STATES)
     if ONE_PASS:
         rates = load_states(A, A_state, state, dstate, in_rows, STATES)
@@ -330,8 +332,8 @@ def scan_summary_kernel(
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2
-        total += step
         step, push, unused = by_channel(step, push, push)
+        total += step
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
         if ONE_PASS:
             carries = _end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
@@ -346,7 +348,7 @@ def scan_summary_kernel(
                 store_states(ends, dim, walked, state + n, dstate, in_rows, STATES)
     if ONE_PASS:
         store_states(ends, dim, carries, state, dstate, in_rows, STATES)
-    tl.store(totals, tl.sum(total, axis=1), mask=in_rows)
+    tl.store(totals, tl.reshape(tl.sum(total, axis=0), [COLUMNS]), mask=in_rows)
 
 
 @triton.jit

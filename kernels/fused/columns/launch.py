@@ -318,12 +318,11 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     if chunks > 1:
         _carries(scan, C, scan.group_share('C'), carries, chunks, chunk_tiles, 1, config, grad_y, grad_last)
     constant = B.ndim == 2 or C.ndim == 2
-    sums = empty(3 if constant else 1, batch, chunks, dstate, dim)
+    sums = empty(batch * chunks, 2 + (3 if constant else 1) * dstate, dim)
     grad_u = empty(batch, dim, length, dtype=scan.u.dtype)
     grad_delta = empty(batch, dim, length, dtype=scan.delta.dtype if scan.share == 1 else torch.float32)
     grad_z = None if scan.z is None else empty(batch, dim, length, dtype=scan.z.dtype)
     grad_BC = empty(splits, batch, groups, tiles, padded, 2, STEPS)
-    grad_D, grad_bias = (None if t is None else empty(chunks, batch, dim) for t in (scan.D, scan.delta_bias))
     scan_backward_kernel[(batch * groups * splits, chunks)](
         grad_y,
         grad_last,
@@ -342,11 +341,10 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         grad_delta,
         grad_z if grad_z is not None else grad_u,
         grad_BC,
-        grad_D,
-        grad_bias,
         length,
         dim,
         dstate,
+        sums.shape[1],
         scan.group_dim,
         splits,
         split_blocks,
@@ -369,18 +367,55 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         CHUNKED=chunks > 1,
         **_options(scan, config),
     )
-    grad_B, grad_C = _unpack(scan, grad_BC, padded)
+    grad_A, grad_B, grad_C, grad_D, grad_bias = _totals(scan, sums, *_unpack(scan, grad_BC, padded))
     return Gradients(
         grad_u,
         grad_delta if scan.share == 1 else grad_delta.unflatten(1, (-1, scan.share)).sum(dim=2),
-        sums[0].sum(dim=(0, 1)).t(),
-        sums[1].sum(dim=(0, 1)).t() if grad_B is None else grad_B,
-        sums[2].sum(dim=(0, 1)).t() if grad_C is None else grad_C,
-        None if grad_D is None else grad_D.sum(dim=(0, 1)),
+        grad_A,
+        grad_B,
+        grad_C,
+        grad_D,
         grad_z,
-        None if grad_bias is None else grad_bias.sum(dim=(0, 1)),
+        grad_bias,
         carries[:, -1].transpose(1, 2),
     )
+
+
+def _totals(
+    scan: Scan, sums: Tensor, grad_B: Optional[Tensor], grad_C: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of A, B, C, D and the bias; those of B and C that are given stay."""
+    import triton
+
+    from .coefficients import total_kernel
+
+    def like(parameter: Optional[Tensor]) -> Optional[Tensor]:
+        return None if parameter is None else torch.empty_like(parameter, dtype=torch.float32)
+
+    grads = dict(
+        grad_D=like(scan.D),
+        grad_bias=like(scan.delta_bias),
+        grad_A=torch.empty_like(scan.A),
+        grad_B=like(scan.B) if grad_B is None else grad_B,
+        grad_C=like(scan.C) if grad_C is None else grad_C,
+    )
+    count, rows, dim = sums.shape
+    columns = 32
+    total_kernel[(triton.cdiv(rows * dim, columns),)](
+        sums,
+        **grads,
+        count=count,
+        dim=dim,
+        dstate=scan.A.shape[1],
+        sum_rows=rows,
+        HAS_D=scan.D is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        CONSTANT_B=scan.B.ndim == 2,
+        CONSTANT_C=scan.C.ndim == 2,
+        COUNT=32,
+        COLUMNS=columns,
+    )
+    return tuple(grads[f'grad_{name}'] for name in ('A', 'B', 'C', 'D', 'bias'))
 
 
 FORWARD = ScanConfig()

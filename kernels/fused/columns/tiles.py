@@ -163,7 +163,7 @@ def _add_states(x, y, STATES: tl.constexpr):
 @triton.jit
 def no_states(W: tl.constexpr, C: tl.constexpr, STATES: tl.constexpr):
     nothing = ()
-    for k in tl.static_range(STATES):
+    for _ in tl.static_range(STATES):
         nothing = nothing + (tl.zeros([W, C], tl.float32),)
     return nothing
 
