@@ -12,7 +12,6 @@ from .tiles import (
     LN2,
     by_channel,
     load_coefficients,
-    load_delta,
     load_starts,
     load_states,
     load_steps,
@@ -20,6 +19,7 @@ from .tiles import (
     positions_of,
     recur,
     recur_back,
+    steps_of,
     store_states,
     store_steps,
     sum_channels,
@@ -264,7 +264,8 @@ def scan_backward_kernel(
             tile = tiles - 1 - begin - k
             position = positions_of(tile, tiles, T, REVERSE)
             x = load_steps(u, u_rows, position, length)
-            raw, step = load_delta(delta, delta_rows, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+            raw = load_steps(delta, delta_rows, position, length)
+            raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
             grad_gated = load_steps(grad_y, grad_y_rows, position, length)
             grad_out = grad_gated
             if HAS_Z:

@@ -14,7 +14,6 @@ from .tiles import (
     LN2,
     by_channel,
     load_coefficients,
-    load_delta,
     load_starts,
     load_states,
     load_steps,
@@ -22,6 +21,7 @@ from .tiles import (
     positions_of,
     recur,
     recur_back,
+    steps_of,
     store_states,
     store_steps,
     sum_warps,
@@ -183,11 +183,18 @@ def scan_forward_kernel(
                 STATES,
             )
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
+    position = positions_of(begin, tiles, T, REVERSE)
+    next_x = load_steps(u, u_rows, position, length)
+    next_delta = load_steps(delta, delta_rows, position, length)
     for i in range(count):
         tile = begin + i
         position = positions_of(tile, tiles, T, REVERSE)
-        x = load_steps(u, u_rows, position, length)
-        raw, step = load_delta(delta, delta_rows, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        x = next_x
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        # A tile ahead, since few other warps may be there to work meanwhile.
+        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, T, REVERSE)
+        next_x = load_steps(u, u_rows, ahead, length)
+        next_delta = load_steps(delta, delta_rows, ahead, length)
         step, drive, unused = by_channel(step, step * LN2 * x, step)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
@@ -320,13 +327,20 @@ def scan_summary_kernel(
         for p in range(passes):
             n = p * (STATES * W)
             store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
+    begin = chunk * chunk_tiles
+    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, T, REVERSE)
+    next_x = load_steps(x, x_rows, position, length)
+    next_delta = load_steps(delta, delta_rows, position, length)
     for i in range(chunk_tiles):
-        tile = chunk * chunk_tiles + i
-        if ADJOINT:
-            tile = tiles - 1 - tile
+        # No chunk but the last, which is not walked here, reaches the end.
+        tile = tiles - 1 - begin - i if ADJOINT else begin + i
         position = positions_of(tile, tiles, T, REVERSE)
-        push = load_steps(x, x_rows, position, length)
-        raw, step = load_delta(delta, delta_rows, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        push = next_x
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        # A tile ahead, as in the forward pass.
+        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, T, REVERSE)
+        next_x = load_steps(x, x_rows, ahead, length)
+        next_delta = load_steps(delta, delta_rows, ahead, length)
         if HAS_Z:
             gate = load_steps(z, z_rows, position, length)
             push = push * gate * sigmoid(gate)

@@ -33,18 +33,9 @@ def store_steps(pointer, rows, in_rows, position, length, x):
 
 
 @triton.jit
-def load_delta(
-    delta,
-    rows,
-    bias,
-    position,
-    length,
-    SOFTPLUS: tl.constexpr,
-    EXACT: tl.constexpr,
-    NVIDIA: tl.constexpr,
-):
+def steps_of(delta, bias, position, length, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
     """(delta + bias) / ln 2, and the step / ln 2: its softplus where wanted, zero where the sequence has no step."""
-    raw = (load_steps(delta, rows, position, length) + bias[:, None]) * LOG2_E
+    raw = (delta + bias[:, None]) * LOG2_E
     step = softplus_log2(raw, EXACT, NVIDIA) if SOFTPLUS else raw
     return raw, tl.where((position < length)[None, :], step, 0.0)
 
