@@ -72,6 +72,8 @@ SHAPES = [
     pytest.param(dict(seqlen=16, dstate=3), id='tile'),
     pytest.param(dict(seqlen=17, dstate=1, B=0, C=0), id='tile-plus-one'),
     pytest.param(dict(seqlen=9, dstate=16, B=0, C=0), id='n16'),
+    pytest.param(dict(seqlen=18, dstate=70, dim=3, B=0, C=0), id='n70'),
+    pytest.param(dict(seqlen=18, dstate=66, dim=3, B=None, C=None), id='n66-constant'),
     pytest.param(dict(dim=5, B=0, C=0), id='dim-5'),
     pytest.param(dict(dim=6, B=3, C=1), id='different-groups'),
     pytest.param(dict(B=4, C=4, dstate=1), id='group-per-channel'),
@@ -99,6 +101,20 @@ def test_every_optional_argument(optional, configure):
 def test_chunks_of_the_sequence(chunks, seqlen, reverse, configure):
     configure(chunks=chunks)
     check(small(seqlen=seqlen, dim=3, B=0, C=0), delta_softplus=True, reverse=reverse)
+
+
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+def test_chunks_of_many_states(reverse, configure):
+    configure(chunks=2)
+    check(small(seqlen=40, dstate=65, dim=2, B=0, C=0), delta_softplus=True, reverse=reverse)
+
+
+@pytest.mark.parametrize('dstate,warps', [(5, 1), (5, 2), (12, 4), (3, 8)])
+def test_states_of_a_warp(dstate, warps, monkeypatch):
+    for name in ('FORWARD', 'BACKWARD'):
+        monkeypatch.setattr(columns, name, SMALL[columns]._replace(warps=warps))
+    monkeypatch.setattr(fused, 'MANY_STATES', 1)
+    check(small(dstate=dstate, B=0, C=0), delta_softplus=True)
 
 
 @pytest.mark.parametrize('constant', ['B', 'C'])

@@ -8,16 +8,99 @@ import triton
 import triton.language as tl
 
 from ..elementwise import sigmoid
-from .tiles import LN2, load_delta, load_steps, recur, recur_back, store_steps
+from .tiles import (
+    LN2,
+    by_channel,
+    load_coefficients,
+    load_starts,
+    load_states,
+    load_steps,
+    no_states,
+    positions_of,
+    recur,
+    recur_back,
+    steps_of,
+    store_states,
+    store_steps,
+    sum_channels,
+    sum_warps,
+)
 
 
 @triton.jit
-def _accumulate(pointer, value, mask, earlier):
-    """Adds `value` to what is there already where a thread came by `earlier`."""
-    tl.store(pointer, value + tl.load(pointer, mask=earlier, other=0.0), mask=mask)
+def _accumulate(pointer, value, earlier):
+    """Adds value [W, 2, T], which is there twice, to what is at `pointer` already where somebody came by `earlier`."""
+    W: tl.constexpr = value.shape[0]
+    T: tl.constexpr = value.shape[2]
+    copy = tl.arange(0, 2)[None, :, None]
+    place = tl.arange(0, W)[:, None, None] * (2 * T) + copy * 0 + tl.arange(0, T)[None, None, :]
+    target = tl.max_contiguous(pointer + place, (1, 2, T))
+    mask = tl.broadcast_to(copy == 0, value.shape)
+    value += tl.load(target, mask=tl.where(earlier, mask, False), other=0.0)
+    tl.store(target, value, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=['B', 'C'])
+@triton.jit
+def _walk_states(
+    step,
+    drive,
+    grad_out,
+    out,
+    grad_drive,
+    grad_step,
+    rates,
+    starts,
+    carries,
+    sums_A,
+    sums_B,
+    sums_C,
+    B,
+    C,
+    grad_BC,
+    earlier,
+    state,
+    dstate,
+    HAS_Z: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """Walks a tile back through STATES states of each warp.
+
+    Adds to `out` (the output, where needed), grad_drive and grad_step [T, W, C], to the sums over steps and channels
+    at grad_BC [W, T] where somebody came by `earlier`, and to the sums over steps. `carries` become those of the
+    tile before.
+    """
+    ends, of_A, of_B, of_C = (), (), (), ()
+    for k in tl.static_range(STATES):
+        rate = rates[k][None, :, :]
+        # In an order that needs few registers.
+        c = load_coefficients(C, state, k, dstate, CONSTANT_C, T)
+        decay = tl.exp2(step * rate)
+        adjoint, end = recur_back(decay, grad_out * c, carries[k])
+        grad_b = adjoint * drive
+        if not CONSTANT_B:
+            _accumulate(grad_BC + k * (W * T * 2), sum_channels(grad_b), earlier)
+        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        grad_drive += adjoint * b
+        h, before, unused = recur(decay, drive * b, starts[k])
+        if HAS_Z:
+            out += h * c
+        grad_exponent = adjoint * decay * before
+        grad_step += grad_exponent * rate
+        grad_c = h * grad_out
+        if not CONSTANT_C:
+            _accumulate(grad_BC + (k * (W * T * 2) + T), sum_channels(grad_c), earlier)
+        ends = ends + (end,)
+        of_A = of_A + (sums_A[k] + tl.sum(grad_exponent * step, axis=0) * LN2,)
+        of_B = of_B + (sums_B[k] + tl.sum(grad_b, axis=0) if CONSTANT_B else sums_B[k],)
+        of_C = of_C + (sums_C[k] + tl.sum(grad_c, axis=0) if CONSTANT_C else sums_C[k],)
+    return out, grad_drive, grad_step, ends, of_A, of_B, of_C
+
+
+@triton.jit(do_not_specialize_on_alignment=['grad_y', 'u', 'delta', 'z', 'grad_u', 'grad_delta', 'grad_z', 'grad_BC'])
 def scan_backward_kernel(
     grad_y,
     grad_last,
@@ -36,22 +119,21 @@ def scan_backward_kernel(
     grad_delta,
     grad_z,
     grad_BC,
-    grad_D,
-    grad_bias,
     length,
-    padded,
     dim,
     dstate,
+    sum_rows,
     group_dim,
     splits,
     split_blocks,
     share,
     B_share,
     C_share,
+    passes,
     slots,
     chunk_tiles,
-    sums_kind,
-    kind_stride,
+    A_dim,
+    A_state,
     grad_y_batch,
     grad_y_dim,
     u_batch,
@@ -60,12 +142,6 @@ def scan_backward_kernel(
     delta_dim,
     z_batch,
     z_dim,
-    B_batch,
-    B_group,
-    B_state,
-    C_batch,
-    C_group,
-    C_state,
     grad_batch,
     grad_dim,
     HAS_D: tl.constexpr,
@@ -76,25 +152,32 @@ def scan_backward_kernel(
     CONSTANT_B: tl.constexpr,
     CONSTANT_C: tl.constexpr,
     REVERSE: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ONE_PASS: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
+    W: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATES: tl.constexpr,
 ):
     """One program walks one chunk of L for `split_blocks` blocks of channels of one group, one after the other.
 
-    states [batch, slots, N, dim] holds the state before each tile, carries [batch, chunks, N, dim] the adjoint state
-    from tile to tile, sums [kinds, batch, chunks, N, dim] the gradients of A and, where they are constant, of B and C.
-    The gradients of other B and C are [splits, batch, groups, N, padded].
+    states [batch, slots, N, dim] holds the state before each tile, carries [batch, chunks, N, dim] gets the adjoint
+    state before each chunk, from the one after it, which for all but the first is there already. sums [batch, chunks,
+    sum_rows, dim] get the gradients of D, of the bias, of the N rows of A and, where they are constant, of B and C. The
+    gradients of other B and C are [splits, batch, groups, tiles, padded N, 2, T], B's before C's.
     """
     program = tl.program_id(0)
     chunk = tl.program_id(1)
+    chunks = tl.num_programs(1)
     groups = dim // group_dim
     split = program % splits
     group = (program // splits) % groups
     batch = (program // splits // groups).to(tl.int64)
     batches = tl.num_programs(0) // splits // groups
+    tiles = tl.cdiv(length, T)
+    padded = passes * (STATES * W)
 
     grad_y += batch * grad_y_batch
     u += batch * u_batch
@@ -103,26 +186,13 @@ def scan_backward_kernel(
     grad_u += batch * grad_batch
     grad_delta += batch * grad_batch
     grad_z += batch * grad_batch
-    if not CONSTANT_B:
-        B += batch * B_batch
-    if not CONSTANT_C:
-        C += batch * C_batch
-    coefficients = ((split * batches + batch) * groups + group) * dstate * tl.cast(padded, tl.int64)
-    grad_BC += coefficients
-    operand = tl.bfloat16 if u.dtype.element_ty == tl.bfloat16 else tl.float32
-    kind = tl.arange(0, 16)[:, None]
-    ones_B = tl.broadcast_to(tl.where(kind == 0, 1.0, 0.0), [16, COLUMNS]).to(operand)
-    ones_C = tl.broadcast_to(tl.where(kind == 1, 1.0, 0.0), [16, COLUMNS]).to(operand)
-    tiles = tl.cdiv(length, T)
-    begin = chunk * chunk_tiles
-    row = tl.arange(0, T)[:, None]
-    walked = tl.arange(0, T)
-    if REVERSE:
-        row = T - 1 - row
-        walked = T - 1 - walked
-    in_pair = tl.broadcast_to(kind < 2, [16, T])
-    pair_steps = kind * tl.cast(kind_stride, tl.int64) + walked[None, :]
+    state = tl.arange(0, W)[:, None]
+    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * T * 2)
     states += batch * slots * (dstate * dim)
+    begin = chunk * chunk_tiles
+    count = tl.minimum(chunk_tiles, tiles - begin)
+    B_tile_size = 0 if CONSTANT_B else padded * T
+    C_tile_size = 0 if CONSTANT_C else padded * T
 
     for block in range(0, split_blocks):
         local = (split * split_blocks + block) * COLUMNS + tl.arange(0, COLUMNS)
@@ -133,110 +203,176 @@ def scan_backward_kernel(
         u_rows = channel * u_dim
         delta_rows = (index // share).to(tl.int64) * delta_dim
         z_rows = channel * z_dim
-        # The same for all channels of a group, which the compiler must not know.
-        B_rows = B + ((index // group_dim // B_share).to(tl.int64) * B_group)[None, :]
-        C_rows = C + ((index // group_dim // C_share).to(tl.int64) * C_group)[None, :]
         grad_rows = channel * grad_dim
+        A_block = A + channel * A_dim
+        # The same for all channels of a group, which the compiler must not know.
+        if CONSTANT_B:
+            B_block = B + channel * dstate
+        else:
+            row = batch * (groups // B_share) + index // group_dim // B_share
+            B_block = B + row * tiles * (padded * T)
+        if CONSTANT_C:
+            C_block = C + channel * dstate
+        else:
+            row = batch * (groups // C_share) + index // group_dim // C_share
+            C_block = C + row * tiles * (padded * T)
         bias = tl.zeros([COLUMNS], tl.float32)
         skip = tl.zeros([COLUMNS], tl.float32)
         if HAS_BIAS:
             bias = tl.load(delta_bias + channel).to(tl.float32)
         if HAS_D:
             skip = tl.load(D + channel).to(tl.float32)
-        sum_D = tl.zeros([COLUMNS], tl.float32)
-        sum_bias = tl.zeros([COLUMNS], tl.float32)
-        partial = (batch * tl.num_programs(1) + chunk) * (dstate * dim) + channel
-        if chunk == 0:
-            for n in range(dstate):
-                start = tl.zeros([COLUMNS], tl.float32)
-                if HAS_LAST:
-                    start = tl.load(grad_last + (batch * dim + channel) * dstate + n)
-                tl.store(carries + partial + n * dim, start, mask=in_rows)
+        sum_D = tl.zeros([COLUMNS, T], tl.float32)
+        sum_bias = tl.zeros([COLUMNS, T], tl.float32)
+        last = grad_last
+        if HAS_LAST:
+            last += (batch * dim + channel) * dstate
+        adjoints = carries + (batch * chunks + chunk) * (dstate * dim) + channel
+        sums_D = sums + (batch * chunks + chunk) * (sum_rows * dim) + channel
+        sums_bias = sums_D + dim
+        sums_A = sums_bias + dim
+        sums_B = sums_A + dstate * dim
+        sums_C = sums_B + dstate * dim
+        carry = no_states(W, COLUMNS, STATES)
+        of_A, of_B, of_C = carry, carry, carry
+        if ONE_PASS:
+            rates = load_states(A_block, A_state, state, dstate, in_rows, STATES)
+            carry = load_starts(last, adjoints, dim, chunk, state, dstate, in_rows, HAS_LAST, CHUNKED, STATES)
+        else:
+            for p in range(passes):
+                n = p * (STATES * W)
+                store_states(sums_A, dim, of_A, state + n, dstate, in_rows, STATES)
+                if CONSTANT_B:
+                    store_states(sums_B, dim, of_B, state + n, dstate, in_rows, STATES)
+                if CONSTANT_C:
+                    store_states(sums_C, dim, of_C, state + n, dstate, in_rows, STATES)
+                start = load_starts(
+                    last,
+                    adjoints,
+                    dim,
+                    chunk,
+                    state + n,
+                    dstate,
+                    in_rows,
+                    HAS_LAST,
+                    CHUNKED,
+                    STATES,
+                )
+                store_states(adjoints, dim, start, state + n, dstate, in_rows, STATES)
 
-        for k in range(0, tl.minimum(chunk_tiles, tiles - begin)):
+        for k in range(0, count):
             tile = tiles - 1 - begin - k
-            first = (tiles - 1 - tile if REVERSE else tile) * T
-            x = load_steps(u, u_rows, first, length, T, COLUMNS, REVERSE)
-            raw, step = load_delta(delta, delta_rows, bias, first, length, T, COLUMNS, REVERSE, SOFTPLUS, EXACT, NVIDIA)
-            grad_out = load_steps(grad_y, grad_y_rows, first, length, T, COLUMNS, REVERSE)
+            position = positions_of(tile, tiles, T, REVERSE)
+            x = load_steps(u, u_rows, position, length)
+            raw = load_steps(delta, delta_rows, position, length)
+            raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+            grad_gated = load_steps(grad_y, grad_y_rows, position, length)
+            grad_out = grad_gated
             if HAS_Z:
-                gate = load_steps(z, z_rows, first, length, T, COLUMNS, REVERSE)
-                grad_out = grad_out * gate * sigmoid(gate)
+                gate = load_steps(z, z_rows, position, length)
+                opened = sigmoid(gate)
+                grad_out = grad_out * gate * opened
             # Rows beyond the group's are copies of its last one.
-            grad_out = tl.where(in_rows[None, :], grad_out, 0.0)
-            out = tl.zeros([T, COLUMNS], tl.float32)
-            step = tl.where(in_rows[None, :], step, 0.0)
-            drive = step * LN2 * x
-            grad_drive = tl.zeros([T, COLUMNS], tl.float32)
-            grad_step = tl.zeros([T, COLUMNS], tl.float32)
-            earlier = tl.where(k > 0, in_rows, False)
-            earlier_pair = tl.where(block > 0, in_pair, False)
-            here = states + tl.cast(tile, tl.int64) * (dstate * dim) + channel
-            tl.debug_barrier()
-            B_tile = B_rows + first
-            C_tile = C_rows + first
-            for n in range(dstate):
-                rate = tl.load(A + n * dim + channel)
-                if CONSTANT_B:
-                    b = tl.load(B + channel * dstate + n)[None, :]
-                else:
-                    b = tl.load(tl.max_contiguous(B_tile + row, (1, COLUMNS)))
-                    B_tile += B_state
-                if CONSTANT_C:
-                    c = tl.load(C + channel * dstate + n)[None, :]
-                else:
-                    c = tl.load(tl.max_contiguous(C_tile + row, (1, COLUMNS)))
-                    C_tile += C_state
-                start = tl.load(here + n * dim)
-                carry = tl.load(carries + partial + n * dim, mask=in_rows, other=0.0)
-                decay = tl.exp2(step * rate[None, :])
-                h, before, end = recur(decay, drive * b, start, T, COLUMNS)
-                adjoint, carry = recur_back(decay, grad_out * c, carry, T, COLUMNS)
-                tl.store(carries + partial + n * dim, carry, mask=in_rows)
-                if HAS_Z:
-                    out += h * c
-                grad_drive += adjoint * b
-                grad_exponent = adjoint * decay * before
-                grad_step += grad_exponent * rate[None, :]
-                sum_A = tl.sum(grad_exponent * step, axis=0) * LN2
-                _accumulate(sums + partial + n * dim, sum_A, in_rows, earlier)
-                if CONSTANT_B:
-                    sum_B = tl.sum(adjoint * drive, axis=0)
-                    _accumulate(sums + tl.cast(sums_kind, tl.int64) + partial + n * dim, sum_B, in_rows, earlier)
-                if CONSTANT_C:
-                    sum_C = tl.sum(h * grad_out, axis=0)
-                    _accumulate(sums + 2 * tl.cast(sums_kind, tl.int64) + partial + n * dim, sum_C, in_rows, earlier)
-                if not CONSTANT_B or not CONSTANT_C:
-                    # Sums over channels, by products with rows of ones.
-                    pair = tl.zeros([16, T], tl.float32)
-                    if not CONSTANT_B:
-                        pair = tl.dot(ones_B, tl.trans((adjoint * drive).to(operand)), pair, input_precision=PRECISION)
-                    if not CONSTANT_C:
-                        pair = tl.dot(ones_C, tl.trans((h * grad_out).to(operand)), pair, input_precision=PRECISION)
-                    target = grad_BC + (first + n * tl.cast(padded, tl.int64)) + pair_steps
-                    pair += tl.load(target, mask=earlier_pair, other=0.0)
-                    tl.store(target, pair, mask=in_pair)
+            grad_out = tl.where(in_rows[:, None], grad_out, 0.0)
+            step = tl.where(in_rows[:, None], step, 0.0)
+            steps, drives, grads_out = by_channel(step, step * LN2 * x, grad_out)
+            out = tl.zeros([T, W, COLUMNS], tl.float32)
+            grad_drive = tl.zeros([T, W, COLUMNS], tl.float32)
+            grad_step = tl.zeros([T, W, COLUMNS], tl.float32)
+            place = tl.cast(tile, tl.int64)
+            here = states + place * (dstate * dim) + channel
+            B_tile = B_block + place * B_tile_size
+            C_tile = C_block + place * C_tile_size
+            grad_tile = grad_BC + place * (padded * T * 2)
+            if ONE_PASS:
+                starts = load_states(here, dim, state, dstate, in_rows, STATES)
+                out, grad_drive, grad_step, carry, of_A, of_B, of_C = _walk_states(
+                    steps,
+                    drives,
+                    grads_out,
+                    out,
+                    grad_drive,
+                    grad_step,
+                    rates,
+                    starts,
+                    carry,
+                    of_A,
+                    of_B,
+                    of_C,
+                    B_tile,
+                    C_tile,
+                    grad_tile,
+                    block > 0,
+                    state,
+                    dstate,
+                    HAS_Z,
+                    CONSTANT_B,
+                    CONSTANT_C,
+                    T,
+                    W,
+                    STATES,
+                )
+            else:
+                for p in range(passes):
+                    n = p * (STATES * W)
+                    out, grad_drive, grad_step, end, end_A, end_B, end_C = _walk_states(
+                        steps,
+                        drives,
+                        grads_out,
+                        out,
+                        grad_drive,
+                        grad_step,
+                        load_states(A_block, A_state, state + n, dstate, in_rows, STATES),
+                        load_states(here, dim, state + n, dstate, in_rows, STATES),
+                        load_states(adjoints, dim, state + n, dstate, in_rows, STATES),
+                        load_states(sums_A, dim, state + n, dstate, in_rows, STATES),
+                        load_states(sums_B, dim, state + n, dstate, in_rows, STATES) if CONSTANT_B else of_B,
+                        load_states(sums_C, dim, state + n, dstate, in_rows, STATES) if CONSTANT_C else of_C,
+                        B_tile,
+                        C_tile,
+                        grad_tile + n * (T * 2),
+                        block > 0,
+                        state + n,
+                        dstate,
+                        HAS_Z,
+                        CONSTANT_B,
+                        CONSTANT_C,
+                        T,
+                        W,
+                        STATES,
+                    )
+                    store_states(adjoints, dim, end, state + n, dstate, in_rows, STATES)
+                    store_states(sums_A, dim, end_A, state + n, dstate, in_rows, STATES)
+                    if CONSTANT_B:
+                        store_states(sums_B, dim, end_B, state + n, dstate, in_rows, STATES)
+                    if CONSTANT_C:
+                        store_states(sums_C, dim, end_C, state + n, dstate, in_rows, STATES)
 
             # The sums over states are of the gradients by step / ln 2 over ln 2, and by step * u.
-            grad_x = grad_drive * step * LN2 + grad_out * skip[None, :]
-            grad_raw = grad_step + grad_drive * x
+            by_drive = sum_warps(grad_drive)
+            grad_x = by_drive * step * LN2 + grad_out * skip[:, None]
+            grad_raw = sum_warps(grad_step) + by_drive * x
             if SOFTPLUS:
                 # step is log2(1 + 2**raw), whose derivative is 2**(raw - step).
                 grad_raw = grad_raw * tl.exp2(tl.minimum(raw - step, 0.0))
-            store_steps(grad_u, grad_rows, in_rows, first, length, grad_x, T, COLUMNS, REVERSE)
-            store_steps(grad_delta, grad_rows, in_rows, first, length, grad_raw, T, COLUMNS, REVERSE)
+            store_steps(grad_u, grad_rows, in_rows, position, length, grad_x)
+            store_steps(grad_delta, grad_rows, in_rows, position, length, grad_raw)
             if HAS_Z:
-                gate = load_steps(z, z_rows, first, length, T, COLUMNS, REVERSE)
-                grad_gated = load_steps(grad_y, grad_y_rows, first, length, T, COLUMNS, REVERSE)
-                opened = sigmoid(gate)
-                out = (out + x * skip[None, :]) * grad_gated * opened * (1.0 + gate * (1.0 - opened))
-                store_steps(grad_z, grad_rows, in_rows, first, length, out, T, COLUMNS, REVERSE)
+                y = sum_warps(out) + x * skip[:, None]
+                grad_gate = y * grad_gated * opened * (1.0 + gate * (1.0 - opened))
+                store_steps(grad_z, grad_rows, in_rows, position, length, grad_gate)
             if HAS_D:
-                sum_D += tl.sum(grad_out * x, axis=0)
+                sum_D += grad_out * x
             if HAS_BIAS:
-                sum_bias += tl.sum(tl.where(first + row < length, grad_raw, 0.0), axis=0)
-        totals = (chunk * batches + batch) * dim + channel
+                sum_bias += tl.where((position < length)[None, :], grad_raw, 0.0)
+        if ONE_PASS:
+            store_states(adjoints, dim, carry, state, dstate, in_rows, STATES)
+            store_states(sums_A, dim, of_A, state, dstate, in_rows, STATES)
+            if CONSTANT_B:
+                store_states(sums_B, dim, of_B, state, dstate, in_rows, STATES)
+            if CONSTANT_C:
+                store_states(sums_C, dim, of_C, state, dstate, in_rows, STATES)
         if HAS_D:
-            tl.store(grad_D + totals, sum_D, mask=in_rows)
+            tl.store(sums_D, tl.sum(sum_D, axis=1), mask=in_rows)
         if HAS_BIAS:
-            tl.store(grad_bias + totals, sum_bias, mask=in_rows)
+            tl.store(sums_bias, tl.sum(sum_bias, axis=1), mask=in_rows)

@@ -1,20 +1,62 @@
 """Triton kernels of the selective scan's forward pass, and of the carries between the chunks of L.
 
-Sequences are walked tile by tile (see `tiles`), all states of a tile one after the other. Where there are several,
-what a tile hands to the next waits in memory, where each thread finds its own.
+Sequences are walked tile by tile (see `tiles`), all states of a tile one after the other. What a tile hands to the next
+stays in registers if a thread has few states (ONE_PASS); otherwise it waits in memory, where each thread finds its own.
 
-B and C are loaded by each thread for itself, from one address a row: known alignment, or a contiguity other than the
-pretended one, would make the compiler deal neighbouring steps out to lanes.
+Known alignment of the sequences would make the compiler load vectors, in a layout whose conversion costs more.
 """
 
 import triton
 import triton.language as tl
 
 from ..elementwise import MAX_DECAY, sigmoid
-from .tiles import LN2, load_delta, load_steps, recur, store_steps
+from .tiles import (
+    LN2,
+    by_channel,
+    load_coefficients,
+    load_starts,
+    load_states,
+    load_steps,
+    no_states,
+    positions_of,
+    recur,
+    recur_back,
+    steps_of,
+    store_states,
+    store_steps,
+    sum_warps,
+)
 
 
-@triton.jit(do_not_specialize_on_alignment=['B', 'C'])
+@triton.jit
+def _walk_states(
+    step,
+    drive,
+    out,
+    rates,
+    carries,
+    B,
+    C,
+    state,
+    dstate,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """Adds what STATES states of each warp do in a tile to `out` [T, W, C]; returns it and the states after."""
+    ends = ()
+    for k in tl.static_range(STATES):
+        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        c = load_coefficients(C, state, k, dstate, CONSTANT_C, T)
+        h, before, end = recur(tl.exp2(step * rates[k][None, :, :]), drive * b, carries[k])
+        out += h * c
+        ends = ends + (end,)
+    return out, ends
+
+
+@triton.jit(do_not_specialize_on_alignment=['u', 'delta', 'z', 'y'])
 def scan_forward_kernel(
     u,
     delta,
@@ -26,6 +68,7 @@ def scan_forward_kernel(
     delta_bias,
     initial,
     y,
+    last,
     states,
     length,
     dim,
@@ -34,10 +77,13 @@ def scan_forward_kernel(
     share,
     B_share,
     C_share,
+    passes,
     chunk_tiles,
     chunk_slots,
     slot_step,
     slots,
+    A_dim,
+    A_state,
     u_batch,
     u_dim,
     delta_batch,
@@ -46,12 +92,6 @@ def scan_forward_kernel(
     z_dim,
     y_batch,
     y_dim,
-    B_batch,
-    B_group,
-    B_state,
-    C_batch,
-    C_group,
-    C_state,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -60,96 +100,149 @@ def scan_forward_kernel(
     CONSTANT_B: tl.constexpr,
     CONSTANT_C: tl.constexpr,
     REVERSE: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    SAVE: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
+    W: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
 ):
     """One program walks one chunk of L for COLUMNS channels.
 
     states [batch, slots, N, dim] gets the state after tile i of chunk c in slot c * chunk_slots + (i + 1) * slot_step,
-    the state before each chunk but the first is there already.
+    the state before each chunk but the first is there already. last is [batch, dim, N].
     """
     blocks = tl.cdiv(dim, COLUMNS)
     block = tl.program_id(0) % blocks
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     chunk = tl.program_id(1)
+    tiles = tl.cdiv(length, T)
+    padded = passes * (STATES * W)
 
     index = block * COLUMNS + tl.arange(0, COLUMNS)
     in_rows = index < dim
-    channel = tl.minimum(index, dim - 1).to(tl.int64)
-    group = tl.minimum(index, dim - 1) // group_dim
-    u_rows = channel * u_dim
-    delta_rows = (tl.minimum(index, dim - 1) // share).to(tl.int64) * delta_dim
-    z_rows = channel * z_dim
-    y_rows = channel * y_dim
-    if not CONSTANT_B:
-        B += (batch * B_batch + (group // B_share).to(tl.int64) * B_group)[None, :]
-    if not CONSTANT_C:
-        C += (batch * C_batch + (group // C_share).to(tl.int64) * C_group)[None, :]
+    index = tl.minimum(index, dim - 1)
+    channel = index.to(tl.int64)
+    state = tl.arange(0, W)[:, None]
+    group = index // group_dim
     u += batch * u_batch
     delta += batch * delta_batch
     z += batch * z_batch
     y += batch * y_batch
-    A += channel
+    u_rows = channel * u_dim
+    delta_rows = (index // share).to(tl.int64) * delta_dim
+    z_rows = channel * z_dim
+    y_rows = channel * y_dim
+    A += channel * A_dim
+    B_tile_size = 0
+    C_tile_size = 0
+    if CONSTANT_B:
+        B += channel * dstate
+    else:
+        groups = dim // group_dim // B_share
+        B += (batch * groups + group // B_share) * tiles * (padded * T)
+        B_tile_size = padded * T
+    if CONSTANT_C:
+        C += channel * dstate
+    else:
+        groups = dim // group_dim // C_share
+        C += (batch * groups + group // C_share) * tiles * (padded * T)
+        C_tile_size = padded * T
+    last += (batch * dim + channel) * dstate
+    if HAS_INITIAL:
+        initial += (batch * dim + channel) * dstate
+    states += batch * slots * (dstate * dim) + channel
     bias = tl.zeros([COLUMNS], tl.float32)
     skip = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
         bias = tl.load(delta_bias + channel).to(tl.float32)
     if HAS_D:
         skip = tl.load(D + channel).to(tl.float32)
-    tiles = tl.cdiv(length, T)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
-    states += batch * slots * (dstate * dim) + index
-    row = tl.arange(0, T)[:, None]
-    if REVERSE:
-        row = T - 1 - row
-    carry = tl.zeros([COLUMNS], tl.float32)
-    if chunk == 0:
-        # A thread finds its own start there; the other chunks' is there already.
-        for n in range(dstate):
-            if HAS_INITIAL:
-                carry = tl.load(initial + (batch * dim + channel) * dstate + n).to(tl.float32)
-            tl.store(states + n * dim, carry, mask=in_rows)
-    tl.debug_barrier()
+    here = states + tl.cast(chunk * chunk_slots, tl.int64) * (dstate * dim)
+    if ONE_PASS:
+        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
+        carries = load_starts(initial, here, dim, chunk, state, dstate, in_rows, HAS_INITIAL, CHUNKED, STATES)
+    if SAVE or not ONE_PASS:
+        for p in range(passes):
+            n = p * (STATES * W)
+            start = load_starts(
+                initial,
+                here,
+                dim,
+                chunk,
+                state + n,
+                dstate,
+                in_rows,
+                HAS_INITIAL,
+                CHUNKED,
+                STATES,
+            )
+            store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
+    position = positions_of(begin, tiles, T, REVERSE)
+    next_x = load_steps(u, u_rows, position, length)
+    next_delta = load_steps(delta, delta_rows, position, length)
     for i in range(count):
         tile = begin + i
-        first = (tiles - 1 - tile if REVERSE else tile) * T
-        x = load_steps(u, u_rows, first, length, T, COLUMNS, REVERSE)
-        raw, step = load_delta(delta, delta_rows, bias, first, length, T, COLUMNS, REVERSE, SOFTPLUS, EXACT, NVIDIA)
-        drive = step * LN2 * x
-        out = x * skip[None, :]
-        here = states + tl.cast(chunk * chunk_slots + i * slot_step, tl.int64) * (dstate * dim)
-        after = here + slot_step * (dstate * dim)
+        position = positions_of(tile, tiles, T, REVERSE)
+        x = next_x
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        # A tile ahead, since few other warps may be there to work meanwhile.
+        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, T, REVERSE)
+        next_x = load_steps(u, u_rows, ahead, length)
+        next_delta = load_steps(delta, delta_rows, ahead, length)
+        step, drive, unused = by_channel(step, step * LN2 * x, step)
+        out = tl.zeros([T, W, COLUMNS], tl.float32)
+        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
+        C_tile = C + tl.cast(tile, tl.int64) * C_tile_size
         # The state before the next chunk is there already.
         kept = tl.where((i + 1 < count) | (tile + 1 == tiles), in_rows, False)
-        tl.debug_barrier()
-        B_tile = B + first
-        C_tile = C + first
-        for n in range(dstate):
-            rate = tl.load(A + n * dim)
-            carry = tl.load(here + n * dim, mask=in_rows, other=0.0)
-            if CONSTANT_B:
-                b = tl.load(B + channel * dstate + n)[None, :]
-            else:
-                b = tl.load(tl.max_contiguous(B_tile + row, (1, COLUMNS)))
-                B_tile += B_state
-            if CONSTANT_C:
-                c = tl.load(C + channel * dstate + n)[None, :]
-            else:
-                c = tl.load(tl.max_contiguous(C_tile + row, (1, COLUMNS)))
-                C_tile += C_state
-            h, before, carry = recur(tl.exp2(step * rate[None, :]), drive * b, carry, T, COLUMNS)
-            out += h * c
-            tl.store(after + n * dim, carry, mask=kept)
+        if ONE_PASS:
+            out, carries = _walk_states(
+                step, drive, out, rates, carries, B_tile, C_tile, state, dstate, CONSTANT_B, CONSTANT_C, T, W, STATES
+            )
+            here += slot_step * (dstate * dim)
+            if SAVE:
+                store_states(here, dim, carries, state, dstate, kept, STATES)
+        else:
+            after = here + slot_step * (dstate * dim)
+            for p in range(passes):
+                n = p * (STATES * W)
+                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                ends = load_states(here, dim, state + n, dstate, in_rows, STATES)
+                out, ends = _walk_states(
+                    step,
+                    drive,
+                    out,
+                    rates,
+                    ends,
+                    B_tile,
+                    C_tile,
+                    state + n,
+                    dstate,
+                    CONSTANT_B,
+                    CONSTANT_C,
+                    T,
+                    W,
+                    STATES,
+                )
+                store_states(after, dim, ends, state + n, dstate, kept, STATES)
+                store_states(last, 1, ends, state + n, dstate, tl.where(tile + 1 == tiles, in_rows, False), STATES)
+            here = after
+        out = sum_warps(out) + x * skip[:, None]
         if HAS_Z:
-            gate = load_steps(z, z_rows, first, length, T, COLUMNS, REVERSE)
+            gate = load_steps(z, z_rows, position, length)
             out = out * gate * sigmoid(gate)
-        store_steps(y, y_rows, in_rows, first, length, out, T, COLUMNS, REVERSE)
+        store_steps(y, y_rows, in_rows, position, length, out)
+    if ONE_PASS:
+        store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
 
-@triton.jit(do_not_specialize_on_alignment=['B'])
+@triton.jit(do_not_specialize_on_alignment=['x', 'z', 'delta'])
 def scan_summary_kernel(
     x,
     z,
@@ -165,90 +258,139 @@ def scan_summary_kernel(
     group_dim,
     share,
     B_share,
+    passes,
     chunk_tiles,
+    A_dim,
+    A_state,
     x_batch,
     x_dim,
     z_batch,
     z_dim,
     delta_batch,
     delta_dim,
-    B_batch,
-    B_group,
-    B_state,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr,
     REVERSE: tl.constexpr,
+    ONE_PASS: tl.constexpr,
     ADJOINT: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
+    W: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
 ):
     """The state after each chunk but the last from zero before it, ends [batch, chunks - 1, N, dim], and the sum of its
     steps / ln 2, totals [batch, chunks - 1, dim].
 
-    ADJOINT walks g_l = decay_l * (C_l * x_l + g_{l+1}), where x is the gradient of y, B is C, and REVERSE is that of
-    this walk.
+    ADJOINT walks g_l = decay_l * (C_l * x_l + g_{l+1}) from the last chunk to the first, where x is the gradient of y
+    and B is C; REVERSE is always that of the forward pass.
     """
     blocks = tl.cdiv(dim, COLUMNS)
     block = tl.program_id(0) % blocks
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     chunk = tl.program_id(1)
+    tiles = tl.cdiv(length, T)
+    padded = passes * (STATES * W)
     index = block * COLUMNS + tl.arange(0, COLUMNS)
     in_rows = index < dim
     index = tl.minimum(index, dim - 1)
     channel = index.to(tl.int64)
+    state = tl.arange(0, W)[:, None]
     x += batch * x_batch
     z += batch * z_batch
     delta += batch * delta_batch
-    A += channel
     x_rows = channel * x_dim
     z_rows = channel * z_dim
     delta_rows = (index // share).to(tl.int64) * delta_dim
-    if not CONSTANT_B:
-        B += (batch * B_batch + (index // group_dim // B_share).to(tl.int64) * B_group)[None, :]
+    A += channel * A_dim
+    B_tile_size = 0
+    if CONSTANT_B:
+        B += channel * dstate
+    else:
+        groups = dim // group_dim // B_share
+        B += (batch * groups + index // group_dim // B_share) * tiles * (padded * T)
+        B_tile_size = padded * T
     bias = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
         bias = tl.load(delta_bias + channel).to(tl.float32)
     slot = batch * tl.num_programs(1) + chunk
     ends += slot * (dstate * dim) + channel
     totals += slot * dim + channel
-    tiles = tl.cdiv(length, T)
-    row = tl.arange(0, T)[:, None]
-    if REVERSE:
-        row = T - 1 - row
-    total = tl.zeros([COLUMNS], tl.float32)
+    total = tl.zeros([T, 1, COLUMNS], tl.float32)
+    carries = no_states(W, COLUMNS, STATES)
+    if ONE_PASS:
+        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
+    else:
+        for p in range(passes):
+            n = p * (STATES * W)
+            store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
+    begin = chunk * chunk_tiles
+    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, T, REVERSE)
+    next_x = load_steps(x, x_rows, position, length)
+    next_delta = load_steps(delta, delta_rows, position, length)
     for i in range(chunk_tiles):
-        tile = chunk * chunk_tiles + i
-        first = (tiles - 1 - tile if REVERSE else tile) * T
-        push = load_steps(x, x_rows, first, length, T, COLUMNS, REVERSE)
-        raw, step = load_delta(delta, delta_rows, bias, first, length, T, COLUMNS, REVERSE, SOFTPLUS, EXACT, NVIDIA)
+        # No chunk but the last, which is not walked here, reaches the end.
+        tile = tiles - 1 - begin - i if ADJOINT else begin + i
+        position = positions_of(tile, tiles, T, REVERSE)
+        push = next_x
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        # A tile ahead, as in the forward pass.
+        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, T, REVERSE)
+        next_x = load_steps(x, x_rows, ahead, length)
+        next_delta = load_steps(delta, delta_rows, ahead, length)
         if HAS_Z:
-            gate = load_steps(z, z_rows, first, length, T, COLUMNS, REVERSE)
+            gate = load_steps(z, z_rows, position, length)
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2
-        total += tl.sum(step, axis=0)
-        started = tl.where(i > 0, in_rows, False)
-        tl.debug_barrier()
-        B_tile = B + first
-        for n in range(dstate):
-            rate = tl.load(A + n * dim)
-            carry = tl.load(ends + n * dim, mask=started, other=0.0)
-            if CONSTANT_B:
-                b = tl.load(B + channel * dstate + n)[None, :]
-            else:
-                b = tl.load(tl.max_contiguous(B_tile + row, (1, COLUMNS)))
-                B_tile += B_state
-            decay = tl.exp2(step * rate[None, :])
-            value = push * b
-            if ADJOINT:
-                value = value * decay
-            h, kept, carry = recur(decay, value, carry, T, COLUMNS)
-            tl.store(ends + n * dim, carry, mask=in_rows)
-    tl.store(totals, total, mask=in_rows)
+        step, push, unused = by_channel(step, push, push)
+        total += step
+        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
+        if ONE_PASS:
+            carries = _end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
+        else:
+            for p in range(passes):
+                n = p * (STATES * W)
+                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                walked = load_states(ends, dim, state + n, dstate, in_rows, STATES)
+                walked = _end_states(
+                    step, push, rates, walked, B_tile, state + n, dstate, CONSTANT_B, ADJOINT, T, W, STATES
+                )
+                store_states(ends, dim, walked, state + n, dstate, in_rows, STATES)
+    if ONE_PASS:
+        store_states(ends, dim, carries, state, dstate, in_rows, STATES)
+    tl.store(totals, tl.reshape(tl.sum(total, axis=0), [COLUMNS]), mask=in_rows)
+
+
+@triton.jit
+def _end_states(
+    step,
+    push,
+    rates,
+    carries,
+    B,
+    state,
+    dstate,
+    CONSTANT_B: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """The states after a tile, or with ADJOINT what the tile hands to the one before it."""
+    ends = ()
+    for k in tl.static_range(STATES):
+        value = push * load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        decay = tl.exp2(step * rates[k][None, :, :])
+        if ADJOINT:
+            g, end = recur_back(decay, value, carries[k])
+        else:
+            h, before, end = recur(decay, value, carries[k])
+        ends = ends + (end,)
+    return ends
 
 
 @triton.jit
@@ -269,6 +411,8 @@ def scan_combine_kernel(
     chunks,
     slots,
     chunk_slots,
+    A_dim,
+    A_state,
     HAS_INITIAL: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -278,7 +422,7 @@ def scan_combine_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dstate * dim
     channel = column % dim
-    rate = tl.load(A + column, mask=inside, other=0.0)
+    rate = tl.load(A + channel * A_dim + column // dim * A_state, mask=inside, other=0.0)
     carry = tl.zeros([COLUMNS], tl.float32)
     if HAS_INITIAL:
         start = initial + (batch * dim + channel) * dstate + column // dim

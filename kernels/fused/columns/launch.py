@@ -3,26 +3,28 @@
 Importable without the package triton.
 """
 
-from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from ...backend import compiles_for_nvidia, dot_precision, processors_of
+from ...backend import compiles_for_nvidia, processors_of
 from ..sequences import Gradients, Scan, prepare, unit_stride
+
+STEPS = 16  # of a tile
+_STATES = 4  # that a thread takes at once, at most
 
 
 class ScanConfig(NamedTuple):
     """How a pass cuts its work.
 
-    A tile of one program is `steps` positions of `columns` channels, one channel a thread. `chunks` pieces of L are
-    walked in parallel; the blocks of a group's channels are dealt to `splits` programs (backward only). Zero chooses by
-    the sizes.
+    A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states.
+    `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
+    (backward only). Zero chooses by the sizes.
     """
 
-    steps: int = 16
-    columns: int = 128
+    columns: int = 32
+    warps: int = 4
     chunks: int = 0
     splits: int = 0
     registers: int = 128  # of a thread
@@ -30,16 +32,25 @@ class ScanConfig(NamedTuple):
     min_tiles: int = 4  # a chunk has no fewer
 
     @property
-    def warps(self) -> int:
-        return max(self.columns // 32, 1)
+    def num_warps(self) -> int:
+        return self.warps * max(self.columns // 32, 1)
 
 
-def fit(config: ScanConfig, dim: int) -> ScanConfig:
-    """The config with as many columns as leave the fewest of them idle."""
-    if config.columns <= 32:
-        return config
-    sizes = [c for c in (128, 64, 32) if c <= config.columns]
-    return config._replace(columns=min(sizes, key=lambda c: (-(-dim // c) * c, -c)))
+def fit(config: ScanConfig, dstate: int) -> ScanConfig:
+    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers."""
+    warps = max(config.warps, min(16, _power_of_2(-(-dstate // _STATES))))
+    return config._replace(warps=min(warps, _power_of_2(dstate)))
+
+
+def _power_of_2(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
+
+
+def _states(config: ScanConfig, dstate: int) -> tuple[int, int]:
+    """States of a thread at once, and how often that many for all."""
+    states = min(_STATES, -(-dstate // config.warps))
+    return states, -(-dstate // (states * config.warps))
 
 
 def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
@@ -47,47 +58,106 @@ def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) 
     chunks = config.chunks
     if chunks == 0:
         wanted = processors_of(tensor) * config.warps_per_processor
-        chunks = min(round(wanted / (programs * config.warps)), tiles // config.min_tiles)
+        chunks = min(round(wanted / (programs * config.num_warps)), tiles // config.min_tiles)
     return -(-tiles // max(1, min(chunks, tiles)))
 
 
 def _options(scan: Scan, config: ScanConfig) -> dict:
     """What all kernels that walk tiles are compiled for."""
     nvidia = compiles_for_nvidia(scan.u)
+    states, passes = _states(config, scan.A.shape[1])
     return dict(
         HAS_Z=scan.z is not None,
         HAS_BIAS=scan.delta_bias is not None,
         SOFTPLUS=scan.softplus,
+        REVERSE=scan.reverse,
+        ONE_PASS=passes == 1,
         EXACT=scan.u.dtype != torch.bfloat16,
         NVIDIA=nvidia,
-        T=config.steps,
+        T=STEPS,
+        W=config.warps,
         COLUMNS=config.columns,
-        num_warps=config.warps,
+        STATES=states,
+        num_warps=config.num_warps,
         num_stages=1,
         **(dict(maxnreg=config.registers) if nvidia else {}),
     )
 
 
-def _prepare(steps: int, *arguments) -> Scan:
-    """The arguments of `prepare` but the first; A becomes [N, dim]."""
-    scan = prepare(partial(_coefficients, steps=steps), *arguments)
-    return scan._replace(A=scan.A.t().contiguous())
+def _constants(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous() if tensor.ndim == 2 else tensor
 
 
-def _coefficients(tensor: Tensor, steps: int) -> Tensor:
-    """B or C in fp32, which saves conversions in the kernels, in rows of whole tiles with zeros at the end (small)."""
-    if tensor.ndim == 2:
-        return tensor.float().contiguous()
-    length = tensor.shape[-1]
-    if length % steps == 0:
-        return tensor.float().contiguous()
-    padded = tensor.new_zeros(*tensor.shape[:-1], _padded(length, steps), dtype=torch.float32)
-    padded[..., :length] = tensor
-    return padded
+def _pack(scan: Scan, config: ScanConfig) -> tuple[Tensor, Tensor]:
+    """B and C as the kernels load them: constants as they are, others as `pack_kernel` lays them out."""
+    import triton
+
+    from .coefficients import pack_kernel
+
+    length, dstate = scan.u.shape[2], scan.A.shape[1]
+    tiles = triton.cdiv(length, STEPS)
+    states, passes = _states(config, dstate)
+    padded = states * passes * config.warps
+    packed, rows, groups, strides = [], [], [], []
+    for tensor in (scan.B, scan.C):
+        constant = tensor.ndim == 2
+        batch, group = (0, 1) if constant else tensor.shape[:2]
+        packed.append(tensor if constant else tensor.new_empty(batch, group, tiles, padded, STEPS, dtype=torch.float32))
+        rows.append(batch * group)
+        groups.append(group)
+        strides += (0, 0, 0, 0) if constant else tensor.stride()
+    if sum(rows):
+        block, block_tiles = min(16, triton.next_power_of_2(padded)), 4
+        pack_kernel[(sum(rows) * triton.cdiv(padded, block) * triton.cdiv(tiles, block_tiles),)](
+            scan.B,
+            scan.C,
+            *packed,
+            length,
+            dstate,
+            padded,
+            *rows,
+            *groups,
+            *strides,
+            REVERSE=scan.reverse,
+            T=STEPS,
+            TILES=block_tiles,
+            STATES=block,
+        )
+    return packed[0], packed[1]
 
 
-def _padded(length: int, steps: int) -> int:
-    return -(-length // steps) * steps
+def _unpack(scan: Scan, partial: Tensor, padded: int) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of B and C from what `scan_backward_kernel` wrote; None of constants."""
+    import triton
+
+    from .coefficients import unpack_kernel
+
+    length, dstate = scan.u.shape[2], scan.A.shape[1]
+    tiles = triton.cdiv(length, STEPS)
+    grads = [
+        None if t.ndim == 2 else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (scan.B, scan.C)
+    ]
+    rows = [0 if grad is None else grad.shape[0] * grad.shape[1] for grad in grads]
+    if sum(rows):
+        block, block_tiles = min(16, triton.next_power_of_2(padded)), 4
+        unpack_kernel[(sum(rows) * triton.cdiv(padded, block) * triton.cdiv(tiles, block_tiles),)](
+            partial,
+            *(partial if grad is None else grad for grad in grads),
+            length,
+            dstate,
+            padded,
+            *rows,
+            scan.groups,
+            scan.u.shape[0],
+            scan.group_share('B'),
+            scan.group_share('C'),
+            partial.shape[0],
+            REVERSE=scan.reverse,
+            T=STEPS,
+            TILES=block_tiles,
+            STATES=block,
+        )
+    return grads[0], grads[1]
 
 
 def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tensor, Tensor]:
@@ -97,26 +167,29 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
     from .forward import scan_forward_kernel
 
     batch, dim, length = scan.u.shape
-    dstate = scan.A.shape[0]
+    dstate = scan.A.shape[1]
     programs = batch * triton.cdiv(dim, config.columns)
-    tiles = triton.cdiv(length, config.steps)
+    tiles = triton.cdiv(length, STEPS)
     chunk_tiles = _chunk_tiles(config, tiles, programs, scan.u)
     chunks = triton.cdiv(tiles, chunk_tiles)
     slots, chunk_slots, slot_step = (tiles + 1, chunk_tiles, 1) if save else (chunks, 1, 0)
     states = scan.u.new_empty(batch, slots, dstate, dim, dtype=torch.float32)
+    last = scan.u.new_empty(batch, dim, dstate, dtype=torch.float32)
+    B, C = _pack(scan, config)
     if chunks > 1:
-        _carries(scan, states, chunks, chunk_tiles, chunk_slots, config)
+        _carries(scan, B, scan.group_share('B'), states, chunks, chunk_tiles, chunk_slots, config)
     scan_forward_kernel[(programs, chunks)](
         scan.u,
         scan.delta,
         scan.A,
-        scan.B,
-        scan.C,
+        B,
+        C,
         scan.D,
         scan.z if scan.z is not None else scan.u,
         scan.delta_bias,
         scan.initial,
         y,
+        last,
         states,
         length,
         dim,
@@ -125,28 +198,31 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         scan.share,
         scan.group_share('B'),
         scan.group_share('C'),
+        _states(config, dstate)[1],
         chunk_tiles,
         chunk_slots,
         slot_step,
         slots,
+        *scan.A.stride(),
         *scan.strides('u'),
         *scan.strides('delta'),
         *scan.strides('z'),
         *y.stride()[:-1],
-        *scan.strides('B'),
-        *scan.strides('C'),
         HAS_D=scan.D is not None,
         HAS_INITIAL=scan.initial is not None,
-        CONSTANT_B=scan.B.ndim == 2,
-        CONSTANT_C=scan.C.ndim == 2,
-        REVERSE=scan.reverse,
+        CONSTANT_B=B.ndim == 2,
+        CONSTANT_C=C.ndim == 2,
+        CHUNKED=chunks > 1,
+        SAVE=save,
         **_options(scan, config),
     )
-    return states[:, -1].transpose(1, 2).clone(memory_format=torch.contiguous_format), states
+    return last, states
 
 
 def _carries(
     scan: Scan,
+    coefficients: Tensor,
+    group_share: int,
     states: Tensor,
     chunks: int,
     chunk_tiles: int,
@@ -155,19 +231,21 @@ def _carries(
     grad_y: Optional[Tensor] = None,
     grad_last: Optional[Tensor] = None,
 ) -> None:
-    """Fills the first slot of each chunk but the first with the carry into it; given grad_y, of the adjoint walk."""
+    """Fills the first slot of each chunk but the first with the carry into it.
+
+    `coefficients` are those of B; given grad_y, of C, and the walk is the adjoint one.
+    """
     import triton
 
     from .forward import scan_combine_kernel, scan_summary_kernel
 
     adjoint = grad_y is not None
     x, initial = (grad_y, grad_last) if adjoint else (scan.u, scan.initial)
-    z, name = (scan.z, 'C') if adjoint else (None, 'B')
+    z = scan.z if adjoint else None
     batch, dim, length = x.shape
-    dstate = scan.A.shape[0]
+    dstate = scan.A.shape[1]
     ends = states.new_empty(batch, chunks - 1, dstate, dim)
     totals = states.new_empty(batch, chunks - 1, dim)
-    coefficients = getattr(scan, name)
     options = _options(scan, config)
     options.update(HAS_Z=z is not None)
     scan_summary_kernel[(batch * triton.cdiv(dim, config.columns), chunks - 1)](
@@ -184,14 +262,14 @@ def _carries(
         dstate,
         scan.group_dim,
         scan.share,
-        scan.group_share(name),
+        group_share,
+        _states(config, dstate)[1],
         chunk_tiles,
+        *scan.A.stride(),
         *x.stride()[:-1],
         *((0, 0) if z is None else z.stride()[:-1]),
         *scan.strides('delta'),
-        *scan.strides(name),
         CONSTANT_B=coefficients.ndim == 2,
-        REVERSE=scan.reverse != adjoint,
         ADJOINT=adjoint,
         **options,
     )
@@ -207,6 +285,7 @@ def _carries(
         chunks,
         states.shape[1],
         chunk_slots,
+        *scan.A.stride(),
         HAS_INITIAL=initial is not None,
         CHUNKS=min(64, triton.next_power_of_2(chunks)),
         COLUMNS=columns,
@@ -220,37 +299,38 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     from .backward import scan_backward_kernel
 
     batch, dim, length = scan.u.shape
-    dstate, groups = scan.A.shape[0], scan.groups
+    dstate, groups = scan.A.shape[1], scan.groups
     blocks = triton.cdiv(scan.group_dim, config.columns)
-    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
+    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.num_warps))
     split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
     splits = triton.cdiv(blocks, split_blocks)
-    tiles = triton.cdiv(length, config.steps)
+    tiles = triton.cdiv(length, STEPS)
     chunk_tiles = _chunk_tiles(config, tiles, batch * groups * splits, scan.u)
     chunks = triton.cdiv(tiles, chunk_tiles)
-    padded = _padded(length, config.steps)
+    state_count, passes = _states(config, dstate)
+    padded = state_count * passes * config.warps
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return scan.u.new_empty(sizes, dtype=dtype)
 
+    B, C = _pack(scan, config)
     carries = empty(batch, chunks, dstate, dim)
     if chunks > 1:
-        _carries(scan, carries, chunks, chunk_tiles, 1, config, grad_y, grad_last)
-    constant = scan.B.ndim == 2 or scan.C.ndim == 2
-    sums = empty(3 if constant else 1, batch, chunks, dstate, dim)
+        _carries(scan, C, scan.group_share('C'), carries, chunks, chunk_tiles, 1, config, grad_y, grad_last)
+    constant = B.ndim == 2 or C.ndim == 2
+    sums = empty(batch * chunks, 2 + (3 if constant else 1) * dstate, dim)
     grad_u = empty(batch, dim, length, dtype=scan.u.dtype)
     grad_delta = empty(batch, dim, length, dtype=scan.delta.dtype if scan.share == 1 else torch.float32)
     grad_z = None if scan.z is None else empty(batch, dim, length, dtype=scan.z.dtype)
-    grad_BC = empty(2, splits, batch, groups, dstate, padded)
-    grad_D, grad_bias = (None if t is None else empty(chunks, batch, dim) for t in (scan.D, scan.delta_bias))
+    grad_BC = empty(splits, batch, groups, tiles, padded, 2, STEPS)
     scan_backward_kernel[(batch * groups * splits, chunks)](
         grad_y,
         grad_last,
         scan.u,
         scan.delta,
         scan.A,
-        scan.B,
-        scan.C,
+        B,
+        C,
         scan.D,
         scan.z if scan.z is not None else scan.u,
         scan.delta_bias,
@@ -261,77 +341,99 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         grad_delta,
         grad_z if grad_z is not None else grad_u,
         grad_BC,
-        grad_D,
-        grad_bias,
         length,
-        padded,
         dim,
         dstate,
+        sums.shape[1],
         scan.group_dim,
         splits,
         split_blocks,
         scan.share,
         scan.group_share('B'),
         scan.group_share('C'),
+        passes,
         states.shape[1],
         chunk_tiles,
-        sums[0].numel(),
-        grad_BC[0].numel(),
+        *scan.A.stride(),
         *grad_y.stride()[:-1],
         *scan.strides('u'),
         *scan.strides('delta'),
         *scan.strides('z'),
-        *scan.strides('B'),
-        *scan.strides('C'),
         *grad_u.stride()[:-1],
         HAS_D=scan.D is not None,
         HAS_LAST=grad_last is not None,
-        CONSTANT_B=scan.B.ndim == 2,
-        CONSTANT_C=scan.C.ndim == 2,
-        REVERSE=scan.reverse,
-        PRECISION=dot_precision(scan.u),
+        CONSTANT_B=B.ndim == 2,
+        CONSTANT_C=C.ndim == 2,
+        CHUNKED=chunks > 1,
         **_options(scan, config),
     )
-
-    def coefficient_gradient(coefficients: Tensor, kind: int) -> Tensor:
-        if coefficients.ndim == 2:
-            return sums[kind].sum(dim=(0, 1)).t()
-        grad = grad_BC[kind - 1, ..., :length].unflatten(2, (coefficients.shape[1], -1))
-        return grad.sum(dim=(0, 3))
-
+    grad_A, grad_B, grad_C, grad_D, grad_bias = _totals(scan, sums, *_unpack(scan, grad_BC, padded))
     return Gradients(
         grad_u,
         grad_delta if scan.share == 1 else grad_delta.unflatten(1, (-1, scan.share)).sum(dim=2),
-        sums[0].sum(dim=(0, 1)).t(),
-        coefficient_gradient(scan.B, 1),
-        coefficient_gradient(scan.C, 2),
-        None if grad_D is None else grad_D.sum(dim=(0, 1)),
+        grad_A,
+        grad_B,
+        grad_C,
+        grad_D,
         grad_z,
-        None if grad_bias is None else grad_bias.sum(dim=(0, 1)),
+        grad_bias,
         carries[:, -1].transpose(1, 2),
     )
 
 
+def _totals(
+    scan: Scan, sums: Tensor, grad_B: Optional[Tensor], grad_C: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of A, B, C, D and the bias; those of B and C that are given stay."""
+    import triton
+
+    from .coefficients import total_kernel
+
+    def like(parameter: Optional[Tensor]) -> Optional[Tensor]:
+        return None if parameter is None else torch.empty_like(parameter, dtype=torch.float32)
+
+    grads = dict(
+        grad_D=like(scan.D),
+        grad_bias=like(scan.delta_bias),
+        grad_A=torch.empty_like(scan.A),
+        grad_B=like(scan.B) if grad_B is None else grad_B,
+        grad_C=like(scan.C) if grad_C is None else grad_C,
+    )
+    count, rows, dim = sums.shape
+    columns = 32
+    total_kernel[(triton.cdiv(rows * dim, columns),)](
+        sums,
+        **grads,
+        count=count,
+        dim=dim,
+        dstate=scan.A.shape[1],
+        sum_rows=rows,
+        HAS_D=scan.D is not None,
+        HAS_BIAS=scan.delta_bias is not None,
+        CONSTANT_B=scan.B.ndim == 2,
+        CONSTANT_C=scan.C.ndim == 2,
+        COUNT=32,
+        COLUMNS=columns,
+    )
+    return tuple(grads[f'grad_{name}'] for name in ('A', 'B', 'C', 'D', 'bias'))
+
+
 FORWARD = ScanConfig()
-BACKWARD = ScanConfig(columns=64, registers=168, warps_per_processor=12)
+BACKWARD = ScanConfig(registers=168, warps_per_processor=12)
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
     """What `run_forward` saves: the states before each tile and after the last, [batch, tiles + 1, N, dim]."""
     batch, dim, length = u.shape
-    return batch, -(-length // FORWARD.steps) + 1, A.shape[1], dim
+    return batch, -(-length // STEPS) + 1, A.shape[1], dim
 
 
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
     """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first."""
-    config = fit(FORWARD, y.shape[1])
-    return forward(_prepare(config.steps, *arguments), y, save, config)
+    scan = prepare(_constants, *arguments)
+    return forward(scan, y, save, fit(FORWARD, scan.A.shape[1]))
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
-    scan = _prepare(BACKWARD.steps, *arguments)
-    config = BACKWARD
-    if config.columns > 32 and scan.u.shape[0] * scan.groups >= processors_of(scan.u):
-        # Enough programs for small ones, of which more are at work at once.
-        config = config._replace(columns=32, warps_per_processor=16)
-    return backward(scan, unit_stride(grad_y), grad_last, states, fit(config, scan.group_dim))
+    scan = prepare(_constants, *arguments)
+    return backward(scan, unit_stride(grad_y), grad_last, states, fit(BACKWARD, scan.A.shape[1]))

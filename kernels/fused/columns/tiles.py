@@ -1,7 +1,8 @@
-"""Building blocks of the selective scan's kernels: tiles of sequences, whose steps lie in the registers of a thread.
+"""Building blocks of the selective scan's kernels: tiles of steps by states by channels.
 
-A tile [T, C] holds T steps of C channels in walking order. In the layout that Triton gives such tiles a thread owns
-all steps of a channel, so that recurrences stay inside threads (see `routes`).
+A tile [T, W, C] holds T steps, in walking order, of one state of each of W warps for C channels. In the layout that
+Triton gives such tiles a thread owns all steps of its state and channel, so that recurrences stay inside threads, and
+warps share states and channels. Sequences are tiles [C, T] while they are loaded, stored and computed on by themselves.
 """
 
 import triton
@@ -13,52 +14,176 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_steps(pointer, rows, first, length, T: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Positions first ... first + T of the sequences at `pointer + rows` as a tile in fp32, zero outside of them.
+def positions_of(tile, tiles, T: tl.constexpr, REVERSE: tl.constexpr):
+    """Positions [T] of a tile's steps in the sequence."""
+    return (tiles - tile) * T - 1 - tl.arange(0, T) if REVERSE else tile * T + tl.arange(0, T)
 
-    Lanes lie along the sequences while it is loaded; the tile then passes through shared memory.
-    """
-    position = first + tl.arange(0, T)
+
+@triton.jit
+def load_steps(pointer, rows, position, length):
+    """Steps of the sequences at `pointer + rows` as a tile [C, T] in fp32, zero outside of them."""
     x = tl.load(pointer + rows[:, None] + position[None, :], mask=(position < length)[None, :], other=0.0)
-    x = tl.associative_scan(tl.trans(x.to(tl.float32)), 0, _second)
-    return tl.flip(x, 0) if REVERSE else x
+    return x.to(tl.float32)
 
 
 @triton.jit
-def store_steps(pointer, rows, in_rows, first, length, x, T: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
-    if REVERSE:
-        x = tl.flip(x, 0)
-    x = tl.trans(x.to(pointer.dtype.element_ty))
-    position = first + tl.arange(0, T)
+def store_steps(pointer, rows, in_rows, position, length, x):
     mask = in_rows[:, None] & (position < length)[None, :]
-    tl.store(pointer + rows[:, None] + position[None, :], x, mask=mask)
+    tl.store(pointer + rows[:, None] + position[None, :], x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_delta(
-    delta,
-    rows,
-    bias,
-    first,
-    length,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    EXACT: tl.constexpr,
-    NVIDIA: tl.constexpr,
-):
+def steps_of(delta, bias, position, length, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
     """(delta + bias) / ln 2, and the step / ln 2: its softplus where wanted, zero where the sequence has no step."""
-    raw = (load_steps(delta, rows, first, length, T, C, REVERSE) + bias[None, :]) * LOG2_E
+    raw = (delta + bias[:, None]) * LOG2_E
     step = softplus_log2(raw, EXACT, NVIDIA) if SOFTPLUS else raw
-    row = tl.arange(0, T)[:, None]
-    position = first + ((T - 1 - row) if REVERSE else row)
-    return raw, tl.where(position < length, step, 0.0)
+    return raw, tl.where((position < length)[None, :], step, 0.0)
 
 
 @triton.jit
-def _second(first, second):
-    return second
+def _second(first0, first1, first2, second0, second1, second2):
+    return second0, second1, second2
+
+
+@triton.jit
+def by_channel(x, y, z):
+    """Three tiles [C, T] of sequences as [T, 1, C], where threads own the steps of a channel.
+
+    The scan has no effect but that what they are computed from stays in the layout it was loaded in.
+    """
+    x, y, z = tl.associative_scan((x[:, :, None], y[:, :, None], z[:, :, None]), 2, _second)
+    return tl.permute(x, (1, 2, 0)), tl.permute(y, (1, 2, 0)), tl.permute(z, (1, 2, 0))
+
+
+@triton.jit
+def _of_states(pointer, state, stride):
+    """Pointers [W, C] from those of channels [C], of states [W, 1] that lie `stride` apart.
+
+    The hint makes the compiler load and store in the layout that threads compute in.
+    """
+    return tl.max_contiguous(pointer[None, :] + state * stride, (1, pointer.shape[0]))
+
+
+@triton.jit
+def _four_steps(pointer, STEP: tl.constexpr):
+    pointer += (STEP + tl.arange(0, 4))[:, None, None]
+    # Vectors of four steps, then lanes along the channels, which get the same.
+    return tl.load(tl.max_contiguous(tl.multiple_of(pointer, (16, 1, 1)), (4, 1, 2)))
+
+
+@triton.jit
+def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.constexpr):
+    """B or C of the W states k * W after `state` [W, 1] as a tile [T, W, C], or [1, W, C] where they are constant.
+
+    Args:
+        pointer: [C], of T neighbours for each state, one state after the other; of constants, one for each state.
+    """
+    W: tl.constexpr = state.shape[0]
+    if CONSTANT:
+        state += k * W
+        present = tl.broadcast_to(state < dstate, [W, pointer.shape[0]])
+        return tl.load(_of_states(pointer, state, 1), mask=present, other=0.0)[None, :, :]
+    else:
+        tl.static_assert(T == 16)
+        pointer = pointer[None, None, :] + (state * T)[None, :, :] + k * (W * T)
+        low = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
+        high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
+        x = tl.permute(tl.join(low, high), (4, 3, 0, 1, 2))
+        return tl.reshape(x, [T, W, pointer.shape[2]])
+
+
+@triton.jit
+def load_states(pointer, stride, state, dstate, wanted, STATES: tl.constexpr):
+    """Numbers of STATES times W states as that many tensors [W, C], zero where none are wanted.
+
+    Args:
+        pointer: [C], of the first of all states.
+        stride: Between states.
+        state: The first W states [W, 1].
+        wanted: [C].
+    """
+    W: tl.constexpr = state.shape[0]
+    loaded = ()
+    for k in tl.static_range(STATES):
+        mask = (state + k * W < dstate) & wanted[None, :]
+        loaded = loaded + (tl.load(_of_states(pointer, state + k * W, stride), mask=mask, other=0.0).to(tl.float32),)
+    return loaded
+
+
+@triton.jit
+def store_states(pointer, stride, values, state, dstate, wanted, STATES: tl.constexpr):
+    """Stores what `load_states` loads."""
+    W: tl.constexpr = state.shape[0]
+    for k in tl.static_range(STATES):
+        mask = (state + k * W < dstate) & wanted[None, :]
+        tl.store(_of_states(pointer, state + k * W, stride), values[k], mask=mask)
+
+
+@triton.jit
+def load_starts(
+    first,
+    pointer,
+    stride,
+    chunk,
+    state,
+    dstate,
+    in_rows,
+    HAS_FIRST: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """As `load_states` what a chunk starts from: at `first` for the first chunk, where given, else at `pointer`."""
+    W: tl.constexpr = state.shape[0]
+    starts = no_states(W, in_rows.shape[0], STATES)
+    if HAS_FIRST:
+        starts = load_states(first, 1, state, dstate, tl.where(chunk == 0, in_rows, False), STATES)
+    if CHUNKED:
+        later = load_states(pointer, stride, state, dstate, tl.where(chunk > 0, in_rows, False), STATES)
+        starts = _add_states(starts, later, STATES)
+    return starts
+
+
+@triton.jit
+def _add_states(x, y, STATES: tl.constexpr):
+    total = ()
+    for k in tl.static_range(STATES):
+        total = total + (x[k] + y[k],)
+    return total
+
+
+@triton.jit
+def no_states(W: tl.constexpr, C: tl.constexpr, STATES: tl.constexpr):
+    nothing = ()
+    for _ in tl.static_range(STATES):
+        nothing = nothing + (tl.zeros([W, C], tl.float32),)
+    return nothing
+
+
+@triton.jit
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def sum_warps(x):
+    """The sum of a tile [T, W, C] over W, as a tile [C, T] of sequences.
+
+    It is taken in the layout that Triton gives to tiles [W, C, T], where threads own all of W.
+    """
+    return pick_last(tl.associative_scan(tl.permute(x, (1, 2, 0)), 0, _add))
+
+
+@triton.jit
+def sum_channels(x):
+    """The sum of a tile [T, W, C] over C, twice, as [W, 2, T].
+
+    It is taken in the layout that Triton gives to tiles [C / 2, W, 2, T], where threads own half of C.
+    """
+    T: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, [T, W, x.shape[2] // 2, 2]), (2, 1, 3, 0))
+    total = tl.sum(pick_last(tl.associative_scan(x, 0, _add)), axis=1)
+    return tl.broadcast_to(total[:, None, :], [W, 2, T])
 
 
 @triton.jit
@@ -74,41 +199,43 @@ def _next(last0, before0, alone0, last1, before1, alone1):
 
 
 @triton.jit
-def _shift(x, start, T: tl.constexpr, C: tl.constexpr):
-    """The row before each row of x; before the first, `start` [C]. The compiler renames registers."""
-    alone = tl.full([T, C], 1, tl.int32)
+def _shift(x, start):
+    """The row before each row of x; before the first, `start`. The compiler renames registers."""
+    alone = tl.full(x.shape, 1, tl.int32)
     last, before, alone = tl.associative_scan((x, x, alone), 0, _next)
-    return tl.where(tl.arange(0, T)[:, None] == 0, start[None, :], before)
+    return tl.where(tl.arange(0, x.shape[0])[:, None, None] == 0, start[None, :, :], before)
 
 
 @triton.jit
-def _last(x, T: tl.constexpr):
-    """x[T - 1] in fp32; as integers, since the compiler removes integer additions of 0."""
-    bits = tl.where(tl.arange(0, T)[:, None] == T - 1, x.to(tl.int32, bitcast=True), 0)
+def pick_last(x):
+    """x[-1] in fp32; as integers, since the compiler removes integer additions of 0."""
+    ROWS: tl.constexpr = x.shape[0]
+    rows = tl.reshape(tl.arange(0, ROWS), [ROWS] + [1] * (len(x.shape) - 1))
+    bits = tl.where(rows == ROWS - 1, x.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def recur(decay, value, carry, T: tl.constexpr, C: tl.constexpr):
-    """h = decay * (h of the step before) + value along a tile, from `carry` [C] before it.
+def recur(decay, value, carry):
+    """h = decay * (h of the step before) + value along a tile, from `carry` [W, C] before it.
 
     Returns:
-        States, states before each step, both [T, C], and the state after the tile [C].
+        States, states before each step, both [T, W, C], and the state after the tile [W, C].
     """
-    value = tl.where(tl.arange(0, T)[:, None] == 0, decay * carry[None, :] + value, value)
+    value = tl.where(tl.arange(0, value.shape[0])[:, None, None] == 0, decay * carry[None, :, :] + value, value)
     decays, h = tl.associative_scan((decay, value), 0, _step_after)
-    return h, _shift(h, carry, T, C), _last(h, T)
+    return h, _shift(h, carry), pick_last(h)
 
 
 @triton.jit
-def recur_back(decay, value, carry, T: tl.constexpr, C: tl.constexpr):
-    """g = value + (decay * g of the step after) against the order of `recur`; `carry` [C] is decay * g after the tile.
+def recur_back(decay, value, carry):
+    """g = value + (decay * g of the step after) against the order of `recur`; `carry` is decay * g after the tile.
 
     Returns:
-        g [T, C], and decay * g of the first step [C].
+        g [T, W, C], and decay * g of the first step [W, C].
     """
-    # Free, since threads own whole columns: the compiler renames registers.
+    # Free, since threads own all steps: the compiler renames registers.
     decay, value = tl.flip(decay, 0), tl.flip(value, 0)
-    value = tl.where(tl.arange(0, T)[:, None] == 0, value + carry[None, :], value)
-    decays, g = tl.associative_scan((_shift(decay, carry, T, C), value), 0, _step_after)
-    return tl.flip(g, 0), _last(decay, T) * _last(g, T)
+    value = tl.where(tl.arange(0, value.shape[0])[:, None, None] == 0, value + carry[None, :, :], value)
+    decays, g = tl.associative_scan((_shift(decay, carry), value), 0, _step_after)
+    return tl.flip(g, 0), pick_last(decay) * pick_last(g)
