@@ -10,7 +10,9 @@ import triton.language as tl
 from ..elementwise import sigmoid
 from .tiles import (
     LN2,
+    PACKED,
     by_channel,
+    end_states,
     load_coefficients,
     load_starts,
     load_states,
@@ -28,16 +30,12 @@ from .tiles import (
 
 
 @triton.jit
-def _accumulate(pointer, value, earlier):
-    """Adds value [W, 2, T], which is there twice, to what is at `pointer` already where somebody came by `earlier`."""
-    W: tl.constexpr = value.shape[0]
-    T: tl.constexpr = value.shape[2]
-    copy = tl.arange(0, 2)[None, :, None]
-    place = tl.arange(0, W)[:, None, None] * (2 * T) + copy * 0 + tl.arange(0, T)[None, None, :]
-    target = tl.max_contiguous(pointer + place, (1, 2, T))
-    mask = tl.broadcast_to(copy == 0, value.shape)
-    value += tl.load(target, mask=tl.where(earlier, mask, False), other=0.0)
-    tl.store(target, value, mask=mask)
+def _places(pointer, T: tl.constexpr, W: tl.constexpr):
+    """Pointers [W, 2, 2, T] to gradients of B and C of W states, each there twice, and where they are first."""
+    copy = tl.arange(0, 2)[None, :, None, None]
+    place = tl.arange(0, W)[:, None, None, None] * (2 * PACKED) + tl.arange(0, 2)[None, None, :, None] * PACKED
+    place = place + copy * 0 + tl.arange(0, T)[None, None, None, :]
+    return tl.max_contiguous(pointer + place, (1, 1, 1, T)), tl.broadcast_to(copy == 0, place.shape)
 
 
 @triton.jit
@@ -70,34 +68,75 @@ def _walk_states(
     """Walks a tile back through STATES states of each warp.
 
     Adds to `out` (the output, where needed), grad_drive and grad_step [T, W, C], to the sums over steps and channels
-    at grad_BC [W, T] where somebody came by `earlier`, and to the sums over steps. `carries` become those of the
-    tile before.
+    at grad_BC where somebody came by `earlier`, and to the sums over steps. `carries` become those of the tile before.
     """
+    # Early, since nothing is loaded ahead of a barrier.
+    so_far = ()
+    for k in tl.static_range(STATES if not (CONSTANT_B and CONSTANT_C) else 0):
+        place, first = _places(grad_BC + k * (W * PACKED * 2), T, W)
+        so_far = so_far + (tl.load(place, mask=tl.where(earlier, first, False), other=0.0),)
     ends, of_A, of_B, of_C = (), (), (), ()
     for k in tl.static_range(STATES):
         rate = rates[k][None, :, :]
-        # In an order that needs few registers.
         c = load_coefficients(C, state, k, dstate, CONSTANT_C, T)
+        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
         decay = tl.exp2(step * rate)
         adjoint, end = recur_back(decay, grad_out * c, carries[k])
-        grad_b = adjoint * drive
-        if not CONSTANT_B:
-            _accumulate(grad_BC + k * (W * T * 2), sum_channels(grad_b), earlier)
-        b = load_coefficients(B, state, k, dstate, CONSTANT_B, T)
         grad_drive += adjoint * b
         h, before, unused = recur(decay, drive * b, starts[k])
         if HAS_Z:
             out += h * c
         grad_exponent = adjoint * decay * before
         grad_step += grad_exponent * rate
+        grad_b = adjoint * drive
         grad_c = h * grad_out
-        if not CONSTANT_C:
-            _accumulate(grad_BC + (k * (W * T * 2) + T), sum_channels(grad_c), earlier)
+        if not (CONSTANT_B and CONSTANT_C):
+            place, first = _places(grad_BC + k * (W * PACKED * 2), T, W)
+            # Those of constants are not read.
+            tl.store(place, so_far[k] + sum_channels(grad_b, grad_c), mask=first)
         ends = ends + (end,)
         of_A = of_A + (sums_A[k] + tl.sum(grad_exponent * step, axis=0) * LN2,)
         of_B = of_B + (sums_B[k] + tl.sum(grad_b, axis=0) if CONSTANT_B else sums_B[k],)
         of_C = of_C + (sums_C[k] + tl.sum(grad_c, axis=0) if CONSTANT_C else sums_C[k],)
     return out, grad_drive, grad_step, ends, of_A, of_B, of_C
+
+
+@triton.jit
+def _load_starts_of_half(
+    saved,
+    dim,
+    u,
+    u_rows,
+    delta,
+    delta_rows,
+    bias,
+    rates,
+    B,
+    half,
+    halves,
+    length,
+    state,
+    dstate,
+    in_rows,
+    SOFTPLUS: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """The states before a half of what lies between saved states; B is that of the first half."""
+    starts = load_states(saved, dim, state, dstate, in_rows, STATES)
+    if half % 2 == 1:
+        position = positions_of(half - 1, halves, T, REVERSE)
+        x = load_steps(u, u_rows, position, length)
+        raw = load_steps(delta, delta_rows, position, length)
+        raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        step, drive, unused = by_channel(step, step * LN2 * x, step)
+        starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)
+    return starts
 
 
 @triton.jit(do_not_specialize_on_alignment=['grad_y', 'u', 'delta', 'z', 'grad_u', 'grad_delta', 'grad_z', 'grad_BC'])
@@ -166,7 +205,7 @@ def scan_backward_kernel(
     states [batch, slots, N, dim] holds the state before each tile, carries [batch, chunks, N, dim] gets the adjoint
     state before each chunk, from the one after it, which for all but the first is there already. sums [batch, chunks,
     sum_rows, dim] get the gradients of D, of the bias, of the N rows of A and, where they are constant, of B and C. The
-    gradients of other B and C are [splits, batch, groups, tiles, padded N, 2, T], B's before C's.
+    gradients of other B and C are [splits, batch, groups, tiles, padded N, 2, PACKED], B's before C's.
     """
     program = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -176,7 +215,7 @@ def scan_backward_kernel(
     group = (program // splits) % groups
     batch = (program // splits // groups).to(tl.int64)
     batches = tl.num_programs(0) // splits // groups
-    tiles = tl.cdiv(length, T)
+    tiles = tl.cdiv(length, PACKED)
     padded = passes * (STATES * W)
 
     grad_y += batch * grad_y_batch
@@ -187,12 +226,13 @@ def scan_backward_kernel(
     grad_delta += batch * grad_batch
     grad_z += batch * grad_batch
     state = tl.arange(0, W)[:, None]
-    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * T * 2)
+    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * PACKED * 2)
     states += batch * slots * (dstate * dim)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
-    B_tile_size = 0 if CONSTANT_B else padded * T
-    C_tile_size = 0 if CONSTANT_C else padded * T
+    halves = tiles * (PACKED // T)
+    B_tile_size = 0 if CONSTANT_B else padded * PACKED
+    C_tile_size = 0 if CONSTANT_C else padded * PACKED
 
     for block in range(0, split_blocks):
         local = (split * split_blocks + block) * COLUMNS + tl.arange(0, COLUMNS)
@@ -210,12 +250,12 @@ def scan_backward_kernel(
             B_block = B + channel * dstate
         else:
             row = batch * (groups // B_share) + index // group_dim // B_share
-            B_block = B + row * tiles * (padded * T)
+            B_block = B + row * tiles * (padded * PACKED)
         if CONSTANT_C:
             C_block = C + channel * dstate
         else:
             row = batch * (groups // C_share) + index // group_dim // C_share
-            C_block = C + row * tiles * (padded * T)
+            C_block = C + row * tiles * (padded * PACKED)
         bias = tl.zeros([COLUMNS], tl.float32)
         skip = tl.zeros([COLUMNS], tl.float32)
         if HAS_BIAS:
@@ -260,9 +300,9 @@ def scan_backward_kernel(
                 )
                 store_states(adjoints, dim, start, state + n, dstate, in_rows, STATES)
 
-        for k in range(0, count):
-            tile = tiles - 1 - begin - k
-            position = positions_of(tile, tiles, T, REVERSE)
+        for k in range(0, count * 2):
+            half = (tiles - begin) * 2 - 1 - k
+            position = positions_of(half, halves, T, REVERSE)
             x = load_steps(u, u_rows, position, length)
             raw = load_steps(delta, delta_rows, position, length)
             raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
@@ -279,13 +319,38 @@ def scan_backward_kernel(
             out = tl.zeros([T, W, COLUMNS], tl.float32)
             grad_drive = tl.zeros([T, W, COLUMNS], tl.float32)
             grad_step = tl.zeros([T, W, COLUMNS], tl.float32)
-            place = tl.cast(tile, tl.int64)
-            here = states + place * (dstate * dim) + channel
-            B_tile = B_block + place * B_tile_size
-            C_tile = C_block + place * C_tile_size
-            grad_tile = grad_BC + place * (padded * T * 2)
+            tile = tl.cast(half // 2, tl.int64)
+            ahead = half % 2 * T
+            here = states + tile * (dstate * dim) + channel
+            B_tile = B_block + tile * B_tile_size
+            C_tile = C_block + (tile * C_tile_size + (0 if CONSTANT_C else ahead))
+            grad_tile = grad_BC + (tile * (padded * PACKED * 2) + ahead)
             if ONE_PASS:
-                starts = load_states(here, dim, state, dstate, in_rows, STATES)
+                starts = _load_starts_of_half(
+                    here,
+                    dim,
+                    u,
+                    u_rows,
+                    delta,
+                    delta_rows,
+                    bias,
+                    rates,
+                    B_tile,
+                    half,
+                    halves,
+                    length,
+                    state,
+                    dstate,
+                    in_rows,
+                    SOFTPLUS,
+                    CONSTANT_B,
+                    REVERSE,
+                    EXACT,
+                    NVIDIA,
+                    T,
+                    W,
+                    STATES,
+                )
                 out, grad_drive, grad_step, carry, of_A, of_B, of_C = _walk_states(
                     steps,
                     drives,
@@ -299,7 +364,7 @@ def scan_backward_kernel(
                     of_A,
                     of_B,
                     of_C,
-                    B_tile,
+                    B_tile + (0 if CONSTANT_B else ahead),
                     C_tile,
                     grad_tile,
                     block > 0,
@@ -315,6 +380,32 @@ def scan_backward_kernel(
             else:
                 for p in range(passes):
                     n = p * (STATES * W)
+                    rates = load_states(A_block, A_state, state + n, dstate, in_rows, STATES)
+                    starts = _load_starts_of_half(
+                    here,
+                    dim,
+                    u,
+                    u_rows,
+                    delta,
+                    delta_rows,
+                    bias,
+                    rates,
+                    B_tile,
+                    half,
+                    halves,
+                    length,
+                    state + n,
+                    dstate,
+                    in_rows,
+                    SOFTPLUS,
+                    CONSTANT_B,
+                    REVERSE,
+                    EXACT,
+                    NVIDIA,
+                    T,
+                    W,
+                    STATES,
+                )
                     out, grad_drive, grad_step, end, end_A, end_B, end_C = _walk_states(
                         steps,
                         drives,
@@ -322,15 +413,15 @@ def scan_backward_kernel(
                         out,
                         grad_drive,
                         grad_step,
-                        load_states(A_block, A_state, state + n, dstate, in_rows, STATES),
-                        load_states(here, dim, state + n, dstate, in_rows, STATES),
+                        rates,
+                        starts,
                         load_states(adjoints, dim, state + n, dstate, in_rows, STATES),
                         load_states(sums_A, dim, state + n, dstate, in_rows, STATES),
                         load_states(sums_B, dim, state + n, dstate, in_rows, STATES) if CONSTANT_B else of_B,
                         load_states(sums_C, dim, state + n, dstate, in_rows, STATES) if CONSTANT_C else of_C,
-                        B_tile,
+                        B_tile + (0 if CONSTANT_B else ahead),
                         C_tile,
-                        grad_tile + n * (T * 2),
+                        grad_tile + n * (PACKED * 2),
                         block > 0,
                         state + n,
                         dstate,

@@ -13,6 +13,7 @@ from ..elementwise import MAX_DECAY, sigmoid
 from .tiles import (
     LN2,
     by_channel,
+    end_states,
     load_coefficients,
     load_starts,
     load_states,
@@ -20,7 +21,6 @@ from .tiles import (
     no_states,
     positions_of,
     recur,
-    recur_back,
     steps_of,
     store_states,
     store_steps,
@@ -350,47 +350,19 @@ def scan_summary_kernel(
         total += step
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
         if ONE_PASS:
-            carries = _end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
+            carries = end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
         else:
             for p in range(passes):
                 n = p * (STATES * W)
                 rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
                 walked = load_states(ends, dim, state + n, dstate, in_rows, STATES)
-                walked = _end_states(
+                walked = end_states(
                     step, push, rates, walked, B_tile, state + n, dstate, CONSTANT_B, ADJOINT, T, W, STATES
                 )
                 store_states(ends, dim, walked, state + n, dstate, in_rows, STATES)
     if ONE_PASS:
         store_states(ends, dim, carries, state, dstate, in_rows, STATES)
     tl.store(totals, tl.reshape(tl.sum(total, axis=0), [COLUMNS]), mask=in_rows)
-
-
-@triton.jit
-def _end_states(
-    step,
-    push,
-    rates,
-    carries,
-    B,
-    state,
-    dstate,
-    CONSTANT_B: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    T: tl.constexpr,
-    W: tl.constexpr,
-    STATES: tl.constexpr,
-):
-    """The states after a tile, or with ADJOINT what the tile hands to the one before it."""
-    ends = ()
-    for k in tl.static_range(STATES):
-        value = push * load_coefficients(B, state, k, dstate, CONSTANT_B, T)
-        decay = tl.exp2(step * rates[k][None, :, :])
-        if ADJOINT:
-            g, end = recur_back(decay, value, carries[k])
-        else:
-            h, before, end = recur(decay, value, carries[k])
-        ends = ends + (end,)
-    return ends
 
 
 @triton.jit

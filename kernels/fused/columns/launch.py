@@ -62,7 +62,7 @@ def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) 
     return -(-tiles // max(1, min(chunks, tiles)))
 
 
-def _options(scan: Scan, config: ScanConfig) -> dict:
+def _options(scan: Scan, config: ScanConfig, T: int = STEPS) -> dict:
     """What all kernels that walk tiles are compiled for."""
     nvidia = compiles_for_nvidia(scan.u)
     states, passes = _states(config, scan.A.shape[1])
@@ -74,7 +74,7 @@ def _options(scan: Scan, config: ScanConfig) -> dict:
         ONE_PASS=passes == 1,
         EXACT=scan.u.dtype != torch.bfloat16,
         NVIDIA=nvidia,
-        T=STEPS,
+        T=T,
         W=config.warps,
         COLUMNS=config.columns,
         STATES=states,
@@ -365,7 +365,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         CONSTANT_B=B.ndim == 2,
         CONSTANT_C=C.ndim == 2,
         CHUNKED=chunks > 1,
-        **_options(scan, config),
+        **_options(scan, config, T=STEPS // 2),
     )
     grad_A, grad_B, grad_C, grad_D, grad_bias = _totals(scan, sums, *_unpack(scan, grad_BC, padded))
     return Gradients(

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..elementwise import LOG2_E, softplus_log2
 
 LN2 = tl.constexpr(0.6931471805599453)
+PACKED = tl.constexpr(16)  # steps of a state that B and C are packed by, and after which states are saved
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.c
     """B or C of the W states k * W after `state` [W, 1] as a tile [T, W, C], or [1, W, C] where they are constant.
 
     Args:
-        pointer: [C], of T neighbours for each state, one state after the other; of constants, one for each state.
+        pointer: [C], of T of PACKED neighbours for each state, one state after the other; of constants, one for each.
     """
     W: tl.constexpr = state.shape[0]
     if CONSTANT:
@@ -84,11 +85,14 @@ def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.c
         present = tl.broadcast_to(state < dstate, [W, pointer.shape[0]])
         return tl.load(_of_states(pointer, state, 1), mask=present, other=0.0)[None, :, :]
     else:
-        tl.static_assert(T == 16)
-        pointer = pointer[None, None, :] + (state * T)[None, :, :] + k * (W * T)
-        low = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
-        high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
-        x = tl.permute(tl.join(low, high), (4, 3, 0, 1, 2))
+        tl.static_assert(T == 8 or T == 16)
+        pointer = pointer[None, None, :] + (state * PACKED)[None, :, :] + k * (W * PACKED)
+        x = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
+        if T == 8:
+            x = tl.permute(x, (3, 0, 1, 2))
+        else:
+            high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
+            x = tl.permute(tl.join(x, high), (4, 3, 0, 1, 2))
         return tl.reshape(x, [T, W, pointer.shape[2]])
 
 
@@ -174,16 +178,17 @@ def sum_warps(x):
 
 
 @triton.jit
-def sum_channels(x):
-    """The sum of a tile [T, W, C] over C, twice, as [W, 2, T].
+def sum_channels(x, y):
+    """The sums of two tiles [T, W, C] over C, twice, as [W, 2, 2, T], the last 2 for x and y.
 
-    It is taken in the layout that Triton gives to tiles [C / 2, W, 2, T], where threads own half of C.
+    They are taken in the layout that Triton gives to tiles [C / 2, W, 2, 2, T], where threads own half of C.
     """
     T: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    x = tl.permute(tl.reshape(x, [T, W, x.shape[2] // 2, 2]), (2, 1, 3, 0))
-    total = tl.sum(pick_last(tl.associative_scan(x, 0, _add)), axis=1)
-    return tl.broadcast_to(total[:, None, :], [W, 2, T])
+    pair = tl.reshape(tl.join(x, y), [T, W, x.shape[2] // 2, 2, 2])
+    pair = tl.permute(pair, (2, 1, 3, 4, 0))
+    total = tl.sum(pick_last(tl.associative_scan(pair, 0, _add)), axis=1)
+    return tl.broadcast_to(total[:, None, :, :], [W, 2, 2, T])
 
 
 @triton.jit
@@ -239,3 +244,31 @@ def recur_back(decay, value, carry):
     value = tl.where(tl.arange(0, value.shape[0])[:, None, None] == 0, value + carry[None, :, :], value)
     decays, g = tl.associative_scan((_shift(decay, carry), value), 0, _step_after)
     return tl.flip(g, 0), pick_last(decay) * pick_last(g)
+
+
+@triton.jit
+def end_states(
+    step,
+    push,
+    rates,
+    carries,
+    B,
+    state,
+    dstate,
+    CONSTANT_B: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """The states after a tile, or with ADJOINT what the tile hands to the one before it."""
+    ends = ()
+    for k in tl.static_range(STATES):
+        value = push * load_coefficients(B, state, k, dstate, CONSTANT_B, T)
+        decay = tl.exp2(step * rates[k][None, :, :])
+        if ADJOINT:
+            g, end = recur_back(decay, value, carries[k])
+        else:
+            h, before, end = recur(decay, value, carries[k])
+        ends = ends + (end,)
+    return ends
