@@ -31,11 +31,13 @@ from .tiles import (
 
 @triton.jit
 def _places(pointer, T: tl.constexpr, W: tl.constexpr):
-    """Pointers [W, 2, 2, T] to gradients of B and C of W states, each there twice, and where they are first."""
-    copy = tl.arange(0, 2)[None, :, None, None]
-    place = tl.arange(0, W)[:, None, None, None] * (2 * PACKED) + tl.arange(0, 2)[None, None, :, None] * PACKED
-    place = place + copy * 0 + tl.arange(0, T)[None, None, None, :]
-    return tl.max_contiguous(pointer + place, (1, 1, 1, T)), tl.broadcast_to(copy == 0, place.shape)
+    """Pointers [W, 2, 2 * T] to gradients of B and C of W states, each there twice, and where they are first."""
+    copy = tl.arange(0, 2)[None, :, None]
+    step = tl.arange(0, 2 * T)[None, None, :]
+    place = tl.arange(0, W)[:, None, None] * (2 * PACKED) + step // T * PACKED + step % T
+    # The hint makes the compiler load and store in the layout of the sums.
+    places = tl.max_contiguous(tl.broadcast_to(pointer + place, [W, 2, 2 * T]), (1, 2, T))
+    return places, tl.broadcast_to(copy == 0, [W, 2, 2 * T])
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def _load_starts_of_half(
         x = load_steps(u, u_rows, position, length)
         raw = load_steps(delta, delta_rows, position, length)
         raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
-        step, drive, unused = by_channel(step, step * LN2 * x, step)
+        step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)
     return starts
 
@@ -305,20 +307,9 @@ def scan_backward_kernel(
             position = positions_of(half, halves, T, REVERSE)
             x = load_steps(u, u_rows, position, length)
             raw = load_steps(delta, delta_rows, position, length)
-            raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
             grad_gated = load_steps(grad_y, grad_y_rows, position, length)
-            grad_out = grad_gated
             if HAS_Z:
                 gate = load_steps(z, z_rows, position, length)
-                opened = sigmoid(gate)
-                grad_out = grad_out * gate * opened
-            # Rows beyond the group's are copies of its last one.
-            grad_out = tl.where(in_rows[:, None], grad_out, 0.0)
-            step = tl.where(in_rows[:, None], step, 0.0)
-            steps, drives, grads_out = by_channel(step, step * LN2 * x, grad_out)
-            out = tl.zeros([T, W, COLUMNS], tl.float32)
-            grad_drive = tl.zeros([T, W, COLUMNS], tl.float32)
-            grad_step = tl.zeros([T, W, COLUMNS], tl.float32)
             tile = tl.cast(half // 2, tl.int64)
             ahead = half % 2 * T
             here = states + tile * (dstate * dim) + channel
@@ -351,6 +342,19 @@ def scan_backward_kernel(
                     W,
                     STATES,
                 )
+            raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+            grad_out = grad_gated
+            if HAS_Z:
+                opened = sigmoid(gate)
+                grad_out = grad_out * gate * opened
+            # Rows beyond the group's are copies of its last one.
+            grad_out = tl.where(in_rows[:, None], grad_out, 0.0)
+            step = tl.where(in_rows[:, None], step, 0.0)
+            steps, drives, grads_out = by_channel(step, step * LN2 * x, grad_out, W)
+            out = tl.zeros([T, W, COLUMNS], tl.float32)
+            grad_drive = tl.zeros([T, W, COLUMNS], tl.float32)
+            grad_step = tl.zeros([T, W, COLUMNS], tl.float32)
+            if ONE_PASS:
                 out, grad_drive, grad_step, carry, of_A, of_B, of_C = _walk_states(
                     steps,
                     drives,

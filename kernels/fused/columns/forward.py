@@ -195,7 +195,7 @@ def scan_forward_kernel(
         ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, T, REVERSE)
         next_x = load_steps(u, u_rows, ahead, length)
         next_delta = load_steps(delta, delta_rows, ahead, length)
-        step, drive, unused = by_channel(step, step * LN2 * x, step)
+        step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
         C_tile = C + tl.cast(tile, tl.int64) * C_tile_size
@@ -319,7 +319,7 @@ def scan_summary_kernel(
     slot = batch * tl.num_programs(1) + chunk
     ends += slot * (dstate * dim) + channel
     totals += slot * dim + channel
-    total = tl.zeros([T, 1, COLUMNS], tl.float32)
+    total = tl.zeros([T, W, COLUMNS], tl.float32)
     carries = no_states(W, COLUMNS, STATES)
     if ONE_PASS:
         rates = load_states(A, A_state, state, dstate, in_rows, STATES)
@@ -346,7 +346,7 @@ def scan_summary_kernel(
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2
-        step, push, unused = by_channel(step, push, push)
+        step, push, unused = by_channel(step, push, push, W)
         total += step
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
         if ONE_PASS:
@@ -362,7 +362,9 @@ def scan_summary_kernel(
                 store_states(ends, dim, walked, state + n, dstate, in_rows, STATES)
     if ONE_PASS:
         store_states(ends, dim, carries, state, dstate, in_rows, STATES)
-    tl.store(totals, tl.reshape(tl.sum(total, axis=0), [COLUMNS]), mask=in_rows)
+    # All warps have the same total.
+    targets = tl.broadcast_to(totals[None, :], [W, COLUMNS])
+    tl.store(targets, tl.sum(total, axis=0), mask=tl.where(state == 0, in_rows[None, :], False))
 
 
 @triton.jit

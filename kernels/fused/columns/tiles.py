@@ -42,18 +42,30 @@ def steps_of(delta, bias, position, length, SOFTPLUS: tl.constexpr, EXACT: tl.co
 
 
 @triton.jit
-def _second(first0, first1, first2, second0, second1, second2):
+def _second(first, second):
+    return second
+
+
+@triton.jit
+def _seconds(first0, first1, first2, second0, second1, second2):
     return second0, second1, second2
 
 
 @triton.jit
-def by_channel(x, y, z):
-    """Three tiles [C, T] of sequences as [T, 1, C], where threads own the steps of a channel.
+def by_channel(x, y, z, W: tl.constexpr):
+    """Three tiles [C, T] of sequences as [T, W, C], where threads own the steps of a channel.
 
-    The scan has no effect but that what they are computed from stays in the layout it was loaded in.
+    The scans have no effect but that what the tiles are computed from stays in the layout it was loaded in, and that
+    the compiler takes each tile to one other layout, not to one for each use.
     """
-    x, y, z = tl.associative_scan((x[:, :, None], y[:, :, None], z[:, :, None]), 2, _second)
-    return tl.permute(x, (1, 2, 0)), tl.permute(y, (1, 2, 0)), tl.permute(z, (1, 2, 0))
+    x, y, z = tl.associative_scan((x[:, :, None], y[:, :, None], z[:, :, None]), 2, _seconds)
+    return _for_warps(x, W), _for_warps(y, W), _for_warps(z, W)
+
+
+@triton.jit
+def _for_warps(x, W: tl.constexpr):
+    x = tl.permute(x, (1, 2, 0))
+    return tl.associative_scan(tl.broadcast_to(x, [x.shape[0], W, x.shape[2]]), 0, _second)
 
 
 @triton.jit
@@ -179,16 +191,17 @@ def sum_warps(x):
 
 @triton.jit
 def sum_channels(x, y):
-    """The sums of two tiles [T, W, C] over C, twice, as [W, 2, 2, T], the last 2 for x and y.
+    """The sums of two tiles [T, W, C] over C, twice, as [W, 2, 2 * T], first those of x.
 
-    They are taken in the layout that Triton gives to tiles [C / 2, W, 2, 2, T], where threads own half of C.
+    They are taken in the layout that Triton gives to tiles [C / 2, W, 2, 2 * T], where threads own half of C.
     """
     T: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    pair = tl.reshape(tl.join(x, y), [T, W, x.shape[2] // 2, 2, 2])
-    pair = tl.permute(pair, (2, 1, 3, 4, 0))
+    HALF: tl.constexpr = x.shape[2] // 2
+    pair = tl.permute(tl.reshape(tl.join(x, y), [T, W, HALF, 2, 2]), (2, 1, 3, 4, 0))
+    pair = tl.reshape(pair, [HALF, W, 2, 2 * T])
     total = tl.sum(pick_last(tl.associative_scan(pair, 0, _add)), axis=1)
-    return tl.broadcast_to(total[:, None, :, :], [W, 2, 2, T])
+    return tl.broadcast_to(total[:, None, :], [W, 2, 2 * T])
 
 
 @triton.jit
