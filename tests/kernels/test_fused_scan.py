@@ -237,6 +237,13 @@ def test_registration(optional, save, configure):
     )
 
 
+@pytest.mark.parametrize('dstate', [1, 4, 16, 63, 64, 256])
+def test_programs_have_the_registers_that_they_ask_for(dstate):
+    for config in (columns.FORWARD, columns.BACKWARD):
+        config = columns.fit(config, dstate)
+        assert config.num_warps * 32 * config.registers <= 65536
+
+
 gpu = pytest.mark.skipif(not HAS_GPU, reason='needs a GPU')
 
 

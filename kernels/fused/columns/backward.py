@@ -12,9 +12,9 @@ from .tiles import (
     LN2,
     PACKED,
     by_channel,
-    end_states,
     load_coefficients,
     load_starts,
+    load_starts_of_half,
     load_states,
     load_steps,
     no_states,
@@ -101,44 +101,6 @@ def _walk_states(
         of_B = of_B + (sums_B[k] + tl.sum(grad_b, axis=0) if CONSTANT_B else sums_B[k],)
         of_C = of_C + (sums_C[k] + tl.sum(grad_c, axis=0) if CONSTANT_C else sums_C[k],)
     return out, grad_drive, grad_step, ends, of_A, of_B, of_C
-
-
-@triton.jit
-def _load_starts_of_half(
-    saved,
-    dim,
-    u,
-    u_rows,
-    delta,
-    delta_rows,
-    bias,
-    rates,
-    B,
-    half,
-    halves,
-    length,
-    state,
-    dstate,
-    in_rows,
-    SOFTPLUS: tl.constexpr,
-    CONSTANT_B: tl.constexpr,
-    REVERSE: tl.constexpr,
-    EXACT: tl.constexpr,
-    NVIDIA: tl.constexpr,
-    T: tl.constexpr,
-    W: tl.constexpr,
-    STATES: tl.constexpr,
-):
-    """The states before a half of what lies between saved states; B is that of the first half."""
-    starts = load_states(saved, dim, state, dstate, in_rows, STATES)
-    if half % 2 == 1:
-        position = positions_of(half - 1, halves, T, REVERSE)
-        x = load_steps(u, u_rows, position, length)
-        raw = load_steps(delta, delta_rows, position, length)
-        raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
-        step, drive, unused = by_channel(step, step * LN2 * x, step, W)
-        starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)
-    return starts
 
 
 @triton.jit(do_not_specialize_on_alignment=['grad_y', 'u', 'delta', 'z', 'grad_u', 'grad_delta', 'grad_z', 'grad_BC'])
@@ -317,7 +279,7 @@ def scan_backward_kernel(
             C_tile = C_block + (tile * C_tile_size + (0 if CONSTANT_C else ahead))
             grad_tile = grad_BC + (tile * (padded * PACKED * 2) + ahead)
             if ONE_PASS:
-                starts = _load_starts_of_half(
+                starts = load_starts_of_half(
                     here,
                     dim,
                     u,
@@ -385,31 +347,31 @@ def scan_backward_kernel(
                 for p in range(passes):
                     n = p * (STATES * W)
                     rates = load_states(A_block, A_state, state + n, dstate, in_rows, STATES)
-                    starts = _load_starts_of_half(
-                    here,
-                    dim,
-                    u,
-                    u_rows,
-                    delta,
-                    delta_rows,
-                    bias,
-                    rates,
-                    B_tile,
-                    half,
-                    halves,
-                    length,
-                    state + n,
-                    dstate,
-                    in_rows,
-                    SOFTPLUS,
-                    CONSTANT_B,
-                    REVERSE,
-                    EXACT,
-                    NVIDIA,
-                    T,
-                    W,
-                    STATES,
-                )
+                    starts = load_starts_of_half(
+                        here,
+                        dim,
+                        u,
+                        u_rows,
+                        delta,
+                        delta_rows,
+                        bias,
+                        rates,
+                        B_tile,
+                        half,
+                        halves,
+                        length,
+                        state + n,
+                        dstate,
+                        in_rows,
+                        SOFTPLUS,
+                        CONSTANT_B,
+                        REVERSE,
+                        EXACT,
+                        NVIDIA,
+                        T,
+                        W,
+                        STATES,
+                    )
                     out, grad_drive, grad_step, end, end_A, end_B, end_C = _walk_states(
                         steps,
                         drives,

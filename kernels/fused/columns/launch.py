@@ -3,6 +3,7 @@
 Importable without the package triton.
 """
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -37,9 +38,14 @@ class ScanConfig(NamedTuple):
 
 
 def fit(config: ScanConfig, dstate: int) -> ScanConfig:
-    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers."""
+    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers.
+
+    And with no more registers than the threads of a program can have.
+    """
     warps = max(config.warps, min(16, _power_of_2(-(-dstate // _STATES))))
-    return config._replace(warps=min(warps, _power_of_2(dstate)))
+    config = config._replace(warps=min(warps, _power_of_2(dstate)))
+    # A multiprocessor has 65536, which are handed out in eights.
+    return config._replace(registers=min(config.registers, 65536 // (32 * config.num_warps) // 8 * 8))
 
 
 def _power_of_2(number: int) -> int:
@@ -53,12 +59,24 @@ def _states(config: ScanConfig, dstate: int) -> tuple[int, int]:
     return states, -(-dstate // (states * config.warps))
 
 
+def _slots(config: ScanConfig, tensor: Tensor) -> int:
+    """Programs that run at the same time."""
+    return max(1, processors_of(tensor) * config.warps_per_processor // config.num_warps)
+
+
+@functools.lru_cache(maxsize=None)
+def _splits(rows: int, blocks: int, slots: int) -> int:
+    """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
+
+    def time(splits: int) -> int:
+        return -(-rows * splits // slots) * -(-blocks // splits)
+
+    return min(range(1, blocks + 1), key=time)
+
+
 def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
     """Tiles per chunk of L: as few chunks as fill the processors."""
-    chunks = config.chunks
-    if chunks == 0:
-        wanted = processors_of(tensor) * config.warps_per_processor
-        chunks = min(round(wanted / (programs * config.num_warps)), tiles // config.min_tiles)
+    chunks = config.chunks or min(_slots(config, tensor) // programs, tiles // config.min_tiles)
     return -(-tiles // max(1, min(chunks, tiles)))
 
 
@@ -301,8 +319,8 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     batch, dim, length = scan.u.shape
     dstate, groups = scan.A.shape[1], scan.groups
     blocks = triton.cdiv(scan.group_dim, config.columns)
-    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.num_warps))
-    split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
+    splits = min(blocks, config.splits or _splits(batch * groups, blocks, _slots(config, scan.u)))
+    split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     tiles = triton.cdiv(length, STEPS)
     chunk_tiles = _chunk_tiles(config, tiles, batch * groups * splits, scan.u)

@@ -285,3 +285,41 @@ def end_states(
             h, before, end = recur(decay, value, carries[k])
         ends = ends + (end,)
     return ends
+
+
+@triton.jit
+def load_starts_of_half(
+    saved,
+    dim,
+    u,
+    u_rows,
+    delta,
+    delta_rows,
+    bias,
+    rates,
+    B,
+    half,
+    halves,
+    length,
+    state,
+    dstate,
+    in_rows,
+    SOFTPLUS: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """The states before a half of what lies between saved states; B is that of the first half."""
+    starts = load_states(saved, dim, state, dstate, in_rows, STATES)
+    if half % 2 == 1:
+        position = positions_of(half - 1, halves, T, REVERSE)
+        x = load_steps(u, u_rows, position, length)
+        raw = load_steps(delta, delta_rows, position, length)
+        raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        step, drive, unused = by_channel(step, step * LN2 * x, step, W)
+        starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)
+    return starts
