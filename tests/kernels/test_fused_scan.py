@@ -109,6 +109,14 @@ def test_chunks_of_many_states(reverse, configure):
     check(small(seqlen=40, dstate=65, dim=2, B=0, C=0), delta_softplus=True, reverse=reverse)
 
 
+@pytest.mark.parametrize('dstate', [5, 70])
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('configure', [columns], ids=['columns'], indirect=True)
+def test_half_tiles(configure, reverse, dstate):
+    configure(steps=8, chunks=2)
+    check(small(seqlen=50, dstate=dstate, dim=3, B=0, C=0, optional='Dzbs'), delta_softplus=True, reverse=reverse)
+
+
 @pytest.mark.parametrize('dstate,warps', [(5, 1), (5, 2), (12, 4), (3, 8)])
 def test_states_of_a_warp(dstate, warps, monkeypatch):
     for name in ('FORWARD', 'BACKWARD'):

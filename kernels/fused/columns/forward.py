@@ -12,6 +12,7 @@ import triton.language as tl
 from ..elementwise import MAX_DECAY, sigmoid
 from .tiles import (
     LN2,
+    PACKED,
     by_channel,
     end_states,
     load_coefficients,
@@ -119,7 +120,7 @@ def scan_forward_kernel(
     block = tl.program_id(0) % blocks
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     chunk = tl.program_id(1)
-    tiles = tl.cdiv(length, T)
+    tiles = tl.cdiv(length, PACKED)
     padded = passes * (STATES * W)
 
     index = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -143,14 +144,14 @@ def scan_forward_kernel(
         B += channel * dstate
     else:
         groups = dim // group_dim // B_share
-        B += (batch * groups + group // B_share) * tiles * (padded * T)
-        B_tile_size = padded * T
+        B += (batch * groups + group // B_share) * tiles * (padded * PACKED)
+        B_tile_size = padded * PACKED
     if CONSTANT_C:
         C += channel * dstate
     else:
         groups = dim // group_dim // C_share
-        C += (batch * groups + group // C_share) * tiles * (padded * T)
-        C_tile_size = padded * T
+        C += (batch * groups + group // C_share) * tiles * (padded * PACKED)
+        C_tile_size = padded * PACKED
     last += (batch * dim + channel) * dstate
     if HAS_INITIAL:
         initial += (batch * dim + channel) * dstate
@@ -183,30 +184,35 @@ def scan_forward_kernel(
                 STATES,
             )
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
-    position = positions_of(begin, tiles, T, REVERSE)
+    PARTS: tl.constexpr = PACKED // T  # that a tile of B, C and the saved states is walked in
+    tl.static_assert(ONE_PASS or PARTS == 1)
+    parts = tiles * PARTS
+    position = positions_of(begin * PARTS, parts, T, REVERSE)
     next_x = load_steps(u, u_rows, position, length)
     next_delta = load_steps(delta, delta_rows, position, length)
-    for i in range(count):
-        tile = begin + i
-        position = positions_of(tile, tiles, T, REVERSE)
+    for i in range(count * PARTS):
+        part = begin * PARTS + i
+        tile = part // PARTS
+        position = positions_of(part, parts, T, REVERSE)
         x = next_x
         raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, since few other warps may be there to work meanwhile.
-        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, T, REVERSE)
+        ahead = positions_of(tl.minimum(part + 1, parts - 1), parts, T, REVERSE)
         next_x = load_steps(u, u_rows, ahead, length)
         next_delta = load_steps(delta, delta_rows, ahead, length)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
-        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
-        C_tile = C + tl.cast(tile, tl.int64) * C_tile_size
+        B_tile = B + (tl.cast(tile, tl.int64) * B_tile_size + (0 if CONSTANT_B else part % PARTS * T))
+        C_tile = C + (tl.cast(tile, tl.int64) * C_tile_size + (0 if CONSTANT_C else part % PARTS * T))
+        ends_tile = (part + 1) % PARTS == 0
         # The state before the next chunk is there already.
-        kept = tl.where((i + 1 < count) | (tile + 1 == tiles), in_rows, False)
+        kept = tl.where(ends_tile & ((i + 1 < count * PARTS) | (part + 1 == parts)), in_rows, False)
         if ONE_PASS:
             out, carries = _walk_states(
                 step, drive, out, rates, carries, B_tile, C_tile, state, dstate, CONSTANT_B, CONSTANT_C, T, W, STATES
             )
-            here += slot_step * (dstate * dim)
             if SAVE:
+                here += tl.where(ends_tile, slot_step * (dstate * dim), 0)
                 store_states(here, dim, carries, state, dstate, kept, STATES)
         else:
             after = here + slot_step * (dstate * dim)
@@ -292,7 +298,7 @@ def scan_summary_kernel(
     block = tl.program_id(0) % blocks
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     chunk = tl.program_id(1)
-    tiles = tl.cdiv(length, T)
+    tiles = tl.cdiv(length, PACKED)
     padded = passes * (STATES * W)
     index = block * COLUMNS + tl.arange(0, COLUMNS)
     in_rows = index < dim
@@ -311,8 +317,8 @@ def scan_summary_kernel(
         B += channel * dstate
     else:
         groups = dim // group_dim // B_share
-        B += (batch * groups + index // group_dim // B_share) * tiles * (padded * T)
-        B_tile_size = padded * T
+        B += (batch * groups + index // group_dim // B_share) * tiles * (padded * PACKED)
+        B_tile_size = padded * PACKED
     bias = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
         bias = tl.load(delta_bias + channel).to(tl.float32)
@@ -328,17 +334,19 @@ def scan_summary_kernel(
             n = p * (STATES * W)
             store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
     begin = chunk * chunk_tiles
-    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, T, REVERSE)
+    PARTS: tl.constexpr = PACKED // T
+    parts = tiles * PARTS
+    position = positions_of(parts - 1 - begin * PARTS if ADJOINT else begin * PARTS, parts, T, REVERSE)
     next_x = load_steps(x, x_rows, position, length)
     next_delta = load_steps(delta, delta_rows, position, length)
-    for i in range(chunk_tiles):
+    for i in range(chunk_tiles * PARTS):
         # No chunk but the last, which is not walked here, reaches the end.
-        tile = tiles - 1 - begin - i if ADJOINT else begin + i
-        position = positions_of(tile, tiles, T, REVERSE)
+        part = parts - 1 - begin * PARTS - i if ADJOINT else begin * PARTS + i
+        position = positions_of(part, parts, T, REVERSE)
         push = next_x
         raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, as in the forward pass.
-        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, T, REVERSE)
+        ahead = positions_of(part - 1 if ADJOINT else part + 1, parts, T, REVERSE)
         next_x = load_steps(x, x_rows, ahead, length)
         next_delta = load_steps(delta, delta_rows, ahead, length)
         if HAS_Z:
@@ -348,7 +356,7 @@ def scan_summary_kernel(
             push = push * step * LN2
         step, push, unused = by_channel(step, push, push, W)
         total += step
-        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
+        B_tile = B + (tl.cast(part // PARTS, tl.int64) * B_tile_size + (0 if CONSTANT_B else part % PARTS * T))
         if ONE_PASS:
             carries = end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
         else:

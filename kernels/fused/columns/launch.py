@@ -19,7 +19,8 @@ _STATES = 4  # that a thread takes at once, at most
 class ScanConfig(NamedTuple):
     """How a pass cuts its work.
 
-    A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states.
+    A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states,
+    `steps` positions at once (8 or 16, and always 8 in the backward pass).
     `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
     (backward only). Zero chooses by the sizes.
     """
@@ -28,6 +29,7 @@ class ScanConfig(NamedTuple):
     warps: int = 4
     chunks: int = 0
     splits: int = 0
+    steps: int = 16
     registers: int = 128  # of a thread
     warps_per_processor: int = 16  # enough to keep a multiprocessor busy
     min_tiles: int = 4  # a chunk has no fewer
@@ -59,12 +61,17 @@ def _states(config: ScanConfig, dstate: int) -> tuple[int, int]:
     return states, -(-dstate // (states * config.warps))
 
 
+def _forward_steps(config: ScanConfig, dstate: int) -> int:
+    """Steps that the forward pass walks at once; all of a tile where a state waits in memory for the next tile."""
+    return config.steps if _states(config, dstate)[1] == 1 else STEPS
+
+
 def _slots(config: ScanConfig, tensor: Tensor) -> int:
     """Programs that run at the same time."""
     return max(1, processors_of(tensor) * config.warps_per_processor // config.num_warps)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _splits(rows: int, blocks: int, slots: int) -> int:
     """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
 
@@ -80,7 +87,7 @@ def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) 
     return -(-tiles // max(1, min(chunks, tiles)))
 
 
-def _options(scan: Scan, config: ScanConfig, T: int = STEPS) -> dict:
+def _options(scan: Scan, config: ScanConfig, steps: int) -> dict:
     """What all kernels that walk tiles are compiled for."""
     nvidia = compiles_for_nvidia(scan.u)
     states, passes = _states(config, scan.A.shape[1])
@@ -92,7 +99,7 @@ def _options(scan: Scan, config: ScanConfig, T: int = STEPS) -> dict:
         ONE_PASS=passes == 1,
         EXACT=scan.u.dtype != torch.bfloat16,
         NVIDIA=nvidia,
-        T=T,
+        T=steps,
         W=config.warps,
         COLUMNS=config.columns,
         STATES=states,
@@ -232,7 +239,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         CONSTANT_C=C.ndim == 2,
         CHUNKED=chunks > 1,
         SAVE=save,
-        **_options(scan, config),
+        **_options(scan, config, _forward_steps(config, dstate)),
     )
     return last, states
 
@@ -264,7 +271,7 @@ def _carries(
     dstate = scan.A.shape[1]
     ends = states.new_empty(batch, chunks - 1, dstate, dim)
     totals = states.new_empty(batch, chunks - 1, dim)
-    options = _options(scan, config)
+    options = _options(scan, config, _forward_steps(config, dstate))
     options.update(HAS_Z=z is not None)
     scan_summary_kernel[(batch * triton.cdiv(dim, config.columns), chunks - 1)](
         x,
@@ -383,7 +390,7 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
         CONSTANT_B=B.ndim == 2,
         CONSTANT_C=C.ndim == 2,
         CHUNKED=chunks > 1,
-        **_options(scan, config, T=STEPS // 2),
+        **_options(scan, config, STEPS // 2),
     )
     grad_A, grad_B, grad_C, grad_D, grad_bias = _totals(scan, sums, *_unpack(scan, grad_BC, padded))
     return Gradients(
