@@ -363,7 +363,7 @@ def compare_with_plain(tensors, dtype):
         plain = partial(definition, scan=ss2d_scan, dtype=dtype)
         expected = run({k: t.double() for k, t in tensors.items()}, plain)
     actual = run(tensors)
-    oracles.assert_all_match(actual, expected, dtype)
+    oracles.assert_all_match(actual, expected, dtype, outliers=0.0 if dtype == torch.float32 else 1e-3)
     return actual
 
 
