@@ -38,7 +38,7 @@ def _constants(sizes: Sizes, launch: Launch, wraps: bool, exact: bool, nvidia: b
 
 
 def _constants_for(x: Tensor, sizes: Sizes, launch: Launch, wraps: bool) -> tuple:
-    return _constants(sizes, launch, wraps, x.dtype == torch.float32, compiles_for_nvidia(x), dot_precision(x))
+    return _constants(sizes, launch, wraps, x.dtype != torch.bfloat16, compiles_for_nvidia(x), dot_precision(x))
 
 
 class Summaries(NamedTuple):
