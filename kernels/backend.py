@@ -7,6 +7,7 @@ from typing import ContextManager, Iterator, Optional
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     import triton
@@ -65,12 +66,13 @@ def device_of(tensor: Tensor) -> ContextManager[None]:
 
 def processors_of(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device, or 1 where there are none."""
-    return _processors(tensor.device.index) if tensor.is_cuda and torch.cuda.is_available() else 1
+    return _processors(tensor.device.index) if tensor.is_cuda else 1
 
 
-@functools.lru_cache(maxsize=None)
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+@functools.cache
+def _processors(index: Optional[int]) -> int:
+    # A fake tensor may pretend to be on a GPU.
+    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 1
 
 
 def compiles_for_nvidia(tensor: Tensor) -> bool:
@@ -83,6 +85,15 @@ def dot_precision(tensor: Tensor) -> str:
     if not compiles_for_nvidia(tensor):
         return 'ieee'
     return 'tf32x3' if tensor.dtype == torch.float32 else 'tf32'
+
+
+def operators_are_watched() -> bool:
+    """Whether calls must go through PyTorch's dispatcher: they are traced, or a mode or a transform looks at them.
+
+    Otherwise they can do without, which saves the host as much time as small kernels take.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
 
 
 def needs_gradients(*tensors: Optional[Tensor]) -> bool:

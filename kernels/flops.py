@@ -33,7 +33,7 @@ def routed_scan_macs(x_dbl: Shape, dt_weight: Shape, A: Shape) -> int:
 
 
 def ss2d_core_macs(x: Shape, projects: bool, dt_weight: Shape, A: Shape) -> int:
-    """Multiply-adds of the fused SS2D without its norm, on x [B, H, W, D]; `projects` counts the projection of x too."""
+    """Multiply-adds of the fused SS2D without its norm, on x [B, H, W, D]; its projection if `projects`."""
     routes, dim, dt_rank = dt_weight
     width = dt_rank + 2 * A[2]
     projection = prod(x) * routes * width if projects else 0
@@ -116,8 +116,8 @@ def _ss2d_fused_backward_flops(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    scan, core = (2 * ss2d_core_macs(x, projects, dt_weight, A) for projects in (False, x_proj_weight is not None))
-    return 3 * scan + 2 * (core - scan)
+    alone, core = (2 * ss2d_core_macs(x, projects, dt_weight, A) for projects in (False, x_proj_weight is not None))
+    return 3 * alone + 2 * (core - alone)
 
 
 if triton is not None:

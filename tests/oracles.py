@@ -35,8 +35,12 @@ def relative_error(actual, expected):
     return difference / max(scale, TINY)
 
 
-def assert_matches(actual, expected, dtype, name=''):
-    """Both by norm and element by element; absolute tolerances are in units of the root mean square."""
+def assert_matches(actual, expected, dtype, name='', outliers=0.0):
+    """Both by norm and element by element; absolute tolerances are in units of the root mean square.
+
+    Of long sums with large terms that cancel, rounded to half precision, a share of `outliers` of the elements (or two)
+    may exceed the tolerances up to four times.
+    """
     assert actual.shape == expected.shape, f'{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}'
     if not expected.numel():
         return
@@ -44,6 +48,12 @@ def assert_matches(actual, expected, dtype, name=''):
     error = relative_error(actual, expected)
     assert error <= bound, f'{name}: relative error {error:.3g} is over {bound:.3g}'
     scale = expected.detach().double().square().mean().sqrt().item()
+    if outliers:
+        excess = (actual.double() - expected).abs() / (atol * max(scale, TINY) + rtol * expected.abs())
+        count, worst = int((excess > 1).sum()), excess.max().item()
+        assert count <= max(outliers * excess.numel(), 2), f'{name}: {count} of {excess.numel()} are not close'
+        assert worst <= 4, f'{name}: the tolerance is exceeded {worst:.3g} times'
+        return
     torch.testing.assert_close(
         actual.detach().double(),
         expected.detach().double(),
@@ -53,13 +63,13 @@ def assert_matches(actual, expected, dtype, name=''):
     )
 
 
-def assert_all_match(actual, expected, dtype):
+def assert_all_match(actual, expected, dtype, outliers=0.0):
     """Two dictionaries of tensors by name; None only where both have it."""
     assert actual.keys() == expected.keys()
     for name in expected:
         assert (actual[name] is None) == (expected[name] is None), name
         if expected[name] is not None:
-            assert_matches(actual[name], expected[name], dtype, name)
+            assert_matches(actual[name], expected[name], dtype, name, outliers)
 
 
 def softplus(x):

@@ -1,6 +1,7 @@
 """Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory and shares of the limits.
 
 python tools/bench_kernels.py --csv kernels.csv --docs docs/benchmarks.md
+python tools/bench_kernels.py --only model --compile-training --activation-memory-budget 0.5
 python tools/bench_kernels.py --only scan --case '*_n16_*'
 python tools/bench_kernels.py --device cpu --batch 1 --repeats 1 --case ss2d_vmamba_t_stage4
 """
@@ -16,6 +17,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import timm
 import torch
+import torch._functorch.config as functorch_config
 from kernel_cases import (
     BACKWARD,
     BOTH,
@@ -75,7 +77,8 @@ def _measure(result: Result, device: torch.device, repeats: int) -> None:
         result.backward_ms, result.backward_timed = _backward_ms(workload, result, device, repeats)
     if device.type == 'cuda' and FORWARD in passes:
         result.forward_graph_ms = median_ms(capture(forward), device, repeats)
-    if device.type == 'cuda' and BACKWARD in passes:
+    captures_training = BACKWARD in passes or (isinstance(result.case, ModelCase) and result.case.compile)
+    if device.type == 'cuda' and BOTH in passes and captures_training:
         result.forward_backward_graph_ms = median_ms(capture(both), device, repeats)
 
 
@@ -151,6 +154,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names')
     parser.add_argument('--compile-training', action='store_true', help='also train under torch.compile')
+    parser.add_argument(
+        '--activation-memory-budget',
+        type=float,
+        metavar='SHARE',
+        help="what compiled training keeps for its backward pass, of all that it would keep; PyTorch's own by default",
+    )
     parser.add_argument('--batch', type=int, help="instead of each case's own; leaves out the peers' earlier figures")
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
     parser.add_argument('--repeats', type=int, default=30, help='runs of which the median time is taken')
@@ -162,6 +171,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for name in ('repeats', 'batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    budget = args.activation_memory_budget
+    if budget is not None and not 0 <= budget <= 1:
+        parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
@@ -184,6 +196,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.list:
         console.print('\n'.join(case.name for case in args.cases), highlight=False)
         return
+    if args.activation_memory_budget is not None:
+        functorch_config.activation_memory_budget = args.activation_memory_budget
     device = device_name(args.device)
     ceilings = measure_ceilings(args.device, args.repeats)
     cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)

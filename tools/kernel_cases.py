@@ -12,7 +12,6 @@ from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Se
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core
 

@@ -96,7 +96,7 @@ def _record(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
     is_model = case.kind == 'model'
     ms = result.forward_ms or result.forward_backward_ms
     record['images_per_second'] = over(1e3 * case.batch, ms) if is_model else None
-    graph_ms = result.forward_graph_ms
+    graph_ms = result.forward_graph_ms or result.forward_backward_graph_ms
     record['graph_images_per_second'] = over(1e3 * case.batch, graph_ms) if is_model else None
     record.update(_peer(result, run, measured))
     record.update(

@@ -18,7 +18,7 @@ def route_of_pair(pair, height, width, magic, T: tl.constexpr, WRAP: tl.constexp
         line: Steps until the route turns to the next line; by rows the whole map is one line.
         step: Distance of neighbouring steps on the map.
         jump: What a turn adds, 1 - line * step.
-        magic: ceil(2**32 / line); the last two are 0 where nothing turns.
+        magic: See `line_of`; the last two are 0 where nothing turns.
         tiles: Tiles of a line; with WRAP tiles cross the ends of lines, so that they form one.
         lines: Lines of the map; 1 with WRAP.
     """
@@ -71,29 +71,44 @@ def walk(
     Returns:
         Positions in the broadcast shape of offset and backward, and which of them exist; the others are 0.
     """
-    start, within, limit = _tile_start(tile, seqlen, line, step, tiles, lines, T, WRAP)
-    start_back, within_back, limit_back = _tile_start(tile_back, seqlen, line, step, tiles, lines, T, WRAP)
+    start, within, limit = _tile_start(tile, seqlen, line, step, magic, tiles, lines, T, WRAP)
+    start_back, within_back, limit_back = _tile_start(tile_back, seqlen, line, step, magic, tiles, lines, T, WRAP)
     exists = offset < tl.where(backward == 0, limit, limit_back)
     position = tl.where(backward == 0, start, start_back) + offset * step
     if WRAP:
         along = tl.where(backward == 0, within, within_back) + offset
-        position += tl.umulhi(along.to(tl.uint32), magic.to(tl.uint32)).to(tl.int32) * jump
+        position += _divide(along, magic) * jump
     return tl.where(exists, position, 0), exists
 
 
 @triton.jit
-def _tile_start(tile, seqlen, line, step, tiles, lines, T: tl.constexpr, WRAP: tl.constexpr):
+def _tile_start(tile, seqlen, line, step, magic, tiles, lines, T: tl.constexpr, WRAP: tl.constexpr):
     """Where a tile starts on the map and on its line, and the steps that follow on the line (with WRAP, on the map)."""
     if WRAP:
         first = tile * T
-        number = first // line
+        number = _divide(first, magic)
         within = first - number * line
         limit = seqlen - first
     else:
-        number = tile // tiles
+        number = line_of(tile, magic, tiles)
         within = (tile - number * tiles) * T
         limit = tl.where(number < lines, line - within, 0)
     return within * step + number, within, limit
+
+
+@triton.jit
+def line_of(tile, magic, tiles):
+    """The line of a tile; where tiles end with lines magic is ceil(2**32 / tiles), else ceil(2**32 / line).
+
+    A division would take longer than all else that has to be known before a tile can be loaded.
+    """
+    return tl.where(tiles == 1, tile, _divide(tile, magic))
+
+
+@triton.jit
+def _divide(number, magic):
+    """number // divisor for magic = ceil(2**32 / divisor), exact while number * divisor < 2**32."""
+    return tl.umulhi(number.to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def _constants(sizes: Sizes, launch: Launch, wraps: bool, exact: bool, nvidia: b
 
 
 def _constants_for(x: Tensor, sizes: Sizes, launch: Launch, wraps: bool) -> tuple:
-    return _constants(sizes, launch, wraps, x.dtype == torch.float32, compiles_for_nvidia(x), dot_precision(x))
+    return _constants(sizes, launch, wraps, x.dtype != torch.bfloat16, compiles_for_nvidia(x), dot_precision(x))
 
 
 class Summaries(NamedTuple):
@@ -73,7 +73,7 @@ def scan_forward(
     summaries = _summaries(sizes, regions, A)
     programs = parts(sizes.dim, launch.channels) * 2 * regions * sizes.batch
     tensors = x, x_dbl, dt_weight, dt_bias, A, *y, states, summaries.carries, summaries.ends, summaries.sums
-    integers = sizes.height, sizes.width, sizes.dim, magic_of(sizes.height), regions, tiles, shape[2]
+    integers = sizes.height, sizes.width, sizes.dim, magic_of(sizes, launch, wrap), regions, tiles, shape[2]
     constants = _constants_for(x, sizes, launch, wrap)
     for summary in (True, False) if regions > 1 else (False,):
         tiles_kept = launch.steps // plan.backward.steps if keep and not summary else 0
@@ -123,7 +123,7 @@ def scan_backward(
     summaries = _summaries(sizes, regions, A)
     tensors = grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states, *summaries, *grads
     integers = (
-        *(sizes.batch, sizes.height, sizes.width, sizes.dim, magic_of(sizes.height)),
+        *(sizes.batch, sizes.height, sizes.width, sizes.dim, magic_of(sizes, launch, wrap)),
         *(regions, tiles, launch.batches, states.shape[2]),
     )
     constants = _constants_for(x, sizes, launch, wrap)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LOG2_E, softplus_log2
-from .routes import by_column, recur, route_of_pair, steps_of, walk
+from .routes import by_column, line_of, recur, route_of_pair, steps_of, walk
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'y_rows_ptr', 'y_columns_ptr', 'dim']
@@ -159,9 +159,10 @@ def scan_routes(
                 # A tile starts STATES of the backward pass's tiles, of which the last of a line may hold no step.
                 part = tl.arange(0, STATES)[:, None]
                 part = tl.where(backward[None, :] == 0, part, STATES - 1 - part)
-                part += (state_tile % tiles) * STATES
+                line_of_tile = state_tile * 0 if WRAP else line_of(state_tile, magic, tiles)
+                part += (state_tile - line_of_tile * tiles) * STATES
                 tiles_of_line = tl.cdiv(seqlen if WRAP else line, T // STATES)
-                state_part = (state_tile // tiles) * tiles_of_line + part
+                state_part = line_of_tile * tiles_of_line + part
                 state_tile = tl.where((state_tile >= 0) & (part < tiles_of_line), state_part, -1)
         if WIDE:
             position = position.to(tl.int64)

@@ -5,14 +5,14 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..backend import device_of, processors_of
+from ..backend import device_of, needs_gradients, operators_are_watched, processors_of
 from .ss2d import merge, merge_backward, scan_backward, scan_forward
 from .ss2d_plan import NUM_ROUTES, plan, sizes_of, states_shape
 
 
-@torch.library.custom_op('vmamba::ss2d_fused', mutates_args=())
-def ss2d_fused(
+def _forward(
     x: Tensor,
     x_dbl: Optional[Tensor],
     x_proj_weight: Optional[Tensor],
@@ -42,10 +42,13 @@ def ss2d_fused(
     return out, projected if keep and x_dbl is None else nothing, merged, states, moments
 
 
+ss2d_fused = torch.library.custom_op('vmamba::ss2d_fused', _forward, mutates_args=())
+
+
 def _project(x: Tensor, x_dbl: Optional[Tensor], x_proj_weight: Optional[Tensor]) -> Tensor:
     if x_dbl is not None:
         return x_dbl.to(x.dtype).contiguous()
-    return F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
+    return F.linear(x, x_proj_weight.to(x.dtype)).to(x.dtype).unflatten(-1, (NUM_ROUTES, -1))
 
 
 @ss2d_fused.register_fake
@@ -64,8 +67,7 @@ def _(x, x_dbl, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias,
     )
 
 
-@torch.library.custom_op('vmamba::ss2d_fused_backward', mutates_args=())
-def ss2d_fused_backward(
+def _backward(
     grad_out: Tensor,
     x: Tensor,
     x_dbl: Tensor,
@@ -102,6 +104,9 @@ def ss2d_fused_backward(
         return grad_x, grad_projection, grads.parameters.sum(dim=0), grad_vectors
 
 
+ss2d_fused_backward = torch.library.custom_op('vmamba::ss2d_fused_backward', _backward, mutates_args=())
+
+
 @ss2d_fused_backward.register_fake
 def _(grad_out, x, x_dbl, x_proj_weight, dt_weight, dt_bias, A, D, *saved):
     projection = x_dbl if x_proj_weight is None else x_proj_weight
@@ -116,17 +121,21 @@ def _(grad_out, x, x_dbl, x_proj_weight, dt_weight, dt_bias, A, D, *saved):
 def _setup_context(ctx, inputs, output):
     x, x_dbl, x_proj_weight, *parameters, norm_weight, norm_bias, norm_eps, ctx.keep = inputs
     ctx.norm_bias_dtype = None if norm_bias is None else norm_bias.dtype
+    ctx.set_materialize_grads(False)  # zeros for what is kept
     projected, *kept = output[1:]
     x_dbl = projected if x_dbl is None else x_dbl
     ctx.save_for_backward(x, x_dbl, x_proj_weight, *parameters, norm_weight, *kept)
 
 
-def _backward(ctx, grad_out, *grads_of_what_is_kept):
+def _gradients(backward, ctx, grad_out: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    """Gradients of all inputs, made by `backward`: `_backward` or the operator of it."""
     if not ctx.keep:
         raise RuntimeError('ss2d_fused was called with keep=False and has no gradients; call it with keep=True')
+    if grad_out is None:
+        return (None,) * 11
     tensors = ctx.saved_tensors
     x_proj_weight, dt_weight, dt_bias, A, D, norm_weight = tensors[2:8]
-    grad_x, grad_projection, grad_parameters, grad_vectors = torch.ops.vmamba.ss2d_fused_backward(grad_out, *tensors)
+    grad_x, grad_projection, grad_parameters, grad_vectors = backward(grad_out, *tensors)
     wide = grad_parameters.split([dt_weight.numel(), dt_bias.numel(), A.numel()])
     grads = [grad.view(like.shape).to(like.dtype) for grad, like in zip(wide, (dt_weight, dt_bias, A))]
     grad_norm_weight, grad_norm_bias, grad_skip = grad_vectors.unbind()
@@ -142,4 +151,36 @@ def _backward(ctx, grad_out, *grads_of_what_is_kept):
     )
 
 
-ss2d_fused.register_autograd(_backward, setup_context=_setup_context)
+def _operator_gradients(ctx, grad_out, *grads_of_what_is_kept):
+    return _gradients(torch.ops.vmamba.ss2d_fused_backward, ctx, grad_out)
+
+
+ss2d_fused.register_autograd(_operator_gradients, setup_context=_setup_context)
+
+
+class _SS2D(torch.autograd.Function):
+    """`ss2d_fused` and its gradients without PyTorch's dispatcher, unless something watches the backward pass.
+
+    The context is set up within the forward pass: PyTorch's way to do it apart inspects signatures at each call, which
+    takes longer than the kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        watched = operators_are_watched()
+        return _gradients(torch.ops.vmamba.ss2d_fused_backward if watched else _backward, ctx, grad_out)
+
+
+def run_ss2d(*arguments) -> Tensor:
+    """The output of `ss2d_fused` on its arguments but the last, differentiable where gradients are needed."""
+    keep = needs_gradients(*arguments[:-1])
+    if operators_are_watched():
+        return ss2d_fused(*arguments, keep)[0]
+    return _SS2D.apply(*arguments, keep) if keep else _forward(*arguments, keep)[0]

@@ -133,7 +133,8 @@ def states_shape(sizes: Sizes, plan: Plan) -> tuple[int, ...]:
     return sizes.batch, NUM_ROUTES, _tiles(sizes, plan.backward.steps, wraps(sizes, plan)), sizes.dstate, sizes.dim
 
 
-def magic_of(height: int) -> int:
-    """ceil(2**32 / height) as a signed integer of 32 bits; see `walk`."""
-    magic = -(-(2**32) // height) if height > 1 else 0
+def magic_of(sizes: Sizes, launch: Launch, wraps: bool) -> int:
+    """ceil(2**32 / divisor) as a signed integer of 32 bits; see `line_of`."""
+    divisor = sizes.height if wraps else parts(sizes.height, launch.steps)
+    magic = parts(2**32, divisor) if divisor > 1 else 0
     return magic - 2**32 if magic >= 2**31 else magic

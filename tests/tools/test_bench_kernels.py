@@ -176,6 +176,7 @@ def test_a_lonely_marker_is_an_error():
         (['--only', 'scan', '--case', 'ss2d_*'], "no case matches 'ss2d_"),
         (['--models', 'no_such_model'], 'timm knows no model no_such_model'),
         (['--repeats', '0'], '--repeats must be at least 1, got 0'),
+        (['--activation-memory-budget', '1.5'], '--activation-memory-budget must be within [0, 1], got 1.5'),
     ],
 )
 def test_what_there_is_not_is_a_clear_error(capsys, arguments, message):
