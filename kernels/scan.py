@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import needs_gradients, runs_on_triton
+from .backend import runs_on_triton
 from .chunked import scan_backward, scan_forward
-from .fused import scan as _fused  # noqa: F401  defines its operators
+from .fused.scan import run_selective_scan
 
 
 def selective_scan(
@@ -63,9 +63,7 @@ def selective_scan(
     B, C = (tensor[:, None] if tensor.ndim == 3 else tensor for tensor in (B, C))
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if runs_on_triton(u):
-        y, last_state, _ = torch.ops.vmamba.selective_scan_fused(
-            *tensors, delta_softplus, reverse, out_dtype or u.dtype, needs_gradients(*tensors)
-        )
+        y, last_state = run_selective_scan(*tensors, delta_softplus, reverse, out_dtype or u.dtype)
     else:
         y, last_state = _plain_scan(*tensors, delta_softplus, reverse, out_dtype)
     return (y, last_state) if return_last_state else y

@@ -1,12 +1,13 @@
 """The selective scan on Triton kernels, as an operator of PyTorch."""
 
 from types import ModuleType
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..backend import device_of
+from ..backend import device_of, needs_gradients, operators_are_watched
 from .columns import launch as columns
 from .lanes import launch as lanes
 
@@ -18,8 +19,7 @@ def _kernels(A: Tensor) -> ModuleType:
     return columns if A.shape[1] >= MANY_STATES else lanes
 
 
-@torch.library.custom_op('vmamba::selective_scan_fused', mutates_args=())
-def _selective_scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -51,6 +51,9 @@ def _selective_scan(
     return y, last_state, states if save_states else _no_states(u)
 
 
+_selective_scan = torch.library.custom_op('vmamba::selective_scan_fused', _forward, mutates_args=())
+
+
 def _no_states(u: Tensor) -> Tensor:
     return u.new_empty(0, dtype=torch.float32)
 
@@ -64,8 +67,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, revers
     return torch.empty_like(u, dtype=out_dtype), last_state, states
 
 
-@torch.library.custom_op('vmamba::selective_scan_fused_backward', mutates_args=())
-def _selective_scan_backward(
+def _backward(
     grad_y: Tensor,
     grad_last_state: Optional[Tensor],
     u: Tensor,
@@ -98,6 +100,9 @@ def _selective_scan_backward(
     )
 
 
+_selective_scan_backward = torch.library.custom_op('vmamba::selective_scan_fused_backward', _backward, mutates_args=())
+
+
 @_selective_scan_backward.register_fake
 def _(grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse):
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -110,14 +115,48 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _autograd_backward(ctx, grad_y, grad_last_state, _):
+def _gradients(
+    backward: Callable[..., tuple[Tensor, ...]], ctx, grad_y: Optional[Tensor], grad_last_state: Optional[Tensor]
+) -> tuple[Optional[Tensor], ...]:
+    """Gradients of all inputs, made by `backward`: `_backward` or the operator of it."""
     *tensors, states = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    grads = torch.ops.vmamba.selective_scan_fused_backward(
-        grad_y, grad_last_state, *tensors, states, ctx.delta_softplus, ctx.reverse
-    )
+    grads = backward(grad_y, grad_last_state, *tensors, states, ctx.delta_softplus, ctx.reverse)
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
 
 
-_selective_scan.register_autograd(_autograd_backward, setup_context=_setup_context)
+def _operator_gradients(ctx, grad_y, grad_last_state, _):
+    return _gradients(torch.ops.vmamba.selective_scan_fused_backward, ctx, grad_y, grad_last_state)
+
+
+_selective_scan.register_autograd(_operator_gradients, setup_context=_setup_context)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """`vmamba::selective_scan_fused` without PyTorch's dispatcher, unless something watches the backward pass.
+
+    The context is set up within the forward pass: PyTorch's way to do it apart inspects signatures at each call, which
+    takes longer than the kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_last_state):
+        watched = operators_are_watched()
+        backward = torch.ops.vmamba.selective_scan_fused_backward if watched else _backward
+        return _gradients(backward, ctx, grad_y, grad_last_state)
+
+
+def run_selective_scan(*arguments) -> tuple[Tensor, Tensor]:
+    """y and the last state of the operator on its arguments but the last, differentiable where gradients are needed."""
+    save_states = needs_gradients(*arguments[:9])
+    if operators_are_watched():
+        return torch.ops.vmamba.selective_scan_fused(*arguments, save_states)[:2]
+    return _SelectiveScan.apply(*arguments, save_states) if save_states else _forward(*arguments, False)[:2]

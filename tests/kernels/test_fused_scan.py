@@ -24,6 +24,8 @@ SMALL = {
     columns: columns.ScanConfig(columns=4, chunks=1, splits=1),
 }
 
+CONFIGS = {lanes: ('FORWARD', 'BACKWARD'), columns: ('FORWARD', 'SAVING', 'BACKWARD')}
+
 
 @pytest.fixture(autouse=True)
 def triton_kernels():
@@ -43,7 +45,7 @@ def configure(request, monkeypatch):
     def set_config(channels=None, **changes):
         if channels:
             changes['columns' if design is columns else 'rows'] = channels
-        for name in ('FORWARD', 'BACKWARD'):
+        for name in CONFIGS[design]:
             monkeypatch.setattr(design, name, SMALL[design]._replace(**changes))
 
     if not HAS_GPU:
@@ -247,7 +249,7 @@ def test_registration(optional, save, configure):
 
 @pytest.mark.parametrize('dstate', [1, 4, 16, 63, 64, 256])
 def test_programs_have_the_registers_that_they_ask_for(dstate):
-    for config in (columns.FORWARD, columns.BACKWARD):
+    for config in (columns.FORWARD, columns.SAVING, columns.BACKWARD):
         config = columns.fit(config, dstate)
         assert config.num_warps * 32 * config.registers <= 65536
 
@@ -309,7 +311,7 @@ def test_a_million_steps():
 @pytest.mark.gpu
 @pytest.mark.parametrize('chunks', [1, 8])
 def test_repeated_runs_agree_bit_by_bit(chunks, monkeypatch):
-    for design, name in product((lanes, columns), ('FORWARD', 'BACKWARD')):
+    for design, name in ((design, name) for design, names in CONFIGS.items() for name in names):
         monkeypatch.setattr(design, name, getattr(design, name)._replace(chunks=chunks))
     tensors = on_device(arguments(batch=4, dim=192, seqlen=3136, dstate=4, B=2, C=2, dtype=torch.bfloat16))
     first = run(library, tensors, delta_softplus=True)

@@ -3,94 +3,20 @@
 Importable without the package triton.
 """
 
-import functools
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from ...backend import compiles_for_nvidia, processors_of
+from ...backend import compiles_for_nvidia
 from ..sequences import Gradients, Scan, prepare, unit_stride
-
-STEPS = 16  # of a tile
-_STATES = 4  # that a thread takes at once, at most
-
-
-class ScanConfig(NamedTuple):
-    """How a pass cuts its work.
-
-    A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states,
-    `steps` positions at once (8 or 16, and always 8 in the backward pass).
-    `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
-    (backward only). Zero chooses by the sizes.
-    """
-
-    columns: int = 32
-    warps: int = 4
-    chunks: int = 0
-    splits: int = 0
-    steps: int = 16
-    registers: int = 128  # of a thread
-    warps_per_processor: int = 16  # enough to keep a multiprocessor busy
-    min_tiles: int = 4  # a chunk has no fewer
-
-    @property
-    def num_warps(self) -> int:
-        return self.warps * max(self.columns // 32, 1)
-
-
-def fit(config: ScanConfig, dstate: int) -> ScanConfig:
-    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers.
-
-    And with no more registers than the threads of a program can have.
-    """
-    warps = max(config.warps, min(16, _power_of_2(-(-dstate // _STATES))))
-    config = config._replace(warps=min(warps, _power_of_2(dstate)))
-    # A multiprocessor has 65536, which are handed out in eights.
-    return config._replace(registers=min(config.registers, 65536 // (32 * config.num_warps) // 8 * 8))
-
-
-def _power_of_2(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()
-
-
-def _states(config: ScanConfig, dstate: int) -> tuple[int, int]:
-    """States of a thread at once, and how often that many for all."""
-    states = min(_STATES, -(-dstate // config.warps))
-    return states, -(-dstate // (states * config.warps))
-
-
-def _forward_steps(config: ScanConfig, dstate: int) -> int:
-    """Steps that the forward pass walks at once; all of a tile where a state waits in memory for the next tile."""
-    return config.steps if _states(config, dstate)[1] == 1 else STEPS
-
-
-def _slots(config: ScanConfig, tensor: Tensor) -> int:
-    """Programs that run at the same time."""
-    return max(1, processors_of(tensor) * config.warps_per_processor // config.num_warps)
-
-
-@functools.cache
-def _splits(rows: int, blocks: int, slots: int) -> int:
-    """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
-
-    def time(splits: int) -> int:
-        return -(-rows * splits // slots) * -(-blocks // splits)
-
-    return min(range(1, blocks + 1), key=time)
-
-
-def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
-    """Tiles per chunk of L: as few chunks as fill the processors."""
-    chunks = config.chunks or min(_slots(config, tensor) // programs, tiles // config.min_tiles)
-    return -(-tiles // max(1, min(chunks, tiles)))
+from .config import STEPS, ScanConfig, chunk_tiles_of, fit, forward_steps, slots_of, splits_of, states_of
 
 
 def _options(scan: Scan, config: ScanConfig, steps: int) -> dict:
     """What all kernels that walk tiles are compiled for."""
     nvidia = compiles_for_nvidia(scan.u)
-    states, passes = _states(config, scan.A.shape[1])
+    states, passes = states_of(config, scan.A.shape[1])
     return dict(
         HAS_Z=scan.z is not None,
         HAS_BIAS=scan.delta_bias is not None,
@@ -121,7 +47,7 @@ def _pack(scan: Scan, config: ScanConfig) -> tuple[Tensor, Tensor]:
 
     length, dstate = scan.u.shape[2], scan.A.shape[1]
     tiles = triton.cdiv(length, STEPS)
-    states, passes = _states(config, dstate)
+    states, passes = states_of(config, dstate)
     padded = states * passes * config.warps
     packed, rows, groups, strides = [], [], [], []
     for tensor in (scan.B, scan.C):
@@ -195,7 +121,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
     dstate = scan.A.shape[1]
     programs = batch * triton.cdiv(dim, config.columns)
     tiles = triton.cdiv(length, STEPS)
-    chunk_tiles = _chunk_tiles(config, tiles, programs, scan.u)
+    chunk_tiles = chunk_tiles_of(config, tiles, programs, scan.u)
     chunks = triton.cdiv(tiles, chunk_tiles)
     slots, chunk_slots, slot_step = (tiles + 1, chunk_tiles, 1) if save else (chunks, 1, 0)
     states = scan.u.new_empty(batch, slots, dstate, dim, dtype=torch.float32)
@@ -223,7 +149,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         scan.share,
         scan.group_share('B'),
         scan.group_share('C'),
-        _states(config, dstate)[1],
+        states_of(config, dstate)[1],
         chunk_tiles,
         chunk_slots,
         slot_step,
@@ -239,7 +165,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         CONSTANT_C=C.ndim == 2,
         CHUNKED=chunks > 1,
         SAVE=save,
-        **_options(scan, config, _forward_steps(config, dstate)),
+        **_options(scan, config, forward_steps(config, dstate)),
     )
     return last, states
 
@@ -271,7 +197,7 @@ def _carries(
     dstate = scan.A.shape[1]
     ends = states.new_empty(batch, chunks - 1, dstate, dim)
     totals = states.new_empty(batch, chunks - 1, dim)
-    options = _options(scan, config, _forward_steps(config, dstate))
+    options = _options(scan, config, forward_steps(config, dstate))
     options.update(HAS_Z=z is not None)
     scan_summary_kernel[(batch * triton.cdiv(dim, config.columns), chunks - 1)](
         x,
@@ -288,7 +214,7 @@ def _carries(
         scan.group_dim,
         scan.share,
         group_share,
-        _states(config, dstate)[1],
+        states_of(config, dstate)[1],
         chunk_tiles,
         *scan.A.stride(),
         *x.stride()[:-1],
@@ -326,13 +252,13 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     batch, dim, length = scan.u.shape
     dstate, groups = scan.A.shape[1], scan.groups
     blocks = triton.cdiv(scan.group_dim, config.columns)
-    splits = min(blocks, config.splits or _splits(batch * groups, blocks, _slots(config, scan.u)))
+    splits = min(blocks, config.splits or splits_of(batch * groups, blocks, slots_of(config, scan.u)))
     split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     tiles = triton.cdiv(length, STEPS)
-    chunk_tiles = _chunk_tiles(config, tiles, batch * groups * splits, scan.u)
+    chunk_tiles = chunk_tiles_of(config, tiles, batch * groups * splits, scan.u)
     chunks = triton.cdiv(tiles, chunk_tiles)
-    state_count, passes = _states(config, dstate)
+    state_count, passes = states_of(config, dstate)
     padded = state_count * passes * config.warps
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -444,7 +370,8 @@ def _totals(
 
 
 FORWARD = ScanConfig()
-BACKWARD = ScanConfig(registers=168, warps_per_processor=12)
+SAVING = ScanConfig(warps=8)
+BACKWARD = ScanConfig(warps=8)
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
@@ -456,7 +383,7 @@ def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
     """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first."""
     scan = prepare(_constants, *arguments)
-    return forward(scan, y, save, fit(FORWARD, scan.A.shape[1]))
+    return forward(scan, y, save, fit(SAVING if save else FORWARD, scan.A.shape[1]))
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:

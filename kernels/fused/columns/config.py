@@ -1,0 +1,82 @@
+"""How the selective scan's kernels cut their work. Importable without the package triton."""
+
+import functools
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...backend import processors_of
+
+STEPS = 16  # of a tile
+_STATES = 4  # that a thread takes at once, at most
+
+
+class ScanConfig(NamedTuple):
+    """How a pass cuts its work.
+
+    A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states,
+    `steps` positions at once (8 or 16, and always 8 in the backward pass).
+    `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
+    (backward only). Zero chooses by the sizes.
+    """
+
+    columns: int = 32
+    warps: int = 4
+    chunks: int = 0
+    splits: int = 0
+    steps: int = 16
+    registers: int = 128  # of a thread
+    warps_per_processor: int = 16  # enough to keep a multiprocessor busy
+    min_tiles: int = 4  # a chunk has no fewer
+
+    @property
+    def num_warps(self) -> int:
+        return self.warps * max(self.columns // 32, 1)
+
+
+def fit(config: ScanConfig, dstate: int) -> ScanConfig:
+    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers.
+
+    And with no more registers than the threads of a program can have.
+    """
+    warps = max(config.warps, min(16, _power_of_2(-(-dstate // _STATES))))
+    config = config._replace(warps=min(warps, _power_of_2(dstate)))
+    # A multiprocessor has 65536, which are handed out in eights.
+    return config._replace(registers=min(config.registers, 65536 // (32 * config.num_warps) // 8 * 8))
+
+
+def _power_of_2(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
+
+
+def states_of(config: ScanConfig, dstate: int) -> tuple[int, int]:
+    """States of a thread at once, and how often that many for all."""
+    states = min(_STATES, -(-dstate // config.warps))
+    return states, -(-dstate // (states * config.warps))
+
+
+def forward_steps(config: ScanConfig, dstate: int) -> int:
+    """Steps that the forward pass walks at once; all of a tile where a state waits in memory for the next tile."""
+    return config.steps if states_of(config, dstate)[1] == 1 else STEPS
+
+
+def slots_of(config: ScanConfig, tensor: Tensor) -> int:
+    """Programs that run at the same time."""
+    return max(1, processors_of(tensor) * config.warps_per_processor // config.num_warps)
+
+
+@functools.cache
+def splits_of(rows: int, blocks: int, slots: int) -> int:
+    """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
+
+    def time(splits: int) -> int:
+        return -(-rows * splits // slots) * -(-blocks // splits)
+
+    return min(range(1, blocks + 1), key=time)
+
+
+def chunk_tiles_of(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
+    """Tiles per chunk of L: as few chunks as fill the processors."""
+    chunks = config.chunks or min(slots_of(config, tensor) // programs, tiles // config.min_tiles)
+    return -(-tiles // max(1, min(chunks, tiles)))
