@@ -3,8 +3,6 @@
 Without a GPU the kernels run in Triton's interpreter (see conftest.py), where raw bfloat16 is not computed as on a GPU.
 """
 
-from itertools import product
-
 import oracles
 import pytest
 import torch
@@ -121,7 +119,7 @@ def test_half_tiles(configure, reverse, dstate):
 
 @pytest.mark.parametrize('dstate,warps', [(5, 1), (5, 2), (12, 4), (3, 8)])
 def test_states_of_a_warp(dstate, warps, monkeypatch):
-    for name in ('FORWARD', 'BACKWARD'):
+    for name in CONFIGS[columns]:
         monkeypatch.setattr(columns, name, SMALL[columns]._replace(warps=warps))
     monkeypatch.setattr(fused, 'MANY_STATES', 1)
     check(small(dstate=dstate, B=0, C=0), delta_softplus=True)
