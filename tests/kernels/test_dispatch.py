@@ -1,0 +1,63 @@
+"""The Triton kernels called directly, and through PyTorch's dispatcher where something watches."""
+
+import pytest
+import test_ss2d
+import torch
+from recorder import Recorder
+from test_selective_scan import arguments as scan_arguments
+from vmamba.kernels import selective_scan, ss2d_scan, use_triton
+
+pytest.importorskip('triton')
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+CALLS = {
+    'ss2d_scan': (ss2d_scan, test_ss2d.arguments((2, 3), 1, 4, 1, 1, torch.float32)),
+    'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels():
+    with use_triton(True):
+        yield
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    """A function of the map or sequence, and that."""
+    function, tensors = CALLS[request.param]
+    name, *_ = tensors
+    constants = {k: None if t is None else t.to(DEVICE) for k, t in tensors.items() if k != name}
+    return lambda x: function(x, **constants), tensors[name].to(DEVICE)
+
+
+def test_watched_calls_give_the_same(call):
+    function, x = call
+    expected = torch.autograd.functional.vjp(function, x, torch.ones_like(x))
+    with Recorder() as calls:
+        actual = torch.autograd.functional.vjp(function, x, torch.ones_like(x))
+    assert len(calls.names) == 2 and calls.names[1] == f'{calls.names[0]}_backward'
+    for ours, theirs in zip(actual, expected):
+        assert torch.equal(ours, theirs)
+
+
+def test_transforms_are_an_error(call):
+    """Of PyTorch, for all operators with a backward pass of their own."""
+    function, x = call
+    with pytest.raises(RuntimeError, match='functorch transforms'):
+        torch.func.grad(lambda x: function(x).sum())(x)
+
+
+def test_gradients_of_gradients_are_an_error(call):
+    function, x = call
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+def test_the_graph_can_be_walked_twice(call):
+    function, x = call
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    first, second = (torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,88 @@
+"""The launcher, on a stand-in for a kernel that notes how it is launched; no GPU is needed."""
+
+import pytest
+import torch
+
+pytest.importorskip('triton')
+from vmamba.kernels.fused.launcher import Launcher  # noqa: E402
+
+
+class Kernel:
+    """Notes launches that look for the compiled kernel, and those of what they found."""
+
+    def __init__(self, interpreted=False):
+        self.interpreted, self.searched, self.launched = interpreted, [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.searched.append((grid, arguments, options))
+            return None if self.interpreted else self.compiled()
+
+        return launch
+
+    def compiled(self):
+        kernel = self
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *arguments: kernel.launched.append((grid, arguments))
+
+        return Compiled()
+
+
+def tensors(dtype=torch.float32):
+    return torch.zeros(8, dtype=dtype), None, torch.zeros(8)
+
+
+def test_the_first_launch_searches_and_the_next_does_not():
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    first, second = tensors(), tensors()
+    launch(3, first, (5,), (True, 'tf32'), 4)
+    launch(7, second, (5,), (True, 'tf32'), 4)
+    assert kernel.searched == [((3, 1, 1), (*first, 5, True, 'tf32'), dict(num_warps=4))]
+    assert kernel.launched == [((7, 1, 1), (*second, 5, True, 'tf32'))]
+
+
+@pytest.mark.parametrize(
+    'changed',
+    [
+        dict(tensors=tensors(torch.bfloat16)),
+        dict(tensors=(torch.zeros(8), torch.zeros(8), torch.zeros(8))),
+        dict(sizes=(6,)),
+        dict(constants=(False,)),
+        dict(warps=8),
+        dict(registers=168),
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_a_kernel_depends_on_is_told_apart(changed):
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    arguments = dict(programs=1, tensors=tensors(), sizes=(5,), constants=(True,), warps=4)
+    launch(**arguments)
+    launch(**{**arguments, **changed})
+    assert len(kernel.searched) == 2 and not kernel.launched
+
+
+def test_unaligned_tensors_always_search():
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    unaligned = torch.zeros(9)[1:]
+    for first in (unaligned, torch.zeros(8), unaligned):
+        launch(1, (first,), (5,), (), 4)
+    assert len(kernel.searched) == 3 and not kernel.launched
+
+
+def test_an_interpreter_compiles_nothing():
+    kernel = Kernel(interpreted=True)
+    launch = Launcher(kernel)
+    for _ in range(2):
+        launch(1, tensors(), (5,), (), 4)
+    assert len(kernel.searched) == 2
+
+
+def test_no_programs_are_no_launch():
+    kernel = Kernel()
+    Launcher(kernel)(0, tensors(), (5,), (), 4)
+    assert not kernel.searched
