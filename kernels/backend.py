@@ -96,6 +96,6 @@ def operators_are_watched() -> bool:
     return traced or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
 
 
-def needs_gradients(*tensors: Optional[Tensor]) -> bool:
+def needs_gradients(*tensors: Tensor) -> bool:
     """Whether a call on these tensors is recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -47,7 +47,7 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
     check_shape('x_dbl', x_dbl, (*x.shape[:3], NUM_ROUTES, dt_weight.shape[-1] + 2 * A.shape[-1]))
     tensors = x, x_dbl, dt_weight, dt_bias, A, D
     if runs_on_triton(x):
-        return run_ss2d(x, x_dbl, None, *tensors[2:], None, None, 0.0)
+        return run_ss2d(x, x_dbl, None, *tensors[2:], None, None, 0.0)[0]
     return torch.ops.vmamba.ss2d_scan(*tensors)
 
 
@@ -87,7 +87,7 @@ def ss2d_core(
     check_shape('norm_weight', norm_weight, (dim,))
     check_shape('norm_bias', norm_bias, (dim,))
     if runs_on_triton(x):
-        return run_ss2d(x, None, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps)
+        return run_ss2d(x, None, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps)[0]
     x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
     y = ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
     return F.layer_norm(y, (dim,), norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)

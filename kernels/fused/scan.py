@@ -5,10 +5,10 @@ from typing import Callable, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import device_of, needs_gradients, operators_are_watched
+from ..backend import device_of
 from .columns import launch as columns
+from .direct import differentiable
 from .lanes import launch as lanes
 
 # From this many states on a channel for each thread takes fewer instructions than lanes along the sequence.
@@ -126,37 +126,6 @@ def _gradients(
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
 
 
-def _operator_gradients(ctx, grad_y, grad_last_state, _):
-    return _gradients(torch.ops.vmamba.selective_scan_fused_backward, ctx, grad_y, grad_last_state)
-
-
-_selective_scan.register_autograd(_operator_gradients, setup_context=_setup_context)
-
-
-class _SelectiveScan(torch.autograd.Function):
-    """`vmamba::selective_scan_fused` without PyTorch's dispatcher, unless something watches the backward pass.
-
-    The context is set up within the forward pass: PyTorch's way to do it apart inspects signatures at each call, which
-    takes longer than the kernels.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_last_state):
-        watched = operators_are_watched()
-        backward = torch.ops.vmamba.selective_scan_fused_backward if watched else _backward
-        return _gradients(backward, ctx, grad_y, grad_last_state)
-
-
-def run_selective_scan(*arguments) -> tuple[Tensor, Tensor]:
-    """y and the last state of the operator on its arguments but the last, differentiable where gradients are needed."""
-    save_states = needs_gradients(*arguments[:9])
-    if operators_are_watched():
-        return torch.ops.vmamba.selective_scan_fused(*arguments, save_states)[:2]
-    return _SelectiveScan.apply(*arguments, save_states) if save_states else _forward(*arguments, False)[:2]
+run_selective_scan = differentiable(
+    _selective_scan, _forward, _selective_scan_backward, _backward, _setup_context, _gradients, results=2
+)

@@ -5,9 +5,9 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import device_of, needs_gradients, operators_are_watched, processors_of
+from ..backend import device_of, processors_of
+from .direct import differentiable
 from .ss2d import merge, merge_backward, scan_backward, scan_forward
 from .ss2d_plan import NUM_ROUTES, plan, sizes_of, states_shape
 
@@ -151,36 +151,4 @@ def _gradients(backward, ctx, grad_out: Optional[Tensor]) -> tuple[Optional[Tens
     )
 
 
-def _operator_gradients(ctx, grad_out, *grads_of_what_is_kept):
-    return _gradients(torch.ops.vmamba.ss2d_fused_backward, ctx, grad_out)
-
-
-ss2d_fused.register_autograd(_operator_gradients, setup_context=_setup_context)
-
-
-class _SS2D(torch.autograd.Function):
-    """`ss2d_fused` and its gradients without PyTorch's dispatcher, unless something watches the backward pass.
-
-    The context is set up within the forward pass: PyTorch's way to do it apart inspects signatures at each call, which
-    takes longer than the kernels.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        watched = operators_are_watched()
-        return _gradients(torch.ops.vmamba.ss2d_fused_backward if watched else _backward, ctx, grad_out)
-
-
-def run_ss2d(*arguments) -> Tensor:
-    """The output of `ss2d_fused` on its arguments but the last, differentiable where gradients are needed."""
-    keep = needs_gradients(*arguments[:-1])
-    if operators_are_watched():
-        return ss2d_fused(*arguments, keep)[0]
-    return _SS2D.apply(*arguments, keep) if keep else _forward(*arguments, keep)[0]
+run_ss2d = differentiable(ss2d_fused, _forward, ss2d_fused_backward, _backward, _setup_context, _gradients, results=1)
