@@ -55,7 +55,7 @@ def _bidirectional_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: A
     return 2 * _bidirectional_conv1d_flops(*args)
 
 
-@register_flop_formula([torch.ops.vmamba.selective_scan, torch.ops.vmamba.selective_scan_fused])
+@register_flop_formula(torch.ops.vmamba.selective_scan)
 def _selective_scan_flops(
     u: Shape,
     delta: Shape,
@@ -78,7 +78,7 @@ def _routed_scan_flops(
     return 2 * routed_scan_macs(x_dbl, dt_weight, A)
 
 
-@register_flop_formula([torch.ops.vmamba.selective_scan_backward, torch.ops.vmamba.selective_scan_fused_backward])
+@register_flop_formula(torch.ops.vmamba.selective_scan_backward)
 def _selective_scan_backward_flops(
     grad_y: Shape, grad_last_state: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -121,5 +121,7 @@ def _ss2d_fused_backward_flops(
 
 
 if triton is not None:
+    register_flop_formula(torch.ops.vmamba.selective_scan_fused)(_selective_scan_flops)
+    register_flop_formula(torch.ops.vmamba.selective_scan_fused_backward)(_selective_scan_backward_flops)
     register_flop_formula(torch.ops.vmamba.ss2d_fused)(_ss2d_fused_flops)
     register_flop_formula(torch.ops.vmamba.ss2d_fused_backward)(_ss2d_fused_backward_flops)

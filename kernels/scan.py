@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton
+from .backend import runs_on_triton, triton
 from .chunked import scan_backward, scan_forward
-from .fused.scan import run_selective_scan
+
+if triton is not None:
+    from .fused.scan import run_selective_scan
 
 
 def selective_scan(

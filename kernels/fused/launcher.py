@@ -1,6 +1,6 @@
 """Launches of Triton kernels with little work on the host."""
 
-from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, Optional, Sequence, Tuple, Union
 
 import triton
 from torch import Tensor
@@ -22,27 +22,29 @@ class Launcher:
 
     def __call__(
         self,
-        programs: int,
+        programs: Union[int, Tuple[int, int]],
         tensors: Sequence[Optional[Tensor]],
         sizes: Tuple[int, ...],
         constants: Tuple[Hashable, ...],
         warps: int,
         registers: Optional[int] = None,
+        stages: Optional[int] = None,
     ) -> None:
-        """Launches `programs` programs on the current device, which must be the tensors'."""
-        if programs == 0:
+        """Launches programs, a number or two of them, on the current device, which must be the tensors'."""
+        grid = (*programs, 1) if isinstance(programs, tuple) else (programs, 1, 1)
+        if 0 in grid:
             return
-        grid = programs, 1, 1
-        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-        key = tensors[0].device, dtypes, sizes, constants, warps, registers
-        compiled = self._compiled.get(key) if aligned else None
+        pointers = tuple(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+        key = tensors[0].device, pointers, sizes, constants, warps, registers, stages
+        compiled = self._compiled.get(key)
         if compiled is None:
             options = dict(num_warps=warps)
             if registers is not None:
                 options.update(maxnreg=registers)
+            if stages is not None:
+                options.update(num_stages=stages)
             compiled = self._kernel[grid](*tensors, *sizes, *constants, **options)
-            if aligned and compiled is not None:  # Triton's interpreter compiles nothing
+            if compiled is not None:  # Triton's interpreter compiles nothing
                 self._compiled[key] = compiled
         else:
             compiled[grid](*tensors, *sizes, *constants)

@@ -10,6 +10,7 @@ from ..backend import device_of
 from .columns import launch as columns
 from .direct import differentiable
 from .lanes import launch as lanes
+from .sequences import Gradients
 
 # From this many states on a channel for each thread takes fewer instructions than lanes along the sequence.
 MANY_STATES = 4
@@ -41,13 +42,10 @@ def _forward(
     y = torch.empty_like(u, dtype=out_dtype)
     if u.shape[0] == 0:
         return y, A.new_empty(0, *A.shape, dtype=torch.float32), _no_states(u)
-    target = y if y.stride(-1) == 1 else torch.empty_like(y, memory_format=torch.contiguous_format)
     with device_of(u):
         last_state, states = _kernels(A).run_forward(
-            target, save_states, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
+            y, save_states, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
         )
-    if target is not y:
-        y.copy_(target)
     return y, last_state, states if save_states else _no_states(u)
 
 
@@ -86,7 +84,7 @@ def _backward(
     """Gradients in the order of the tensor arguments; an absent argument has an empty one."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if u.shape[0] == 0:
-        return tuple(u.new_empty(0) if t is None else t.new_zeros(t.shape) for t in tensors)
+        return tuple(u.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
     kernels, arguments = _kernels(A), (*tensors, delta_softplus, reverse)
     if grad_last_state is not None:
         grad_last_state = grad_last_state.float().contiguous()
@@ -95,9 +93,24 @@ def _backward(
             y = torch.empty_like(u, memory_format=torch.contiguous_format)
             _, states = kernels.run_forward(y, True, *arguments)
         grads = kernels.run_backward(grad_y, grad_last_state, states, *arguments)
+    names = Gradients._fields
     return tuple(
-        u.new_empty(0) if tensor is None else grad.to(tensor.dtype).contiguous() for tensor, grad in zip(tensors, grads)
+        u.new_empty(0) if tensor is None else _laid_out(grad, tensor, name in _SEQUENCES)
+        for name, tensor, grad in zip(names, tensors, grads)
     )
+
+
+_SEQUENCES = 'u', 'delta', 'z'
+
+
+def _laid_out(grad: Tensor, tensor: Tensor, is_sequence: bool) -> Tensor:
+    """A gradient in the dtype of its tensor, and if that is a sequence in its layout, else contiguous."""
+    if not is_sequence:
+        return grad.to(tensor.dtype).contiguous()
+    if grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
+        return grad
+    like = torch.empty_like(tensor)
+    return grad if grad.dtype == like.dtype and grad.stride() == like.stride() else like.copy_(grad)
 
 
 _selective_scan_backward = torch.library.custom_op('vmamba::selective_scan_fused_backward', _backward, mutates_args=())
@@ -106,7 +119,10 @@ _selective_scan_backward = torch.library.custom_op('vmamba::selective_scan_fused
 @_selective_scan_backward.register_fake
 def _(grad_y, grad_last_state, u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse):
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(u.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)
+    return tuple(
+        u.new_empty(0) if t is None else torch.empty_like(t) if name in _SEQUENCES else t.new_empty(t.shape)
+        for name, t in zip(Gradients._fields, tensors)
+    )
 
 
 def _setup_context(ctx, inputs, output):

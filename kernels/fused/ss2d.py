@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..backend import compiles_for_nvidia, dot_precision, processors_of
+from .arithmetic import parts, power_of_2
 from .launcher import Launcher
 from .merge_norm import merge_norm, merge_norm_backward
 from .ss2d_backward import scan_routes_backward
 from .ss2d_forward import scan_routes
-from .ss2d_plan import NUM_ROUTES, Launch, Plan, Sizes, magic_of, parts, power_of_2, split, states_shape, wraps
+from .ss2d_plan import NUM_ROUTES, Launch, Plan, Sizes, magic_of, split, states_shape, wraps
 
 _scan_routes = Launcher(scan_routes)
 _scan_routes_backward = Launcher(scan_routes_backward)

@@ -5,6 +5,8 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
+from .arithmetic import parts
+
 NUM_ROUTES = 4
 
 
@@ -33,16 +35,6 @@ class Sizes(NamedTuple):
 
 def sizes_of(x: Tensor, dt_weight: Tensor, A: Tensor) -> Sizes:
     return Sizes(*x.shape, dt_weight.shape[-1], A.shape[-1])
-
-
-def parts(size: int, part: int) -> int:
-    """Parts of at most `part` that make up `size`. (Triton's own functions of this kind are slow on the host.)"""
-    return -(-size // part)
-
-
-def power_of_2(size: int) -> int:
-    """The smallest power of 2 that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 class Launch(NamedTuple):

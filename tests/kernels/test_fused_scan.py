@@ -113,7 +113,7 @@ def test_chunks_of_many_states(reverse, configure):
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('configure', [columns], ids=['columns'], indirect=True)
 def test_half_tiles(configure, reverse, dstate):
-    configure(steps=8, chunks=2)
+    configure(chunks=2)
     check(small(seqlen=50, dstate=dstate, dim=3, B=0, C=0, optional='Dzbs'), delta_softplus=True, reverse=reverse)
 
 
@@ -168,6 +168,24 @@ def within(tensor):
     larger = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float('nan'), dtype=tensor.dtype)
     larger[..., 1:-2] = tensor
     return larger[..., 1:-2]
+
+
+@pytest.mark.parametrize('optional', ['Dzbs', ''])
+@pytest.mark.parametrize('configure', [columns], ids=['columns'], indirect=True)
+def test_channels_last_sequences(optional, configure):
+    """They are walked where they lie, and so are their gradients."""
+    configure(chunks=2)
+    tensors = small(seqlen=40, dstate=5, dim=6, batch=2, optional=optional)
+    laid_out = {k: transposed(t) if k in ('u', 'delta', 'z') and t is not None else t for k, t in tensors.items()}
+    expected = run(oracles.selective_scan, doubled(tensors), delta_softplus=True)
+    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in on_device(laid_out).items()}
+    y, state = library(**leaves, delta_softplus=True)
+    torch.manual_seed(1)
+    assert y.stride() == leaves['u'].stride()
+    actual = run(library, on_device(laid_out), delta_softplus=True)
+    oracles.assert_all_match({k: None if t is None else t.cpu() for k, t in actual.items()}, expected, torch.float32)
+    grads = torch.autograd.grad(y.sum() + state.sum(), [leaves['u'], leaves['delta']])
+    assert all(grad.stride() == leaves['u'].stride() for grad in grads)
 
 
 @pytest.mark.parametrize('layout', [transposed, within], ids=lambda f: f.__name__)

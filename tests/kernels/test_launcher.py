@@ -53,6 +53,7 @@ def test_the_first_launch_searches_and_the_next_does_not():
         dict(constants=(False,)),
         dict(warps=8),
         dict(registers=168),
+        dict(stages=1),
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -65,13 +66,13 @@ def test_what_a_kernel_depends_on_is_told_apart(changed):
     assert len(kernel.searched) == 2 and not kernel.launched
 
 
-def test_unaligned_tensors_always_search():
+def test_alignment_is_told_apart():
     kernel = Kernel()
     launch = Launcher(kernel)
     unaligned = torch.zeros(9)[1:]
     for first in (unaligned, torch.zeros(8), unaligned):
         launch(1, (first,), (5,), (), 4)
-    assert len(kernel.searched) == 3 and not kernel.launched
+    assert len(kernel.searched) == 2 and len(kernel.launched) == 1
 
 
 def test_an_interpreter_compiles_nothing():
@@ -82,7 +83,14 @@ def test_an_interpreter_compiles_nothing():
     assert len(kernel.searched) == 2
 
 
-def test_no_programs_are_no_launch():
+@pytest.mark.parametrize('programs', [0, (3, 0)])
+def test_no_programs_are_no_launch(programs):
     kernel = Kernel()
-    Launcher(kernel)(0, tensors(), (5,), (), 4)
+    Launcher(kernel)(programs, tensors(), (5,), (), 4)
     assert not kernel.searched
+
+
+def test_programs_of_two_axes():
+    kernel = Kernel()
+    Launcher(kernel)((3, 2), tensors(), (5,), (), 4, stages=1)
+    assert kernel.searched[0][::2] == ((3, 2, 1), dict(num_warps=4, num_stages=1))

@@ -12,6 +12,7 @@ from .tiles import (
     LN2,
     PACKED,
     by_channel,
+    coefficients_of,
     load_coefficients,
     load_starts,
     load_starts_of_half,
@@ -135,27 +136,37 @@ def scan_backward_kernel(
     passes,
     slots,
     chunk_tiles,
-    A_dim,
-    A_state,
     grad_y_batch,
+    grad_y_direction,
     grad_y_dim,
+    grad_y_step,
     u_batch,
+    u_direction,
     u_dim,
+    u_step,
     delta_batch,
+    delta_direction,
     delta_dim,
+    delta_step,
     z_batch,
+    z_direction,
     z_dim,
-    grad_batch,
-    grad_dim,
+    z_step,
+    grads_batch,
+    grads_direction,
+    grads_dim,
+    grads_step,
     HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_LAST: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    HAS_Z: tl.constexpr,
     CONSTANT_B: tl.constexpr,
     CONSTANT_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     ONE_PASS: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -166,10 +177,10 @@ def scan_backward_kernel(
 ):
     """One program walks one chunk of L for `split_blocks` blocks of channels of one group, one after the other.
 
-    states [batch, slots, N, dim] holds the state before each tile, carries [batch, chunks, N, dim] gets the adjoint
-    state before each chunk, from the one after it, which for all but the first is there already. sums [batch, chunks,
+    states [entries, slots, N, dim] holds the state before each tile, carries [entries, chunks, N, dim] gets the adjoint
+    state before each chunk, from the one after it, which for all but the first is there already. sums [entries, chunks,
     sum_rows, dim] get the gradients of D, of the bias, of the N rows of A and, where they are constant, of B and C. The
-    gradients of other B and C are [splits, batch, groups, tiles, padded N, 2, PACKED], B's before C's.
+    gradients of other B and C are [splits, entries, groups, tiles, padded N, 2, PACKED], B's before C's.
     """
     program = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -177,62 +188,59 @@ def scan_backward_kernel(
     groups = dim // group_dim
     split = program % splits
     group = (program // splits) % groups
-    batch = (program // splits // groups).to(tl.int64)
-    batches = tl.num_programs(0) // splits // groups
+    entry = (program // splits // groups).to(tl.int64)
+    entries = tl.num_programs(0) // splits // groups
+    batch = entry // DIRECTIONS
+    direction = entry % DIRECTIONS
+    reverse = direction if DIRECTIONS == 2 else REVERSE
     tiles = tl.cdiv(length, PACKED)
     padded = passes * (STATES * W)
 
-    grad_y += batch * grad_y_batch
-    u += batch * u_batch
-    delta += batch * delta_batch
-    z += batch * z_batch
-    grad_u += batch * grad_batch
-    grad_delta += batch * grad_batch
-    grad_z += batch * grad_batch
+    grad_y += batch * grad_y_batch + direction * grad_y_direction
+    u += batch * u_batch + direction * u_direction
+    delta += batch * delta_batch + direction * delta_direction
+    z += batch * z_batch + direction * z_direction
+    grad_u += batch * grads_batch + direction * grads_direction
+    grad_delta += batch * grads_batch + direction * grads_direction
+    grad_z += batch * grads_batch + direction * grads_direction
     state = tl.arange(0, W)[:, None]
-    grad_BC += ((split * batches + batch) * groups + group) * tiles * (padded * PACKED * 2)
-    states += batch * slots * (dstate * dim)
+    grad_BC += ((split * entries + entry) * groups + group) * tiles * (padded * PACKED * 2)
+    states += entry * slots * (dstate * dim)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
     halves = tiles * (PACKED // T)
-    B_tile_size = 0 if CONSTANT_B else padded * PACKED
-    C_tile_size = 0 if CONSTANT_C else padded * PACKED
 
     for block in range(0, split_blocks):
         local = (split * split_blocks + block) * COLUMNS + tl.arange(0, COLUMNS)
         in_rows = local < group_dim
         index = group * group_dim + tl.minimum(local, group_dim - 1)
         channel = index.to(tl.int64)
+        parameter = direction * dim + channel
         grad_y_rows = channel * grad_y_dim
         u_rows = channel * u_dim
         delta_rows = (index // share).to(tl.int64) * delta_dim
         z_rows = channel * z_dim
-        grad_rows = channel * grad_dim
-        A_block = A + channel * A_dim
-        # The same for all channels of a group, which the compiler must not know.
-        if CONSTANT_B:
-            B_block = B + channel * dstate
-        else:
-            row = batch * (groups // B_share) + index // group_dim // B_share
-            B_block = B + row * tiles * (padded * PACKED)
-        if CONSTANT_C:
-            C_block = C + channel * dstate
-        else:
-            row = batch * (groups // C_share) + index // group_dim // C_share
-            C_block = C + row * tiles * (padded * PACKED)
+        grad_rows = channel * grads_dim
+        A_block = A + parameter * dstate
+        B_block, B_tile_size = coefficients_of(
+            B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B
+        )
+        C_block, C_tile_size = coefficients_of(
+            C, entry, index, dim, group_dim, C_share, tiles, padded, dstate, CONSTANT_C
+        )
         bias = tl.zeros([COLUMNS], tl.float32)
         skip = tl.zeros([COLUMNS], tl.float32)
         if HAS_BIAS:
-            bias = tl.load(delta_bias + channel).to(tl.float32)
+            bias = tl.load(delta_bias + parameter).to(tl.float32)
         if HAS_D:
-            skip = tl.load(D + channel).to(tl.float32)
+            skip = tl.load(D + parameter).to(tl.float32)
         sum_D = tl.zeros([COLUMNS, T], tl.float32)
         sum_bias = tl.zeros([COLUMNS, T], tl.float32)
         last = grad_last
         if HAS_LAST:
-            last += (batch * dim + channel) * dstate
-        adjoints = carries + (batch * chunks + chunk) * (dstate * dim) + channel
-        sums_D = sums + (batch * chunks + chunk) * (sum_rows * dim) + channel
+            last += (entry * dim + channel) * dstate
+        adjoints = carries + (entry * chunks + chunk) * (dstate * dim) + channel
+        sums_D = sums + (entry * chunks + chunk) * (sum_rows * dim) + channel
         sums_bias = sums_D + dim
         sums_A = sums_bias + dim
         sums_B = sums_A + dstate * dim
@@ -240,7 +248,7 @@ def scan_backward_kernel(
         carry = no_states(W, COLUMNS, STATES)
         of_A, of_B, of_C = carry, carry, carry
         if ONE_PASS:
-            rates = load_states(A_block, A_state, state, dstate, in_rows, STATES)
+            rates = load_states(A_block, 1, state, dstate, in_rows, STATES)
             carry = load_starts(last, adjoints, dim, chunk, state, dstate, in_rows, HAS_LAST, CHUNKED, STATES)
         else:
             for p in range(passes):
@@ -266,12 +274,12 @@ def scan_backward_kernel(
 
         for k in range(0, count * 2):
             half = (tiles - begin) * 2 - 1 - k
-            position = positions_of(half, halves, T, REVERSE)
-            x = load_steps(u, u_rows, position, length)
-            raw = load_steps(delta, delta_rows, position, length)
-            grad_gated = load_steps(grad_y, grad_y_rows, position, length)
+            position = positions_of(half, halves, reverse, T)
+            x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+            raw = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+            grad_gated = load_steps(grad_y, grad_y_rows, position, grad_y_step, length, CHANNELS_LAST)
             if HAS_Z:
-                gate = load_steps(z, z_rows, position, length)
+                gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             tile = tl.cast(half // 2, tl.int64)
             ahead = half % 2 * T
             here = states + tile * (dstate * dim) + channel
@@ -284,8 +292,10 @@ def scan_backward_kernel(
                     dim,
                     u,
                     u_rows,
+                    u_step,
                     delta,
                     delta_rows,
+                    delta_step,
                     bias,
                     rates,
                     B_tile,
@@ -295,9 +305,10 @@ def scan_backward_kernel(
                     state,
                     dstate,
                     in_rows,
+                    reverse,
                     SOFTPLUS,
                     CONSTANT_B,
-                    REVERSE,
+                    CHANNELS_LAST,
                     EXACT,
                     NVIDIA,
                     T,
@@ -346,14 +357,16 @@ def scan_backward_kernel(
             else:
                 for p in range(passes):
                     n = p * (STATES * W)
-                    rates = load_states(A_block, A_state, state + n, dstate, in_rows, STATES)
+                    rates = load_states(A_block, 1, state + n, dstate, in_rows, STATES)
                     starts = load_starts_of_half(
                         here,
                         dim,
                         u,
                         u_rows,
+                        u_step,
                         delta,
                         delta_rows,
+                        delta_step,
                         bias,
                         rates,
                         B_tile,
@@ -363,9 +376,10 @@ def scan_backward_kernel(
                         state + n,
                         dstate,
                         in_rows,
+                        reverse,
                         SOFTPLUS,
                         CONSTANT_B,
-                        REVERSE,
+                        CHANNELS_LAST,
                         EXACT,
                         NVIDIA,
                         T,
@@ -412,12 +426,12 @@ def scan_backward_kernel(
             if SOFTPLUS:
                 # step is log2(1 + 2**raw), whose derivative is 2**(raw - step).
                 grad_raw = grad_raw * tl.exp2(tl.minimum(raw - step, 0.0))
-            store_steps(grad_u, grad_rows, in_rows, position, length, grad_x)
-            store_steps(grad_delta, grad_rows, in_rows, position, length, grad_raw)
+            store_steps(grad_u, grad_rows, in_rows, position, grads_step, length, grad_x, CHANNELS_LAST)
+            store_steps(grad_delta, grad_rows, in_rows, position, grads_step, length, grad_raw, CHANNELS_LAST)
             if HAS_Z:
                 y = sum_warps(out) + x * skip[:, None]
                 grad_gate = y * grad_gated * opened * (1.0 + gate * (1.0 - opened))
-                store_steps(grad_z, grad_rows, in_rows, position, length, grad_gate)
+                store_steps(grad_z, grad_rows, in_rows, position, grads_step, length, grad_gate, CHANNELS_LAST)
             if HAS_D:
                 sum_D += grad_out * x
             if HAS_BIAS:

@@ -5,7 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _block(rows, length, padded, REVERSE: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, STATES: tl.constexpr):
+def _block(
+    rows,
+    length,
+    padded,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+    TILES: tl.constexpr,
+    STATES: tl.constexpr,
+):
     """What the program with this number moves: a row, states, and steps of TILES tiles with their positions.
 
     Returns:
@@ -19,7 +28,8 @@ def _block(rows, length, padded, REVERSE: tl.constexpr, T: tl.constexpr, TILES: 
     blocks = tl.cdiv(padded, STATES)
     state = (program % blocks) * STATES + tl.arange(0, STATES)[:, None]
     step = (program // blocks) * (TILES * T) + tl.arange(0, TILES * T)[None, :]
-    position = tiles * T - 1 - step if REVERSE else step
+    reverse = row % 2 if DIRECTIONS == 2 else REVERSE
+    position = reverse * (tiles * T - 1) + (1 - 2 * reverse) * step
     return row, state, position, (position >= 0) & (position < length), step // T, step % T
 
 
@@ -44,13 +54,19 @@ def pack_kernel(
     C_group,
     C_state,
     C_step,
+    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in fp32 and walking order, zeros around."""
-    row, state, position, exists, tile, step = _block(B_rows + C_rows, length, padded, REVERSE, T, TILES, STATES)
+    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in fp32 and walking order, zeros around.
+
+    Of two DIRECTIONS each is a group.
+    """
+    row, state, position, exists, tile, step = _block(
+        B_rows + C_rows, length, padded, DIRECTIONS, REVERSE, T, TILES, STATES
+    )
     tiles = tl.cdiv(length, T)
     inside = (state < dstate) & exists
     written = (state < padded) & (tile < tiles)
@@ -79,18 +95,33 @@ def unpack_kernel(
     padded,
     B_rows,
     C_rows,
-    groups,
-    batches,
+    B_groups,
+    C_groups,
+    B_batch,
+    B_group,
+    B_state,
+    B_step,
+    C_batch,
+    C_group,
+    C_state,
+    C_step,
+    partial_rows,
     B_share,
     C_share,
     splits,
+    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Sums partial [splits, batch, groups, tiles, padded N, 2, T] to gradients of B and C [batch, own groups, N, L]."""
-    row, state, position, exists, tile, step = _block(B_rows + C_rows, length, padded, REVERSE, T, TILES, STATES)
+    """Sums partial [splits, partial_rows, tiles, padded N, 2, T] to gradients of B and C [batch, own groups, N, L].
+
+    Each of their groups is the sum of B_share and C_share of the rows, which are batch by groups.
+    """
+    row, state, position, exists, tile, step = _block(
+        B_rows + C_rows, length, padded, DIRECTIONS, REVERSE, T, TILES, STATES
+    )
     tiles = tl.cdiv(length, T)
     inside = (state < dstate) & exists
     of_C = row >= B_rows
@@ -101,13 +132,18 @@ def unpack_kernel(
     total = tl.zeros(inside.shape, tl.float32)
     for split in range(splits):
         for member in range(share):
-            rows = split * (batches * groups) + row * share + member
+            rows = split * partial_rows + row * share + member
             total += tl.load(partial + rows * size + source, mask=inside, other=0.0)
-    target = (row.to(tl.int64) * dstate + state) * length + position
+    state = state.to(tl.int64)
+    position = position.to(tl.int64)
     if of_C:
-        tl.store(grad_C + target, total.to(grad_C.dtype.element_ty), mask=inside)
+        grad_C += (row // C_groups).to(tl.int64) * C_batch + (row % C_groups).to(tl.int64) * C_group
+        place = grad_C + state * C_state + position * C_step
+        tl.store(place, total.to(grad_C.dtype.element_ty), mask=inside)
     else:
-        tl.store(grad_B + target, total.to(grad_B.dtype.element_ty), mask=inside)
+        grad_B += (row // B_groups).to(tl.int64) * B_batch + (row % B_groups).to(tl.int64) * B_group
+        place = grad_B + state * B_state + position * B_step
+        tl.store(place, total.to(grad_B.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,6 +162,7 @@ def total_kernel(
     grad_B,
     grad_C,
     count,
+    chunks,
     dim,
     dstate,
     sum_rows,
@@ -136,21 +173,24 @@ def total_kernel(
     COUNT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums sums [count, sum_rows, dim], see `scan_backward_kernel`, to fp32 [dim] and [dim, N]."""
+    """Sums sums [batch, directions, chunks, sum_rows, dim], see `scan_backward_kernel`, to fp32 [directions, dim] and
+    [directions, dim, N]; `count` is that of the batch times chunks."""
+    direction = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < sum_rows * dim
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, count, COUNT):
         index = begin + tl.arange(0, COUNT)
-        source = index.to(tl.int64)[:, None] * (sum_rows * dim) + column[None, :]
+        source = (index // chunks * tl.num_programs(1) + direction) * chunks + index % chunks
+        source = source.to(tl.int64)[:, None] * (sum_rows * dim) + column[None, :]
         total += tl.sum(tl.load(sums + source, mask=(index < count)[:, None] & inside[None, :], other=0.0), axis=0)
     row = column // dim
     channel = column % dim
     if HAS_D:
-        _store_rows(grad_D, total, row, 1, channel, 0, 1, inside)
+        _store_rows(grad_D + direction * dim, total, row, 1, channel, 0, 1, inside)
     if HAS_BIAS:
-        _store_rows(grad_bias, total, row - 1, 1, channel, 0, 1, inside)
-    _store_rows(grad_A, total, row - 2, dstate, channel, 1, dstate, inside)
+        _store_rows(grad_bias + direction * dim, total, row - 1, 1, channel, 0, 1, inside)
+    _store_rows(grad_A + direction * (dim * dstate), total, row - 2, dstate, channel, 1, dstate, inside)
     if CONSTANT_B:
         _store_rows(grad_B, total, row - 2 - dstate, dstate, channel, 1, dstate, inside)
     if CONSTANT_C:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...backend import processors_of
+from ..arithmetic import parts, power_of_2
 
 STEPS = 16  # of a tile
 _STATES = 4  # that a thread takes at once, at most
@@ -15,7 +16,7 @@ class ScanConfig(NamedTuple):
     """How a pass cuts its work.
 
     A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states,
-    `steps` positions at once (8 or 16, and always 8 in the backward pass).
+    in the backward pass one half after the other.
     `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
     (backward only). Zero chooses by the sizes.
     """
@@ -24,7 +25,6 @@ class ScanConfig(NamedTuple):
     warps: int = 4
     chunks: int = 0
     splits: int = 0
-    steps: int = 16
     registers: int = 128  # of a thread
     warps_per_processor: int = 16  # enough to keep a multiprocessor busy
     min_tiles: int = 4  # a chunk has no fewer
@@ -39,26 +39,16 @@ def fit(config: ScanConfig, dstate: int) -> ScanConfig:
 
     And with no more registers than the threads of a program can have.
     """
-    warps = max(config.warps, min(16, _power_of_2(-(-dstate // _STATES))))
-    config = config._replace(warps=min(warps, _power_of_2(dstate)))
+    warps = max(config.warps, min(16, power_of_2(parts(dstate, _STATES))))
+    config = config._replace(warps=min(warps, power_of_2(dstate)))
     # A multiprocessor has 65536, which are handed out in eights.
     return config._replace(registers=min(config.registers, 65536 // (32 * config.num_warps) // 8 * 8))
 
 
-def _power_of_2(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()
-
-
 def states_of(config: ScanConfig, dstate: int) -> tuple[int, int]:
     """States of a thread at once, and how often that many for all."""
-    states = min(_STATES, -(-dstate // config.warps))
-    return states, -(-dstate // (states * config.warps))
-
-
-def forward_steps(config: ScanConfig, dstate: int) -> int:
-    """Steps that the forward pass walks at once; all of a tile where a state waits in memory for the next tile."""
-    return config.steps if states_of(config, dstate)[1] == 1 else STEPS
+    states = min(_STATES, parts(dstate, config.warps))
+    return states, parts(dstate, states * config.warps)
 
 
 def slots_of(config: ScanConfig, tensor: Tensor) -> int:
@@ -71,7 +61,7 @@ def splits_of(rows: int, blocks: int, slots: int) -> int:
     """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
 
     def time(splits: int) -> int:
-        return -(-rows * splits // slots) * -(-blocks // splits)
+        return parts(rows * splits, slots) * parts(blocks, splits)
 
     return min(range(1, blocks + 1), key=time)
 
@@ -79,4 +69,4 @@ def splits_of(rows: int, blocks: int, slots: int) -> int:
 def chunk_tiles_of(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
     """Tiles per chunk of L: as few chunks as fill the processors."""
     chunks = config.chunks or min(slots_of(config, tensor) // programs, tiles // config.min_tiles)
-    return -(-tiles // max(1, min(chunks, tiles)))
+    return parts(tiles, max(1, min(chunks, tiles)))

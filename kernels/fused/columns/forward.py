@@ -12,8 +12,9 @@ import triton.language as tl
 from ..elementwise import MAX_DECAY, sigmoid
 from .tiles import (
     LN2,
-    PACKED,
     by_channel,
+    coefficients_of,
+    columns_of,
     end_states,
     load_coefficients,
     load_starts,
@@ -83,27 +84,35 @@ def scan_forward_kernel(
     chunk_slots,
     slot_step,
     slots,
-    A_dim,
-    A_state,
     u_batch,
+    u_direction,
     u_dim,
+    u_step,
     delta_batch,
+    delta_direction,
     delta_dim,
+    delta_step,
     z_batch,
+    z_direction,
     z_dim,
+    z_step,
     y_batch,
+    y_direction,
     y_dim,
+    y_step,
     HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SAVE: tl.constexpr,
+    HAS_Z: tl.constexpr,
     CONSTANT_B: tl.constexpr,
     CONSTANT_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     ONE_PASS: tl.constexpr,
-    SAVE: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
@@ -113,60 +122,43 @@ def scan_forward_kernel(
 ):
     """One program walks one chunk of L for COLUMNS channels.
 
-    states [batch, slots, N, dim] gets the state after tile i of chunk c in slot c * chunk_slots + (i + 1) * slot_step,
-    the state before each chunk but the first is there already. last is [batch, dim, N].
+    states [entries, slots, N, dim] gets the state after tile i of chunk c in slot c * chunk_slots + (i + 1) *
+    slot_step, the state before each chunk but the first is there already. last is [entries, dim, N].
     """
-    blocks = tl.cdiv(dim, COLUMNS)
-    block = tl.program_id(0) % blocks
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    chunk = tl.program_id(1)
-    tiles = tl.cdiv(length, PACKED)
+    tiles = tl.cdiv(length, T)
     padded = passes * (STATES * W)
-
-    index = block * COLUMNS + tl.arange(0, COLUMNS)
-    in_rows = index < dim
-    index = tl.minimum(index, dim - 1)
+    entry, batch, direction, index, in_rows = columns_of(dim, DIRECTIONS, COLUMNS)
     channel = index.to(tl.int64)
+    parameter = direction * dim + channel
+    reverse = direction if DIRECTIONS == 2 else REVERSE
     state = tl.arange(0, W)[:, None]
-    group = index // group_dim
-    u += batch * u_batch
-    delta += batch * delta_batch
-    z += batch * z_batch
-    y += batch * y_batch
+    u += batch * u_batch + direction * u_direction
+    delta += batch * delta_batch + direction * delta_direction
+    z += batch * z_batch + direction * z_direction
+    y += batch * y_batch + direction * y_direction
     u_rows = channel * u_dim
     delta_rows = (index // share).to(tl.int64) * delta_dim
     z_rows = channel * z_dim
     y_rows = channel * y_dim
-    A += channel * A_dim
-    B_tile_size = 0
-    C_tile_size = 0
-    if CONSTANT_B:
-        B += channel * dstate
-    else:
-        groups = dim // group_dim // B_share
-        B += (batch * groups + group // B_share) * tiles * (padded * PACKED)
-        B_tile_size = padded * PACKED
-    if CONSTANT_C:
-        C += channel * dstate
-    else:
-        groups = dim // group_dim // C_share
-        C += (batch * groups + group // C_share) * tiles * (padded * PACKED)
-        C_tile_size = padded * PACKED
-    last += (batch * dim + channel) * dstate
+    A += parameter * dstate
+    B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
+    C, C_tile_size = coefficients_of(C, entry, index, dim, group_dim, C_share, tiles, padded, dstate, CONSTANT_C)
+    last += (entry * dim + channel) * dstate
     if HAS_INITIAL:
-        initial += (batch * dim + channel) * dstate
-    states += batch * slots * (dstate * dim) + channel
+        initial += (entry * dim + channel) * dstate
+    states += entry * slots * (dstate * dim) + channel
     bias = tl.zeros([COLUMNS], tl.float32)
     skip = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(delta_bias + channel).to(tl.float32)
+        bias = tl.load(delta_bias + parameter).to(tl.float32)
     if HAS_D:
-        skip = tl.load(D + channel).to(tl.float32)
+        skip = tl.load(D + parameter).to(tl.float32)
+    chunk = tl.program_id(1)
     begin = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, tiles - begin)
     here = states + tl.cast(chunk * chunk_slots, tl.int64) * (dstate * dim)
     if ONE_PASS:
-        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
+        rates = load_states(A, 1, state, dstate, in_rows, STATES)
         carries = load_starts(initial, here, dim, chunk, state, dstate, in_rows, HAS_INITIAL, CHUNKED, STATES)
     if SAVE or not ONE_PASS:
         for p in range(passes):
@@ -184,41 +176,35 @@ def scan_forward_kernel(
                 STATES,
             )
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
-    PARTS: tl.constexpr = PACKED // T  # that a tile of B, C and the saved states is walked in
-    tl.static_assert(ONE_PASS or PARTS == 1)
-    parts = tiles * PARTS
-    position = positions_of(begin * PARTS, parts, T, REVERSE)
-    next_x = load_steps(u, u_rows, position, length)
-    next_delta = load_steps(delta, delta_rows, position, length)
-    for i in range(count * PARTS):
-        part = begin * PARTS + i
-        tile = part // PARTS
-        position = positions_of(part, parts, T, REVERSE)
+    position = positions_of(begin, tiles, reverse, T)
+    next_x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+    for i in range(count):
+        tile = begin + i
+        position = positions_of(tile, tiles, reverse, T)
         x = next_x
         raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, since few other warps may be there to work meanwhile.
-        ahead = positions_of(tl.minimum(part + 1, parts - 1), parts, T, REVERSE)
-        next_x = load_steps(u, u_rows, ahead, length)
-        next_delta = load_steps(delta, delta_rows, ahead, length)
+        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, reverse, T)
+        next_x = load_steps(u, u_rows, ahead, u_step, length, CHANNELS_LAST)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
-        B_tile = B + (tl.cast(tile, tl.int64) * B_tile_size + (0 if CONSTANT_B else part % PARTS * T))
-        C_tile = C + (tl.cast(tile, tl.int64) * C_tile_size + (0 if CONSTANT_C else part % PARTS * T))
-        ends_tile = (part + 1) % PARTS == 0
+        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
+        C_tile = C + tl.cast(tile, tl.int64) * C_tile_size
         # The state before the next chunk is there already.
-        kept = tl.where(ends_tile & ((i + 1 < count * PARTS) | (part + 1 == parts)), in_rows, False)
+        kept = tl.where((i + 1 < count) | (tile + 1 == tiles), in_rows, False)
+        after = here + slot_step * (dstate * dim)
         if ONE_PASS:
             out, carries = _walk_states(
                 step, drive, out, rates, carries, B_tile, C_tile, state, dstate, CONSTANT_B, CONSTANT_C, T, W, STATES
             )
             if SAVE:
-                here += tl.where(ends_tile, slot_step * (dstate * dim), 0)
-                store_states(here, dim, carries, state, dstate, kept, STATES)
+                store_states(after, dim, carries, state, dstate, kept, STATES)
         else:
-            after = here + slot_step * (dstate * dim)
             for p in range(passes):
                 n = p * (STATES * W)
-                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                rates = load_states(A, 1, state + n, dstate, in_rows, STATES)
                 ends = load_states(here, dim, state + n, dstate, in_rows, STATES)
                 out, ends = _walk_states(
                     step,
@@ -238,12 +224,12 @@ def scan_forward_kernel(
                 )
                 store_states(after, dim, ends, state + n, dstate, kept, STATES)
                 store_states(last, 1, ends, state + n, dstate, tl.where(tile + 1 == tiles, in_rows, False), STATES)
-            here = after
+        here = after
         out = sum_warps(out) + x * skip[:, None]
         if HAS_Z:
-            gate = load_steps(z, z_rows, position, length)
+            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             out = out * gate * sigmoid(gate)
-        store_steps(y, y_rows, in_rows, position, length, out)
+        store_steps(y, y_rows, in_rows, position, y_step, length, out, CHANNELS_LAST)
     if ONE_PASS:
         store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
@@ -266,21 +252,27 @@ def scan_summary_kernel(
     B_share,
     passes,
     chunk_tiles,
-    A_dim,
-    A_state,
     x_batch,
+    x_direction,
     x_dim,
+    x_step,
     z_batch,
+    z_direction,
     z_dim,
+    z_step,
     delta_batch,
+    delta_direction,
     delta_dim,
+    delta_step,
+    ADJOINT: tl.constexpr,
     HAS_Z: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    CONSTANT_B: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     REVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     ONE_PASS: tl.constexpr,
-    ADJOINT: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
@@ -288,81 +280,69 @@ def scan_summary_kernel(
     COLUMNS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """The state after each chunk but the last from zero before it, ends [batch, chunks - 1, N, dim], and the sum of its
-    steps / ln 2, totals [batch, chunks - 1, dim].
+    """The state after each chunk but the last from zero before it, ends [entries, chunks - 1, N, dim], and the sum of
+    its steps / ln 2, totals [entries, chunks - 1, dim].
 
     ADJOINT walks g_l = decay_l * (C_l * x_l + g_{l+1}) from the last chunk to the first, where x is the gradient of y
     and B is C; REVERSE is always that of the forward pass.
     """
-    blocks = tl.cdiv(dim, COLUMNS)
-    block = tl.program_id(0) % blocks
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    chunk = tl.program_id(1)
-    tiles = tl.cdiv(length, PACKED)
+    tiles = tl.cdiv(length, T)
     padded = passes * (STATES * W)
-    index = block * COLUMNS + tl.arange(0, COLUMNS)
-    in_rows = index < dim
-    index = tl.minimum(index, dim - 1)
+    entry, batch, direction, index, in_rows = columns_of(dim, DIRECTIONS, COLUMNS)
     channel = index.to(tl.int64)
+    parameter = direction * dim + channel
+    reverse = direction if DIRECTIONS == 2 else REVERSE
     state = tl.arange(0, W)[:, None]
-    x += batch * x_batch
-    z += batch * z_batch
-    delta += batch * delta_batch
+    x += batch * x_batch + direction * x_direction
+    z += batch * z_batch + direction * z_direction
+    delta += batch * delta_batch + direction * delta_direction
     x_rows = channel * x_dim
     z_rows = channel * z_dim
     delta_rows = (index // share).to(tl.int64) * delta_dim
-    A += channel * A_dim
-    B_tile_size = 0
-    if CONSTANT_B:
-        B += channel * dstate
-    else:
-        groups = dim // group_dim // B_share
-        B += (batch * groups + index // group_dim // B_share) * tiles * (padded * PACKED)
-        B_tile_size = padded * PACKED
+    A += parameter * dstate
+    B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
     bias = tl.zeros([COLUMNS], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(delta_bias + channel).to(tl.float32)
-    slot = batch * tl.num_programs(1) + chunk
+        bias = tl.load(delta_bias + parameter).to(tl.float32)
+    slot = entry * tl.num_programs(1) + tl.program_id(1)
     ends += slot * (dstate * dim) + channel
     totals += slot * dim + channel
     total = tl.zeros([T, W, COLUMNS], tl.float32)
     carries = no_states(W, COLUMNS, STATES)
     if ONE_PASS:
-        rates = load_states(A, A_state, state, dstate, in_rows, STATES)
+        rates = load_states(A, 1, state, dstate, in_rows, STATES)
     else:
         for p in range(passes):
             n = p * (STATES * W)
             store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
-    begin = chunk * chunk_tiles
-    PARTS: tl.constexpr = PACKED // T
-    parts = tiles * PARTS
-    position = positions_of(parts - 1 - begin * PARTS if ADJOINT else begin * PARTS, parts, T, REVERSE)
-    next_x = load_steps(x, x_rows, position, length)
-    next_delta = load_steps(delta, delta_rows, position, length)
-    for i in range(chunk_tiles * PARTS):
+    begin = tl.program_id(1) * chunk_tiles
+    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, reverse, T)
+    next_x = load_steps(x, x_rows, position, x_step, length, CHANNELS_LAST)
+    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+    for i in range(chunk_tiles):
         # No chunk but the last, which is not walked here, reaches the end.
-        part = parts - 1 - begin * PARTS - i if ADJOINT else begin * PARTS + i
-        position = positions_of(part, parts, T, REVERSE)
+        tile = tiles - 1 - begin - i if ADJOINT else begin + i
+        position = positions_of(tile, tiles, reverse, T)
         push = next_x
         raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, as in the forward pass.
-        ahead = positions_of(part - 1 if ADJOINT else part + 1, parts, T, REVERSE)
-        next_x = load_steps(x, x_rows, ahead, length)
-        next_delta = load_steps(delta, delta_rows, ahead, length)
+        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, reverse, T)
+        next_x = load_steps(x, x_rows, ahead, x_step, length, CHANNELS_LAST)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
         if HAS_Z:
-            gate = load_steps(z, z_rows, position, length)
+            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2
         step, push, unused = by_channel(step, push, push, W)
         total += step
-        B_tile = B + (tl.cast(part // PARTS, tl.int64) * B_tile_size + (0 if CONSTANT_B else part % PARTS * T))
+        B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
         if ONE_PASS:
             carries = end_states(step, push, rates, carries, B_tile, state, dstate, CONSTANT_B, ADJOINT, T, W, STATES)
         else:
             for p in range(passes):
                 n = p * (STATES * W)
-                rates = load_states(A, A_state, state + n, dstate, in_rows, STATES)
+                rates = load_states(A, 1, state + n, dstate, in_rows, STATES)
                 walked = load_states(ends, dim, state + n, dstate, in_rows, STATES)
                 walked = end_states(
                     step, push, rates, walked, B_tile, state + n, dstate, CONSTANT_B, ADJOINT, T, W, STATES
@@ -393,31 +373,30 @@ def scan_combine_kernel(
     chunks,
     slots,
     chunk_slots,
-    A_dim,
-    A_state,
     HAS_INITIAL: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes the state before each chunk but the first to the chunk's first slot in states [batch, slots, N, dim]."""
-    batch = tl.program_id(1).to(tl.int64)
+    """Writes the state before each chunk but the first to the chunk's first slot in states [entries, slots, N, dim]."""
+    entry = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dstate * dim
     channel = column % dim
-    rate = tl.load(A + channel * A_dim + column // dim * A_state, mask=inside, other=0.0)
+    rate = tl.load(A + ((entry % DIRECTIONS) * dim + channel) * dstate + column // dim, mask=inside, other=0.0)
     carry = tl.zeros([COLUMNS], tl.float32)
     if HAS_INITIAL:
-        start = initial + (batch * dim + channel) * dstate + column // dim
+        start = initial + (entry * dim + channel) * dstate + column // dim
         carry = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     for begin in range(0, chunks - 1, CHUNKS):
         chunk = begin + tl.arange(0, CHUNKS)
         mask = inside[None, :] & (chunk < chunks - 1)[:, None]
-        source = (batch * (chunks - 1) + chunk)[:, None]
+        source = (entry * (chunks - 1) + chunk)[:, None]
         total = tl.load(totals + source * dim + channel[None, :], mask=mask, other=0.0)
         end = tl.load(ends + source * (dstate * dim) + column[None, :], mask=mask, other=0.0)
         decay = tl.minimum(tl.exp2(total * rate[None, :]), MAX_DECAY)
         end = tl.where((tl.arange(0, CHUNKS) == 0)[:, None], decay * carry[None, :] + end, end)
         decays, state = tl.associative_scan((decay, end), 0, _chunk_after)
-        target = (batch * slots + (chunk + 1).to(tl.int64) * chunk_slots)[:, None] * (dstate * dim)
+        target = (entry * slots + (chunk + 1).to(tl.int64) * chunk_slots)[:, None] * (dstate * dim)
         tl.store(states + target + column[None, :], state, mask=mask)
         carry = tl.sum(tl.where((tl.arange(0, CHUNKS) == CHUNKS - 1)[:, None], state, 0.0), axis=0)

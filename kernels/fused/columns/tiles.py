@@ -15,22 +15,58 @@ PACKED = tl.constexpr(16)  # steps of a state that B and C are packed by, and af
 
 
 @triton.jit
-def positions_of(tile, tiles, T: tl.constexpr, REVERSE: tl.constexpr):
+def columns_of(dim, DIRECTIONS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What a program walks, where programs of the first axis are blocks of COLUMNS channels of entries.
+
+    Returns:
+        Entry (a direction of an element of the batch), element, direction, channels, and which of them are there; the
+        others are copies of the last one.
+    """
+    blocks = tl.cdiv(dim, COLUMNS)
+    entry = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    return entry, entry // DIRECTIONS, entry % DIRECTIONS, tl.minimum(channel, dim - 1), channel < dim
+
+
+@triton.jit
+def coefficients_of(pointer, entry, channel, dim, group_dim, share, tiles, padded, dstate, CONSTANT: tl.constexpr):
+    """Where B or C of channels is, pointers [C], and how far apart those of two tiles are."""
+    if CONSTANT:
+        return pointer + channel.to(tl.int64) * dstate, 0
+    else:
+        size = padded * PACKED
+        # The same for all channels of a group, which the compiler must not know.
+        row = entry * (dim // group_dim // share) + channel // group_dim // share
+        return pointer + row * tiles * size, size
+
+
+@triton.jit
+def positions_of(tile, tiles, reverse, T: tl.constexpr):
     """Positions [T] of a tile's steps in the sequence."""
-    return (tiles - tile) * T - 1 - tl.arange(0, T) if REVERSE else tile * T + tl.arange(0, T)
+    first = reverse * ((tiles - tile) * T - 1) + (1 - reverse) * (tile * T)
+    return first + (1 - 2 * reverse) * tl.arange(0, T)
 
 
 @triton.jit
-def load_steps(pointer, rows, position, length):
+def _places(rows, position, stride, CHANNELS_LAST: tl.constexpr):
+    """Offsets [C, T] of steps `stride` apart of sequences that start at `rows`."""
+    places = rows[:, None] + (position.to(tl.int64) * stride)[None, :]
+    # The hint makes lanes share the channels of a step: their clamp hides from the compiler that they are neighbours.
+    return tl.max_contiguous(places, (rows.shape[0], 1)) if CHANNELS_LAST else places
+
+
+@triton.jit
+def load_steps(pointer, rows, position, stride, length, CHANNELS_LAST: tl.constexpr):
     """Steps of the sequences at `pointer + rows` as a tile [C, T] in fp32, zero outside of them."""
-    x = tl.load(pointer + rows[:, None] + position[None, :], mask=(position < length)[None, :], other=0.0)
-    return x.to(tl.float32)
+    places = _places(rows, position, stride, CHANNELS_LAST)
+    return tl.load(pointer + places, mask=(position < length)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_steps(pointer, rows, in_rows, position, length, x):
+def store_steps(pointer, rows, in_rows, position, stride, length, x, CHANNELS_LAST: tl.constexpr):
     mask = in_rows[:, None] & (position < length)[None, :]
-    tl.store(pointer + rows[:, None] + position[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+    places = _places(rows, position, stride, CHANNELS_LAST)
+    tl.store(pointer + places, x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -97,7 +133,7 @@ def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.c
         present = tl.broadcast_to(state < dstate, [W, pointer.shape[0]])
         return tl.load(_of_states(pointer, state, 1), mask=present, other=0.0)[None, :, :]
     else:
-        tl.static_assert(T == 8 or T == 16)
+        tl.static_assert(T == 8 or T == PACKED)
         pointer = pointer[None, None, :] + (state * PACKED)[None, :, :] + k * (W * PACKED)
         x = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
         if T == 8:
@@ -293,8 +329,10 @@ def load_starts_of_half(
     dim,
     u,
     u_rows,
+    u_step,
     delta,
     delta_rows,
+    delta_step,
     bias,
     rates,
     B,
@@ -304,9 +342,10 @@ def load_starts_of_half(
     state,
     dstate,
     in_rows,
+    reverse,
     SOFTPLUS: tl.constexpr,
     CONSTANT_B: tl.constexpr,
-    REVERSE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     EXACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     T: tl.constexpr,
@@ -316,9 +355,9 @@ def load_starts_of_half(
     """The states before a half of what lies between saved states; B is that of the first half."""
     starts = load_states(saved, dim, state, dstate, in_rows, STATES)
     if half % 2 == 1:
-        position = positions_of(half - 1, halves, T, REVERSE)
-        x = load_steps(u, u_rows, position, length)
-        raw = load_steps(delta, delta_rows, position, length)
+        position = positions_of(half - 1, halves, reverse, T)
+        x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+        raw = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
         raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)

@@ -1,7 +1,4 @@
-"""Launches of the selective scan's Triton kernels: how the work is cut, strides, and what is summed afterwards.
-
-Importable without the package triton.
-"""
+"""Launches of the selective scan's Triton kernels: how the work is cut, strides, and what is summed afterwards."""
 
 from typing import NamedTuple, Optional
 
@@ -9,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ...backend import processors_of
+from ..arithmetic import parts, power_of_2
+from ..launcher import Launcher
 from ..sequences import Gradients, Scan, prepare, unit_stride
+from .backward import scan_backward_kernel
+from .forward import scan_combine_kernel, scan_forward_kernel, scan_summary_kernel
+
+_forward = Launcher(scan_forward_kernel)
+_summary = Launcher(scan_summary_kernel)
+_combine = Launcher(scan_combine_kernel)
+_backward = Launcher(scan_backward_kernel)
 
 ELEMENTS = 8  # neighbouring positions in the registers of a thread
 _ALIGNMENT = 16  # Triton knows of sizes and strides that they are multiples of this
@@ -38,7 +44,7 @@ def fit(config: ScanConfig, group_dim: int) -> ScanConfig:
     Coefficients of B and C are loaded in place only while a tile has fewer positions than a program has threads, or
     exactly 8 for each; fewer warps for fewer rows would not do.
     """
-    rows = min(config.rows, 1 << (group_dim - 1).bit_length())
+    rows = min(config.rows, power_of_2(group_dim))
     if rows < min(config.rows, 8) and config.warps > 1:
         return config._replace(rows=min(rows, 2), lanes=32, warps=1)
     return config._replace(rows=rows)
@@ -49,8 +55,8 @@ def _chunk_tiles(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) 
     chunks = config.chunks
     if chunks == 0:
         wanted = processors_of(tensor) * config.warps_per_processor
-        chunks = min(-(-wanted // (programs * config.warps)), tiles // config.min_tiles)
-    return -(-tiles // max(1, min(chunks, tiles)))
+        chunks = min(parts(wanted, programs * config.warps), tiles // config.min_tiles)
+    return parts(tiles, max(1, min(chunks, tiles)))
 
 
 def _coefficients(tensor: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ def _coefficients(tensor: Tensor) -> Tensor:
 
 
 def _padded(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
+    return parts(length, _ALIGNMENT) * _ALIGNMENT
 
 
 def _is_direct(tensor: Tensor) -> bool:
@@ -81,66 +87,69 @@ def _all_direct(*sequences: Optional[Tensor]) -> bool:
 
 def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tensor, Tensor]:
     """Fills y; returns the last state and the states between tiles, [batch, dim, N, tiles + 1] if they are saved."""
-    import triton
-
-    from .forward import scan_forward_kernel
-
     batch, dim, length = scan.u.shape
     dstate = scan.A.shape[1]
-    blocks = triton.cdiv(scan.group_dim, config.rows)
+    blocks = parts(scan.group_dim, config.rows)
     programs = batch * scan.groups * blocks
-    tiles = triton.cdiv(length, config.lanes * ELEMENTS)
+    tiles = parts(length, config.lanes * ELEMENTS)
     chunk_tiles = _chunk_tiles(config, tiles, programs, scan.u)
-    chunks = triton.cdiv(tiles, chunk_tiles)
+    chunks = parts(tiles, chunk_tiles)
     chunk_slots, slots = (chunk_tiles, tiles + 1) if save else (2, 2 * chunks)
     states = scan.u.new_empty(batch, dim, dstate, slots, dtype=torch.float32)
     if chunks > 1:
         _carries(scan, states, chunk_tiles, chunk_slots, config)
-    scan_forward_kernel[(programs, chunks)](
-        scan.u,
-        scan.delta,
-        scan.A,
-        scan.B,
-        scan.C,
-        scan.D,
-        scan.z if scan.z is not None else scan.u,
-        scan.delta_bias,
-        scan.initial,
-        y,
-        states,
-        length,
-        _padded(length),
-        dim,
-        dstate,
-        scan.group_dim,
-        blocks,
-        scan.share,
-        scan.group_share('B'),
-        scan.group_share('C'),
-        chunk_tiles,
-        slots,
-        chunk_slots,
-        *scan.strides('u'),
-        *scan.strides('delta'),
-        *scan.strides('z'),
-        *y.stride()[:-1],
-        *scan.strides('B'),
-        *scan.strides('C'),
-        1,
-        HAS_D=scan.D is not None,
-        HAS_Z=scan.z is not None,
-        HAS_BIAS=scan.delta_bias is not None,
-        HAS_INITIAL=scan.initial is not None,
-        SOFTPLUS=scan.softplus,
-        CONSTANT_B=scan.B.ndim == 2,
-        CONSTANT_C=scan.C.ndim == 2,
-        REVERSE=scan.reverse,
-        SAVE=save,
-        DIRECT=_all_direct(scan.u, scan.delta, scan.z),
-        R=config.rows,
-        J=config.lanes,
-        E=ELEMENTS,
-        num_warps=config.warps,
+    _forward(
+        (programs, chunks),
+        (
+            scan.u,
+            scan.delta,
+            scan.A,
+            scan.B,
+            scan.C,
+            scan.D,
+            scan.z if scan.z is not None else scan.u,
+            scan.delta_bias,
+            scan.initial,
+            y,
+            states,
+        ),
+        (
+            length,
+            _padded(length),
+            dim,
+            dstate,
+            scan.group_dim,
+            blocks,
+            scan.share,
+            scan.group_share('B'),
+            scan.group_share('C'),
+            chunk_tiles,
+            slots,
+            chunk_slots,
+            *scan.strides('u'),
+            *scan.strides('delta'),
+            *scan.strides('z'),
+            *y.stride()[:-1],
+            *scan.strides('B'),
+            *scan.strides('C'),
+            1,
+        ),
+        (
+            scan.D is not None,
+            scan.z is not None,
+            scan.delta_bias is not None,
+            scan.initial is not None,
+            scan.softplus,
+            scan.B.ndim == 2,
+            scan.C.ndim == 2,
+            scan.reverse,
+            save,
+            _all_direct(scan.u, scan.delta, scan.z),
+            config.rows,
+            config.lanes,
+            ELEMENTS,
+        ),
+        warps=config.warps,
     )
     last_tiles = tiles - (chunks - 1) * chunk_tiles
     last_slot = tiles if save else (chunks - 1) * 2 + last_tiles % 2
@@ -157,88 +166,94 @@ def _carries(
     grad_last: Optional[Tensor] = None,
 ) -> None:
     """Fills the first slot of each chunk with the carry into it; given grad_y, with that of the adjoint walk."""
-    import triton
-
-    from .forward import scan_combine_kernel, scan_summary_kernel
-
     adjoint = grad_y is not None
     x, initial = (grad_y, grad_last) if adjoint else (scan.u, scan.initial)
     z, name = (scan.z, 'C') if adjoint else (None, 'B')
     batch, dim, length = x.shape
     dstate = scan.A.shape[1]
-    blocks = triton.cdiv(scan.group_dim, config.rows)
-    chunks = triton.cdiv(triton.cdiv(length, config.lanes * ELEMENTS), chunk_tiles)
+    blocks = parts(scan.group_dim, config.rows)
+    chunks = parts(parts(length, config.lanes * ELEMENTS), chunk_tiles)
     steps = states.new_empty(chunks, batch, dim)
     coefficients = getattr(scan, name)
-    scan_summary_kernel[(batch * scan.groups * blocks, chunks)](
-        x,
-        z if z is not None else x,
-        scan.delta,
-        scan.A,
-        coefficients,
-        scan.delta_bias,
-        states,
-        steps,
-        length,
-        _padded(length),
-        dim,
-        dstate,
-        scan.group_dim,
-        blocks,
-        scan.share,
-        scan.group_share(name),
-        chunk_tiles,
-        states.shape[-1],
-        chunk_slots,
-        *x.stride()[:-1],
-        *((0, 0) if z is None else z.stride()[:-1]),
-        *scan.strides('delta'),
-        *scan.strides(name),
-        1,
-        HAS_Z=z is not None,
-        HAS_BIAS=scan.delta_bias is not None,
-        SOFTPLUS=scan.softplus,
-        CONSTANT_B=coefficients.ndim == 2,
-        REVERSE=scan.reverse != adjoint,
-        ADJOINT=adjoint,
-        DIRECT=_all_direct(x, scan.delta, z),
-        R=config.rows,
-        J=config.lanes,
-        E=ELEMENTS,
-        num_warps=config.warps,
+    _summary(
+        (batch * scan.groups * blocks, chunks),
+        (
+            x,
+            z if z is not None else x,
+            scan.delta,
+            scan.A,
+            coefficients,
+            scan.delta_bias,
+            states,
+            steps,
+        ),
+        (
+            length,
+            _padded(length),
+            dim,
+            dstate,
+            scan.group_dim,
+            blocks,
+            scan.share,
+            scan.group_share(name),
+            chunk_tiles,
+            states.shape[-1],
+            chunk_slots,
+            *x.stride()[:-1],
+            *((0, 0) if z is None else z.stride()[:-1]),
+            *scan.strides('delta'),
+            *scan.strides(name),
+            1,
+        ),
+        (
+            z is not None,
+            scan.delta_bias is not None,
+            scan.softplus,
+            coefficients.ndim == 2,
+            scan.reverse != adjoint,
+            adjoint,
+            _all_direct(x, scan.delta, z),
+            config.rows,
+            config.lanes,
+            ELEMENTS,
+        ),
+        warps=config.warps,
     )
     rows, block = batch * dim * dstate, 128
-    scan_combine_kernel[(triton.cdiv(rows, block),)](
-        scan.A,
-        initial,
-        states,
-        steps,
-        rows,
-        dim,
-        dstate,
-        chunks,
-        states.shape[-1],
-        chunk_slots,
-        HAS_INITIAL=initial is not None,
-        BLOCK=block,
-        num_warps=4,
+    _combine(
+        parts(rows, block),
+        (
+            scan.A,
+            initial,
+            states,
+            steps,
+        ),
+        (
+            rows,
+            dim,
+            dstate,
+            chunks,
+            states.shape[-1],
+            chunk_slots,
+        ),
+        (
+            initial is not None,
+            block,
+        ),
+        warps=4,
     )
 
 
 def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, config: ScanConfig) -> Gradients:
-    import triton
-
-    from .backward import scan_backward_kernel
-
     batch, dim, length = scan.u.shape
     dstate, groups = scan.A.shape[1], scan.groups
-    blocks = triton.cdiv(scan.group_dim, config.rows)
-    wanted = -(-processors_of(scan.u) * config.warps_per_processor // (batch * groups * config.warps))
-    split_blocks = triton.cdiv(blocks, min(blocks, config.splits or max(1, wanted)))
-    splits = triton.cdiv(blocks, split_blocks)
-    tiles = triton.cdiv(length, config.lanes * ELEMENTS)
+    blocks = parts(scan.group_dim, config.rows)
+    wanted = parts(processors_of(scan.u) * config.warps_per_processor, batch * groups * config.warps)
+    split_blocks = parts(blocks, min(blocks, config.splits or max(1, wanted)))
+    splits = parts(blocks, split_blocks)
+    tiles = parts(length, config.lanes * ELEMENTS)
     chunk_tiles = _chunk_tiles(config, tiles, batch * groups * splits, scan.u)
-    chunks = triton.cdiv(tiles, chunk_tiles)
+    chunks = parts(tiles, chunk_tiles)
     padded = _padded(length)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -255,63 +270,70 @@ def backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Te
     grad_z = None if scan.z is None else empty(batch, dim, length, dtype=scan.z.dtype)
     grad_B, grad_C = sums_over_channels(scan.B), sums_over_channels(scan.C)
     grad_D, grad_bias = (None if t is None else empty(chunks, batch, dim) for t in (scan.D, scan.delta_bias))
-    scan_backward_kernel[(batch * groups * splits, chunks)](
-        grad_y,
-        grad_last,
-        scan.u,
-        scan.delta,
-        scan.A,
-        scan.B,
-        scan.C,
-        scan.D,
-        scan.z if scan.z is not None else scan.u,
-        scan.delta_bias,
-        scan.initial,
-        states,
-        work,
-        grad_u,
-        grad_delta,
-        grad_z if grad_z is not None else grad_u,
-        grad_B,
-        grad_C,
-        grad_D,
-        grad_bias,
-        length,
-        padded,
-        dim,
-        dstate,
-        scan.group_dim,
-        splits,
-        split_blocks,
-        scan.share,
-        scan.group_share('B'),
-        scan.group_share('C'),
-        states.shape[-1],
-        chunk_tiles,
-        work.shape[-1],
-        _BACKWARD_SLOTS,
-        *grad_y.stride()[:-1],
-        *scan.strides('u'),
-        *scan.strides('delta'),
-        *scan.strides('z'),
-        *scan.strides('B'),
-        *scan.strides('C'),
-        *grad_u.stride()[:-1],
-        1,
-        HAS_D=scan.D is not None,
-        HAS_Z=scan.z is not None,
-        HAS_BIAS=scan.delta_bias is not None,
-        HAS_INITIAL=scan.initial is not None,
-        HAS_LAST=grad_last is not None,
-        SOFTPLUS=scan.softplus,
-        CONSTANT_B=scan.B.ndim == 2,
-        CONSTANT_C=scan.C.ndim == 2,
-        REVERSE=scan.reverse,
-        DIRECT=_all_direct(grad_y, scan.u, scan.delta, scan.z),
-        R=config.rows,
-        J=config.lanes,
-        E=ELEMENTS,
-        num_warps=config.warps,
+    _backward(
+        (batch * groups * splits, chunks),
+        (
+            grad_y,
+            grad_last,
+            scan.u,
+            scan.delta,
+            scan.A,
+            scan.B,
+            scan.C,
+            scan.D,
+            scan.z if scan.z is not None else scan.u,
+            scan.delta_bias,
+            scan.initial,
+            states,
+            work,
+            grad_u,
+            grad_delta,
+            grad_z if grad_z is not None else grad_u,
+            grad_B,
+            grad_C,
+            grad_D,
+            grad_bias,
+        ),
+        (
+            length,
+            padded,
+            dim,
+            dstate,
+            scan.group_dim,
+            splits,
+            split_blocks,
+            scan.share,
+            scan.group_share('B'),
+            scan.group_share('C'),
+            states.shape[-1],
+            chunk_tiles,
+            work.shape[-1],
+            _BACKWARD_SLOTS,
+            *grad_y.stride()[:-1],
+            *scan.strides('u'),
+            *scan.strides('delta'),
+            *scan.strides('z'),
+            *scan.strides('B'),
+            *scan.strides('C'),
+            *grad_u.stride()[:-1],
+            1,
+        ),
+        (
+            scan.D is not None,
+            scan.z is not None,
+            scan.delta_bias is not None,
+            scan.initial is not None,
+            grad_last is not None,
+            scan.softplus,
+            scan.B.ndim == 2,
+            scan.C.ndim == 2,
+            scan.reverse,
+            _all_direct(grad_y, scan.u, scan.delta, scan.z),
+            config.rows,
+            config.lanes,
+            ELEMENTS,
+        ),
+        warps=config.warps,
     )
     slots = work.unflatten(-1, (chunks, _BACKWARD_SLOTS))
     last_tiles = tiles - (chunks - 1) * chunk_tiles
@@ -344,15 +366,19 @@ def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
     batch, dim, length = u.shape
     groups = max((tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4), default=1)
     tile = fit(BACKWARD, dim // groups).lanes * ELEMENTS
-    return batch, *A.shape, (length + tile - 1) // tile + 1
+    return batch, *A.shape, parts(length, tile) + 1
 
 
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
-    """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first."""
-    scan = prepare(_coefficients, *arguments)
-    return forward(scan, y, save, fit(FORWARD, scan.group_dim))
+    """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first two."""
+    scan = prepare(unit_stride, _coefficients, *arguments)
+    target = y if y.stride(-1) == 1 else torch.empty_like(y, memory_format=torch.contiguous_format)
+    results = forward(scan, target, save, fit(FORWARD, scan.group_dim))
+    if target is not y:
+        y.copy_(target)
+    return results
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
-    scan = prepare(_coefficients, *arguments)
+    scan = prepare(unit_stride, _coefficients, *arguments)
     return backward(scan, unit_stride(grad_y), grad_last, states, fit(BACKWARD, scan.group_dim))
