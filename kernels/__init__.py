@@ -3,7 +3,7 @@
 from . import flops
 from .backend import use_triton
 from .bidirectional import bidirectional_scan
-from .conv import NUM_DIRECTIONS, bidirectional_conv1d
+from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
@@ -13,6 +13,7 @@ __all__ = [
     'NUM_ROUTES',
     'bidirectional_conv1d',
     'bidirectional_scan',
+    'causal_conv1d',
     'cross_merge',
     'cross_scan',
     'flops',

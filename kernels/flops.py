@@ -40,19 +40,19 @@ def ss2d_core_macs(x: Shape, projects: bool, dt_weight: Shape, A: Shape) -> int:
     return projection + routed_scan_macs((*x[:-1], routes, width), dt_weight, A)
 
 
-def bidirectional_conv1d_macs(x: Shape, weight: Shape) -> int:
-    """Multiply-adds of `bidirectional_conv1d` on x [B, L, D] with weight [2, D, w]."""
+def causal_conv1d_macs(x: Shape, weight: Shape) -> int:
+    """Multiply-adds of causal convolutions of x [B, L, D] with weight [K, D, w]."""
     return prod(x[:-1]) * prod(weight)
 
 
-@register_flop_formula(torch.ops.vmamba.bidirectional_conv1d)
-def _bidirectional_conv1d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * bidirectional_conv1d_macs(x, weight)
+@register_flop_formula(torch.ops.vmamba.causal_conv1d)
+def _causal_conv1d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * causal_conv1d_macs(x, weight)
 
 
-@register_flop_formula(torch.ops.vmamba.bidirectional_conv1d_backward)
-def _bidirectional_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * _bidirectional_conv1d_flops(*args)
+@register_flop_formula(torch.ops.vmamba.causal_conv1d_backward)
+def _causal_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * _causal_conv1d_flops(*args)
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan)
@@ -125,3 +125,5 @@ if triton is not None:
     register_flop_formula(torch.ops.vmamba.selective_scan_fused_backward)(_selective_scan_backward_flops)
     register_flop_formula(torch.ops.vmamba.ss2d_fused)(_ss2d_fused_flops)
     register_flop_formula(torch.ops.vmamba.ss2d_fused_backward)(_ss2d_fused_backward_flops)
+    register_flop_formula(torch.ops.vmamba.causal_conv1d_fused)(_causal_conv1d_flops)
+    register_flop_formula(torch.ops.vmamba.causal_conv1d_fused_backward)(_causal_conv1d_backward_flops)

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch import nn
 
-from .kernels.flops import bidirectional_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
+from .kernels.flops import causal_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
 
 Handle = Callable[[list, list], int]
 
@@ -19,7 +19,8 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::ss2d_scan': _routed_scan,
         'vmamba::ss2d_fused': _ss2d_fused,
         'vmamba::bidirectional_scan': _routed_scan,
-        'vmamba::bidirectional_conv1d': _bidirectional_conv1d,
+        'vmamba::causal_conv1d': _causal_conv1d,
+        'vmamba::causal_conv1d_fused': _causal_conv1d,
     }
 
 
@@ -57,8 +58,8 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
     return tuple(value.type().sizes()) if value.type().kind() == 'TensorType' else None
 
 
-def _bidirectional_conv1d(inputs: list, outputs: list) -> int:
-    return bidirectional_conv1d_macs(*map(_shape, inputs[:2]))
+def _causal_conv1d(inputs: list, outputs: list) -> int:
+    return causal_conv1d_macs(*map(_shape, inputs[:2]))
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

@@ -1,17 +1,20 @@
 """The Triton kernels called directly, and through PyTorch's dispatcher where something watches."""
 
 import pytest
+import test_conv
 import test_ss2d
 import torch
 from recorder import Recorder
 from test_selective_scan import arguments as scan_arguments
-from vmamba.kernels import selective_scan, ss2d_scan, use_triton
+from vmamba.kernels import bidirectional_conv1d, causal_conv1d, selective_scan, ss2d_scan, use_triton
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 CALLS = {
     'ss2d_scan': (ss2d_scan, test_ss2d.arguments((2, 3), 1, 4, 1, 1, torch.float32)),
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
+    'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
+    'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
 }
 
 
@@ -32,9 +35,10 @@ def call(request):
 
 def test_watched_calls_give_the_same(call):
     function, x = call
-    expected = torch.autograd.functional.vjp(function, x, torch.ones_like(x))
+    ones = torch.ones_like(function(x))
+    expected = torch.autograd.functional.vjp(function, x, ones)
     with Recorder() as calls:
-        actual = torch.autograd.functional.vjp(function, x, torch.ones_like(x))
+        actual = torch.autograd.functional.vjp(function, x, ones)
     assert len(calls.names) == 2 and calls.names[1] == f'{calls.names[0]}_backward'
     for ours, theirs in zip(actual, expected):
         assert torch.equal(ours, theirs)

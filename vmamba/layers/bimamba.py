@@ -72,7 +72,7 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(bidirectional_conv1d(x, self.conv1d_weight, self.conv1d_bias))
+        u = bidirectional_conv1d(x, self.conv1d_weight, self.conv1d_bias, silu=True)
         x_dbl = torch.einsum('blkd,kpd->blkp', u, self.x_proj_weight)
         A = negative_exp(self.A_log)
         y = bidirectional_scan(u, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
