@@ -1,17 +1,19 @@
 """The Triton kernels called directly, and through PyTorch's dispatcher where something watches."""
 
 import pytest
+import test_add_norm
 import test_ss2d
 import torch
 from recorder import Recorder
 from test_selective_scan import arguments as scan_arguments
-from vmamba.kernels import selective_scan, ss2d_scan, use_triton
+from vmamba.kernels import add_layer_norm, selective_scan, ss2d_scan, use_triton
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 CALLS = {
     'ss2d_scan': (ss2d_scan, test_ss2d.arguments((2, 3), 1, 4, 1, 1, torch.float32)),
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
+    'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),
 }
 
 
