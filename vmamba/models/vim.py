@@ -8,7 +8,6 @@ The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this c
 
 import logging
 import math
-import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..layers import BiMamba, ResidualRmsNorm, TokenEmbed, resize_pos_embed, split_class_token
 from ._pretrained import build_model, load_pretrained
+from ._vim_layouts import convert_layout, is_official
 
 __all__ = ['Vim']
 
@@ -263,18 +263,6 @@ def _check_global_pool(global_pool: str) -> str:
     return global_pool
 
 
-_RENAMES = (
-    (r'^(pos_embed|cls_token)$', r'embed.\1'),
-    (r'^patch_embed\.', 'embed.'),
-    (r'^norm_f\.', 'norm.'),
-    (r'^layers\.', 'blocks.'),
-    (r'\.mixer\.gamma$', '.ls.gamma'),
-    (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
-    (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
-)
-_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)(_b)?$'
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Renames the official layout to this module's and fits the position embedding to the model's image size.
 
@@ -282,15 +270,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     scales the mixer's output, so for a model without layer scale it goes into out_proj.
     """
     out = dict(state_dict)
-    is_official = any(key.startswith('layers.') for key in state_dict)
-    if is_official:
-        out = _stack_directions({_rename(key): value for key, value in state_dict.items()})
+    official = is_official(state_dict)
+    if official:
+        out = convert_layout(state_dict)
     own = model.state_dict()
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         out[weight] = out[weight] * out.pop(key).unsqueeze(-1)
     pos_embed = out.get('embed.pos_embed')
-    if pos_embed is not None and (is_official or pos_embed.shape != own['embed.pos_embed'].shape):
+    if pos_embed is not None and (official or pos_embed.shape != own['embed.pos_embed'].shape):
         out['embed.pos_embed'] = _fit_pos_embed(pos_embed, model.embed.grid_size)
     return out
 
@@ -307,24 +295,6 @@ def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
     if (side, side) != grid_size:
         _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', side, side, *grid_size)
     return resize_pos_embed(pos_embed, (side, side), grid_size)
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Stacks each directional parameter with its `_b`; one without its partner is left out, so missing."""
-    out = {}
-    for key, value in state_dict.items():
-        if not re.search(_DIRECTIONAL, key):
-            out[key] = value
-        elif f'{key}_b' in state_dict:
-            pair = torch.stack([value, state_dict[f'{key}_b']])
-            out[key] = pair.squeeze(2) if key.endswith('conv1d_weight') else pair  # [2, D, 1, w] -> [2, D, w]
-    return out
 
 
 def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:
