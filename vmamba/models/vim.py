@@ -17,7 +17,15 @@ from timm.models import checkpoint, generate_default_cfgs, register_model, regis
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import BiMamba, ResidualRmsNorm, TokenEmbed, resize_pos_embed, split_class_token
+from ..layers import (
+    AddRmsNorm,
+    BiMamba,
+    ResidualStream,
+    TokenEmbed,
+    drop_path_scale,
+    resize_pos_embed,
+    split_class_token,
+)
 from ._pretrained import build_model, load_pretrained
 from ._vim_layouts import convert_layout, is_official
 
@@ -26,10 +34,15 @@ __all__ = ['Vim']
 _logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
+Tokens = Union[Tensor, ResidualStream]
 
 
 class VimBlock(nn.Module):
     """x = x + drop_path(mixer(norm(x))), with the residual stream x in fp32.
+
+    Of a ResidualStream the norm makes the sum, and what the block adds is left to the next norm:
+
+        residual = residual + scale * hidden,    hidden = mixer(norm(residual)),    scale = drop_path's
 
     Args:
         dim: Token channels d.
@@ -53,14 +66,20 @@ class VimBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm = ResidualRmsNorm(dim, eps=NORM_EPS, **dd)
+        self.norm = AddRmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, d] -> [B, L, d]"""
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+    def forward(self, x: Tokens) -> Tokens:
+        """[B, L, d] -> [B, L, d], or a ResidualStream to another"""
+        if not isinstance(x, ResidualStream):
+            return self._add(self.norm(x), x).total()
+        return self._add(*self.norm(x))
+
+    def _add(self, normalised: Tensor, residual: Tensor) -> ResidualStream:
+        hidden = self.ls(self.mixer(normalised))
+        return ResidualStream(hidden, residual, drop_path_scale(self.drop_path, hidden))
 
 
 class Vim(nn.Module):
@@ -120,7 +139,7 @@ class Vim(nn.Module):
         block = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
         self.blocks = nn.Sequential(*(VimBlock(embed_dim, drop_path=rate, **block, **dd) for rate in drop_paths))
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=stride) for i in range(depth)]
-        self.norm = ResidualRmsNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.norm = AddRmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -207,11 +226,13 @@ class Vim(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         size = tuple(x.shape[-2:])
         intermediates = []
-        x = self.embed(x)
+        x = self._embed(x)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = self._block(block, x)
             if i in take_indices:
-                intermediates.append(split_class_token(self.norm(x) if norm else x))
+                tokens = _total(x)
+                intermediates.append(split_class_token(self.norm(tokens) if norm else tokens))
+                x = ResidualStream(tokens) if isinstance(x, ResidualStream) else tokens
         if output_fmt == 'NCHW':
             grid = self.embed.dynamic_feat_size(size)
             intermediates = [
@@ -220,7 +241,7 @@ class Vim(nn.Module):
         intermediates = [
             (tokens, cls.unsqueeze(1)) if return_prefix_tokens else tokens for tokens, cls in intermediates
         ]
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self._norm(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -234,15 +255,34 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Tokens:
+        x = self.embed(images)
+        return ResidualStream(x) if self._leaves_sums_to_norms(x) else x
+
+    def _leaves_sums_to_norms(self, x: Tensor) -> bool:
+        """Whether the blocks pass a ResidualStream on, which saves passes over memory.
+
+        They pass its sum where it is looked at (by hooks, by FX, by what stands in a block's place), where it is kept
+        for recomputation and should be small, and for compilers, which fuse it with the norm by themselves.
+        """
+        if self.grad_checkpointing or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return False
+        return all(_is_plain(block, VimBlock) and _is_plain(block.norm, AddRmsNorm) for block in self.blocks)
+
+    def _block(self, block: nn.Module, x: Tokens) -> Tokens:
         return checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+
+    def _norm(self, x: Tokens) -> Tensor:
+        if isinstance(x, ResidualStream) and _is_plain(self.norm, AddRmsNorm):
+            return self.norm(x)[0]
+        return self.norm(_total(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
-        x = self.embed(x)
+        x = self._embed(x)
         for block in self.blocks:
             x = self._block(block, x)
-        return self.norm(x)
+        return self._norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, d] -> logits [B, num_classes] ([B, L, num_classes] without pooling)"""
@@ -255,6 +295,16 @@ class Vim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]"""
         return self.forward_head(self.forward_features(x))
+
+
+def _total(x: Tokens) -> Tensor:
+    return x.total() if isinstance(x, ResidualStream) else x
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module is just of that class, without hooks."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
 
 
 def _check_global_pool(global_pool: str) -> str:
