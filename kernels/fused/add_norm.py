@@ -114,7 +114,7 @@ def add_norm_backward(
         rstd = tl.load(moments_ptr + row, mask=has_row, other=0.0)
         if CENTRED:
             mean = tl.load(moments_ptr + rows + row, mask=has_row, other=0.0)
-            normal = tl.where(mask, normal - mean[:, None], 0.0)
+            normal -= mean[:, None]  # beyond the channels too, where grad is 0
             grad_bias += grad
         normal *= rstd[:, None]
         grad_weight += grad * normal
