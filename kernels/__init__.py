@@ -1,6 +1,7 @@
 """Selective-scan operators. Imports torch (and triton) only."""
 
 from . import flops
+from .add_norm import add_layer_norm, add_rms_norm
 from .backend import use_triton
 from .bidirectional import bidirectional_scan
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
@@ -11,6 +12,8 @@ from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
+    'add_layer_norm',
+    'add_rms_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'causal_conv1d',

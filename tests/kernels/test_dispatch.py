@@ -1,12 +1,13 @@
 """The Triton kernels called directly, and through PyTorch's dispatcher where something watches."""
 
 import pytest
+import test_add_norm
 import test_conv
 import test_ss2d
 import torch
 from recorder import Recorder
 from test_selective_scan import arguments as scan_arguments
-from vmamba.kernels import bidirectional_conv1d, causal_conv1d, selective_scan, ss2d_scan, use_triton
+from vmamba.kernels import add_layer_norm, bidirectional_conv1d, causal_conv1d, selective_scan, ss2d_scan, use_triton
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -15,6 +16,7 @@ CALLS = {
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
     'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
     'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
+    'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vmamba.layers import BiMamba, ResidualRmsNorm
+from vmamba.layers import BiMamba
 
 
 def randomised(layer):
@@ -154,15 +154,3 @@ def test_the_directions_start_from_different_values():
 def test_device_and_dtype_reach_every_parameter():
     layer = BiMamba(8, device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {('meta', torch.bfloat16)}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_residual_norm(dtype):
-    """Computes in the residual's dtype, returns the weight's."""
-    norm = ResidualRmsNorm(12, eps=1e-5, dtype=dtype)
-    nn.init.normal_(norm.weight)
-    x = torch.randn(2, 5, 12, dtype=torch.promote_types(dtype, torch.float32)) * 1e-2
-    y = norm(x)
-    assert y.dtype == dtype
-    oracles.assert_matches(y, oracles.rms_norm(x.double(), norm.weight.double()), dtype)

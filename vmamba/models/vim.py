@@ -8,7 +8,6 @@ The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this c
 
 import logging
 import math
-import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -18,18 +17,32 @@ from timm.models import checkpoint, generate_default_cfgs, register_model, regis
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import BiMamba, ResidualRmsNorm, TokenEmbed, resize_pos_embed, split_class_token
+from ..layers import (
+    AddRmsNorm,
+    BiMamba,
+    ResidualStream,
+    TokenEmbed,
+    drop_path_scale,
+    resize_pos_embed,
+    split_class_token,
+)
 from ._pretrained import build_model, load_pretrained
+from ._vim_layouts import convert_layout, is_official
 
 __all__ = ['Vim']
 
 _logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
+Tokens = Union[Tensor, ResidualStream]
 
 
 class VimBlock(nn.Module):
     """x = x + drop_path(mixer(norm(x))), with the residual stream x in fp32.
+
+    Of a ResidualStream the norm makes the sum, and what the block adds is left to the next norm:
+
+        residual = residual + scale * hidden,    hidden = mixer(norm(residual)),    scale = drop_path's
 
     Args:
         dim: Token channels d.
@@ -53,14 +66,20 @@ class VimBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm = ResidualRmsNorm(dim, eps=NORM_EPS, **dd)
+        self.norm = AddRmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, d] -> [B, L, d]"""
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+    def forward(self, x: Tokens) -> Tokens:
+        """[B, L, d] -> [B, L, d], or a ResidualStream to another"""
+        if not isinstance(x, ResidualStream):
+            return self._add(self.norm(x), x).total()
+        return self._add(*self.norm(x))
+
+    def _add(self, normalised: Tensor, residual: Tensor) -> ResidualStream:
+        hidden = self.ls(self.mixer(normalised))
+        return ResidualStream(hidden, residual, drop_path_scale(self.drop_path, hidden))
 
 
 class Vim(nn.Module):
@@ -120,7 +139,7 @@ class Vim(nn.Module):
         block = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
         self.blocks = nn.Sequential(*(VimBlock(embed_dim, drop_path=rate, **block, **dd) for rate in drop_paths))
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=stride) for i in range(depth)]
-        self.norm = ResidualRmsNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.norm = AddRmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -207,11 +226,13 @@ class Vim(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         size = tuple(x.shape[-2:])
         intermediates = []
-        x = self.embed(x)
+        x = self._embed(x)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = self._block(block, x)
             if i in take_indices:
-                intermediates.append(split_class_token(self.norm(x) if norm else x))
+                tokens = _total(x)
+                intermediates.append(split_class_token(self.norm(tokens) if norm else tokens))
+                x = ResidualStream(tokens) if isinstance(x, ResidualStream) else tokens
         if output_fmt == 'NCHW':
             grid = self.embed.dynamic_feat_size(size)
             intermediates = [
@@ -220,7 +241,7 @@ class Vim(nn.Module):
         intermediates = [
             (tokens, cls.unsqueeze(1)) if return_prefix_tokens else tokens for tokens, cls in intermediates
         ]
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self._norm(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -234,15 +255,34 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Tokens:
+        x = self.embed(images)
+        return ResidualStream(x) if self._leaves_sums_to_norms(x) else x
+
+    def _leaves_sums_to_norms(self, x: Tensor) -> bool:
+        """Whether the blocks pass a ResidualStream on, which saves passes over memory.
+
+        They pass its sum where it is looked at (by hooks, by FX, by what stands in a block's place), where it is kept
+        for recomputation and should be small, and for compilers, which fuse it with the norm by themselves.
+        """
+        if self.grad_checkpointing or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return False
+        return all(_is_plain(block, VimBlock) and _is_plain(block.norm, AddRmsNorm) for block in self.blocks)
+
+    def _block(self, block: nn.Module, x: Tokens) -> Tokens:
         return checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+
+    def _norm(self, x: Tokens) -> Tensor:
+        if isinstance(x, ResidualStream) and _is_plain(self.norm, AddRmsNorm):
+            return self.norm(x)[0]
+        return self.norm(_total(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
-        x = self.embed(x)
+        x = self._embed(x)
         for block in self.blocks:
             x = self._block(block, x)
-        return self.norm(x)
+        return self._norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, d] -> logits [B, num_classes] ([B, L, num_classes] without pooling)"""
@@ -257,22 +297,20 @@ class Vim(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _total(x: Tokens) -> Tensor:
+    return x.total() if isinstance(x, ResidualStream) else x
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module is just of that class, without hooks."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
+
+
 def _check_global_pool(global_pool: str) -> str:
     if global_pool not in ('', 'token', 'avg'):
         raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
     return global_pool
-
-
-_RENAMES = (
-    (r'^(pos_embed|cls_token)$', r'embed.\1'),
-    (r'^patch_embed\.', 'embed.'),
-    (r'^norm_f\.', 'norm.'),
-    (r'^layers\.', 'blocks.'),
-    (r'\.mixer\.gamma$', '.ls.gamma'),
-    (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
-    (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
-)
-_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)(_b)?$'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
@@ -282,15 +320,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     scales the mixer's output, so for a model without layer scale it goes into out_proj.
     """
     out = dict(state_dict)
-    is_official = any(key.startswith('layers.') for key in state_dict)
-    if is_official:
-        out = _stack_directions({_rename(key): value for key, value in state_dict.items()})
+    official = is_official(state_dict)
+    if official:
+        out = convert_layout(state_dict)
     own = model.state_dict()
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         out[weight] = out[weight] * out.pop(key).unsqueeze(-1)
     pos_embed = out.get('embed.pos_embed')
-    if pos_embed is not None and (is_official or pos_embed.shape != own['embed.pos_embed'].shape):
+    if pos_embed is not None and (official or pos_embed.shape != own['embed.pos_embed'].shape):
         out['embed.pos_embed'] = _fit_pos_embed(pos_embed, model.embed.grid_size)
     return out
 
@@ -307,24 +345,6 @@ def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
     if (side, side) != grid_size:
         _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', side, side, *grid_size)
     return resize_pos_embed(pos_embed, (side, side), grid_size)
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Stacks each directional parameter with its `_b`; one without its partner is left out, so missing."""
-    out = {}
-    for key, value in state_dict.items():
-        if not re.search(_DIRECTIONAL, key):
-            out[key] = value
-        elif f'{key}_b' in state_dict:
-            pair = torch.stack([value, state_dict[f'{key}_b']])
-            out[key] = pair.squeeze(2) if key.endswith('conv1d_weight') else pair  # [2, D, 1, w] -> [2, D, w]
-    return out
 
 
 def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Residual connection and the norm that follows it, in one pass."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import runs_on_triton, triton
+from .routed import check_shape
+
+if triton is not None:
+    from .fused.add_norm_operator import run_add_norm
+
+MAX_FUSED_CHANNELS = 8192  # a row is held in registers
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    eps: float = 1e-5,
+    scale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds to a residual stream in fp32, and normalises it by RMSNorm over the channels.
+
+        summed = residual + scale * x,    normalised = weight * summed / sqrt(mean(summed^2) + eps)
+
+    Where Triton runs one kernel does it, and one its backward pass, for up to 8192 channels. While torch.compile,
+    torch.export or torch.jit capture, the operations are PyTorch's own, for the compiler to fuse with their neighbours.
+    Differentiable in x, residual and weight; scale is a constant.
+
+    Args:
+        x: What is added, [B, ..., d], in any floating dtype.
+        residual: The stream so far, like x but in fp32 (fp64 if x is fp64); None to start it with x.
+        weight: [d].
+        eps: Added to the mean square.
+        scale: Factor of each sample, [B], as stochastic depth draws it; None for 1.
+        out_dtype: Dtype of the normalised stream, the weight's by default.
+
+    Returns:
+        normalised [B, ..., d], and summed [B, ..., d] in fp32 (fp64 if x is fp64), which is x itself if nothing is
+        added to it and it has that dtype.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit together.
+    """
+    _check(x, residual, weight, scale, out_dtype)
+    return _add_norm(x, residual, weight, None, eps, scale, out_dtype or weight.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    scale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds to a residual stream in fp32, and normalises it by LayerNorm over the channels.
+
+        summed = residual + scale * x,    normalised = weight * (summed - mean) / sqrt(variance + eps) + bias
+
+    The rest is as of `add_rms_norm`; bias is [d], and differentiable too.
+    """
+    _check(x, residual, weight, scale, out_dtype)
+    check_shape('bias', bias, x.shape[-1:])
+    return _add_norm(x, residual, weight, bias, eps, scale, out_dtype or weight.dtype)
+
+
+def _add_norm(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    scale: Optional[Tensor],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if runs_on_triton(x) and x.shape[-1] <= MAX_FUSED_CHANNELS and not captured:
+        return run_add_norm(x, residual, scale, weight, bias, eps, out_dtype)
+    return _plain(x, residual, weight, bias, eps, scale, out_dtype)
+
+
+def _plain(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    scale: Optional[Tensor],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    summed = x.to(wide)
+    if scale is not None:
+        summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
+    if residual is not None:
+        summed = residual + summed
+    shape, weight = x.shape[-1:], weight.to(wide)
+    if bias is None:
+        normalised = F.rms_norm(summed, shape, weight, eps)
+    else:
+        normalised = F.layer_norm(summed, shape, weight, bias.to(wide), eps)
+    return normalised.to(out_dtype), summed
+
+
+def _check(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    scale: Optional[Tensor],
+    out_dtype: Optional[torch.dtype],
+) -> None:
+    if x.ndim < 2 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f'x must be a floating [B, ..., d] tensor with d > 0, got {tuple(x.shape)} {x.dtype}')
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != wide):
+        shape = tuple(residual.shape)
+        raise ValueError(f'residual must be {list(x.shape)} {wide} like x {x.dtype}, got {shape} {residual.dtype}')
+    check_shape('weight', weight, x.shape[-1:])
+    if scale is not None:
+        check_shape('scale', scale, x.shape[:1])
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f'out_dtype must be floating, got {out_dtype}')
