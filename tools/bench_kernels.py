@@ -7,7 +7,6 @@ python tools/bench_kernels.py --device cpu --batch 1 --repeats 1 --case ss2d_vma
 """
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -36,6 +35,7 @@ from kernel_report import Result, Run, write_csv, write_docs, write_report
 from measure import capture, device_name, is_out_of_memory, pick_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sections import command_of
 from timing import measure_ceilings, median_ms, peak_mib, settled_memory
 from torch import Tensor
 
@@ -136,16 +136,6 @@ def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Seque
     return [case for case in cases if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
-def command_of(argv: Sequence[str]) -> str:
-    """The command line without the names of the files that it writes."""
-    kept, skip = [], False
-    for argument in argv:
-        if not skip and not argument.startswith(tuple(f'{output}=' for output in OUTPUTS)) and argument not in OUTPUTS:
-            kept.append(argument)
-        skip = argument in OUTPUTS
-    return shlex.join(['python', 'tools/bench_kernels.py', *kept])
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog='Times are medians.', allow_abbrev=False
@@ -202,7 +192,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     ceilings = measure_ceilings(args.device, args.repeats)
     cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)
     results = bench(cases, args.device, args.repeats, console)
-    run = Run(device, ceilings, args.repeats, command_of(argv), results)
+    run = Run(device, ceilings, args.repeats, command_of('bench_kernels', argv, OUTPUTS), results)
     write_report(run, console)
     if args.csv:
         write_csv(run, args.csv)

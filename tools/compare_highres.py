@@ -1,26 +1,28 @@
 """Compares feature extraction by timm models at rising resolutions: speed and memory.
 
-Every model and size runs in a fresh process. Running out of memory or time is a result, not an error.
+Running out of memory or time is a result, not an error. On a GPU one process measures all cases of a model, on a CPU
+each case has its own.
 
     python tools/compare_highres.py --sizes 224 448 896
-    python tools/compare_highres.py --models vim_t deit_tiny_patch16_224:plain --dtype bfloat16 --batch-size 64
+    python tools/compare_highres.py --models vim_t deit_tiny_patch16_224:plain --sizes 224 1248 --batch-sizes 64 8
+    python tools/compare_highres.py --models vmamba_t --dtype float16 bfloat16 --compile off on --cuda-graph off on
+    python tools/compare_highres.py --paper
+    python tools/compare_highres.py --benchmarks --docs docs/benchmarks.md
 """
 
 import argparse
-import csv
-import json
-import signal
-import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Iterable, List, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
-from measure import Case, Result, device_name, pick_device
-from plots import plot_comparison
+from highres_report import Measurement, cells_of, print_report, record, write_docs, write_picture
+from measure import Case, Result, pick_device
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from sections import command_of
+from worker import Worker
 
 MODELS = (
     'vmamba_t',
@@ -28,109 +30,173 @@ MODELS = (
     'deit_tiny_patch16_224:plain',
     'deit_tiny_patch16_224:fused',
     'swin_tiny_patch4_window7_224',
+    'convnext_tiny',
 )
-SIZES = (224, 448, 672, 896)
+FAST_MODELS = tuple(model for model in MODELS if not model.endswith(':plain'))
+SIZES = {'cpu': (224, 448, 672, 896), 'cuda': (224, 512, 1024, 2048, 4096)}
+DTYPES = ('float32', 'float16', 'bfloat16')
+GPU_BATCH_PIXELS = 2**24
+OUTPUTS = ('--output', '--docs')
+WIDTH = 120  # of the table where there is no terminal
 
-Measurement = Tuple[Case, Result]
+
+class Grid(NamedTuple):
+    """Models at sizes, in all combinations of how they run.
+
+    Attributes:
+        models: timm names; NAME:plain or NAME:fused for the attention.
+        sizes: Sides of the square images.
+        batch_sizes: One for each size, or one for all.
+        compile: With torch.compile or without.
+        cuda_graph: Replayed as a CUDA graph or not.
+    """
+
+    models: Sequence[str]
+    sizes: Sequence[int]
+    batch_sizes: Sequence[int]
+    compile: Sequence[bool] = (False,)
+    cuda_graph: Sequence[bool] = (False,)
+
+    def cases(self, dtypes: Sequence[str], **settings: Any) -> List[Case]:
+        """The cases of one model after those of another, each from the first size to the last."""
+        batch_sizes = self.batch_sizes if len(self.batch_sizes) > 1 else self.batch_sizes * len(self.sizes)
+        runs = product(self.models, dtypes, self.compile, self.cuda_graph, zip(self.sizes, batch_sizes, strict=True))
+        return [
+            Case(model, size, batch_size, dtype, compile=compiled, cuda_graph=graph, **settings)
+            for model, dtype, compiled, graph, (size, batch_size) in runs
+        ]
 
 
-def run_case(case: Case, timeout: float) -> Result:
-    """Measures in a fresh interpreter; a child that dies or takes more than `timeout` seconds is a result too."""
-    command = [sys.executable, str(Path(__file__).with_name('measure.py')), json.dumps(asdict(case))]
+PAPER = Grid(('vim_t', 'deit_tiny_patch16_224:plain', 'deit_tiny_patch16_224:fused'), (512, 640, 738, 1024, 1248), (8,))
+BENCHMARKS = (
+    Grid(MODELS, (224, 512, 1248, 2048, 4096), (128, 32, 8, 4, 1)),
+    Grid(FAST_MODELS, (224,), (1,), cuda_graph=(True,)),
+    Grid(FAST_MODELS, (224,), (128,), compile=(True,)),
+)
+
+
+def default_batch_size(size: int, device: str) -> int:
+    """One image on a CPU; on a GPU the power of two that makes about as many pixels at every size."""
+    fitting = GPU_BATCH_PIXELS // size**2
+    return 1 if device == 'cpu' or fitting == 0 else 2 ** (fitting.bit_length() - 1)
+
+
+def compare(cases: Sequence[Case], timeout: float, console: Console) -> Iterator[Measurement]:
+    """Measures the cases one after another and prints a line for each, under a progress bar."""
+    worker = Worker(timeout)
+    measured: List[Measurement] = []
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Result('timeout', message=f'took more than {timeout:g} s')
-    if child.returncode == 0:
-        return Result(**json.loads(child.stdout.splitlines()[-1]))
-    if child.returncode == -signal.SIGKILL:
-        return Result('OOM', message='killed, as the system does to a process that takes too much memory')
-    lines = child.stderr.strip().splitlines() or [f'exit status {child.returncode}']
-    return Result('failed', message=lines[-1])
+        for case in track(cases, description='Comparing', console=console):
+            if case.device == 'cpu' or (measured and measured[-1][0].model != case.model):
+                worker.stop()
+            measured.append((case, known_out_of_memory(case, measured) or worker.measure(case)))
+            console.print('  '.join(cells_of(*measured[-1])), highlight=False)
+            yield measured[-1]
+    finally:
+        worker.stop()
 
 
-def compare(cases: List[Case], timeout: float, console: Console) -> List[Measurement]:
-    """Measures every case, one after another, under a progress bar."""
-    progress = track(cases, description='Comparing', console=console)
-    return [(case, run_case(case, timeout)) for case in progress]
+def known_out_of_memory(case: Case, measured: Sequence[Measurement]) -> Optional[Result]:
+    """OOM without a trial, if the same ran out of memory with images no larger and no more pixels in all."""
+    for other, result in measured:
+        same = replace(other, size=case.size, batch_size=case.batch_size) == case
+        smaller = other.size <= case.size and _pixels(other) <= _pixels(case)
+        if result.status == 'OOM' and same and smaller:
+            return replace(result, message=f'not tried: OOM at {other.size}, batch {other.batch_size}')
+    return None
 
 
-def write_csv(measurements: Iterable[Measurement], path: Path) -> None:
-    """One row a case, with everything needed to tell it from a run elsewhere."""
-    rows = [{**asdict(case), **asdict(result)} for case, result in measurements]
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _pixels(case: Case) -> int:
+    return case.batch_size * case.size**2
 
 
-def make_table(measurements: Iterable[Measurement], title: str) -> Table:
-    table = Table('model', title=title)
-    for column in ('size', 'images/s', 'ms/image', 'peak MiB'):
-        table.add_column(column, justify='right')
-    last = None
-    for case, result in measurements:
-        if last not in (None, case.model):
-            table.add_section()
-        last = case.model
-        table.add_row(case.model, str(case.size), *_cells(result))
-    return table
-
-
-def _cells(result: Result) -> Tuple[str, str, str]:
-    if result.status != 'ok':
-        return result.status, '-', '-'
-    return f'{result.images_per_second:.2f}', f'{result.ms_per_image:.1f}', f'{result.peak_mib:.0f}'
-
-
-def write_report(measurements: List[Measurement], output: Path, console: Console, device: str) -> None:
-    """Prints the table and writes highres.csv and highres.png into the folder `output`."""
-    first = measurements[0][0]
-    title = f'Feature extraction, batch {first.batch_size}, {first.dtype}\n{device}'
-    console.print(make_table(measurements, title))
-    for case, result in measurements:
-        if result.message:
-            console.print(f'{case.model} at {case.size}: {result.status}: {result.message}', markup=False)
-    output.mkdir(parents=True, exist_ok=True)
-    write_csv(measurements, output / 'highres.csv')
-    plot_comparison(measurements, title, output / 'highres.png')
-    console.print(f'Wrote {output / "highres.csv"} and {output / "highres.png"}')
-
-
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', nargs='+', default=MODELS, help='timm names; NAME:plain, NAME:fused for attention')
-    parser.add_argument('--sizes', nargs='+', type=int, default=SIZES, help='sides of the square images')
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'))
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    examples = '\n'.join(__doc__.splitlines()[5:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument('--paper', action='store_true', help="Vim's paper: DeiT-T and Vim-T, 512 to 1248, batch 8")
+    preset.add_argument('--benchmarks', action='store_true', help='all that docs/benchmarks.md shows; needs a GPU')
+    parser.add_argument('--models', nargs='+', help='timm names; NAME:plain, NAME:fused for attention')
+    parser.add_argument('--sizes', nargs='+', type=int, help='sides of the square images')
+    parser.add_argument(
+        '--batch-sizes',
+        nargs='+',
+        type=int,
+        help='one for each size or one for all; default: 1 on a CPU, on a GPU about as many pixels at every size',
+    )
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, help='the lower ones by autocast; default: bfloat16 on a GPU'
+    )
+    parser.add_argument('--compile', nargs='+', choices=('off', 'on'), help='use torch.compile')
+    parser.add_argument('--cuda-graph', nargs='+', choices=('off', 'on'), help='replay a CUDA graph')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--repeats', type=int, default=5, help='forwards of which the median time is taken')
-    parser.add_argument('--compile', action='store_true', help='use torch.compile')
-    parser.add_argument('--cuda-graph', action='store_true', help='replay a CUDA graph')
+    defaults = {field.name: field.default for field in fields(Case)}
+    parser.add_argument(
+        '--repeats', type=int, default=defaults['repeats'], help='most forwards of which the median time is taken'
+    )
+    parser.add_argument(
+        '--seconds', type=float, default=defaults['seconds'], help='most seconds for these forwards, if more than 3'
+    )
     parser.add_argument('--memory-limit', type=int, help='most MiB that a forward may take on a CPU (Linux)')
-    parser.add_argument('--timeout', type=float, default=600, help='most seconds for one model and size')
-    parser.add_argument('--output', type=Path, default=Path('highres'), help='folder of highres.csv and highres.png')
+    parser.add_argument('--timeout', type=float, default=600, help='most seconds for one case')
+    parser.add_argument('--output', type=Path, default=Path('highres'), help='folder of the CSV file and the picture')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table and the picture')
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    if args.cuda_graph and args.device.type != 'cuda':
-        parser.error('--cuda-graph needs a GPU')
+    args.device = pick_device(args.device).type
+    try:
+        args.cases = cases_of(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def cases_of(args: argparse.Namespace) -> List[Case]:
+    """What the options ask for, the cases of a model together.
+
+    Raises:
+        ValueError: If options contradict each other.
+    """
+    grids = BENCHMARKS if args.benchmarks else (grid_of(args),)
+    fixed = (args.models, args.sizes, args.batch_sizes, args.compile, args.cuda_graph)
+    if args.benchmarks and any(option is not None for option in fixed):
+        raise ValueError('--benchmarks sets the models, sizes, batch sizes, --compile and --cuda-graph itself')
+    if args.device != 'cuda' and any(True in grid.cuda_graph for grid in grids):
+        raise ValueError('a CUDA graph needs a GPU')
+    dtypes = args.dtype or ('bfloat16' if args.device == 'cuda' else 'float32',)
+    settings = {name: getattr(args, name) for name in ('device', 'repeats', 'seconds', 'memory_limit')}
+    cases = [case for grid in grids for case in grid.cases(dtypes, **settings)]
+    models = list(dict.fromkeys(case.model for case in cases))
+    return sorted(cases, key=lambda case: models.index(case.model))
+
+
+def grid_of(args: argparse.Namespace) -> Grid:
+    """The grid of the options; what they leave open is the paper's or the default."""
+    sizes = args.sizes or (PAPER.sizes if args.paper else SIZES[args.device])
+    batch_sizes = args.batch_sizes or (PAPER.batch_sizes if args.paper else None)
+    batch_sizes = batch_sizes or tuple(default_batch_size(size, args.device) for size in sizes)
+    if len(batch_sizes) not in (1, len(sizes)):
+        raise ValueError(f'--batch-sizes must be one or as many as the {len(sizes)} sizes, got {len(batch_sizes)}')
+    switches = ([value == 'on' for value in values or ('off',)] for values in (args.compile, args.cuda_graph))
+    return Grid(args.models or (PAPER.models if args.paper else MODELS), sizes, batch_sizes, *switches)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    settings = dict(
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        device=args.device.type,
-        repeats=args.repeats,
-        compile=args.compile,
-        cuda_graph=args.cuda_graph,
-        memory_limit=args.memory_limit,
-    )
-    cases = [Case(model, size, **settings) for model in args.models for size in args.sizes]
     console = Console()
-    write_report(compare(cases, args.timeout, console), args.output, console, device_name(args.device))
+    if not console.is_terminal:
+        console.width = WIDTH
+    name = 'highres_paper' if args.paper else 'highres'
+    command = command_of('compare_highres', argv, OUTPUTS)
+    table, picture = args.output / f'{name}.csv', args.output / f'{name}.png'
+    measurements = record(compare(args.cases, args.timeout, console), table, command)
+    print_report(measurements, console)
+    write_picture(measurements, picture)
+    console.print(f'Wrote {table} and {picture}')
+    if args.docs:
+        write_docs(measurements, args.docs, name, command)
+        console.print(f'Wrote its section of {args.docs}, and its picture beside it')
 
 
 if __name__ == '__main__':

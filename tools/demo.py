@@ -13,9 +13,10 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import torch
 import yaml
-from compare_highres import MODELS, compare, write_report
+from compare_highres import MODELS, compare
 from digits import NUM_CLASSES, Digits, Epoch, load_digits, stratified_split, train
-from measure import Case, device_name, pick_device
+from highres_report import print_report, record, write_picture
+from measure import Case, pick_device
 from plots import plot_training
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -93,6 +94,15 @@ def write_training(histories: Dict[str, List[Epoch]], output: Path) -> None:
     plot_training(histories, output / 'training.png')
 
 
+def compare_models(args: argparse.Namespace, console: Console) -> None:
+    """Compares models at rising resolutions, prints a table, writes highres.csv and highres.png."""
+    cases = [Case(model, size, device=args.device.type, repeats=2) for model in MODELS for size in args.sizes]
+    command = f'python tools/demo.py --sizes {" ".join(map(str, args.sizes))}'
+    measurements = record(compare(cases, 300, console), args.output / 'highres.csv', command)
+    print_report(measurements, console)
+    write_picture(measurements, args.output / 'highres.png')
+
+
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, default=Path('demo'), help='folder of the results')
@@ -114,8 +124,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     start = time.perf_counter()
     histories = {} if args.skip_training else train_all(args, console)
     if not args.skip_comparison:
-        cases = [Case(model, size, device=args.device.type, repeats=2) for model in MODELS for size in args.sizes]
-        write_report(compare(cases, 300, console), args.output, console, device_name(args.device))
+        compare_models(args, console)
     console.print(f'Done in {time.perf_counter() - start:.0f} s; results are in {args.output}/')
     low = [f'{name} {h[-1].accuracy:.1%}' for name, h in histories.items() if h[-1].accuracy < REQUIRED_ACCURACY]
     if low:

@@ -11,7 +11,8 @@ import torch
 from kernel_cases import REFERENCE_GPU, Case, Reference
 from rich.console import Console
 from rich.table import Table
-from timing import Ceilings, triton
+from sections import markdown_table, replace_section
+from timing import Ceilings, triton_version
 
 EARLIER = 'peer, H100, measured earlier, not in this run'
 TITLES = {'scan': 'Selective scan', 'ss2d': 'SS2D core', 'model': 'Models at 224x224, bf16 autocast'}
@@ -60,10 +61,6 @@ class Run(NamedTuple):
     @property
     def versions(self) -> str:
         return f'torch {torch.__version__}, triton {triton_version()}'
-
-
-def triton_version() -> str:
-    return 'none' if triton is None else triton.__version__
 
 
 def over(a: Optional[float], b: Optional[float]) -> Optional[float]:
@@ -286,23 +283,5 @@ def _markdown(kind: str, rows: Sequence[Record], run: Run) -> str:
         f'- command: `{run.command}`; medians of {run.repeats}'
     )
     parts = [f'## {TITLES[kind]}', about, NOTES if kind == 'model' else f'{NOTES}\n{KERNEL_NOTES}']
-    for header, *cells in tables_of(kind, rows):
-        rule = ['---', '---'] + ['---:'] * (len(header) - 2)
-        parts.append('\n'.join(f'| {" | ".join(row)} |' for row in (header, rule, *cells)))
+    parts += [markdown_table(cells, left=2) for cells in tables_of(kind, rows)]
     return '\n\n'.join(parts)
-
-
-def replace_section(text: str, name: str, body: str) -> str:
-    """The text with this body between the section's marker comments, at the end if it had none.
-
-    Raises:
-        ValueError: If only one of the markers is there.
-    """
-    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-    if (begin in text) != (end in text):
-        raise ValueError(f'found only one of {begin!r} and {end!r}')
-    section = f'{begin}\n{body}\n{end}'
-    if begin not in text:
-        return f'{text.rstrip()}\n\n{section}\n'
-    head, rest = text.split(begin, 1)
-    return head + section + rest.split(end, 1)[1]

@@ -1,31 +1,32 @@
-"""One measurement of feature extraction, in a process of its own: `python measure.py '{"model": ...}'` prints JSON.
+"""Measures feature extraction in a process of its own: each line of JSON that it reads is a case, each that it writes a
+result.
 
-Memory is what the forward pass adds: its peak above what is held right before it, with the model and the input there.
-On a GPU that is what PyTorch's allocator hands out; on a CPU it is the process's resident memory.
+Memory is what the forward pass adds: its peak above what is held before it, with the model and the input there. On a
+GPU that is what PyTorch's allocator hands out; on a CPU it is the process's resident memory.
 """
 
 import json
 import os
 import resource
-import statistics
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, ContextManager, Optional, Tuple
 
 import psutil
 import timm
 import torch
+from timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 from timm.layers import set_fused_attn
 from torch import nn
 
-import vmamba  # noqa: F401
+from vmamba.models.vim import Vim
 
-MIB = 2**20
-WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the first forward, whose memory is measured
+WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
+MIN_REPEATS = 3
 _STATUS = Path('/proc/self/status')
 _CLEAR_REFS = Path('/proc/self/clear_refs')
 
@@ -38,9 +39,10 @@ class Case:
         model: timm model name; `:plain` or `:fused` behind it chooses timm's attention.
         size: Side of the square images.
         batch_size: Images a forward.
-        dtype: Name of the dtype of model and images.
+        dtype: 'float32', or a name of the dtype that autocast lowers to; parameters and images are fp32 anyway.
         device: 'cpu' or 'cuda'.
-        repeats: Forwards of which the median time is taken.
+        repeats: Most forwards of which the median time is taken.
+        seconds: Time that these forwards may take, as long as there are MIN_REPEATS.
         compile: Use torch.compile.
         cuda_graph: Replay a CUDA graph.
         memory_limit: Most MiB that the forward may take on a CPU; None for no limit of its own.
@@ -51,7 +53,8 @@ class Case:
     batch_size: int = 1
     dtype: str = 'float32'
     device: str = 'cpu'
-    repeats: int = 5
+    repeats: int = 30
+    seconds: float = 1.0
     compile: bool = False
     cuda_graph: bool = False
     memory_limit: Optional[int] = None
@@ -67,6 +70,7 @@ class Result:
     peak_mib: Optional[float] = None
     device_name: str = ''
     torch: str = torch.__version__
+    triton: str = triton_version()
     timm: str = timm.__version__
     message: str = ''
 
@@ -86,12 +90,16 @@ def device_name(device: torch.device) -> str:
     return f'{names[0] if names else "CPU"}, {torch.get_num_threads()} thread(s)'
 
 
-def build_model(name: str, size: int) -> nn.Module:
+def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     """A timm model without classifier, for this image size if the model has a fixed one.
 
     Args:
         name: Model name; `:plain` or `:fused` behind it chooses timm's attention.
         size: Side of the images.
+
+    Returns:
+        The model and the side of the images to give it: Vim's is that of the whole patches. Convolutions of other
+        models leave the rest out, or pad it, themselves.
     """
     name, _, attention = name.partition(':')
     if attention not in ('', 'plain', 'fused'):
@@ -99,45 +107,47 @@ def build_model(name: str, size: int) -> nn.Module:
     if attention:
         set_fused_attn(attention == 'fused')
     cfg = timm.get_pretrained_cfg(name)
-    args = {'img_size': size} if cfg is not None and cfg.fixed_input_size else {}
-    return timm.create_model(name, num_classes=0, **args).eval()
+    is_vim = timm.models.is_model_in_modules(name, Vim.__module__.rpartition('.')[2])
+    args = {'img_size': size} if cfg is not None and cfg.fixed_input_size and not is_vim else {}
+    model = timm.create_model(name, num_classes=0, **args).eval()
+    if is_vim:
+        size -= (size - model.embed.patch_size) % model.embed.stride
+        model.set_input_size(size)
+    return model, size
 
 
 def measure(case: Case) -> Result:
-    """Builds the model and measures the memory of its first forward, then the time of further ones."""
+    """Builds the model and measures the memory of a forward, then the time of further ones."""
     device = torch.device(case.device)
-    dtype = getattr(torch, case.dtype)
-    model = build_model(case.model, case.size).to(device, dtype)
-    x = torch.randn(case.batch_size, 3, case.size, case.size, device=device, dtype=dtype)
+    model, side = build_model(case.model, case.size)
+    model = model.to(device)
+    x = torch.randn(case.batch_size, 3, side, side, device=device)
     run = torch.compile(model) if case.compile else model
+
+    def forward() -> object:
+        with _precision(case):
+            return run(x)
+
     if case.memory_limit is not None and device.type == 'cpu':
         _limit_memory(case.memory_limit)
-    forward = partial(run, x)
+    baseline = settled_memory(device)
     with torch.inference_mode():
-        peak = _peak_bytes(forward, device)
+        if device.type == 'cuda':
+            forward()  # compiles and chooses kernels
+        start = time.perf_counter()
+        peak = peak_mib(forward, device, baseline) if device.type == 'cuda' else _resident_peak_mib(forward)
+        fitting = int(case.seconds / (time.perf_counter() - start))
+        repeats = min(case.repeats, max(fitting, MIN_REPEATS))
         if case.cuda_graph:
             forward = capture(forward)
-        times = _times(forward, device, case.repeats)
-    seconds = statistics.median(times) / case.batch_size
-    return Result('ok', 1 / seconds, 1e3 * seconds, peak / MIB, device_name(device))
+        ms = median_ms(forward, device, repeats, min(WARM_UPS[device.type], fitting)) / case.batch_size
+    return Result('ok', 1e3 / ms, ms, peak, device_name(device))
 
 
-def _times(forward: Callable[[], object], device: torch.device, repeats: int) -> List[float]:
-    for _ in range(WARM_UPS[device.type]):
-        forward()
-    times = []
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        forward()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def _precision(case: Case) -> ContextManager:
+    if case.dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(case.device, getattr(torch, case.dtype))
 
 
 def capture(run: Callable[[], object]) -> Callable[[], object]:
@@ -159,22 +169,15 @@ def capture(run: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _peak_bytes(forward: Callable[[], object], device: torch.device) -> int:
-    """Peak of the memory during the forward above what is held right before it."""
-    if device.type == 'cuda':
-        _synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        forward()
-        _synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+def _resident_peak_mib(forward: Callable[[], object]) -> float:
+    """Peak of the process's resident memory during the forward, above that right before it."""
     before = psutil.Process().memory_info().rss
     try:
         _CLEAR_REFS.write_text('5')  # makes the kernel's own high-water mark start again here
     except OSError:
-        return _sampled_peak(forward) - before
+        return (_sampled_peak(forward) - before) / MIB
     forward()
-    return _high_water_mark() - before
+    return (_high_water_mark() - before) / MIB
 
 
 def _high_water_mark() -> int:
@@ -213,15 +216,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
 
 
-def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
+def result_of(case: Case) -> Result:
+    """Measures a case; whatever a model does is a result of the comparison."""
     try:
-        result = measure(case)
-    except Exception as error:  # whatever a model does is a result of the comparison
-        lines = str(error).splitlines() or [type(error).__name__]
+        return measure(case)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         status = 'OOM' if is_out_of_memory(error) else 'failed'
-        result = Result(status, device_name=device_name(torch.device(case.device)), message=lines[0])
-    print(json.dumps(asdict(result)), flush=True)
+        return Result(status, device_name=device_name(torch.device(case.device)), message=lines[0])
+    finally:
+        if case.compile:
+            torch.compiler.reset()  # the next size shall not count as a recompilation of this one
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        result = result_of(Case(**json.loads(line)))
+        answers.write(json.dumps(asdict(result)) + '\n')
+        answers.flush()
     os._exit(0)  # a process short of memory may not survive its own clean-up
 
 

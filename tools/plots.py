@@ -16,35 +16,54 @@ if TYPE_CHECKING:  # so that a comparison needs no digits
 MARKERS = 'osD^vPX*'
 
 
-def plot_comparison(measurements: Sequence[Tuple[Case, Result]], title: str, path: Path) -> None:
-    """Throughput and peak memory against resolution; a size that did not run is named in the legend."""
+def plot_comparison(lines: Dict[str, Sequence[Tuple[Case, Result]]], title: str, path: Path) -> None:
+    """Throughput and peak memory against resolution, a line a label; crosses at the edge mark what did not run.
+
+    Args:
+        lines: Measurements by label.
+        title: Above the panels.
+        path: Of the picture.
+    """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     panels = figure.subplots(1, 2)
-    by_model: Dict[str, List[Tuple[Case, Result]]] = {}
-    for case, result in measurements:
-        by_model.setdefault(case.model, []).append((case, result))
-    for i, (model, rows) in enumerate(by_model.items()):
+    crossed = 0
+    for i, (label, rows) in enumerate(lines.items()):
         sizes = [case.size for case, result in rows if result.status == 'ok']
         results = [result for _, result in rows if result.status == 'ok']
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=_label(model, rows))
+        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=_label(label, rows))
         panels[0].plot(sizes, [result.images_per_second for result in results], **style)
         panels[1].plot(sizes, [result.peak_mib for result in results], **style)
-    sizes = sorted({case.size for case, _ in measurements})
-    _log_panel(panels[0], sizes, 'images per second')
-    _log_panel(panels[1], sizes, 'peak memory of the forward, MiB')
+        missing = [case.size for case, result in rows if result.status != 'ok']
+        for panel, edge in zip(panels, (0.03 + 0.04 * crossed, 0.97 - 0.04 * crossed)):  # slow, and much memory
+            heights = [edge] * len(missing)
+            panel.scatter(missing, heights, marker='x', color=style['color'], transform=panel.get_xaxis_transform())
+        crossed += bool(missing)
+    ticks = _size_labels([case for rows in lines.values() for case, _ in rows])
+    _log_panel(panels[0], ticks, 'images per second')
+    _log_panel(panels[1], ticks, 'peak memory of the forward, MiB')
     figure.suptitle(title, fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _label(model: str, rows: Sequence[Tuple[Case, Result]]) -> str:
+def _label(label: str, rows: Sequence[Tuple[Case, Result]]) -> str:
     missing = [f'{result.status} at {case.size}' for case, result in rows if result.status != 'ok']
-    return f'{model} ({", ".join(missing)})' if missing else model
+    return f'{label} (\u00d7 {", ".join(missing)})' if missing else label
 
 
-def _log_panel(panel: Axes, sizes: Sequence[int], ylabel: str) -> None:
+def _size_labels(cases: Sequence[Case]) -> Dict[int, str]:
+    """Text at each size on the axis: the size and its batch."""
+    batches: Dict[int, List[str]] = {}
+    for case in sorted(cases, key=lambda case: (case.size, case.batch_size)):
+        found = batches.setdefault(case.size, [])
+        if str(case.batch_size) not in found:
+            found.append(str(case.batch_size))
+    return {size: f'{size}\nbatch {", ".join(found)}' for size, found in batches.items()}
+
+
+def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
     panel.set_xscale('log')
-    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.set_xticks(list(ticks), ticks.values(), fontsize=9)
     panel.minorticks_off()
     if any(value > 0 for line in panel.lines for value in line.get_ydata()):  # nothing may have run
         panel.set_yscale('log')

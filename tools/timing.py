@@ -6,7 +6,6 @@ import time
 from typing import Callable, NamedTuple, Optional
 
 import torch
-from measure import MIB
 
 try:
     import triton
@@ -14,6 +13,7 @@ try:
 except ImportError:
     triton = None
 
+MIB = 2**20
 WARM_UPS = {'cuda': 5, 'cpu': 1}
 EXP2_PROGRAMS, EXP2_WIDTH, EXP2_STEPS = 8192, 1024, 1024
 
@@ -36,9 +36,13 @@ class Ceilings(NamedTuple):
         return f'copy {self.copy / 1e12:.3g} TB/s, bf16 matrix product {self.matmul / 1e12:.3g} TFLOP/s{exp2}'
 
 
-def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+def triton_version() -> str:
+    return 'none' if triton is None else triton.__version__
+
+
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int, warm_ups: Optional[int] = None) -> float:
     """Median milliseconds of a run after some warm-up; on a GPU by events, without waiting between the runs."""
-    for _ in range(WARM_UPS[device.type]):
+    for _ in range(WARM_UPS[device.type] if warm_ups is None else warm_ups):
         run()
     if device.type != 'cuda':
         times = []

@@ -6,8 +6,9 @@ import kernel_report
 import pytest
 import torch
 from kernel_cases import Reference, ScanCase, SS2DCase, model_cases, scan_cases, ss2d_cases
-from kernel_report import Result, Run, number, records, replace_section, write_docs
+from kernel_report import Result, Run, number, records, write_docs
 from rich.console import Console
+from sections import replace_section
 from timing import Ceilings
 
 CPU = ['--device', 'cpu', '--batch', '1', '--repeats', '1']

@@ -1,49 +1,100 @@
 import csv
 import sys
+from dataclasses import replace
 
 import compare_highres
+import measure
 import pytest
 import torch
+import worker
+from compare_highres import compare, known_out_of_memory, parse_args
+from highres_report import print_report, record, write_docs, write_picture
 from measure import Case, Result, build_model, is_out_of_memory
 from rich.console import Console
+from worker import Worker
+
+GPU = torch.device('cuda')
 
 
-def read_rows(folder):
-    return list(csv.DictReader((folder / 'highres.csv').open()))
+@pytest.fixture
+def console():
+    return Console(record=True, width=200)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Options are read as on a machine with a GPU."""
+    monkeypatch.setattr(compare_highres, 'pick_device', lambda name: GPU)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Stands in for the processes: measures what the function says, and notes cases and stops."""
+    events = []
+
+    def install(measure):
+        class Scripted(Worker):
+            def measure(self, case):
+                events.append((case.model, case.size))
+                return measure(case)
+
+            def stop(self):
+                events.append('stop')
+
+        monkeypatch.setattr(compare_highres, 'Worker', Scripted)
+        return events
+
+    return install
+
+
+def read_rows(path):
+    return list(csv.DictReader(path.open()))
 
 
 def test_one_row_a_model_and_size(tmp_path):
-    arguments = ['--sizes', '32', '64', '--repeats', '1', '--device', 'cpu', '--batch-size', '2']
-    compare_highres.main(['--models', 'vmamba_nano', *arguments, '--output', str(tmp_path)])
-    rows = read_rows(tmp_path)
-    assert [(row['model'], row['size'], row['status']) for row in rows] == [
-        ('vmamba_nano', '32', 'ok'),
-        ('vmamba_nano', '64', 'ok'),
+    arguments = ['--sizes', '32', '64', '--batch-sizes', '2', '1', '--repeats', '1', '--device', 'cpu']
+    docs = tmp_path / 'docs.md'
+    compare_highres.main(['--models', 'vmamba_nano', *arguments, '--output', str(tmp_path / 'new'), f'--docs={docs}'])
+    rows = read_rows(tmp_path / 'new' / 'highres.csv')
+    assert [(row['model'], row['size'], row['batch_size'], row['status']) for row in rows] == [
+        ('vmamba_nano', '32', '2', 'ok'),
+        ('vmamba_nano', '64', '1', 'ok'),
     ]
     for row in rows:
-        assert float(row['images_per_second']) > 0
+        assert float(row['images_per_second']) == pytest.approx(1e3 / float(row['ms_per_image']))
         assert float(row['peak_mib']) >= 0
-        assert row['torch'] == torch.__version__
-        assert (row['dtype'], row['batch_size'], row['device']) == ('float32', '2', 'cpu')
-    assert (tmp_path / 'highres.png').read_bytes().startswith(b'\x89PNG')
+        assert row['torch'] == torch.__version__ and row['device_name']
+        assert (row['dtype'], row['device']) == ('float32', 'cpu')
+        assert row['command'] == f'python tools/compare_highres.py --models vmamba_nano {" ".join(arguments)}'
+    assert (tmp_path / 'new' / 'highres.png').read_bytes().startswith(b'\x89PNG')
+    assert rows[0]['command'] in docs.read_text() and (tmp_path / 'highres.png').is_file()
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the limit is a Linux one')
 def test_running_out_of_memory_is_a_result(tmp_path):
-    arguments = ['--sizes', '2048', '--memory-limit', '64', '--device', 'cpu', '--output', str(tmp_path)]
+    arguments = ['--sizes', '2048', '2080', '--memory-limit', '64', '--device', 'cpu', '--output', str(tmp_path)]
     compare_highres.main(['--models', 'vmamba_nano', *arguments])
-    (row,) = read_rows(tmp_path)
-    assert row['status'] == 'OOM'
-    assert row['images_per_second'] == row['peak_mib'] == ''
+    tried, known = read_rows(tmp_path / 'highres.csv')
+    assert tried['status'] == known['status'] == 'OOM'
+    assert tried['images_per_second'] == tried['peak_mib'] == ''
+    assert known['message'] == 'not tried: OOM at 2048, batch 1' != tried['message']
+    assert known['device_name'] == tried['device_name'] != ''
     assert (tmp_path / 'highres.png').is_file()
 
 
-def test_failing_is_a_result(tmp_path):
-    arguments = ['--sizes', '32', '--device', 'cpu', '--output', str(tmp_path)]
-    compare_highres.main(['--models', 'no_such_model', *arguments])
-    (row,) = read_rows(tmp_path)
-    assert row['status'] == 'failed'
-    assert 'no_such_model' in row['message']
+def test_failing_is_a_result_and_the_process_starts_anew():
+    failing, working = Case('no_such_model', 32), Case('vmamba_nano', 32, dtype='bfloat16', repeats=1)
+    worker = Worker(timeout=60)
+    try:
+        result = worker.measure(failing)
+        assert result.status == 'failed' and 'no_such_model' in result.message
+        assert worker.measure(working).status == 'ok'
+        process = worker._process
+        assert worker.measure(working).status == 'ok'
+        assert worker._process is process
+    finally:
+        worker.stop()
+    assert process.poll() is not None
 
 
 @pytest.mark.parametrize(
@@ -57,40 +108,194 @@ def test_failing_is_a_result(tmp_path):
 )
 def test_a_child_that_ends_badly_is_a_result(monkeypatch, tmp_path, program, status):
     (tmp_path / 'measure.py').write_text(program)
-    monkeypatch.setattr(compare_highres, '__file__', str(tmp_path / 'compare_highres.py'))
-    assert compare_highres.run_case(Case('vmamba_nano', 32), timeout=2).status == status
+    monkeypatch.setattr(worker, '__file__', str(tmp_path / 'worker.py'))
+    assert Worker(timeout=2).measure(Case('vmamba_nano', 32)).status == status
 
 
-def test_table_and_figure_of_mixed_results(tmp_path):
-    measurements = [
-        (Case('a', 224), Result('ok', 10.0, 100.0, 50.0)),
-        (Case('a', 448), Result('OOM')),
-        (Case('b', 224), Result('timeout', message='took more than 1 s')),
-    ]
-    console = Console(record=True, width=100)
-    compare_highres.write_report(measurements, tmp_path, console, 'a device')
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_a_process_measures_a_model_on_a_gpu_and_a_case_on_a_cpu(scripted, console, device):
+    events = scripted(lambda case: Result('ok', 1.0, 1.0, 1.0))
+    cases = [Case(model, size, device=device) for model in 'ab' for size in (32, 64)]
+    assert len(list(compare(cases, 1, console))) == 4
+    if device == 'cuda':
+        assert events == [('a', 32), ('a', 64), 'stop', ('b', 32), ('b', 64), 'stop']
+    else:
+        assert events == ['stop', ('a', 32), 'stop', ('a', 64), 'stop', ('b', 32), 'stop', ('b', 64), 'stop']
+
+
+def test_larger_sizes_are_not_tried_after_running_out_of_memory(scripted, console):
+    events = scripted(lambda case: Result('OOM' if case.size > 32 else 'ok', 1.0, 1.0, 1.0))
+    results = [result for _, result in compare([Case('a', size) for size in (32, 64, 128)], 1, console)]
+    assert [result.status for result in results] == ['ok', 'OOM', 'OOM']
+    assert ('a', 64) in events and ('a', 128) not in events
+    assert '128  1  float32  a  OOM' in console.export_text()
+
+
+@pytest.mark.parametrize(
+    'change, known',
+    [
+        (dict(size=128), True),
+        (dict(size=128, batch_size=2), True),
+        (dict(size=128, batch_size=1), False),
+        (dict(size=32, batch_size=64), False),
+        (dict(size=128, dtype='bfloat16'), False),
+        (dict(size=128, model='b'), False),
+    ],
+    ids=str,
+)
+def test_what_is_known_from_running_out_of_memory(change, known):
+    case = Case('a', 64, batch_size=8)
+    measured = [(case, Result('OOM'))]
+    assert (known_out_of_memory(replace(case, **change), measured) is not None) is known
+
+
+def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path):
+    def measurements():
+        yield Case('a', 32), Result('ok', 1.0, 1000.0, 5.0)
+        assert [row['size'] for row in read_rows(tmp_path / 'highres.csv')] == ['32']
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(measurements(), tmp_path / 'highres.csv', 'a command')
+    (row,) = read_rows(tmp_path / 'highres.csv')
+    assert (row['model'], row['images_per_second'], row['command']) == ('a', '1.0', 'a command')
+
+
+MIXED = [
+    (Case('a', 224, 4), Result('ok', 10.0, 100.0, 50.0, device_name='a device')),
+    (Case('a', 448), Result('OOM')),
+    (Case('b', 224, 4), Result('timeout', message='took more than 1 s')),
+    (Case('b', 448, compile=True, cuda_graph=True), Result('ok', 2.0, 500.0, 200.0)),
+]
+
+
+def test_table_and_figure_of_mixed_results(tmp_path, console):
+    print_report(MIXED, console)
     text = console.export_text()
-    assert 'OOM' in text
-    assert 'b at 224: timeout: took more than 1 s' in text
-    assert len(read_rows(tmp_path)) == 3
+    assert 'OOM' in text and 'a device' in text
+    assert 'b at 224, batch 4, float32: timeout: took more than 1 s' in text
+    write_picture(MIXED, tmp_path / 'highres.png')
+    assert (tmp_path / 'highres.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_docs_get_a_section_each_and_a_picture(tmp_path):
+    path = tmp_path / 'benchmarks.md'
+    path.write_text('# Benchmarks\n\nBefore.\n')
+    for name in ('highres', 'highres_paper', 'highres'):
+        write_docs(MIXED, path, name, f'a command of {name}')
+        assert (tmp_path / f'{name}.png').is_file()
+    text = path.read_text()
+    assert text.startswith('# Benchmarks\n\nBefore.\n')
+    assert text.count('| 224 | 4 | float32 | a | 10.0 | 100 | 50.0 |') == 2
+    assert text.count('| 448 | 1 | float32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
+    assert text.count('](highres.png)') == text.count('](highres_paper.png)') == 1
+    assert '- machine: a device\n' in text and '`a command of highres_paper`' in text
+
+
+def test_paired_batch_sizes_and_all_ways_to_run(gpu):
+    arguments = ['--models', 'a', 'b', '--sizes', '224', '1248', '--batch-sizes', '128', '8']
+    cases = parse_args([*arguments, '--compile', 'off', 'on', '--cuda-graph', 'on']).cases
+    assert [(case.model, case.compile, case.size, case.batch_size) for case in cases] == [
+        (model, compiled, *pair) for model in 'ab' for compiled in (False, True) for pair in ((224, 128), (1248, 8))
+    ]
+    assert all(case.cuda_graph and case.dtype == 'bfloat16' and case.device == 'cuda' for case in cases)
+    assert {case.batch_size for case in parse_args(['--batch-sizes', '2']).cases} == {2}
+
+
+def test_defaults():
+    cases = parse_args(['--device', 'cpu']).cases
+    assert {(case.batch_size, case.dtype, case.compile, case.cuda_graph) for case in cases} == {
+        (1, 'float32', False, False)
+    }
+    sizes = {224: 256, 512: 64, 1024: 16, 1248: 8, 2048: 4, 4096: 1, 8192: 1}
+    assert {size: compare_highres.default_batch_size(size, 'cuda') for size in sizes} == sizes
+
+
+def test_the_paper_and_what_replaces_parts_of_it():
+    cases = parse_args(['--paper', '--device', 'cpu']).cases
+    assert [case.size for case in cases] == [512, 640, 738, 1024, 1248] * 3
+    assert {case.batch_size for case in cases} == {8}
+    assert list(dict.fromkeys(case.model for case in cases)) == [
+        'vim_t',
+        'deit_tiny_patch16_224:plain',
+        'deit_tiny_patch16_224:fused',
+    ]
+    (case,) = parse_args(['--paper', '--models', 'vim_s', '--sizes', '512', '--batch-sizes', '2']).cases
+    assert (case.model, case.size, case.batch_size) == ('vim_s', 512, 2)
+
+
+def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
+    cases = parse_args(['--benchmarks']).cases
+    models = [case.model for case in cases]
+    assert [model for model, before in zip(models, [None, *models]) if model != before] == list(compare_highres.MODELS)
+    found = {(case.model, case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases}
+    for model in compare_highres.MODELS:
+        assert (model, 1248, 8, False, False) in found
+        assert ((model, 224, 1, False, True) in found) is ((model, 224, 128, True, False) in found)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--sizes', '32', '64', '96', '--batch-sizes', '1', '2'], '--batch-sizes must be one or as many as the 3 siz'),
+        (['--cuda-graph', 'off', 'on'], 'a CUDA graph needs a GPU'),
+        (['--benchmarks', '--sizes', '32'], '--benchmarks sets the models'),
+        (['--paper', '--benchmarks'], 'not allowed with'),
+    ],
+)
+def test_contradictions_are_clear_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        parse_args(['--device', 'cpu', *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('settings, repeats', [(dict(repeats=2), 2), (dict(seconds=0.0), 3), (dict(seconds=1e9), 30)])
+def test_repeats_are_bounded_by_time(monkeypatch, settings, repeats):
+    asked = []
+    monkeypatch.setattr(measure, 'median_ms', lambda run, device, repeats, warm_ups: asked.append(repeats) or 1.0)
+    result = measure.measure(Case('vmamba_nano', 32, batch_size=2, **settings))
+    assert asked == [repeats]
+    assert (result.ms_per_image, result.images_per_second) == (0.5, 2000.0)
+
+
+def test_lower_precision_is_that_of_autocast(monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure, 'median_ms', lambda run, *args: seen.append(run().dtype) or 1.0)
+    monkeypatch.setattr(torch, 'compile', lambda model: seen.append('compiled') or model)
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        measure.measure(Case('deit_tiny_patch16_224', 32, dtype=dtype))
+    measure.measure(Case('vmamba_nano', 32, compile=True))
+    assert seen == [torch.float32, torch.float32, torch.float32, 'compiled', torch.float32]
 
 
 def test_attention_is_chosen_by_the_label():
-    plain, fused = (build_model(f'deit_tiny_patch16_224:{kind}', 32) for kind in ('plain', 'fused'))
+    plain, fused = (build_model(f'deit_tiny_patch16_224:{kind}', 32)[0] for kind in ('plain', 'fused'))
     assert not plain.blocks[0].attn.fused_attn
     assert fused.blocks[0].attn.fused_attn
     with pytest.raises(ValueError, match="got 'other'"):
         build_model('deit_tiny_patch16_224:other', 32)
 
 
-@pytest.mark.parametrize('name', ['vim_nano', 'vmamba_nano', 'deit_tiny_patch16_224'])
-def test_models_are_built_for_the_size_without_classifier(name):
-    model = build_model(name, 64)
-    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, model.num_features)
+@pytest.mark.parametrize(
+    'name, size, side',
+    [
+        ('vim_nano', 64, 64),
+        ('vim_nano', 70, 68),
+        ('vmamba_nano', 70, 70),
+        ('deit_tiny_patch16_224', 70, 70),
+        ('swin_tiny_patch4_window7_224', 70, 70),
+    ],
+)
+def test_models_are_built_for_the_size_without_classifier(name, size, side):
+    model, found = build_model(name, size)
+    assert found == side
+    assert model(torch.zeros(1, 3, side, side)).shape == (1, model.num_features)
 
 
 def test_peak_is_at_least_the_largest_map():
-    result = compare_highres.run_case(Case('vmamba_nano', 512, repeats=1), timeout=60)
+    worker = Worker(timeout=60)
+    result = worker.measure(Case('vmamba_nano', 512, repeats=1))
+    worker.stop()
     assert result.peak_mib >= 16 * 256 * 256 * 4 / 2**20  # the output of the first convolution, which is fp32
 
 

@@ -1,0 +1,121 @@
+"""What compare_highres.py reports: CSV, tables, and a section with a picture in Markdown."""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Iterable, List, Sequence, Tuple
+
+from kernel_report import number
+from measure import Case, Result
+from plots import plot_comparison
+from rich.console import Console
+from rich.table import Table
+from sections import markdown_table, replace_section
+
+Measurement = Tuple[Case, Result]
+
+TITLES = {
+    'highres': 'Feature extraction at rising resolutions',
+    'highres_paper': "Feature extraction in the setting of Vim's paper",
+}
+HEADER = ('size', 'batch', 'run', 'model', 'images/s', 'ms/image', 'peak MiB')
+NOTES = """\
+The forward pass of a batch of random images in inference mode, without classifier. Parameters and images are fp32; bf16
+and fp16 are those of autocast. Times are medians, on a GPU of CUDA events, of at most {repeats} passes or {seconds:g} s
+but of 3 at least. The peak is what PyTorch's allocator (on a CPU, the process) takes at most during a pass without CUDA
+graph, beyond the model and the images. OOM is out of memory. Attention that is "plain" writes its matrix, "fused" is
+PyTorch's `scaled_dot_product_attention`. Of a size that is no multiple of their patches, Vim and DeiT see the part that
+whole patches cover (736 of 738 pixels)."""
+
+
+def run_of(case: Case) -> str:
+    """How a case runs: 'bfloat16, compiled, CUDA graph'."""
+    modes = ['compiled'] * case.compile + ['CUDA graph'] * case.cuda_graph
+    return ', '.join([case.dtype, *modes])
+
+
+def record(measurements: Iterable[Measurement], path: Path, command: str) -> List[Measurement]:
+    """Writes a row of CSV as soon as each case is measured, so that a run that is cut short keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded = []
+    with path.open('w', newline='') as file:
+        for case, result in measurements:
+            row = {**asdict(case), **asdict(result), 'command': command}
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if not recorded:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            recorded.append((case, result))
+    return recorded
+
+
+def cells_of(case: Case, result: Result) -> List[str]:
+    """A row of the table."""
+    cells = [str(case.size), str(case.batch_size), run_of(case), case.model]
+    if result.status != 'ok':
+        return [*cells, result.status, '-', '-']
+    return [*cells, *map(number, (result.images_per_second, result.ms_per_image, result.peak_mib))]
+
+
+def by_workload(measurements: Sequence[Measurement]) -> List[Measurement]:
+    """Models side by side: sorted by how they run, size and batch, and else as they are."""
+    runs = list(dict.fromkeys(run_of(case) for case, _ in measurements))
+    return sorted(measurements, key=lambda pair: (runs.index(run_of(pair[0])), pair[0].size, pair[0].batch_size))
+
+
+def print_report(measurements: Sequence[Measurement], console: Console) -> None:
+    """The table, and the messages of what did not run."""
+    table = Table(title=f'Feature extraction\n{machine(measurements)}, {versions(measurements)}')
+    for name in HEADER:
+        table.add_column(name, justify='left' if name in ('run', 'model') else 'right')
+    last = None
+    for case, result in by_workload(measurements):
+        workload = case.size, case.batch_size, run_of(case)
+        if last not in (None, workload):
+            table.add_section()
+        last = workload
+        table.add_row(*cells_of(case, result))
+    console.print(table)
+    for case, result in measurements:
+        if result.message:
+            where = f'{case.model} at {case.size}, batch {case.batch_size}, {run_of(case)}'
+            console.print(f'{where}: {result.status}: {result.message}', markup=False, highlight=False)
+
+
+def machine(measurements: Sequence[Measurement]) -> str:
+    """The device's name as the first process that lived to tell says it."""
+    return next((result.device_name for _, result in measurements if result.device_name), measurements[0][0].device)
+
+
+def versions(measurements: Sequence[Measurement]) -> str:
+    result = measurements[0][1]
+    return f'torch {result.torch}, triton {result.triton}, timm {result.timm}'
+
+
+def write_picture(measurements: Sequence[Measurement], path: Path) -> None:
+    """Speed and memory against the size, a line for each model and way to run that has more than one size, if any."""
+    series = {}
+    for case, result in measurements:
+        series.setdefault((case.model, run_of(case)), []).append((case, result))
+    lines = {key: rows for key, rows in series.items() if len({case.size for case, _ in rows}) > 1} or series
+    runs = {run for _, run in lines}
+    labelled = {model if len(runs) == 1 else f'{model}, {run}': rows for (model, run), rows in lines.items()}
+    title = machine(measurements) + (f', {runs.pop()}' if len(runs) == 1 else '')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(labelled, title, path)
+
+
+def write_docs(measurements: Sequence[Measurement], path: Path, name: str, command: str) -> None:
+    """Writes the section of this name, in the place of its old one, and its picture beside the file."""
+    write_picture(measurements, path.with_name(f'{name}.png'))
+    text = path.read_text() if path.is_file() else '# Benchmarks\n'
+    first = measurements[0][0]
+    parts = (
+        f'## {TITLES[name]}',
+        f'- machine: {machine(measurements)}\n- versions: {versions(measurements)}\n- command: `{command}`',
+        f'![Images per second and peak memory against the size of the image]({name}.png)',
+        NOTES.format(repeats=first.repeats, seconds=first.seconds),
+        markdown_table([HEADER, *(cells_of(*pair) for pair in by_workload(measurements))], left=4),
+    )
+    path.write_text(replace_section(text, f'compare_highres {name}', '\n\n'.join(parts)))
