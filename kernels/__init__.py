@@ -3,7 +3,7 @@
 from . import flops
 from .add_norm import add_layer_norm, add_rms_norm
 from .backend import use_triton
-from .bidirectional import bidirectional_scan
+from .bidirectional import bidirectional_scan, bimamba_core
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
@@ -16,6 +16,7 @@ __all__ = [
     'add_rms_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
+    'bimamba_core',
     'causal_conv1d',
     'cross_merge',
     'cross_scan',

@@ -5,10 +5,83 @@ https://arxiv.org/abs/2401.09417
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import NUM_DIRECTIONS
+from .backend import runs_on_triton, triton
+from .conv import NUM_DIRECTIONS, bidirectional_conv1d
 from .routed import check_parameters, check_shape, routed_scan, routed_scan_backward
+
+if triton is not None:
+    from .fused.bimamba_operator import run_bimamba
+    from .fused.conv1d_plan import MAX_TAPS
+
+
+def bimamba_core(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> Tensor:
+    """What lies between the in- and the output projection of a bidirectional Mamba block.
+
+    With x, z = xz.chunk(2, dim=-1), and for direction k, 0 from the first position and 1 from the last:
+
+        u_k = silu(conv_k(x)),    y = sum_k scan(u_k, x_proj_weight[k] @ u_k),    out = y / 2 * silu(z)
+
+    with the convolutions of `bidirectional_conv1d` and the scans of `bidirectional_scan`. State, A, D and dt_bias are
+    kept in fp32 (fp64 if xz is fp64). Differentiable in every argument. On Triton one operator, for at most 4 taps:
+    it keeps xz, the projections, the mean of y and states, and makes the rest again.
+
+    Args:
+        xz: [B, L, 2 * D], in any floating dtype.
+        conv_weight: [2, D, w].
+        conv_bias: [2, D].
+        x_proj_weight: [2, R + 2N, D].
+        dt_weight: [2, D, R].
+        dt_bias: [2, D].
+        A: [2, D, N], negative.
+        D: [2, D].
+
+    Returns:
+        out [B, L, D] in xz's dtype, contiguous.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit together.
+    """
+    _check_core(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
+    if runs_on_triton(xz) and conv_weight.shape[-1] <= MAX_TAPS and xz.numel():
+        return run_bimamba(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)[0]
+    x, z = xz.chunk(2, dim=-1)
+    u = bidirectional_conv1d(x, conv_weight, conv_bias, silu=True)
+    x_dbl = torch.einsum('blkd,kpd->blkp', u, x_proj_weight.to(u.dtype))
+    y = bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A, D)
+    return y / 2 * F.silu(z)
+
+
+def _check_core(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+) -> None:
+    if xz.ndim != 3 or xz.shape[1] == 0 or xz.shape[2] % 2 or not xz.is_floating_point():
+        raise ValueError(f'xz must be a floating [B, L, 2D] tensor with L > 0, got {tuple(xz.shape)} {xz.dtype}')
+    dim = xz.shape[2] // 2
+    check_parameters(NUM_DIRECTIONS, dim, dt_weight, dt_bias, A, D)
+    if conv_weight.ndim != 3 or tuple(conv_weight.shape[:2]) != (NUM_DIRECTIONS, dim) or conv_weight.shape[2] == 0:
+        raise ValueError(f'conv_weight must be [2, {dim}, w] with w > 0, got {tuple(conv_weight.shape)}')
+    check_shape('conv_bias', conv_bias, (NUM_DIRECTIONS, dim))
+    projections = dt_weight.shape[-1] + 2 * A.shape[-1]
+    check_shape('x_proj_weight', x_proj_weight, (NUM_DIRECTIONS, projections, dim))
 
 
 def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:

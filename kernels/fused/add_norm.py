@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import processors_of
-from .launcher import Launcher
 from .arithmetic import parts, power_of_2
+from .launcher import Launcher
 
 BLOCK_ELEMENTS = 2048  # rows times channels that a program holds at a time, more only if one row has more
 PROGRAMS_PER_PROCESSOR = 8  # of the backward pass, each of which leaves a partial sum

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..backend import processors_of
 from . import conv1d_plan
+from .arithmetic import parts
 from .conv1d import conv1d, conv1d_backward
 from .conv1d_plan import empty_outputs, is_wide, split, tile_of
 from .launcher import Launcher
-from .ss2d_plan import parts
 
 _conv1d = Launcher(conv1d)
 _conv1d_backward = Launcher(conv1d_backward)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ss2d_plan import parts
+from .arithmetic import parts
 
 MAX_TAPS = 4
 # Programs of the backward pass for each streaming multiprocessor: a few at a time, and several rounds of them.

@@ -8,11 +8,10 @@ import math
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_DIRECTIONS, bidirectional_conv1d, bidirectional_scan
+from ..kernels import NUM_DIRECTIONS, bimamba_core
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -20,8 +19,8 @@ from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negativ
 class BiMamba(nn.Module):
     """Bidirectional Mamba over a token sequence.
 
-    x, z = in_proj(h);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k with the
-    projections x_proj_k(u_k) (see `vmamba.kernels.bidirectional_scan`);  out = out_proj(y / 2 * silu(z)).
+    x, z = in_proj(h).chunk(2);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k with
+    the projections x_proj_k(u_k);  out = out_proj(y / 2 * silu(z)); see `vmamba.kernels.bimamba_core`.
     Direction 0 walks and convolves from the first token, direction 1 from the last; each has its own parameters.
 
     Args:
@@ -71,9 +70,7 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = bidirectional_conv1d(x, self.conv1d_weight, self.conv1d_bias, silu=True)
-        x_dbl = torch.einsum('blkd,kpd->blkp', u, self.x_proj_weight)
-        A = negative_exp(self.A_log)
-        y = bidirectional_scan(u, x_dbl, self.dt_proj_weight, self.dt_proj_bias, A, self.D)
-        return self.out_proj(y / 2 * F.silu(z))
+        conv = self.conv1d_weight, self.conv1d_bias
+        dt_proj = self.dt_proj_weight, self.dt_proj_bias
+        y = bimamba_core(self.in_proj(x), *conv, self.x_proj_weight, *dt_proj, negative_exp(self.A_log), self.D)
+        return self.out_proj(y)
