@@ -128,8 +128,8 @@ def _check(
                 f'{name} must be [{dim}, {dstate}], [{batch}, {dstate}, {seqlen}] or [{batch}, G, {dstate}, {seqlen}] '
                 f'with G a divisor of {dim}, got {tuple(tensor.shape)}'
             )
-    groups = sorted(tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4)
-    if groups and groups[-1] % groups[0]:
+    groups = [tensor.shape[1] for tensor in (B, C) if tensor.ndim == 4]
+    if groups and max(groups) % min(groups):
         raise ValueError(f'of the groups of B and C one number must divide the other, got {groups}')
     expected = {'D': (dim,), 'z': (batch, dim, seqlen), 'delta_bias': (dim,), 'initial_state': (batch, dim, dstate)}
     for (name, shape), tensor in zip(expected.items(), (D, z, delta_bias, initial_state)):

@@ -1,6 +1,6 @@
 """The core of Vim's bidirectional Mamba on the Triton kernels, as an operator of torch."""
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,9 @@ def _forward(
     with device_of(xz):
         x, z = xz.contiguous().chunk(2, dim=-1)
         u = _convolve(x, conv_weight, conv_bias)
-        x_dbl = _project(u, x_proj_weight)
-        scan = _scan(u, x_dbl, dt_weight, dt_bias, A, D)
+        layout = _Layout.of(dt_weight, A)
+        x_dbl = _product(u.flatten(1, 2), layout.x_proj(x_proj_weight, u.dtype).mT).unflatten(1, u.shape[1:3])
+        scan = _scan(u, x_dbl, layout.dt_proj(dt_weight, u.dtype), dt_bias, A, D)
         _, states = forward(scan, scan.u, keep, fit(columns.SAVING if keep else columns.FORWARD, A.shape[-1]))
         out, mean = gate_forward(u, z, keep)
     return (out, x_dbl, mean, states) if keep else (out, *(A.new_empty(0) for _ in range(3)))
@@ -57,14 +58,52 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D, keep)
     if not keep:
         return (out, *(A.new_empty(0) for _ in range(3)))
     _, dim, dstate = A.shape
-    projections = xz.new_empty(2, batch, seqlen, _aligned(x_proj_weight.shape[1]))
+    projections = xz.new_empty(2, batch, seqlen, _Layout.of(dt_weight, A).size)
     slots = parts(seqlen, columns.STEPS) + 1
     states = A.new_empty(2 * batch, slots, dstate, dim, dtype=torch.float32)
     return out, projections, torch.empty_like(out), states
 
 
-def _aligned(size: int) -> int:
-    return parts(size, _ALIGNMENT) * _ALIGNMENT
+class _Layout(NamedTuple):
+    """How the projections of a position lie: those of dt, B and C, with zeros before B and at the end up to aligned
+    places, without which matrix products are several times slower."""
+
+    rank: int
+    dstate: int
+
+    @classmethod
+    def of(cls, dt_weight: Tensor, A: Tensor) -> '_Layout':
+        return cls(dt_weight.shape[-1], A.shape[-1])
+
+    @property
+    def B(self) -> int:
+        """Where B begins."""
+        return parts(self.rank, _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        return parts(self.B + 2 * self.dstate, _ALIGNMENT) * _ALIGNMENT
+
+    def split(self, x_dbl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt with the zeros after it, B and C of [..., size]."""
+        return x_dbl[..., : self.B], *(x_dbl[..., self.B + i * self.dstate :][..., : self.dstate] for i in range(2))
+
+    def x_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """[2, R + 2N, D] -> [2, size, D]"""
+        if weight.shape[1] == self.size:
+            return weight.to(dtype)
+        laid_out = weight.new_zeros(2, self.size, weight.shape[2], dtype=dtype)
+        laid_out[:, : self.rank] = weight[:, : self.rank]
+        laid_out[:, self.B : self.B + 2 * self.dstate] = weight[:, self.rank :]
+        return laid_out
+
+    def of_x_proj(self, grad: Tensor) -> Tensor:
+        """[2, size, D] -> [2, R + 2N, D]"""
+        return torch.cat([grad[:, : self.rank], grad[:, self.B : self.B + 2 * self.dstate]], dim=1)
+
+    def dt_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """[2, D, R] -> [2, D, width of dt]"""
+        return F.pad(weight.to(dtype), (0, self.B - self.rank))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,19 +113,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return u
 
 
-def _project(u: Tensor, weight: Tensor) -> Tensor:
-    """[2, B, L, D] and [2, E, D] -> [2, B, L, E], with zeros up to whole aligned rows"""
-    weight = F.pad(weight.to(u.dtype), (0, 0, 0, _aligned(weight.shape[1]) - weight.shape[1]))
-    return _product(u.flatten(1, 2), weight.mT).unflatten(1, u.shape[1:3])
-
-
 def _scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Scan:
-    rank, dstate = dt_weight.shape[-1], A.shape[-1]
-    # What meets the zeros beyond the rank are the first numbers of B.
-    width = min(_aligned(rank), x_dbl.shape[-1])
-    weight = F.pad(dt_weight.to(u.dtype), (0, width - rank))
-    delta = _product(x_dbl[..., :width].flatten(1, 2), weight.mT).view(u.shape)
-    B, C = (x_dbl[..., rank + i * dstate : rank + (i + 1) * dstate] for i in range(2))
+    """Both directions' scans, with dt_weight laid out as the projections."""
+    low_rank, B, C = _Layout(dt_weight.shape[-1], A.shape[-1]).split(x_dbl)
+    delta = _product(low_rank.flatten(1, 2), dt_weight.mT).view(u.shape)
     return Scan(
         *(_sequence(tensor) for tensor in (u, delta)),
         A.float().contiguous(),
@@ -133,19 +163,20 @@ def _backward(
         grad_x, grad_z = grad_xz.chunk(2, dim=-1)
         grad_y = gate_gradients(grad_out.contiguous(), mean, z, grad_z)
         u = _convolve(x, conv_weight, conv_bias)
-        scan = _scan(u, x_dbl, dt_weight, dt_bias, A, D)
-        grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(x_dbl)
-        rank, dstate = dt_weight.shape[-1], A.shape[-1]
-        grads_BC = (grad_x_dbl[..., rank + i * dstate : rank + (i + 1) * dstate] for i in range(2))
+        layout = _Layout.of(dt_weight, A)
+        dt_proj = layout.dt_proj(dt_weight, u.dtype)
+        scan = _scan(u, x_dbl, dt_proj, dt_bias, A, D)
+        grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(x_dbl)
+        grad_low_rank, *grads_BC = layout.split(grad_x_dbl)
         targets = Targets(_sequence(grad_u), _sequence(grad_delta), None, *(_sequence(grad) for grad in grads_BC))
-        grad_y = grad_y.expand(2, -1, -1, -1)
-        grads = backward(scan, _sequence(grad_y), None, states, fit(columns.BACKWARD, dstate), targets)
-        grad_steps, low_rank = grad_delta.flatten(1, 2), x_dbl[..., :rank].flatten(1, 2)
-        torch.bmm(grad_steps, dt_weight.to(u.dtype), out=grad_x_dbl.flatten(1, 2)[..., :rank])
-        grad_dt_weight = _product(grad_steps.mT, low_rank)
-        used = grad_x_dbl.flatten(1, 2)[..., : x_proj_weight.shape[1]]
-        grad_u.flatten(1, 2).baddbmm_(used, x_proj_weight.to(u.dtype))
-        grad_x_proj_weight = _product(used.mT, u.flatten(1, 2))
+        grad_y = _sequence(grad_y.expand(2, -1, -1, -1))
+        grads = backward(scan, grad_y, None, states, fit(columns.BACKWARD, layout.dstate), targets)
+        grad_delta, low_rank = grad_delta.flatten(1, 2), layout.split(x_dbl)[0].flatten(1, 2)
+        torch.bmm(grad_delta, dt_proj, out=grad_low_rank.flatten(1, 2))
+        grad_dt_weight = _product(grad_delta.mT, low_rank)[..., : layout.rank]
+        projected = grad_x_dbl.flatten(1, 2)
+        grad_u.flatten(1, 2).baddbmm_(projected, layout.x_proj(x_proj_weight, u.dtype))
+        grad_x_proj_weight = layout.of_x_proj(_product(projected.mT, u.flatten(1, 2)))
         grad_conv = conv_backward(grad_u.permute(1, 2, 0, 3), x, conv_weight, conv_bias, True, grad_x)
     parameters = conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D
     grad_parameters = *grad_conv, grad_x_proj_weight, grad_dt_weight, grads.delta_bias, grads.A, grads.D

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backend import device_of, processors_of
 from .direct import differentiable
 from .ss2d import merge, merge_backward, scan_backward, scan_forward
-from .ss2d_plan import NUM_ROUTES, plan, sizes_of, states_shape
+from .ss2d_plan import NUM_ROUTES, plan, plan_of, sizes_of, states_shape
 
 
 def _forward(
@@ -62,7 +62,7 @@ def _(x, x_dbl, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias,
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(projected if keep and x_dbl is None else 0),
         x.new_empty(x.shape if norm else 0),
-        x.new_empty(states_shape(sizes, plan(sizes, processors_of(x))) if keep else (0, 0, 0), **wide),
+        x.new_empty(states_shape(sizes, plan_of(sizes, processors_of(x))) if keep else (0, 0, 0), **wide),
         x.new_empty(2, pixels, **wide),
     )
 

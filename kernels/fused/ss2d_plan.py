@@ -78,8 +78,7 @@ class Plan(NamedTuple):
     backward: Launch
 
 
-@lru_cache(maxsize=4096)
-def plan(sizes: Sizes, processors: int) -> Plan:
+def plan_of(sizes: Sizes, processors: int) -> Plan:
     """Few regions while the batch and the channels alone give every processor enough programs."""
     programs = sizes.batch * 2 * parts(sizes.dim, 32)
     regions = _regions(sizes, programs, processors)
@@ -92,6 +91,10 @@ def plan(sizes: Sizes, processors: int) -> Plan:
     batches = max(programs * regions // (5 * processors), 1)
     registers = 168 if fits_at_once else None
     return Plan(forward, Launch(8, 2, 32, regions, batches=batches, registers=registers))
+
+
+# Not for symbolic sizes, which cannot be hashed.
+plan = lru_cache(maxsize=4096)(plan_of)
 
 
 def _regions(sizes: Sizes, programs: int, processors: int) -> int:

@@ -46,7 +46,9 @@ def arguments(batch=2, seqlen=9, dim=5, dstate=3, dt_rank=2, width=4, dtype=torc
         (2, dim),
     )
     tensors = dict(zip(NAMES, (torch.randn(shape, dtype=torch.float64) for shape in shapes)))
+    # As in a model, where steps stay small: sums over the state are then no worse conditioned than their terms.
     tensors['x_proj_weight'] *= (3 / dim) ** 0.5
+    tensors['dt_weight'] *= dt_rank**-0.5
     tensors['dt_bias'] -= 2
     tensors['A'] = -tensors['A'].abs()
     return {k: t.to(dtype if k == 'xz' else wide) for k, t in tensors.items()}

@@ -2,18 +2,28 @@
 
 import pytest
 import test_add_norm
+import test_bimamba
 import test_conv
 import test_ss2d
 import torch
 from recorder import Recorder
 from test_selective_scan import arguments as scan_arguments
-from vmamba.kernels import add_layer_norm, bidirectional_conv1d, causal_conv1d, selective_scan, ss2d_scan, use_triton
+from vmamba.kernels import (
+    add_layer_norm,
+    bidirectional_conv1d,
+    bimamba_core,
+    causal_conv1d,
+    selective_scan,
+    ss2d_scan,
+    use_triton,
+)
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 CALLS = {
     'ss2d_scan': (ss2d_scan, test_ss2d.arguments((2, 3), 1, 4, 1, 1, torch.float32)),
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
+    'bimamba_core': (bimamba_core, test_bimamba.arguments(1, 5, 4, 1, 1)),
     'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
     'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
     'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),
@@ -67,3 +77,11 @@ def test_the_graph_can_be_walked_twice(call):
     y = function(leaf)
     first, second = (torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_captured_for_symbolic_sizes(call):
+    function, x = call
+    captured = torch.compile(function, dynamic=True, fullgraph=True, backend='aot_eager')
+    ones = torch.ones_like(function(x))
+    for ours, theirs in zip(*(torch.autograd.functional.vjp(f, x, ones) for f in (captured, function))):
+        torch.testing.assert_close(ours, theirs)

@@ -104,6 +104,13 @@ def test_chunks_of_the_sequence(chunks, seqlen, reverse, configure):
 
 
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('configure', [columns], ids=['columns'], indirect=True)
+def test_pieces_of_chunks(configure, reverse):
+    configure(chunks=2, pieces=2)
+    check(small(seqlen=85, dim=3, B=0, C=0), delta_softplus=True, reverse=reverse)
+
+
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 def test_chunks_of_many_states(reverse, configure):
     configure(chunks=2)
     check(small(seqlen=40, dstate=65, dim=2, B=0, C=0), delta_softplus=True, reverse=reverse)

@@ -19,8 +19,8 @@ from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negativ
 class BiMamba(nn.Module):
     """Bidirectional Mamba over a token sequence.
 
-    x, z = in_proj(h).chunk(2);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k with
-    the projections x_proj_k(u_k);  out = out_proj(y / 2 * silu(z)); see `vmamba.kernels.bimamba_core`.
+    x, z = in_proj(h).chunk(2);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k
+    with the projections x_proj_k(u_k);  out = out_proj(y / 2 * silu(z)); see `vmamba.kernels.bimamba_core`.
     Direction 0 walks and convolves from the first token, direction 1 from the last; each has its own parameters.
 
     Args:

@@ -17,17 +17,18 @@ class ScanConfig(NamedTuple):
 
     A tile of one program is 16 positions of `columns` channels, which each of `warps` warps walks for other states,
     in the backward pass one half after the other.
-    `chunks` pieces of L are walked in parallel; the blocks of a group's channels are dealt to `splits` programs
-    (backward only). Zero chooses by the sizes.
+    `chunks` and `pieces` are those of `Cut`; the blocks of a group's channels are dealt to `splits` programs (backward
+    only). Zero chooses by the sizes.
     """
 
     columns: int = 32
     warps: int = 4
     chunks: int = 0
+    pieces: int = 0
     splits: int = 0
     registers: int = 128  # of a thread
     warps_per_processor: int = 16  # enough to keep a multiprocessor busy
-    min_tiles: int = 4  # a chunk has no fewer
+    min_tiles: int = 4  # a chunk, or a piece of it, has no fewer
 
     @property
     def num_warps(self) -> int:
@@ -66,7 +67,33 @@ def splits_of(rows: int, blocks: int, slots: int) -> int:
     return min(range(1, blocks + 1), key=time)
 
 
-def chunk_tiles_of(config: ScanConfig, tiles: int, programs: int, tensor: Tensor) -> int:
-    """Tiles per chunk of L: as few chunks as fill the processors."""
-    chunks = config.chunks or min(slots_of(config, tensor) // programs, tiles // config.min_tiles)
-    return parts(tiles, max(1, min(chunks, tiles)))
+class Cut(NamedTuple):
+    """How L is cut: `chunks` of `chunk_tiles` tiles are walked in parallel, of which the last may have fewer; the pass
+    that finds what each adds walks `pieces` of a chunk in parallel."""
+
+    chunks: int
+    chunk_tiles: int
+    pieces: int
+
+    @property
+    def piece_tiles(self) -> int:
+        return self.chunk_tiles // self.pieces
+
+
+def cut_of(config: ScanConfig, tiles: int, programs: int, columns: int, tensor: Tensor) -> Cut:
+    """As few chunks, of as few pieces, as fill the processors.
+
+    Args:
+        programs: Programs of a chunk.
+        columns: Programs of the first pass of a chunk.
+    """
+    slots = slots_of(config, tensor)
+    chunks = config.chunks or min(slots // programs, tiles // config.min_tiles)
+    chunks = max(1, min(chunks, tiles))
+    chunk_tiles = parts(tiles, chunks)
+    pieces = 1
+    if chunks > 1:
+        pieces = config.pieces or min(slots // (columns * (chunks - 1)), chunk_tiles // config.min_tiles)
+        pieces = max(1, min(pieces, chunk_tiles))
+        chunk_tiles = parts(chunk_tiles, pieces) * pieces
+    return Cut(parts(tiles, chunk_tiles), chunk_tiles, pieces)

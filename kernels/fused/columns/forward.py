@@ -16,13 +16,15 @@ from .tiles import (
     coefficients_of,
     columns_of,
     end_states,
+    exist,
+    first_of,
     load_coefficients,
     load_starts,
     load_states,
     load_steps,
     no_states,
-    positions_of,
     recur,
+    rows_of,
     steps_of,
     store_states,
     store_steps,
@@ -136,10 +138,10 @@ def scan_forward_kernel(
     delta += batch * delta_batch + direction * delta_direction
     z += batch * z_batch + direction * z_direction
     y += batch * y_batch + direction * y_direction
-    u_rows = channel * u_dim
-    delta_rows = (index // share).to(tl.int64) * delta_dim
-    z_rows = channel * z_dim
-    y_rows = channel * y_dim
+    u_rows = rows_of(index, u_dim, CHANNELS_LAST)
+    delta_rows = rows_of(index // share, delta_dim, CHANNELS_LAST)
+    z_rows = rows_of(index, z_dim, CHANNELS_LAST)
+    y_rows = rows_of(index, y_dim, CHANNELS_LAST)
     A += parameter * dstate
     B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
     C, C_tile_size = coefficients_of(C, entry, index, dim, group_dim, C_share, tiles, padded, dstate, CONSTANT_C)
@@ -176,18 +178,18 @@ def scan_forward_kernel(
                 STATES,
             )
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
-    position = positions_of(begin, tiles, reverse, T)
-    next_x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
-    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+    first = first_of(begin, tiles, reverse, T)
+    next_x = load_steps(u, u_rows, first, u_step, length, reverse, CHANNELS_LAST, T)
+    next_delta = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
     for i in range(count):
         tile = begin + i
-        position = positions_of(tile, tiles, reverse, T)
+        first = first_of(tile, tiles, reverse, T)
         x = next_x
-        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        raw, step = steps_of(next_delta, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, since few other warps may be there to work meanwhile.
-        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, reverse, T)
-        next_x = load_steps(u, u_rows, ahead, u_step, length, CHANNELS_LAST)
-        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
+        ahead = first_of(tl.minimum(tile + 1, tiles - 1), tiles, reverse, T)
+        next_x = load_steps(u, u_rows, ahead, u_step, length, reverse, CHANNELS_LAST, T)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, reverse, CHANNELS_LAST, T)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
@@ -227,9 +229,9 @@ def scan_forward_kernel(
         here = after
         out = sum_warps(out) + x * skip[:, None]
         if HAS_Z:
-            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
+            gate = load_steps(z, z_rows, first, z_step, length, reverse, CHANNELS_LAST, T)
             out = out * gate * sigmoid(gate)
-        store_steps(y, y_rows, in_rows, position, y_step, length, out, CHANNELS_LAST)
+        store_steps(y, y_rows, in_rows, first, y_step, length, reverse, out, CHANNELS_LAST, T)
     if ONE_PASS:
         store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
@@ -251,7 +253,7 @@ def scan_summary_kernel(
     share,
     B_share,
     passes,
-    chunk_tiles,
+    piece_tiles,
     x_batch,
     x_direction,
     x_dim,
@@ -280,8 +282,8 @@ def scan_summary_kernel(
     COLUMNS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """The state after each chunk but the last from zero before it, ends [entries, chunks - 1, N, dim], and the sum of
-    its steps / ln 2, totals [entries, chunks - 1, dim].
+    """The state after each of the pieces of all chunks but the last, from zero before it, ends [entries, pieces, N,
+    dim], and the sum of its steps / ln 2, totals [entries, pieces, dim].
 
     ADJOINT walks g_l = decay_l * (C_l * x_l + g_{l+1}) from the last chunk to the first, where x is the gradient of y
     and B is C; REVERSE is always that of the forward pass.
@@ -296,9 +298,9 @@ def scan_summary_kernel(
     x += batch * x_batch + direction * x_direction
     z += batch * z_batch + direction * z_direction
     delta += batch * delta_batch + direction * delta_direction
-    x_rows = channel * x_dim
-    z_rows = channel * z_dim
-    delta_rows = (index // share).to(tl.int64) * delta_dim
+    x_rows = rows_of(index, x_dim, CHANNELS_LAST)
+    z_rows = rows_of(index, z_dim, CHANNELS_LAST)
+    delta_rows = rows_of(index // share, delta_dim, CHANNELS_LAST)
     A += parameter * dstate
     B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
     bias = tl.zeros([COLUMNS], tl.float32)
@@ -315,22 +317,22 @@ def scan_summary_kernel(
         for p in range(passes):
             n = p * (STATES * W)
             store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
-    begin = tl.program_id(1) * chunk_tiles
-    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, reverse, T)
-    next_x = load_steps(x, x_rows, position, x_step, length, CHANNELS_LAST)
-    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
-    for i in range(chunk_tiles):
+    begin = tl.program_id(1) * piece_tiles
+    first = first_of(tiles - 1 - begin if ADJOINT else begin, tiles, reverse, T)
+    next_x = load_steps(x, x_rows, first, x_step, length, reverse, CHANNELS_LAST, T)
+    next_delta = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
+    for i in range(piece_tiles):
         # No chunk but the last, which is not walked here, reaches the end.
         tile = tiles - 1 - begin - i if ADJOINT else begin + i
-        position = positions_of(tile, tiles, reverse, T)
+        first = first_of(tile, tiles, reverse, T)
         push = next_x
-        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
+        raw, step = steps_of(next_delta, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, as in the forward pass.
-        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, reverse, T)
-        next_x = load_steps(x, x_rows, ahead, x_step, length, CHANNELS_LAST)
-        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
+        ahead = first_of(tile - 1 if ADJOINT else tile + 1, tiles, reverse, T)
+        next_x = load_steps(x, x_rows, ahead, x_step, length, reverse, CHANNELS_LAST, T)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, reverse, CHANNELS_LAST, T)
         if HAS_Z:
-            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
+            gate = load_steps(z, z_rows, first, z_step, length, reverse, CHANNELS_LAST, T)
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2
@@ -356,7 +358,7 @@ def scan_summary_kernel(
 
 
 @triton.jit
-def _chunk_after(decay0, value0, decay1, value1):
+def _piece_after(decay0, value0, decay1, value1):
     # An infinite product of decays that grow would make a NaN of a state that is zero.
     return tl.minimum(decay0 * decay1, MAX_DECAY), decay1 * value0 + value1
 
@@ -370,15 +372,17 @@ def scan_combine_kernel(
     states,
     dim,
     dstate,
-    chunks,
+    pieces,
+    chunk_pieces,
     slots,
     chunk_slots,
     HAS_INITIAL: tl.constexpr,
     DIRECTIONS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes the state before each chunk but the first to the chunk's first slot in states [entries, slots, N, dim]."""
+    """Writes the state before each chunk but the first, which have `chunk_pieces` of all `pieces` each, to the chunk's
+    first slot in states [entries, slots, N, dim]."""
     entry = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dstate * dim
@@ -388,15 +392,17 @@ def scan_combine_kernel(
     if HAS_INITIAL:
         start = initial + (entry * dim + channel) * dstate + column // dim
         carry = tl.load(start, mask=inside, other=0.0).to(tl.float32)
-    for begin in range(0, chunks - 1, CHUNKS):
-        chunk = begin + tl.arange(0, CHUNKS)
-        mask = inside[None, :] & (chunk < chunks - 1)[:, None]
-        source = (entry * (chunks - 1) + chunk)[:, None]
+    for begin in range(0, pieces, PIECES):
+        piece = begin + tl.arange(0, PIECES)
+        mask = inside[None, :] & (piece < pieces)[:, None]
+        source = (entry * pieces + piece)[:, None]
         total = tl.load(totals + source * dim + channel[None, :], mask=mask, other=0.0)
         end = tl.load(ends + source * (dstate * dim) + column[None, :], mask=mask, other=0.0)
         decay = tl.minimum(tl.exp2(total * rate[None, :]), MAX_DECAY)
-        end = tl.where((tl.arange(0, CHUNKS) == 0)[:, None], decay * carry[None, :] + end, end)
-        decays, state = tl.associative_scan((decay, end), 0, _chunk_after)
-        target = (entry * slots + (chunk + 1).to(tl.int64) * chunk_slots)[:, None] * (dstate * dim)
-        tl.store(states + target + column[None, :], state, mask=mask)
-        carry = tl.sum(tl.where((tl.arange(0, CHUNKS) == CHUNKS - 1)[:, None], state, 0.0), axis=0)
+        end = tl.where((tl.arange(0, PIECES) == 0)[:, None], decay * carry[None, :] + end, end)
+        decays, state = tl.associative_scan((decay, end), 0, _piece_after)
+        chunk = (piece + 1) // chunk_pieces
+        target = (entry * slots + chunk.to(tl.int64) * chunk_slots)[:, None] * (dstate * dim)
+        ends_chunk = (chunk * chunk_pieces == piece + 1)[:, None]
+        tl.store(states + target + column[None, :], state, mask=mask & ends_chunk)
+        carry = tl.sum(tl.where((tl.arange(0, PIECES) == PIECES - 1)[:, None], state, 0.0), axis=0)

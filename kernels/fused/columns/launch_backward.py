@@ -10,7 +10,7 @@ from ..launcher import Launcher
 from ..sequences import Gradients, Scan
 from .backward import scan_backward_kernel
 from .coefficients import total_kernel, unpack_kernel
-from .config import STEPS, ScanConfig, chunk_tiles_of, slots_of, splits_of, states_of
+from .config import STEPS, ScanConfig, cut_of, slots_of, splits_of, states_of
 from .launch_forward import (
     carries,
     channels_last,
@@ -66,14 +66,14 @@ def backward(
     split_blocks = parts(blocks, splits)
     splits = parts(blocks, split_blocks)
     tiles = parts(length, STEPS)
-    chunk_tiles = chunk_tiles_of(config, tiles, entries * groups * splits, scan.u)
-    chunks = parts(tiles, chunk_tiles)
+    cut = cut_of(config, tiles, entries * groups * splits, entries * parts(dim, config.columns), scan.u)
+    chunks = cut.chunks
     padded = padded_states(config, dstate)
 
     B, C = pack(scan, config)
     adjoints = scan.A.new_empty(entries, chunks, dstate, dim)
     if chunks > 1:
-        carries(scan, C, scan.group_share('C'), adjoints, chunks, chunk_tiles, 1, config, grad_y, grad_last)
+        carries(scan, C, scan.group_share('C'), adjoints, cut, 1, config, grad_y, grad_last)
     constant = B.ndim == 2 or C.ndim == 2
     sums = scan.A.new_empty(entries, chunks, 2 + (3 if constant else 1) * dstate, dim)
     grad_BC = scan.A.new_empty(splits, entries * groups, tiles, padded, 2, STEPS)
@@ -82,7 +82,7 @@ def backward(
     inputs = grad_y, grad_last, scan.u, scan.delta, scan.A, B, C, scan.D, z, scan.delta_bias
     outputs = states, adjoints, sums, targets.u, targets.delta, grad_z, grad_BC
     shares = scan.group_dim, splits, split_blocks, scan.share, scan.group_share('B'), scan.group_share('C')
-    cut = states_of(config, dstate)[1], states.shape[1], chunk_tiles
+    counts = states_of(config, dstate)[1], states.shape[1], cut.chunk_tiles
     sequences = grad_y, scan.u, scan.delta, scan.z, targets.u
     strides = (stride for tensor in sequences for stride in strides_of(tensor))
     flags = scan.D is not None, grad_last is not None, chunks > 1, scan.z is not None, B.ndim == 2, C.ndim == 2
@@ -90,7 +90,7 @@ def backward(
         _backward,
         (entries * groups * splits, chunks),
         (*inputs, *outputs),
-        (length, dim, dstate, sums.shape[2], *shares, *cut, *strides),
+        (length, dim, dstate, sums.shape[2], *shares, *counts, *strides),
         (*flags, *constants_of(scan, config, STEPS // 2, sequences)),
         scan.u,
         config,

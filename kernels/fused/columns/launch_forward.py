@@ -10,7 +10,7 @@ from ..arithmetic import parts, power_of_2
 from ..launcher import Launcher
 from ..sequences import Scan
 from .coefficients import pack_kernel
-from .config import STEPS, ScanConfig, chunk_tiles_of, states_of
+from .config import STEPS, Cut, ScanConfig, cut_of, states_of
 from .forward import scan_combine_kernel, scan_forward_kernel, scan_summary_kernel
 
 _pack = Launcher(pack_kernel)
@@ -108,18 +108,18 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
     entries = batch * scan.directions
     programs = entries * parts(dim, config.columns)
     tiles = parts(length, STEPS)
-    chunk_tiles = chunk_tiles_of(config, tiles, programs, scan.u)
-    chunks = parts(tiles, chunk_tiles)
-    slots, chunk_slots, slot_step = (tiles + 1, chunk_tiles, 1) if save else (chunks, 1, 0)
+    cut = cut_of(config, tiles, programs, programs, scan.u)
+    chunks = cut.chunks
+    slots, chunk_slots, slot_step = (tiles + 1, cut.chunk_tiles, 1) if save else (chunks, 1, 0)
     states = scan.A.new_empty(entries, slots, dstate, dim)
     last = scan.A.new_empty(entries, dim, dstate)
     B, C = pack(scan, config)
     if chunks > 1:
-        carries(scan, B, scan.group_share('B'), states, chunks, chunk_tiles, chunk_slots, config)
+        carries(scan, B, scan.group_share('B'), states, cut, chunk_slots, config)
     z = scan.u if scan.z is None else scan.z
     tensors = scan.u, scan.delta, scan.A, B, C, scan.D, z, scan.delta_bias, scan.initial, y, last, states
     shares = scan.group_dim, scan.share, scan.group_share('B'), scan.group_share('C')
-    cut = states_of(config, dstate)[1], chunk_tiles, chunk_slots, slot_step, slots
+    counts = states_of(config, dstate)[1], cut.chunk_tiles, chunk_slots, slot_step, slots
     sequences = scan.u, scan.delta, scan.z, y
     strides = (stride for tensor in sequences for stride in strides_of(tensor))
     constants = (
@@ -135,7 +135,7 @@ def forward(scan: Scan, y: Tensor, save: bool, config: ScanConfig) -> tuple[Tens
         _forward,
         (programs, chunks),
         tensors,
-        (length, dim, dstate, *shares, *cut, *strides),
+        (length, dim, dstate, *shares, *counts, *strides),
         (*constants, *constants_of(scan, config, STEPS, sequences)),
         scan.u,
         config,
@@ -148,8 +148,7 @@ def carries(
     coefficients: Tensor,
     group_share: int,
     states: Tensor,
-    chunks: int,
-    chunk_tiles: int,
+    cut: Cut,
     chunk_slots: int,
     config: ScanConfig,
     grad_y: Optional[Tensor] = None,
@@ -164,17 +163,18 @@ def carries(
     z = scan.z if adjoint else None
     batch, dim, length, dstate = scan.sizes
     entries = states.shape[0]
-    ends = states.new_empty(entries, chunks - 1, dstate, dim)
-    totals = states.new_empty(entries, chunks - 1, dim)
+    pieces = (cut.chunks - 1) * cut.pieces
+    ends = states.new_empty(entries, pieces, dstate, dim)
+    totals = states.new_empty(entries, pieces, dim)
     tensors = x, x if z is None else z, scan.delta, scan.A, coefficients, scan.delta_bias, ends, totals
     sequences = x, z, scan.delta
-    cut = states_of(config, dstate)[1], chunk_tiles
+    counts = states_of(config, dstate)[1], cut.piece_tiles
     strides = (stride for tensor in sequences for stride in strides_of(tensor))
     launch(
         _summary,
-        (entries * parts(dim, config.columns), chunks - 1),
+        (entries * parts(dim, config.columns), pieces),
         tensors,
-        (length, dim, dstate, scan.group_dim, scan.share, group_share, *cut, *strides),
+        (length, dim, dstate, scan.group_dim, scan.share, group_share, *counts, *strides),
         (adjoint, z is not None, coefficients.ndim == 2, *constants_of(scan, config, STEPS, sequences)),
         scan.u,
         config,
@@ -183,7 +183,7 @@ def carries(
     _combine(
         (parts(dstate * dim, columns), entries),
         (scan.A, initial, ends, totals, states),
-        (dim, dstate, chunks, states.shape[1], chunk_slots),
-        (initial is not None, scan.directions, min(64, power_of_2(chunks)), columns),
+        (dim, dstate, pieces, cut.pieces, states.shape[1], chunk_slots),
+        (initial is not None, scan.directions, min(64, power_of_2(pieces)), columns),
         warps=4,
     )
