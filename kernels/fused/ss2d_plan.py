@@ -98,7 +98,8 @@ plan = lru_cache(maxsize=4096)(plan_of)
 
 
 def _regions(sizes: Sizes, programs: int, processors: int) -> int:
-    wanted = parts(8 * processors, max(programs, 1)) if programs < processors else 1
+    # As many programs as run at once where each has two warps with 168 registers a thread.
+    wanted = 6 * processors // max(programs, 1) if programs < processors else 1
     return max(min(wanted, sizes.seqlen // 128), 1)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import test_add_norm
-import test_bimamba
+import test_bimamba_core
 import test_conv
 import test_ss2d
 import torch
@@ -23,7 +23,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 CALLS = {
     'ss2d_scan': (ss2d_scan, test_ss2d.arguments((2, 3), 1, 4, 1, 1, torch.float32)),
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
-    'bimamba_core': (bimamba_core, test_bimamba.arguments(1, 5, 4, 1, 1)),
+    'bimamba_core': (bimamba_core, test_bimamba_core.arguments(1, 5, 4, 1, 1)),
     'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
     'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
     'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),

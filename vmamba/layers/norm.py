@@ -65,8 +65,7 @@ class AddRmsNorm(RmsNorm):
         return (normalised, summed) if stream is x else normalised
 
     def _out_dtype(self, device: str) -> torch.dtype:
-        # Autocast leaves fp64 alone.
-        if not self.autocast or self.weight.dtype == torch.float64:
+        # Autocast leaves fp64 alone, and does not know tensors without data.
+        if not self.autocast or self.weight.dtype == torch.float64 or device == 'meta':
             return self.weight.dtype
-        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if enabled else self.weight.dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype

@@ -116,8 +116,20 @@ class TokenEmbed(nn.Module):
                 f'with img_size={size} or with dynamic_img_size=True'
             )
         grid_size = self.dynamic_feat_size(size)
-        patches = self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
+        patches = self._embed(images, grid_size)
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).squeeze(1)
         tokens = insert_class_token(patches, class_token)
         tokens = tokens + resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+    def _embed(self, images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
+        """[B, in_chans, H, W] -> [B, h * w, d]"""
+        if self.stride < self.patch_size:
+            return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
+        # Patches that do not overlap are rows of a matrix, whose product is faster than convolutions of 3 channels.
+        height, width = grid_size
+        side = self.patch_size
+        x = images.reshape(-1, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(
+            x.reshape(-1, height * width, self.in_chans * side**2), self.proj.weight.flatten(1), self.proj.bias
+        )

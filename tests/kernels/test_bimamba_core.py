@@ -190,12 +190,20 @@ gpu = pytest.mark.skipif(not HAS_GPU, reason='needs a GPU')
     ids=str,
 )
 def test_sizes_on_a_gpu(sizes, dtype):
-    """Against the plain path in float64, for sizes that the loops would take too long for."""
+    """Against the plain path in float64, for sizes that the loops would take too long for.
+
+    Half precision rounds what lies between the projections and the scans: as much as on the plain path.
+    """
     tensors = on_device(arguments(**sizes, dtype=dtype))
     with use_triton(False):
         expected = run(bimamba_core, {k: t.double() for k, t in tensors.items()})
+        plain = run(bimamba_core, tensors)
     first = run(bimamba_core, tensors)
-    oracles.assert_all_match(first, expected, dtype)
+    if dtype == torch.float32:
+        oracles.assert_all_match(first, expected, dtype)
+    for name, value in expected.items():
+        error, of_plain = ((t[name].double() - value).norm() / value.norm() for t in (first, plain))
+        assert error < max(2 * of_plain, 1e-5), name
     again = run(bimamba_core, tensors)
     assert all(torch.equal(first[k], again[k]) for k in first)
 
