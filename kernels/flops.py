@@ -45,6 +45,13 @@ def causal_conv1d_macs(x: Shape, weight: Shape) -> int:
     return prod(x[:-1]) * prod(weight)
 
 
+def bimamba_core_macs(xz: Shape, conv_weight: Shape, x_proj_weight: Shape, dt_weight: Shape, A: Shape) -> int:
+    """Multiply-adds of `bimamba_core` on xz [B, L, 2D]."""
+    projections = prod(xz[:-1]) * prod(x_proj_weight)
+    scans = routed_scan_macs((*xz[:-1], *x_proj_weight[:2]), dt_weight, A)
+    return causal_conv1d_macs(xz, conv_weight) + projections + scans
+
+
 @register_flop_formula(torch.ops.vmamba.causal_conv1d)
 def _causal_conv1d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_macs(x, weight)
@@ -120,7 +127,41 @@ def _ss2d_fused_backward_flops(
     return 3 * alone + 2 * (core - alone)
 
 
+def _bimamba_fused_flops(
+    xz: Shape,
+    conv_weight: Shape,
+    conv_bias: Shape,
+    x_proj_weight: Shape,
+    dt_weight: Shape,
+    dt_bias: Shape,
+    A: Shape,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return 2 * bimamba_core_macs(xz, conv_weight, x_proj_weight, dt_weight, A)
+
+
+def _bimamba_fused_backward_flops(
+    grad_out: Shape,
+    xz: Shape,
+    conv_weight: Shape,
+    conv_bias: Shape,
+    x_proj_weight: Shape,
+    dt_weight: Shape,
+    dt_bias: Shape,
+    A: Shape,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    scans = 2 * routed_scan_macs((*xz[:-1], *x_proj_weight[:2]), dt_weight, A)
+    return scans + 2 * _bimamba_fused_flops(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A)
+
+
 if triton is not None:
+    register_flop_formula(torch.ops.vmamba.bimamba_fused)(_bimamba_fused_flops)
+    register_flop_formula(torch.ops.vmamba.bimamba_fused_backward)(_bimamba_fused_backward_flops)
     register_flop_formula(torch.ops.vmamba.selective_scan_fused)(_selective_scan_flops)
     register_flop_formula(torch.ops.vmamba.selective_scan_fused_backward)(_selective_scan_backward_flops)
     register_flop_formula(torch.ops.vmamba.ss2d_fused)(_ss2d_fused_flops)

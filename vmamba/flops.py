@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch import nn
 
-from .kernels.flops import causal_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
+from .kernels.flops import bimamba_core_macs, causal_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
 
 Handle = Callable[[list, list], int]
 
@@ -19,6 +19,7 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::ss2d_scan': _routed_scan,
         'vmamba::ss2d_fused': _ss2d_fused,
         'vmamba::bidirectional_scan': _routed_scan,
+        'vmamba::bimamba_fused': _bimamba_fused,
         'vmamba::causal_conv1d': _causal_conv1d,
         'vmamba::causal_conv1d_fused': _causal_conv1d,
     }
@@ -60,6 +61,11 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
 
 def _causal_conv1d(inputs: list, outputs: list) -> int:
     return causal_conv1d_macs(*map(_shape, inputs[:2]))
+
+
+def _bimamba_fused(inputs: list, outputs: list) -> int:
+    xz, conv_weight, _, x_proj_weight, dt_weight, _, A, _ = map(_shape, inputs[:8])
+    return bimamba_core_macs(xz, conv_weight, x_proj_weight, dt_weight, A)
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

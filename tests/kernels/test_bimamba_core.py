@@ -11,6 +11,7 @@ import test_bidirectional
 import test_conv
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from vmamba.kernels import bimamba_core, use_triton
 
 HAS_GPU = torch.cuda.is_available()
@@ -153,6 +154,17 @@ def test_registration_of_the_operators(keep):
         out, *kept = torch.ops.vmamba.bimamba_fused(*inputs, True)
         arguments_ = (torch.ones_like(out), *inputs, *kept)
         torch.library.opcheck(torch.ops.vmamba.bimamba_fused_backward.default, arguments_, test_utils=utilities)
+
+
+@needs_triton
+def test_both_paths_count_the_same_operations():
+    totals = []
+    for enabled in (False, True):
+        tensors = {k: t.requires_grad_() for k, t in on_device(arguments()).items()}
+        with use_triton(enabled), FlopCounterMode(display=False) as counter:
+            bimamba_core(**tensors).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -260,18 +260,7 @@ def scan_backward_kernel(
                     store_states(sums_B, dim, of_B, state + n, dstate, in_rows, STATES)
                 if CONSTANT_C:
                     store_states(sums_C, dim, of_C, state + n, dstate, in_rows, STATES)
-                start = load_starts(
-                    last,
-                    adjoints,
-                    dim,
-                    chunk,
-                    state + n,
-                    dstate,
-                    in_rows,
-                    HAS_LAST,
-                    CHUNKED,
-                    STATES,
-                )
+                start = load_starts(last, adjoints, dim, chunk, state + n, dstate, in_rows, HAS_LAST, CHUNKED, STATES)
                 store_states(adjoints, dim, start, state + n, dstate, in_rows, STATES)
 
         for k in range(0, count * 2):

@@ -165,18 +165,7 @@ def scan_forward_kernel(
     if SAVE or not ONE_PASS:
         for p in range(passes):
             n = p * (STATES * W)
-            start = load_starts(
-                initial,
-                here,
-                dim,
-                chunk,
-                state + n,
-                dstate,
-                in_rows,
-                HAS_INITIAL,
-                CHUNKED,
-                STATES,
-            )
+            start = load_starts(initial, here, dim, chunk, state + n, dstate, in_rows, HAS_INITIAL, CHUNKED, STATES)
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
     first = first_of(begin, tiles, reverse, T)
     next_x = load_steps(u, u_rows, first, u_step, length, reverse, CHANNELS_LAST, T)
