@@ -6,7 +6,13 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch import nn
 
-from .kernels.flops import causal_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
+from .kernels.flops import (
+    causal_conv1d_macs,
+    depthwise_conv2d_macs,
+    routed_scan_macs,
+    selective_scan_macs,
+    ss2d_core_macs,
+)
 
 Handle = Callable[[list, list], int]
 
@@ -21,6 +27,7 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::bidirectional_scan': _routed_scan,
         'vmamba::causal_conv1d': _causal_conv1d,
         'vmamba::causal_conv1d_fused': _causal_conv1d,
+        'vmamba::depthwise_conv2d_fused': _depthwise_conv2d,
     }
 
 
@@ -60,6 +67,10 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
 
 def _causal_conv1d(inputs: list, outputs: list) -> int:
     return causal_conv1d_macs(*map(_shape, inputs[:2]))
+
+
+def _depthwise_conv2d(inputs: list, outputs: list) -> int:
+    return depthwise_conv2d_macs(*map(_shape, inputs[:2]))
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

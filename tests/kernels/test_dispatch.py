@@ -3,11 +3,20 @@
 import pytest
 import test_add_norm
 import test_conv
+import test_conv2d
 import test_ss2d
 import torch
 from recorder import Recorder
 from test_selective_scan import arguments as scan_arguments
-from vmamba.kernels import add_layer_norm, bidirectional_conv1d, causal_conv1d, selective_scan, ss2d_scan, use_triton
+from vmamba.kernels import (
+    add_layer_norm,
+    bidirectional_conv1d,
+    causal_conv1d,
+    depthwise_conv2d,
+    selective_scan,
+    ss2d_scan,
+    use_triton,
+)
 
 pytest.importorskip('triton')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -16,6 +25,7 @@ CALLS = {
     'selective_scan': (selective_scan, scan_arguments(batch=1, dim=4, seqlen=5, dstate=1, dtype=torch.float32)),
     'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
     'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
+    'depthwise_conv2d': (depthwise_conv2d, test_conv2d.arguments(1, 3, 2, 4)),
     'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),
 }
 
