@@ -5,6 +5,7 @@ from .add_norm import add_layer_norm, add_rms_norm
 from .backend import use_triton
 from .bidirectional import bidirectional_scan, bimamba_core
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
+from .conv2d import depthwise_conv2d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
@@ -20,6 +21,7 @@ __all__ = [
     'causal_conv1d',
     'cross_merge',
     'cross_scan',
+    'depthwise_conv2d',
     'flops',
     'selective_scan',
     'ss2d_core',

@@ -212,8 +212,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_u):
-    *grads, grad_bias = torch.ops.vmamba.causal_conv1d_backward(grad_u, *ctx.saved_tensors, ctx.silu)
-    return *grads, None if ctx.saved_tensors[2] is None else grad_bias, None
+    tensors = ctx.saved_tensors  # once: under checkpointing each look makes them again
+    *grads, grad_bias = torch.ops.vmamba.causal_conv1d_backward(grad_u, *tensors, ctx.silu)
+    return *grads, None if tensors[2] is None else grad_bias, None
 
 
 _causal_conv1d.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ from typing import Any, Optional, Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bidirectional, conv, scan, ss2d  # noqa: F401  they define the operators
+from . import bidirectional, conv, conv2d, scan, ss2d  # noqa: F401  they define the operators
 from .backend import triton
 
 Shape = Sequence[int]
@@ -60,6 +60,19 @@ def _causal_conv1d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = N
 @register_flop_formula(torch.ops.vmamba.causal_conv1d_backward)
 def _causal_conv1d_backward_flops(grad_u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * _causal_conv1d_flops(*args)
+
+
+def depthwise_conv2d_macs(x: Shape, weight: Shape) -> int:
+    """Multiply-adds of a depthwise convolution of x [B, H, W, D] with weight [D, k, k]."""
+    return prod(x) * prod(weight[1:])
+
+
+def _depthwise_conv2d_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * depthwise_conv2d_macs(x, weight)
+
+
+def _depthwise_conv2d_backward_flops(grad_out: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * _depthwise_conv2d_flops(*args)
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan)
@@ -168,3 +181,5 @@ if triton is not None:
     register_flop_formula(torch.ops.vmamba.ss2d_fused_backward)(_ss2d_fused_backward_flops)
     register_flop_formula(torch.ops.vmamba.causal_conv1d_fused)(_causal_conv1d_flops)
     register_flop_formula(torch.ops.vmamba.causal_conv1d_fused_backward)(_causal_conv1d_backward_flops)
+    register_flop_formula(torch.ops.vmamba.depthwise_conv2d_fused)(_depthwise_conv2d_flops)
+    register_flop_formula(torch.ops.vmamba.depthwise_conv2d_fused_backward)(_depthwise_conv2d_backward_flops)

@@ -6,7 +6,14 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from torch import nn
 
-from .kernels.flops import bimamba_core_macs, causal_conv1d_macs, routed_scan_macs, selective_scan_macs, ss2d_core_macs
+from .kernels.flops import (
+    bimamba_core_macs,
+    causal_conv1d_macs,
+    depthwise_conv2d_macs,
+    routed_scan_macs,
+    selective_scan_macs,
+    ss2d_core_macs,
+)
 
 Handle = Callable[[list, list], int]
 
@@ -22,6 +29,7 @@ def fvcore_handles() -> Dict[str, Handle]:
         'vmamba::bimamba_fused': _bimamba_fused,
         'vmamba::causal_conv1d': _causal_conv1d,
         'vmamba::causal_conv1d_fused': _causal_conv1d,
+        'vmamba::depthwise_conv2d_fused': _depthwise_conv2d,
     }
 
 
@@ -66,6 +74,10 @@ def _causal_conv1d(inputs: list, outputs: list) -> int:
 def _bimamba_fused(inputs: list, outputs: list) -> int:
     xz, conv_weight, _, x_proj_weight, dt_weight, _, A, _ = map(_shape, inputs[:8])
     return bimamba_core_macs(xz, conv_weight, x_proj_weight, dt_weight, A)
+
+
+def _depthwise_conv2d(inputs: list, outputs: list) -> int:
+    return depthwise_conv2d_macs(*map(_shape, inputs[:2]))
 
 
 def _routed_scan(inputs: list, outputs: list) -> int:

@@ -55,8 +55,9 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(backward: Callable[..., tuple[Tensor, ...]], ctx, grad_u: Tensor) -> tuple[Optional[Tensor], ...]:
     """Gradients of all inputs, made by `backward`: `_backward` or the operator of it."""
-    *grads, grad_bias = backward(grad_u, *ctx.saved_tensors, ctx.silu)
-    return *grads, None if ctx.saved_tensors[2] is None else grad_bias, None
+    tensors = ctx.saved_tensors  # once: under checkpointing each look makes them again
+    *grads, grad_bias = backward(grad_u, *tensors, ctx.silu)
+    return *grads, None if tensors[2] is None else grad_bias, None
 
 
 def _operator_gradients(ctx, grad_u: Tensor) -> tuple[Optional[Tensor], ...]:

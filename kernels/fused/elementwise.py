@@ -13,6 +13,23 @@ def sigmoid(x):
 
 
 @triton.jit
+def short_sigmoid(x, NVIDIA: tl.constexpr):
+    """`sigmoid` without the instructions that keep denormal numbers, for kernels that have few others.
+
+    A result below 2^-126 becomes zero; all else is the same.
+    """
+    if NVIDIA:
+        power = tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x * -LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            'rcp.approx.ftz.f32 $0, $1;', '=f,f', [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return sigmoid(x)
+
+
+@triton.jit
 def softplus_log2(x, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
     """log2(1 + 2**x), which is softplus(x * ln 2) / ln 2; EXACT keeps the precision of small results."""
     power = tl.exp2(x)

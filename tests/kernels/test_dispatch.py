@@ -4,6 +4,7 @@ import pytest
 import test_add_norm
 import test_bimamba_core
 import test_conv
+import test_conv2d
 import test_ss2d
 import torch
 from recorder import Recorder
@@ -13,6 +14,7 @@ from vmamba.kernels import (
     bidirectional_conv1d,
     bimamba_core,
     causal_conv1d,
+    depthwise_conv2d,
     selective_scan,
     ss2d_scan,
     use_triton,
@@ -26,6 +28,7 @@ CALLS = {
     'bimamba_core': (bimamba_core, test_bimamba_core.arguments(1, 5, 4, 1, 1)),
     'bidirectional_conv1d': (bidirectional_conv1d, test_conv.arguments(1, 5, 4, dtype=torch.float32)),
     'causal_conv1d': (causal_conv1d, test_conv.causal_arguments(1, 5, 4, dtype=torch.float32)),
+    'depthwise_conv2d': (depthwise_conv2d, test_conv2d.arguments(1, 3, 2, 4)),
     'add_layer_norm': (lambda x, **tensors: add_layer_norm(x, **tensors)[0], test_add_norm.arguments('layer')),
 }
 

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_ROUTES, ss2d_core
+from ..kernels import NUM_ROUTES, depthwise_conv2d, ss2d_core
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -22,7 +22,8 @@ class SS2D(nn.Module):
 
     y = out_proj(LayerNorm(scan(silu(conv2d(in_proj(x)))))), where scan sums a selective scan along each of the four
     routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
-    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
+    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast. The module `conv2d` holds parameters
+    only: it is never called, so hooks on it see nothing.
 
     Args:
         dim: Channels d of the map.
@@ -78,8 +79,7 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # in NCHW view of channels-last memory
-        x = F.silu(x)
+        x = depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
         A = negative_exp(self.A_log)
         dt_proj, norm = (self.dt_proj_weight, self.dt_proj_bias), self.out_norm
         y = ss2d_core(x, self.x_proj.weight, *dt_proj, A, self.D, norm.weight, norm.bias, norm.eps)
