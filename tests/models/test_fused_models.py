@@ -22,7 +22,7 @@ def outputs_and_gradients(model, images, triton_kernels):
     images = images.clone().requires_grad_()
     with use_triton(triton_kernels), Recorder() as recorder:
         logits = model(images)
-    assert set(recorder.names) == {'ss2d_fused' if triton_kernels else 'ss2d_scan'}
+    assert set(recorder.names) == ({'ss2d_fused', 'add_norm_fused'} if triton_kernels else {'ss2d_scan'})
     names, parameters = zip(*model.named_parameters())
     gradients = torch.autograd.grad(logits.square().sum(), [images, *parameters])
     return dict(zip(['logits', 'images', *names], [logits, *gradients]))
