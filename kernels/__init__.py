@@ -1,7 +1,7 @@
 """Selective-scan operators. Imports torch (and triton) only."""
 
 from . import flops
-from .add_norm import add_layer_norm, add_rms_norm
+from .add_norm import add_layer_norm, add_rms_norm, layer_norm
 from .backend import use_triton
 from .bidirectional import bidirectional_scan, bimamba_core
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
@@ -23,6 +23,7 @@ __all__ = [
     'cross_scan',
     'depthwise_conv2d',
     'flops',
+    'layer_norm',
     'selective_scan',
     'ss2d_core',
     'ss2d_scan',

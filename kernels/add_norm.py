@@ -14,6 +14,10 @@ if triton is not None:
 
 MAX_FUSED_CHANNELS = 8192  # a row is held in registers
 
+# Whether the graphs of torch.compile and torch.export hold the kernels. Left to inductor, an addition, a norm and a
+# cast take two or three kernels, but neighbours are fused into them.
+_FUSE_WHEN_COMPILED = False
+
 
 def add_rms_norm(
     x: Tensor,
@@ -70,6 +74,21 @@ def add_layer_norm(
     return _add_norm(x, residual, weight, bias, eps, scale, out_dtype or weight.dtype)
 
 
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None
+) -> Tensor:
+    """LayerNorm over the channels, computed in fp32 (fp64 if x is fp64) of x in any floating dtype.
+
+    As `add_layer_norm` without an addition, and without a copy of x in fp32.
+
+    Returns:
+        [B, ..., d] in out_dtype, the weight's by default.
+    """
+    _check(x, None, weight, None, out_dtype)
+    check_shape('bias', bias, x.shape[-1:])
+    return _norm(x, None, weight, bias, eps, None, out_dtype or weight.dtype)[0]
+
+
 def _add_norm(
     x: Tensor,
     residual: Optional[Tensor],
@@ -79,10 +98,32 @@ def _add_norm(
     scale: Optional[Tensor],
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if runs_on_triton(x) and x.shape[-1] <= MAX_FUSED_CHANNELS and not captured:
+    normalised, summed = _norm(x, residual, weight, bias, eps, scale, out_dtype)
+    return normalised, x.to(_wide(x)) if summed is None else summed
+
+
+def _norm(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    scale: Optional[Tensor],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The normalised sum, and the sum; None where nothing is added to x."""
+    if runs_on_triton(x) and x.shape[-1] <= MAX_FUSED_CHANNELS and not _is_captured():
         return run_add_norm(x, residual, scale, weight, bias, eps, out_dtype)
     return _plain(x, residual, weight, bias, eps, scale, out_dtype)
+
+
+def _is_captured() -> bool:
+    """Whether a graph is being made that must hold PyTorch's own operations."""
+    return (torch.compiler.is_compiling() and not _FUSE_WHEN_COMPILED) or torch.jit.is_tracing()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _plain(
@@ -94,7 +135,7 @@ def _plain(
     scale: Optional[Tensor],
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = _wide(x)
     summed = x.to(wide)
     if scale is not None:
         summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
@@ -117,7 +158,7 @@ def _check(
 ) -> None:
     if x.ndim < 2 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f'x must be a floating [B, ..., d] tensor with d > 0, got {tuple(x.shape)} {x.dtype}')
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = _wide(x)
     if residual is not None and (residual.shape != x.shape or residual.dtype != wide):
         shape = tuple(residual.shape)
         raise ValueError(f'residual must be {list(x.shape)} {wide} like x {x.dtype}, got {shape} {residual.dtype}')

@@ -1,5 +1,6 @@
 """Residual connection and norm on the Triton kernels as an operator of torch."""
 
+from math import prod
 from typing import Optional
 
 import torch
@@ -22,13 +23,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised sum in out_dtype, the sum in fp32, and what is kept of the norm for the backward pass.
 
-    The sum is empty where it is x itself.
+    The sum is empty where nothing is added to x.
     """
     out, summed, moments = _outputs(x, residual, scale, bias, out_dtype, keep)
     with device_of(x):
         x, weight = x.contiguous(), weight.contiguous()
         residual, scale, bias = (_contiguous(tensor) for tensor in (residual, scale, bias))
-        written = None if _adds_nothing(x, residual, scale) else summed
+        written = None if _adds_nothing(residual, scale) else summed
         add_norm.forward(x, residual, scale, weight, bias, out, written, moments if keep else None, eps)
     return out, summed, moments
 
@@ -36,8 +37,8 @@ def _forward(
 add_norm_fused = torch.library.custom_op('vmamba::add_norm_fused', _forward, mutates_args=())
 
 
-def _adds_nothing(x: Tensor, residual: Optional[Tensor], scale: Optional[Tensor]) -> bool:
-    return residual is None and scale is None and x.dtype == torch.float32
+def _adds_nothing(residual: Optional[Tensor], scale: Optional[Tensor]) -> bool:
+    return residual is None and scale is None
 
 
 def _contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
@@ -53,10 +54,10 @@ def _outputs(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of `_forward` yet to be filled."""
-    rows = x.shape[:-1].numel() if keep else 0
+    rows = prod(x.shape[:-1]) if keep else 0
     return (
         x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(0 if _adds_nothing(x, residual, scale) else x.shape, dtype=torch.float32),
+        x.new_empty(0 if _adds_nothing(residual, scale) else x.shape, dtype=torch.float32),
         x.new_empty(1 if bias is None else 2, rows, dtype=torch.float32),
     )
 
@@ -122,7 +123,7 @@ def _setup_context(ctx, inputs, output):
     x, residual, scale, weight, bias, _, _, ctx.keep = inputs
     _, summed, moments = output
     ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
-    ctx.sum_is_x = _adds_nothing(x, residual, scale)
+    ctx.sum_is_x = _adds_nothing(residual, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # zeros for what is not used
     ctx.save_for_backward(x if ctx.sum_is_x else summed, scale, weight, moments)
@@ -165,7 +166,7 @@ def run_add_norm(
     bias: Optional[Tensor],
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The normalised sum in out_dtype and the sum in fp32; see `vmamba.kernels.add_layer_norm`."""
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The normalised sum in out_dtype, and the sum in fp32, None if nothing is added; see `add_layer_norm`."""
     out, summed = _run(x, residual, scale, weight, bias, eps, out_dtype)
-    return out, x if _adds_nothing(x, residual, scale) else summed
+    return out, None if _adds_nothing(residual, scale) else summed

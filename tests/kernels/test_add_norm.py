@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 from recorder import Recorder
-from vmamba.kernels import add_layer_norm, add_rms_norm, use_triton
+from vmamba.kernels import add_layer_norm, add_norm, add_rms_norm, layer_norm, use_triton
 from vmamba.kernels.backend import triton
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -269,9 +269,61 @@ class AddNorm(torch.nn.Module):
         return library(**tensors)
 
 
+@pytest.mark.parametrize('triton_kernels', BACKENDS)
+@pytest.mark.parametrize('out_dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_layer_norm_alone(dtype, out_dtype, triton_kernels):
+    tensors = arguments('layer', dtype=dtype, weight_dtype=torch.float32, residual=False, scale=False)
+    tensors = {name: tensors[name] for name in ('x', 'weight', 'bias')}
+    with use_triton(triton_kernels):
+        actual = run(tensors, lambda **leaves: [layer_norm(**leaves, eps=EPS, out_dtype=out_dtype)], (0,))
+    expected = run(doubled(tensors), lambda **leaves: definition(residual=None, **leaves)[:1], (0,))
+    assert (actual['normalised'].dtype, actual['grad_x'].dtype) == (out_dtype, dtype)
+    oracles.assert_all_match(actual, expected, torch.float16 if torch.float16 in (dtype, out_dtype) else dtype)
+
+
+@needs_triton
+def test_layer_norm_alone_writes_and_keeps_no_copy_of_its_input():
+    x, weight, bias = (
+        arguments('layer', dtype=torch.float16)[name].requires_grad_() for name in ('x', 'weight', 'bias')
+    )
+    with use_triton(True), Recorder() as recorder:
+        y = layer_norm(x, weight, bias)
+    assert recorder.names == ['add_norm_fused'] and not recorder.outputs[0][1].numel()
+    assert any(kept is not None and kept.data_ptr() == x.data_ptr() for kept in y.grad_fn.saved_tensors)
+
+
+@needs_triton
+@pytest.mark.parametrize('fused', [False, True], ids=['plain', 'fused'])
+@pytest.mark.parametrize('residual,scale', ADDENDS)
+@pytest.mark.parametrize('norm', NORMS)
+def test_compiled_for_any_batch_size(norm, residual, scale, fused, monkeypatch):
+    monkeypatch.setattr(add_norm, '_FUSE_WHEN_COMPILED', fused)
+    torch.compiler.reset()
+    compiled = torch.compile(library, fullgraph=True, dynamic=True, backend='aot_eager')
+    with use_triton(True):
+        for batch in (2, 3, 5):
+            tensors = arguments(norm, (batch, 3, 13), residual=residual, scale=scale)
+            actual = run(tensors, lambda **leaves: compiled(**leaves))
+            oracles.assert_all_match(actual, run(doubled(tensors), definition), torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize('norm', NORMS)
+def test_exported_graphs_hold_the_kernels_if_told_so(norm, monkeypatch):
+    monkeypatch.setattr(add_norm, '_FUSE_WHEN_COMPILED', True)
+    tensors = arguments(norm)
+    with use_triton(True):
+        exported = torch.export.export(AddNorm(), (tensors,))
+        assert str(exported.graph).count('vmamba.add_norm_fused.default') == 1
+        for ours, theirs in zip(exported.module()(tensors), library(**tensors)):
+            assert torch.equal(ours, theirs)
+
+
 @needs_triton
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::FutureWarning')
-def test_captured_graphs_hold_plain_operations():
+def test_captured_graphs_hold_plain_operations(monkeypatch):
+    monkeypatch.setattr(add_norm, '_FUSE_WHEN_COMPILED', False)
     tensors = arguments('layer')
     with use_triton(True):
         expected = library(**tensors)

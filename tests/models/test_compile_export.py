@@ -8,6 +8,8 @@ import test_timm_api
 import torch
 from test_timm_api import SMALL, images
 from timm.models import create_feature_extractor, get_graph_node_names
+from vmamba.kernels import add_norm, use_triton
+from vmamba.kernels.backend import triton
 
 SHALLOW = {'vmamba': dict(depths=(1, 1)), 'v0': dict(depths=(1, 1)), 'vim': dict(depth=2)}
 CASES = [
@@ -71,6 +73,23 @@ def test_compiled_to_native_code_equals_eager(family):
     compiled = torch.compile(model, fullgraph=True)
     for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
         assert oracles.relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.skipif(triton is None, reason='needs the package triton')
+@pytest.mark.parametrize('fused', [False, True], ids=['plain-norms', 'fused-norms'])
+@pytest.mark.parametrize('family', SMALL)
+def test_compiled_on_the_kernels_equals_eager(family, fused, monkeypatch):
+    monkeypatch.setattr(add_norm, '_FUSE_WHEN_COMPILED', fused)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    options = dict(depth=1, img_size=16) if family == 'vim' else dict(depths=(1,))
+    model = small(family, d_state=2, **options).train().to(device)
+    x = images(2, 3, 16, 16).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with use_triton(True):
+        for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
+            assert oracles.relative_error(actual, expected) < 1e-4
+        graph = str(torch.export.export(model.eval(), (x,)).graph)
+    assert ('add_norm_fused' in graph) == fused
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ def outputs_and_gradients(model, images, triton_kernels):
     images = images.clone().requires_grad_()
     with use_triton(triton_kernels), Recorder() as recorder:
         logits = model(images)
-    assert set(recorder.names) == ({'depthwise_conv2d_fused', 'ss2d_fused'} if triton_kernels else {'ss2d_scan'})
+    fused = {'add_norm_fused', 'depthwise_conv2d_fused', 'ss2d_fused'}
+    assert set(recorder.names) == (fused if triton_kernels else {'ss2d_scan'})
     names, parameters = zip(*model.named_parameters())
     gradients = torch.autograd.grad(logits.square().sum(), [images, *parameters])
     return dict(zip(['logits', 'images', *names], [logits, *gradients]))

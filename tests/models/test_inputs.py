@@ -183,6 +183,29 @@ def test_vims_residual_stream_is_fp32_under_autocast_and_in_bfloat16():
     assert seen == [torch.float32] * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('family,name,taken,returned', [
+    ('vmamba', 'stem.act', torch.bfloat16, torch.bfloat16),
+    ('vmamba', 'stem', torch.float32, torch.float32),
+    ('vmamba', 'stages.1.downsample', torch.float32, torch.float32),
+    ('vmamba', 'stages.1.blocks.0.mixer', torch.bfloat16, torch.bfloat16),
+    ('vmamba', 'stages.1.blocks.0.mlp', torch.bfloat16, torch.bfloat16),
+    ('vmamba', 'stages.1', torch.float32, torch.float32),
+    ('vmamba', 'norm', torch.float32, torch.float32),
+    ('v0', 'stem', torch.float32, torch.float32),
+    ('v0', 'stages.1.downsample.reduction', torch.bfloat16, torch.bfloat16),
+    ('v0', 'stages.1', torch.float32, torch.bfloat16),
+    ('v0', 'norm', torch.bfloat16, torch.float32),
+])  # fmt: skip
+def test_vmambas_maps_under_autocast(family, name, taken, returned):
+    """Each is in the dtype that its reader takes; what starts and ends a stage is not rounded, but by a projection."""
+    model, seen = small(family).eval(), []
+    model.get_submodule(name).register_forward_hook(lambda _, inputs, out: seen.extend([inputs[0].dtype, out.dtype]))
+    with torch.autocast('cpu', torch.bfloat16):
+        model(images())
+    assert seen == [taken, returned]
+
+
 @pytest.mark.parametrize('family', SMALL)
 def test_gradients_reach_the_image(family):
     x = images().requires_grad_()

@@ -5,9 +5,10 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 
 from functools import partial
 
-from timm.layers import LayerNorm, LayerNorm2d
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
+
+from .norm import AddLayerNorm, FusedLayerNorm2d
 
 NORM_EPS = 1e-5
 
@@ -21,10 +22,10 @@ class ConvStem(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = LayerNorm2d(dim // 2, eps=NORM_EPS, **dd)
+        self.norm1 = FusedLayerNorm2d(dim // 2, eps=NORM_EPS, autocast=True, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+        self.norm2 = FusedLayerNorm2d(dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x)))
@@ -40,7 +41,7 @@ class PatchStem(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+        self.norm = FusedLayerNorm2d(dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -53,7 +54,7 @@ class ConvDownsample(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = LayerNorm2d(out_dim, eps=NORM_EPS, **dd)
+        self.norm = FusedLayerNorm2d(out_dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -63,7 +64,8 @@ class MergeDownsample(PatchMerging):
     """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
-        super().__init__(dim, out_dim, norm_layer=partial(LayerNorm, eps=NORM_EPS), device=device, dtype=dtype)
+        norm = partial(AddLayerNorm, eps=NORM_EPS, autocast=True)
+        super().__init__(dim, out_dim, norm_layer=norm, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]

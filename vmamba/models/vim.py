@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -21,10 +21,15 @@ from ..layers import (
     AddRmsNorm,
     BiMamba,
     ResidualStream,
+    TensorOrStream,
     TokenEmbed,
-    drop_path_scale,
+    add_branch,
+    adds,
     resize_pos_embed,
+    run_block,
     split_class_token,
+    start_stream,
+    total,
 )
 from ._pretrained import build_model, load_pretrained
 from ._vim_layouts import convert_layout, is_official
@@ -34,15 +39,12 @@ __all__ = ['Vim']
 _logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
-Tokens = Union[Tensor, ResidualStream]
 
 
 class VimBlock(nn.Module):
     """x = x + drop_path(mixer(norm(x))), with the residual stream x in fp32.
 
-    Of a ResidualStream the norm makes the sum, and what the block adds is left to the next norm:
-
-        residual = residual + scale * hidden,    hidden = mixer(norm(residual)),    scale = drop_path's
+    Of a ResidualStream the norm makes the sum, and what the block adds is left to the next norm.
 
     Args:
         dim: Token channels d.
@@ -71,15 +73,13 @@ class VimBlock(nn.Module):
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tokens) -> Tokens:
+    def forward(self, x: TensorOrStream) -> TensorOrStream:
         """[B, L, d] -> [B, L, d], or a ResidualStream to another"""
-        if not isinstance(x, ResidualStream):
-            return self._add(self.norm(x), x).total()
-        return self._add(*self.norm(x))
+        return add_branch(x, self.norm, lambda normalised: self.ls(self.mixer(normalised)), self.drop_path)
 
-    def _add(self, normalised: Tensor, residual: Tensor) -> ResidualStream:
-        hidden = self.ls(self.mixer(normalised))
-        return ResidualStream(hidden, residual, drop_path_scale(self.drop_path, hidden))
+    def norms(self) -> List[nn.Module]:
+        """The norms that a ResidualStream meets."""
+        return [self.norm]
 
 
 class Vim(nn.Module):
@@ -228,9 +228,9 @@ class Vim(nn.Module):
         intermediates = []
         x = self._embed(x)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = self._block(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
             if i in take_indices:
-                tokens = _total(x)
+                tokens = total(x)
                 intermediates.append(split_class_token(self.norm(tokens) if norm else tokens))
                 x = ResidualStream(tokens) if isinstance(x, ResidualStream) else tokens
         if output_fmt == 'NCHW':
@@ -255,33 +255,19 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _embed(self, images: Tensor) -> Tokens:
-        x = self.embed(images)
-        return ResidualStream(x) if self._leaves_sums_to_norms(x) else x
+    def _embed(self, images: Tensor) -> TensorOrStream:
+        return start_stream(self.embed(images), self.blocks, VimBlock, self.grad_checkpointing)
 
-    def _leaves_sums_to_norms(self, x: Tensor) -> bool:
-        """Whether the blocks pass a ResidualStream on, which saves passes over memory.
-
-        They pass its sum where it is looked at (by hooks, by FX, by what stands in a block's place), where it is kept
-        for recomputation and should be small, and for compilers, which fuse it with the norm by themselves.
-        """
-        if self.grad_checkpointing or torch.compiler.is_compiling() or not isinstance(x, Tensor):
-            return False
-        return all(_is_plain(block, VimBlock) and _is_plain(block.norm, AddRmsNorm) for block in self.blocks)
-
-    def _block(self, block: nn.Module, x: Tokens) -> Tokens:
-        return checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-
-    def _norm(self, x: Tokens) -> Tensor:
-        if isinstance(x, ResidualStream) and _is_plain(self.norm, AddRmsNorm):
+    def _norm(self, x: TensorOrStream) -> Tensor:
+        if isinstance(x, ResidualStream) and adds(self.norm):
             return self.norm(x)[0]
-        return self.norm(_total(x))
+        return self.norm(total(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
         x = self._embed(x)
         for block in self.blocks:
-            x = self._block(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
         return self._norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -295,16 +281,6 @@ class Vim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]"""
         return self.forward_head(self.forward_features(x))
-
-
-def _total(x: Tokens) -> Tensor:
-    return x.total() if isinstance(x, ResidualStream) else x
-
-
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is just of that class, without hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
 
 
 def _check_global_pool(global_pool: str) -> str:

@@ -9,12 +9,27 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import NORM_EPS, SS2D, ConvDownsample, ConvStem, MergeDownsample, PatchStem, check_images
+from ..layers import (
+    NORM_EPS,
+    SS2D,
+    AddLayerNorm,
+    ConvDownsample,
+    ConvStem,
+    FusedLayerNorm2d,
+    MergeDownsample,
+    PatchStem,
+    TensorOrStream,
+    add_branch,
+    check_images,
+    run_block,
+    start_stream,
+    total,
+)
 from ._pretrained import build_model, load_pretrained
 from ._vmamba_layouts import convert_layout
 
@@ -23,6 +38,8 @@ __all__ = ['VMamba']
 
 class VMambaBlock(nn.Module):
     """x = x + drop_path(SS2D(norm1(x))), then x = x + drop_path(mlp(norm2(x))) if there is an MLP.
+
+    Of a ResidualStream, which is fp32 within a stage, the norms make the sums; the last is left to the next block's.
 
     Args:
         dim: Channels d.
@@ -48,25 +65,30 @@ class VMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = LayerNorm(dim, eps=NORM_EPS, **dd)
+        self.norm1 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0
         if self.has_mlp:
-            self.norm2 = LayerNorm(dim, eps=NORM_EPS, **dd)
+            self.norm2 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
             self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, d] -> [B, H, W, d]"""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        if self.has_mlp:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+    def forward(self, x: TensorOrStream) -> TensorOrStream:
+        """[B, H, W, d] -> [B, H, W, d], or a ResidualStream to another"""
+        x = add_branch(x, self.norm1, self.mixer, self.drop_path1)
+        return add_branch(x, self.norm2, self.mlp, self.drop_path2) if self.has_mlp else x
+
+    def norms(self) -> List[nn.Module]:
+        """The norms that a ResidualStream meets."""
+        return [self.norm1, self.norm2] if self.has_mlp else [self.norm1]
 
 
 class VMambaStage(nn.Module):
-    """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout."""
+    """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
+
+    The map leaves the blocks in the dtype in which it enters them.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: List[VMambaBlock]) -> None:
         super().__init__()
@@ -76,10 +98,12 @@ class VMambaStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        dtype = x.dtype
         x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
+        x = start_stream(x, self.blocks, VMambaBlock, self.grad_checkpointing)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return x.permute(0, 3, 1, 2)
+            x = run_block(block, x, self.grad_checkpointing)
+        return total(x).to(dtype).permute(0, 3, 1, 2)
 
 
 class VMamba(nn.Module):
@@ -138,7 +162,7 @@ class VMamba(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
-        self.norm = LayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
+        self.norm = FusedLayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
         self.drop_rate = drop_rate
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.init_weights()
