@@ -44,6 +44,7 @@ def _forward(
         x_dbl = _product(u.flatten(1, 2), layout.x_proj(x_proj_weight, u.dtype).mT).unflatten(1, u.shape[1:3])
         scan = _scan(u, x_dbl, layout.dt_proj(dt_weight, u.dtype), dt_bias, A, D)
         _, states = forward(scan, scan.u, keep, fit(columns.SAVING if keep else columns.FORWARD, A.shape[-1]))
+        del scan  # and the steps with it
         out, mean = gate_forward(u, z, keep)
     return (out, x_dbl, mean, states) if keep else (out, *(A.new_empty(0) for _ in range(3)))
 

@@ -13,17 +13,15 @@ from .tiles import (
     PACKED,
     by_channel,
     coefficients_of,
-    exist,
-    first_of,
     load_coefficients,
     load_starts,
     load_starts_of_half,
     load_states,
     load_steps,
     no_states,
+    positions_of,
     recur,
     recur_back,
-    rows_of,
     steps_of,
     store_states,
     store_steps,
@@ -218,11 +216,11 @@ def scan_backward_kernel(
         index = group * group_dim + tl.minimum(local, group_dim - 1)
         channel = index.to(tl.int64)
         parameter = direction * dim + channel
-        grad_y_rows = rows_of(index, grad_y_dim, CHANNELS_LAST)
-        u_rows = rows_of(index, u_dim, CHANNELS_LAST)
-        delta_rows = rows_of(index // share, delta_dim, CHANNELS_LAST)
-        z_rows = rows_of(index, z_dim, CHANNELS_LAST)
-        grad_rows = rows_of(index, grads_dim, CHANNELS_LAST)
+        grad_y_rows = channel * grad_y_dim
+        u_rows = channel * u_dim
+        delta_rows = (index // share).to(tl.int64) * delta_dim
+        z_rows = channel * z_dim
+        grad_rows = channel * grads_dim
         A_block = A + parameter * dstate
         B_block, B_tile_size = coefficients_of(
             B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B
@@ -265,12 +263,12 @@ def scan_backward_kernel(
 
         for k in range(0, count * 2):
             half = (tiles - begin) * 2 - 1 - k
-            first = first_of(half, halves, reverse, T)
-            x = load_steps(u, u_rows, first, u_step, length, reverse, CHANNELS_LAST, T)
-            raw = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
-            grad_gated = load_steps(grad_y, grad_y_rows, first, grad_y_step, length, reverse, CHANNELS_LAST, T)
+            position = positions_of(half, halves, reverse, T)
+            x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+            raw = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+            grad_gated = load_steps(grad_y, grad_y_rows, position, grad_y_step, length, CHANNELS_LAST)
             if HAS_Z:
-                gate = load_steps(z, z_rows, first, z_step, length, reverse, CHANNELS_LAST, T)
+                gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             tile = tl.cast(half // 2, tl.int64)
             ahead = half % 2 * T
             here = states + tile * (dstate * dim) + channel
@@ -306,7 +304,7 @@ def scan_backward_kernel(
                     W,
                     STATES,
                 )
-            raw, step = steps_of(raw, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
+            raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
             grad_out = grad_gated
             if HAS_Z:
                 opened = sigmoid(gate)
@@ -417,16 +415,16 @@ def scan_backward_kernel(
             if SOFTPLUS:
                 # step is log2(1 + 2**raw), whose derivative is 2**(raw - step).
                 grad_raw = grad_raw * tl.exp2(tl.minimum(raw - step, 0.0))
-            store_steps(grad_u, grad_rows, in_rows, first, grads_step, length, reverse, grad_x, CHANNELS_LAST, T)
-            store_steps(grad_delta, grad_rows, in_rows, first, grads_step, length, reverse, grad_raw, CHANNELS_LAST, T)
+            store_steps(grad_u, grad_rows, in_rows, position, grads_step, length, grad_x, CHANNELS_LAST)
+            store_steps(grad_delta, grad_rows, in_rows, position, grads_step, length, grad_raw, CHANNELS_LAST)
             if HAS_Z:
                 y = sum_warps(out) + x * skip[:, None]
                 grad_gate = y * grad_gated * opened * (1.0 + gate * (1.0 - opened))
-                store_steps(grad_z, grad_rows, in_rows, first, grads_step, length, reverse, grad_gate, CHANNELS_LAST, T)
+                store_steps(grad_z, grad_rows, in_rows, position, grads_step, length, grad_gate, CHANNELS_LAST)
             if HAS_D:
                 sum_D += grad_out * x
             if HAS_BIAS:
-                sum_bias += tl.where(exist(first, length, reverse, T), grad_raw, 0.0)
+                sum_bias += tl.where((position < length)[None, :], grad_raw, 0.0)
         if ONE_PASS:
             store_states(adjoints, dim, carry, state, dstate, in_rows, STATES)
             store_states(sums_A, dim, of_A, state, dstate, in_rows, STATES)

@@ -16,15 +16,13 @@ from .tiles import (
     coefficients_of,
     columns_of,
     end_states,
-    exist,
-    first_of,
     load_coefficients,
     load_starts,
     load_states,
     load_steps,
     no_states,
+    positions_of,
     recur,
-    rows_of,
     steps_of,
     store_states,
     store_steps,
@@ -138,10 +136,10 @@ def scan_forward_kernel(
     delta += batch * delta_batch + direction * delta_direction
     z += batch * z_batch + direction * z_direction
     y += batch * y_batch + direction * y_direction
-    u_rows = rows_of(index, u_dim, CHANNELS_LAST)
-    delta_rows = rows_of(index // share, delta_dim, CHANNELS_LAST)
-    z_rows = rows_of(index, z_dim, CHANNELS_LAST)
-    y_rows = rows_of(index, y_dim, CHANNELS_LAST)
+    u_rows = channel * u_dim
+    delta_rows = (index // share).to(tl.int64) * delta_dim
+    z_rows = channel * z_dim
+    y_rows = channel * y_dim
     A += parameter * dstate
     B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
     C, C_tile_size = coefficients_of(C, entry, index, dim, group_dim, C_share, tiles, padded, dstate, CONSTANT_C)
@@ -167,18 +165,18 @@ def scan_forward_kernel(
             n = p * (STATES * W)
             start = load_starts(initial, here, dim, chunk, state + n, dstate, in_rows, HAS_INITIAL, CHUNKED, STATES)
             store_states(here, dim, start, state + n, dstate, tl.where(chunk == 0, in_rows, False), STATES)
-    first = first_of(begin, tiles, reverse, T)
-    next_x = load_steps(u, u_rows, first, u_step, length, reverse, CHANNELS_LAST, T)
-    next_delta = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
+    position = positions_of(begin, tiles, reverse, T)
+    next_x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
     for i in range(count):
         tile = begin + i
-        first = first_of(tile, tiles, reverse, T)
+        position = positions_of(tile, tiles, reverse, T)
         x = next_x
-        raw, step = steps_of(next_delta, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, since few other warps may be there to work meanwhile.
-        ahead = first_of(tl.minimum(tile + 1, tiles - 1), tiles, reverse, T)
-        next_x = load_steps(u, u_rows, ahead, u_step, length, reverse, CHANNELS_LAST, T)
-        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, reverse, CHANNELS_LAST, T)
+        ahead = positions_of(tl.minimum(tile + 1, tiles - 1), tiles, reverse, T)
+        next_x = load_steps(u, u_rows, ahead, u_step, length, CHANNELS_LAST)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         out = tl.zeros([T, W, COLUMNS], tl.float32)
         B_tile = B + tl.cast(tile, tl.int64) * B_tile_size
@@ -218,9 +216,9 @@ def scan_forward_kernel(
         here = after
         out = sum_warps(out) + x * skip[:, None]
         if HAS_Z:
-            gate = load_steps(z, z_rows, first, z_step, length, reverse, CHANNELS_LAST, T)
+            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             out = out * gate * sigmoid(gate)
-        store_steps(y, y_rows, in_rows, first, y_step, length, reverse, out, CHANNELS_LAST, T)
+        store_steps(y, y_rows, in_rows, position, y_step, length, out, CHANNELS_LAST)
     if ONE_PASS:
         store_states(last, 1, carries, state, dstate, tl.where(begin + count == tiles, in_rows, False), STATES)
 
@@ -287,9 +285,9 @@ def scan_summary_kernel(
     x += batch * x_batch + direction * x_direction
     z += batch * z_batch + direction * z_direction
     delta += batch * delta_batch + direction * delta_direction
-    x_rows = rows_of(index, x_dim, CHANNELS_LAST)
-    z_rows = rows_of(index, z_dim, CHANNELS_LAST)
-    delta_rows = rows_of(index // share, delta_dim, CHANNELS_LAST)
+    x_rows = channel * x_dim
+    z_rows = channel * z_dim
+    delta_rows = (index // share).to(tl.int64) * delta_dim
     A += parameter * dstate
     B, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, B_share, tiles, padded, dstate, CONSTANT_B)
     bias = tl.zeros([COLUMNS], tl.float32)
@@ -307,21 +305,21 @@ def scan_summary_kernel(
             n = p * (STATES * W)
             store_states(ends, dim, carries, state + n, dstate, in_rows, STATES)
     begin = tl.program_id(1) * piece_tiles
-    first = first_of(tiles - 1 - begin if ADJOINT else begin, tiles, reverse, T)
-    next_x = load_steps(x, x_rows, first, x_step, length, reverse, CHANNELS_LAST, T)
-    next_delta = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
+    position = positions_of(tiles - 1 - begin if ADJOINT else begin, tiles, reverse, T)
+    next_x = load_steps(x, x_rows, position, x_step, length, CHANNELS_LAST)
+    next_delta = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
     for i in range(piece_tiles):
         # No chunk but the last, which is not walked here, reaches the end.
         tile = tiles - 1 - begin - i if ADJOINT else begin + i
-        first = first_of(tile, tiles, reverse, T)
+        position = positions_of(tile, tiles, reverse, T)
         push = next_x
-        raw, step = steps_of(next_delta, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
+        raw, step = steps_of(next_delta, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         # A tile ahead, as in the forward pass.
-        ahead = first_of(tile - 1 if ADJOINT else tile + 1, tiles, reverse, T)
-        next_x = load_steps(x, x_rows, ahead, x_step, length, reverse, CHANNELS_LAST, T)
-        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, reverse, CHANNELS_LAST, T)
+        ahead = positions_of(tile - 1 if ADJOINT else tile + 1, tiles, reverse, T)
+        next_x = load_steps(x, x_rows, ahead, x_step, length, CHANNELS_LAST)
+        next_delta = load_steps(delta, delta_rows, ahead, delta_step, length, CHANNELS_LAST)
         if HAS_Z:
-            gate = load_steps(z, z_rows, first, z_step, length, reverse, CHANNELS_LAST, T)
+            gate = load_steps(z, z_rows, position, z_step, length, CHANNELS_LAST)
             push = push * gate * sigmoid(gate)
         if not ADJOINT:
             push = push * step * LN2

@@ -41,66 +41,40 @@ def coefficients_of(pointer, entry, channel, dim, group_dim, share, tiles, padde
 
 
 @triton.jit
-def first_of(tile, tiles, reverse, T: tl.constexpr):
-    """The position of a tile's first step in the sequence."""
-    return reverse * ((tiles - tile) * T - 1) + (1 - reverse) * (tile * T)
+def positions_of(tile, tiles, reverse, T: tl.constexpr):
+    """Positions [T] of a tile's steps in the sequence."""
+    first = reverse * ((tiles - tile) * T - 1) + (1 - reverse) * (tile * T)
+    return first + (1 - 2 * reverse) * tl.arange(0, T)
 
 
 @triton.jit
-def _walked(reverse, T: tl.constexpr):
-    """Positions [T] of a tile's steps from its first one."""
-    return (1 - 2 * reverse) * tl.arange(0, T)
+def _places(rows, position, stride, CHANNELS_LAST: tl.constexpr):
+    """Offsets [C, T] of steps `stride` apart of sequences that start at `rows`."""
+    places = rows[:, None] + (position.to(tl.int64) * stride)[None, :]
+    # The hint makes lanes share the channels of a step: their clamp hides from the compiler that they are neighbours.
+    return tl.max_contiguous(places, (rows.shape[0], 1)) if CHANNELS_LAST else places
 
 
 @triton.jit
-def exist(first, length, reverse, T: tl.constexpr):
-    """Which steps [1, T] of a tile the sequence has."""
-    return (first + _walked(reverse, T) < length)[None, :]
-
-
-@triton.jit
-def _places(pointer, rows, first, stride, reverse, CHANNELS_LAST: tl.constexpr, T: tl.constexpr):
-    """Pointers [C, T] to steps `stride` apart of sequences that start at `pointer + rows`.
-
-    What is the same for all elements is one number in 64 bits; what is left does not change from tile to tile, and fits
-    32 bits where rows are channels.
-    """
-    places = rows[:, None] + (_walked(reverse, T) * stride)[None, :]
-    if CHANNELS_LAST:
-        # The hint makes lanes share the channels of a step: their clamp hides from the compiler that they are
-        # neighbours.
-        places = tl.max_contiguous(places, (rows.shape[0], 1))
-    return pointer + tl.cast(first, tl.int64) * stride + places
-
-
-@triton.jit
-def load_steps(pointer, rows, first, stride, length, reverse, CHANNELS_LAST: tl.constexpr, T: tl.constexpr):
+def load_steps(pointer, rows, position, stride, length, CHANNELS_LAST: tl.constexpr):
     """Steps of the sequences at `pointer + rows` as a tile [C, T] in fp32, zero outside of them."""
-    places = _places(pointer, rows, first, stride, reverse, CHANNELS_LAST, T)
-    return tl.load(places, mask=exist(first, length, reverse, T), other=0.0).to(tl.float32)
+    places = _places(rows, position, stride, CHANNELS_LAST)
+    return tl.load(pointer + places, mask=(position < length)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_steps(
-    pointer, rows, in_rows, first, stride, length, reverse, x, CHANNELS_LAST: tl.constexpr, T: tl.constexpr
-):
-    mask = in_rows[:, None] & exist(first, length, reverse, T)
-    places = _places(pointer, rows, first, stride, reverse, CHANNELS_LAST, T)
-    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
+def store_steps(pointer, rows, in_rows, position, stride, length, x, CHANNELS_LAST: tl.constexpr):
+    mask = in_rows[:, None] & (position < length)[None, :]
+    places = _places(rows, position, stride, CHANNELS_LAST)
+    tl.store(pointer + places, x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def rows_of(channel, stride, CHANNELS_LAST: tl.constexpr):
-    """Where the sequences of channels start."""
-    return channel if CHANNELS_LAST else channel.to(tl.int64) * stride
-
-
-@triton.jit
-def steps_of(delta, bias, there, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
-    """(delta + bias) / ln 2, and the step / ln 2: its softplus where wanted, zero where there is none."""
+def steps_of(delta, bias, position, length, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
+    """(delta + bias) / ln 2, and the step / ln 2: its softplus where wanted, zero where the sequence has no step."""
     raw = (delta + bias[:, None]) * LOG2_E
     step = softplus_log2(raw, EXACT, NVIDIA) if SOFTPLUS else raw
-    return raw, tl.where(there, step, 0.0)
+    return raw, tl.where((position < length)[None, :], step, 0.0)
 
 
 @triton.jit
@@ -381,10 +355,10 @@ def load_starts_of_half(
     """The states before a half of what lies between saved states; B is that of the first half."""
     starts = load_states(saved, dim, state, dstate, in_rows, STATES)
     if half % 2 == 1:
-        first = first_of(half - 1, halves, reverse, T)
-        x = load_steps(u, u_rows, first, u_step, length, reverse, CHANNELS_LAST, T)
-        raw = load_steps(delta, delta_rows, first, delta_step, length, reverse, CHANNELS_LAST, T)
-        raw, step = steps_of(raw, bias, exist(first, length, reverse, T), SOFTPLUS, EXACT, NVIDIA)
+        position = positions_of(half - 1, halves, reverse, T)
+        x = load_steps(u, u_rows, position, u_step, length, CHANNELS_LAST)
+        raw = load_steps(delta, delta_rows, position, delta_step, length, CHANNELS_LAST)
+        raw, step = steps_of(raw, bias, position, length, SOFTPLUS, EXACT, NVIDIA)
         step, drive, unused = by_channel(step, step * LN2 * x, step, W)
         starts = end_states(step, drive, rates, starts, B, state, dstate, CONSTANT_B, False, T, W, STATES)
     return starts
