@@ -69,9 +69,10 @@ class Grid(NamedTuple):
 
 PAPER = Grid(('vim_t', 'deit_tiny_patch16_224:plain', 'deit_tiny_patch16_224:fused'), (512, 640, 738, 1024, 1248), (8,))
 BENCHMARKS = (
-    Grid(MODELS, (224, 512, 1248, 2048, 4096), (128, 32, 8, 4, 1)),
+    Grid(MODELS, (224, 1248, 2048, 4096), (128, 8, 4, 1)),
+    Grid(FAST_MODELS, (224, 1248, 2048), (128, 8, 4), cuda_graph=(True,)),
     Grid(FAST_MODELS, (224,), (1,), cuda_graph=(True,)),
-    Grid(FAST_MODELS, (224,), (128,), compile=(True,)),
+    Grid(FAST_MODELS, (224, 1248), (128, 8), compile=(True,), cuda_graph=(True,)),
 )
 
 

@@ -94,14 +94,16 @@ def versions(measurements: Sequence[Measurement]) -> str:
 
 
 def write_picture(measurements: Sequence[Measurement], path: Path) -> None:
-    """Speed and memory against the size, a line for each model and way to run that has more than one size, if any."""
-    series = {}
+    """Speed and memory against the size, a line for each model and way to run; only the ways that have most sizes."""
+    sizes, series = {}, {}
     for case, result in measurements:
+        sizes.setdefault(run_of(case), set()).add(case.size)
         series.setdefault((case.model, run_of(case)), []).append((case, result))
-    lines = {key: rows for key, rows in series.items() if len({case.size for case, _ in rows}) > 1} or series
-    runs = {run for _, run in lines}
+    most = max(map(len, sizes.values()))
+    runs = [run for run, found in sizes.items() if len(found) == most]
+    lines = {(model, run): rows for (model, run), rows in series.items() if run in runs}
     labelled = {model if len(runs) == 1 else f'{model}, {run}': rows for (model, run), rows in lines.items()}
-    title = machine(measurements) + (f', {runs.pop()}' if len(runs) == 1 else '')
+    title = machine(measurements) + (f', {runs[0]}' if len(runs) == 1 else '')
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_comparison(labelled, title, path)
 

@@ -231,7 +231,7 @@ def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
     found = {(case.model, case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases}
     for model in compare_highres.MODELS:
         assert (model, 1248, 8, False, False) in found
-        assert ((model, 224, 1, False, True) in found) is ((model, 224, 128, True, False) in found)
+        assert ((model, 224, 1, False, True) in found) is ((model, 224, 128, True, True) in found)
 
 
 @pytest.mark.parametrize(
