@@ -141,7 +141,8 @@ def _plain(
         summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
     if residual is not None:
         summed = residual + summed
-    shape, weight = x.shape[-1:], weight.to(wide)
+    # int, since PyTorch 2.11 takes a symbolic size here for a number of its own.
+    shape, weight = (int(x.shape[-1]),), weight.to(wide)
     if bias is None:
         normalised = F.rms_norm(summed, shape, weight, eps)
     else:

@@ -107,7 +107,7 @@ def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     if attention:
         set_fused_attn(attention == 'fused')
     cfg = timm.get_pretrained_cfg(name)
-    is_vim = timm.models.is_model_in_modules(name, Vim.__module__.rpartition('.')[2])
+    is_vim = timm.models.is_model_in_modules(name, [Vim.__module__.rpartition('.')[2]])  # older timm takes lists alone
     args = {'img_size': size} if cfg is not None and cfg.fixed_input_size and not is_vim else {}
     model = timm.create_model(name, num_classes=0, **args).eval()
     if is_vim:
