@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
+from .elementwise import LN2
 
 
 @triton.jit

@@ -9,6 +9,8 @@ column, so that scans over the first axis stay inside threads, and warps share t
 import triton
 import triton.language as tl
 
+from .rows import pick_last, second
+
 
 @triton.jit
 def route_of_pair(pair, height, width, magic, T: tl.constexpr, WRAP: tl.constexpr):
@@ -43,34 +45,21 @@ def steps_of(backward, T: tl.constexpr, count):
 
 
 @triton.jit
-def walk(
-    offset,
-    backward,
-    tile,
-    tile_back,
-    seqlen,
-    line,
-    step,
-    jump,
-    magic,
-    tiles,
-    lines,
-    T: tl.constexpr,
-    WRAP: tl.constexpr,
-):
+def walk(offset, backward, tile, tile_back, pair, height, width, magic, T: tl.constexpr, WRAP: tl.constexpr):
     """Where steps of a pair's two tiles of T steps lie on the map.
 
     Args:
         offset: Of the steps from the start of their tile; see `steps_of`.
         backward: 1 where a step belongs to the backward route, else 0.
-        tile, tile_back: Numbers of the routes' tiles in the order of the forward route. What is computed of them is
-            the same for all threads, and computed once however often this is called.
-        seqlen: Pixels of the map.
-        line, step, jump, magic, tiles, lines: See `route_of_pair`.
+        tile, tile_back: Numbers of the routes' tiles in the order of the forward route. What is computed of them, and
+            of the route, is the same for all threads, and computed once however often this is called.
+        pair, height, width, magic: See `route_of_pair`.
 
     Returns:
         Positions in the broadcast shape of offset and backward, and which of them exist; the others are 0.
     """
+    line, step, jump, magic, tiles, lines = route_of_pair(pair, height, width, magic, T, WRAP)
+    seqlen = height * width
     start, within, limit = _tile_start(tile, seqlen, line, step, magic, tiles, lines, T, WRAP)
     start_back, within_back, limit_back = _tile_start(tile_back, seqlen, line, step, magic, tiles, lines, T, WRAP)
     exists = offset < tl.where(backward == 0, limit, limit_back)
@@ -123,15 +112,6 @@ def _step_after_with_before(decay0, value0, lead_decay0, lead_value0, decay1, va
 
 
 @triton.jit
-def _pick(x, index, SIZE: tl.constexpr):
-    """x[index] in fp32; as integers, since the compiler removes integer additions of 0."""
-    rows = tl.arange(0, SIZE)
-    rows = tl.reshape(rows, [SIZE] + [1] * (len(x.shape) - 1))
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.sum(tl.where(rows == index, bits, 0), axis=0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def recur(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     """h = decay * (h of the step before) + value along a tile [ROWS, SPLITS, COLUMNS] in order of (split, row).
 
@@ -149,12 +129,12 @@ def recur(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS
         value = tl.where(first, decay * carry[None, :, :] + value, value)
         before = tl.where(first, carry[None, :, :], nothing)
         decays, h, leads, before = tl.associative_scan((decay, value, one, before), 0, _step_after_with_before)
-        return h, before, carry, _pick(h, ROWS - 1, ROWS)
+        return h, before, carry, pick_last(h)
     else:
         # Threads scan their rows from zero; what arrives at each split then decays through its rows.
         decays, h, leads, before = tl.associative_scan((decay, value, one, nothing), 0, _step_after_with_before)
-        through = _pick(decays, ROWS - 1, ROWS)
-        end = _pick(h, ROWS - 1, ROWS)
+        through = pick_last(decays)
+        end = pick_last(h)
         first = tl.arange(0, SPLITS)[:, None] == 0
         end = tl.where(first, through * carry + end, end)
         arriving = tl.where(first, carry, 0.0)
@@ -183,11 +163,11 @@ def recur_back(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, CO
         value = decay * tl.where(first, value + carry[None, :, :], value)
         after = tl.where(first, carry[None, :, :], nothing)
         decays, g, leads, after = tl.associative_scan((decay, value, one, after), 0, _step_after_with_before)
-        return tl.flip(after, 0), _pick(g, ROWS - 1, ROWS)
+        return tl.flip(after, 0), pick_last(g)
     else:
         decays, g, leads, after = tl.associative_scan((decay, decay * value, one, nothing), 0, _step_after_with_before)
-        through = _pick(decays, ROWS - 1, ROWS)
-        end = _pick(g, ROWS - 1, ROWS)
+        through = pick_last(decays)
+        end = pick_last(g)
         last = tl.arange(0, SPLITS)[:, None] == SPLITS - 1
         end = tl.where(last, through * carry + end, end)
         arriving = tl.where(last, carry, 0.0)
@@ -200,13 +180,28 @@ def recur_back(decay, value, carry, ROWS: tl.constexpr, SPLITS: tl.constexpr, CO
 
 
 @triton.jit
-def _first(first, second):
-    return first
+def arriving_state(a, ends, end_stride, sums, sum_stride, order, from_last, regions, has_channel):
+    """The state that arrives at a region: what the regions before it end with, decayed on the way.
+
+    Args:
+        a: Decay rates [COLUMNS] over ln 2.
+        ends, sums: Pointers [COLUMNS] to the first region's state at its end from a start at zero, and to the sum of
+            its steps; those of the others lie the strides apart.
+        order: How many regions a column's route passes before [COLUMNS].
+        from_last: 1 where a route begins with the last region, else 0.
+    """
+    state = tl.zeros(a.shape, tl.float32)
+    for before in range(0, regions - 1):
+        region = tl.where(from_last == 0, before, regions - 1 - before)
+        passed = has_channel & (before < order)
+        total = tl.load(sums + region * sum_stride, mask=passed, other=0.0)
+        state = tl.exp2(total * a) * state + tl.load(ends + region * end_stride, mask=passed, other=0.0)
+    return state
 
 
 @triton.jit
-def _second(first, second):
-    return second
+def _first(first, second):
+    return first
 
 
 @triton.jit
@@ -216,4 +211,4 @@ def by_column(x, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
     A scan without effect, where the compiler changes the layout of a product. Without it what follows a product is
     computed in the product's layout and converted piece by piece.
     """
-    return tl.associative_scan(tl.reshape(x, [ROWS, SPLITS, COLUMNS]), 0, _second)
+    return tl.associative_scan(tl.reshape(x, [ROWS, SPLITS, COLUMNS]), 0, second)

@@ -6,10 +6,8 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2_E, softplus_log2
-from .routes import by_column, recur, recur_back, route_of_pair, steps_of, walk
-
-LN2 = tl.constexpr(0.6931471805599453)
+from .elementwise import LN2, LOG2_E, softplus_log2
+from .routes import arriving_state, by_column, recur, recur_back, route_of_pair, steps_of, walk
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'grad_y_ptr', 'grad_x_rows_ptr', 'grad_x_columns_ptr', 'grad_x_dbl_ptr', 'dim']
@@ -79,7 +77,7 @@ def scan_routes_backward(
     seqlen = height * width
     operand = tl.bfloat16 if x_ptr.dtype.element_ty == tl.bfloat16 else tl.float32
 
-    line, step, jump, magic, tiles, lines = route_of_pair(pair, height, width, magic, T, WRAP)
+    _, _, _, _, tiles, lines = route_of_pair(pair, height, width, magic, T, WRAP)
     column = tl.arange(0, 2 * DB)
     backward = column // DB
     route = pair + 2 * backward
@@ -142,51 +140,22 @@ def scan_routes_backward(
         if not SUMMARY:
             for n in range(N):
                 a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-                arriving = tl.zeros([2 * DB], tl.float32)
-                for before in range(0, regions - 1):
-                    source = tl.where(backward == 0, regions - 1 - before, before)
-                    region_scan = scan * regions + source
-                    reached = has_channel & (before < order)
-                    decay = tl.load(sum_ptr + region_scan * dim + channel, mask=reached, other=0.0)
-                    end = tl.load(end_ptr + (region_scan * N + n) * dim + channel, mask=reached, other=0.0)
-                    arriving = tl.exp2(decay * a) * arriving + end
+                ends = end_ptr + scan * (regions * N * dim) + n * dim + channel
+                sums = sum_ptr + scan * (regions * dim) + channel
+                start = arriving_state(a, ends, N * dim, sums, dim, order, 1 - backward, regions, has_channel)
                 if N > 1:
-                    tl.store(carry_batch + n * dim, arriving, mask=has_channel)
-                carry = tl.broadcast_to(arriving[None, :], [SPLITS, 2 * DB])
+                    tl.store(carry_batch + n * dim, start, mask=has_channel)
+                carry = tl.broadcast_to(start[None, :], [SPLITS, 2 * DB])
 
         for i in range(0, region_tiles):
             if N > 1 or i == region_tiles // 2:
                 # States pass through memory; half way each route enters tiles that the other one has written.
                 tl.debug_barrier()
             position, exists = walk(
-                offset,
-                backward[None, None, :],
-                last_tile - i,
-                first_tile + i,
-                seqlen,
-                line,
-                step,
-                jump,
-                magic,
-                tiles,
-                lines,
-                T,
-                WRAP,
+                offset, backward[None, None, :], last_tile - i, first_tile + i, pair, height, width, magic, T, WRAP
             )
             rank_position, rank_exists = walk(
-                rank_offset,
-                rank_backward[None, :],
-                last_tile - i,
-                first_tile + i,
-                seqlen,
-                line,
-                step,
-                jump,
-                magic,
-                tiles,
-                lines,
-                T,
-                WRAP,
+                rank_offset, rank_backward[None, :], last_tile - i, first_tile + i, pair, height, width, magic, T, WRAP
             )
             position = tl.max_constancy(position, (1, 1, DB))
             if WIDE:
@@ -237,13 +206,10 @@ def scan_routes_backward(
                     other_backward[None, :],
                     last_tile - i,
                     first_tile + i,
-                    seqlen,
-                    line,
-                    step,
-                    jump,
+                    pair,
+                    height,
+                    width,
                     magic,
-                    tiles,
-                    lines,
                     T,
                     WRAP,
                 )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LOG2_E, softplus_log2
-from .routes import by_column, line_of, recur, route_of_pair, steps_of, walk
+from .routes import arriving_state, by_column, line_of, recur, route_of_pair, steps_of, walk
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'y_rows_ptr', 'y_columns_ptr', 'dim']
@@ -99,13 +99,9 @@ def scan_routes(
     else:
         for n in range(N):
             a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
-            start = tl.zeros([2 * DB], tl.float32)
-            for before in range(0, regions - 1):
-                source = tl.where(backward == 0, before, regions - 1 - before)
-                total = tl.load(sum_ptr + (scan * regions + source) * dim + channel, mask=before < order, other=0.0)
-                end_of_source = end_ptr + ((scan * regions + source) * N + n) * dim + channel
-                end = tl.load(end_of_source, mask=before < order, other=0.0)
-                start = tl.exp2(total * a) * start + end
+            ends = end_ptr + scan * (regions * N * dim) + n * dim + channel
+            sums = sum_ptr + scan * (regions * dim) + channel
+            start = arriving_state(a, ends, N * dim, sums, dim, order, backward, regions, has_channel)
             if N > 1:
                 tl.store(carry_ptr + n * dim, start, mask=has_channel)
             carry = tl.broadcast_to(start[None, :], [SPLITS, 2 * DB])
@@ -122,34 +118,10 @@ def scan_routes(
             if N > 1 or i == region_tiles // 2:
                 tl.debug_barrier()
         position, exists = walk(
-            offset,
-            backward[None, None, :],
-            first_tile + i,
-            last_tile - i,
-            seqlen,
-            line,
-            step,
-            jump,
-            magic,
-            tiles,
-            lines,
-            T,
-            WRAP,
+            offset, backward[None, None, :], first_tile + i, last_tile - i, pair, height, width, magic, T, WRAP
         )
         rank_position, rank_exists = walk(
-            rank_offset,
-            rank_backward[None, :],
-            first_tile + i,
-            last_tile - i,
-            seqlen,
-            line,
-            step,
-            jump,
-            magic,
-            tiles,
-            lines,
-            T,
-            WRAP,
+            rank_offset, rank_backward[None, :], first_tile + i, last_tile - i, pair, height, width, magic, T, WRAP
         )
         position = tl.max_constancy(position, (1, 1, DB))
         if STATES > 0:

@@ -7,9 +7,8 @@ forward pass kept, and solves the adjoint recurrence g_l = C_l * grad_y_l + exp(
 import triton
 import triton.language as tl
 
-from ..elementwise import sigmoid
+from ..elementwise import LN2, sigmoid
 from .tiles import (
-    LN2,
     PACKED,
     by_channel,
     coefficients_of,

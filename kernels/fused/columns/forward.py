@@ -9,9 +9,8 @@ Known alignment of the sequences would make the compiler load vectors, in a layo
 import triton
 import triton.language as tl
 
-from ..elementwise import MAX_DECAY, sigmoid
+from ..elementwise import LN2, MAX_DECAY, sigmoid
 from .tiles import (
-    LN2,
     by_channel,
     coefficients_of,
     columns_of,

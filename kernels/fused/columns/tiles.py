@@ -8,9 +8,9 @@ warps share states and channels. Sequences are tiles [C, T] while they are loade
 import triton
 import triton.language as tl
 
-from ..elementwise import LOG2_E, softplus_log2
+from ..elementwise import LN2, LOG2_E, softplus_log2
+from ..rows import pick_last, second
 
-LN2 = tl.constexpr(0.6931471805599453)
 PACKED = tl.constexpr(16)  # steps of a state that B and C are packed by, and after which states are saved
 
 
@@ -78,11 +78,6 @@ def steps_of(delta, bias, position, length, SOFTPLUS: tl.constexpr, EXACT: tl.co
 
 
 @triton.jit
-def _second(first, second):
-    return second
-
-
-@triton.jit
 def _seconds(first0, first1, first2, second0, second1, second2):
     return second0, second1, second2
 
@@ -101,7 +96,7 @@ def by_channel(x, y, z, W: tl.constexpr):
 @triton.jit
 def _for_warps(x, W: tl.constexpr):
     x = tl.permute(x, (1, 2, 0))
-    return tl.associative_scan(tl.broadcast_to(x, [x.shape[0], W, x.shape[2]]), 0, _second)
+    return tl.associative_scan(tl.broadcast_to(x, [x.shape[0], W, x.shape[2]]), 0, second)
 
 
 @triton.jit
@@ -258,15 +253,6 @@ def _shift(x, start):
     alone = tl.full(x.shape, 1, tl.int32)
     last, before, alone = tl.associative_scan((x, x, alone), 0, _next)
     return tl.where(tl.arange(0, x.shape[0])[:, None, None] == 0, start[None, :, :], before)
-
-
-@triton.jit
-def pick_last(x):
-    """x[-1] in fp32; as integers, since the compiler removes integer additions of 0."""
-    ROWS: tl.constexpr = x.shape[0]
-    rows = tl.reshape(tl.arange(0, ROWS), [ROWS] + [1] * (len(x.shape) - 1))
-    bits = tl.where(rows == ROWS - 1, x.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
