@@ -43,7 +43,7 @@ def _forward(
         layout = _Layout.of(dt_weight, A)
         x_dbl = _product(u.flatten(1, 2), layout.x_proj(x_proj_weight, u.dtype).mT).unflatten(1, u.shape[1:3])
         scan = _scan(u, x_dbl, layout.dt_proj(dt_weight, u.dtype), dt_bias, A, D)
-        _, states = forward(scan, scan.u, keep, fit(columns.SAVING if keep else columns.FORWARD, A.shape[-1]))
+        _, states = forward(scan, scan.u, keep, fit(columns.CONFIG, A.shape[-1]))
         del scan  # and the steps with it
         out, mean = gate_forward(u, z, keep)
     return (out, x_dbl, mean, states) if keep else (out, *(A.new_empty(0) for _ in range(3)))
@@ -171,7 +171,7 @@ def _backward(
         grad_low_rank, *grads_BC = layout.split(grad_x_dbl)
         targets = Targets(_sequence(grad_u), _sequence(grad_delta), None, *(_sequence(grad) for grad in grads_BC))
         grad_y = _sequence(grad_y.expand(2, -1, -1, -1))
-        grads = backward(scan, grad_y, None, states, fit(columns.BACKWARD, layout.dstate), targets)
+        grads = backward(scan, grad_y, None, states, fit(columns.CONFIG, layout.dstate), targets)
         grad_delta, low_rank = grad_delta.flatten(1, 2), layout.split(x_dbl)[0].flatten(1, 2)
         torch.bmm(grad_delta, dt_proj, out=grad_low_rank.flatten(1, 2))
         grad_dt_weight = _product(grad_delta.mT, low_rank)[..., : layout.rank]

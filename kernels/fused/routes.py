@@ -9,7 +9,7 @@ column, so that scans over the first axis stay inside threads, and warps share t
 import triton
 import triton.language as tl
 
-from .rows import pick_last, second
+from .rows import pick_last
 
 
 @triton.jit
@@ -205,10 +205,53 @@ def _first(first, second):
 
 
 @triton.jit
-def by_column(x, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x [ROWS * SPLITS, COLUMNS] as [ROWS, SPLITS, COLUMNS], whose columns of rows are owned by threads.
+def _seconds(first0, first1, second0, second1):
+    return second0, second1
 
-    A scan without effect, where the compiler changes the layout of a product. Without it what follows a product is
-    computed in the product's layout and converted piece by piece.
+
+@triton.jit
+def by_column(x, like, ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x [ROWS * SPLITS, COLUMNS] as [ROWS, SPLITS, COLUMNS], whose columns of rows are owned by threads; and `like`.
+
+    A scan without effect, where the compiler changes the layout of a product to that of `like`, a loaded tile. Without
+    it what follows a product is computed in the product's layout, or in both.
     """
-    return tl.associative_scan(tl.reshape(x, [ROWS, SPLITS, COLUMNS]), 0, second)
+    return tl.associative_scan((tl.reshape(x, [ROWS, SPLITS, COLUMNS]), like), 0, _seconds)
+
+
+@triton.jit
+def load_low_rank(
+    pointer,
+    has_rank,
+    offset,
+    backward,
+    tile,
+    tile_back,
+    pair,
+    height,
+    width,
+    magic,
+    PROJECTIONS: tl.constexpr,
+    T: tl.constexpr,
+    WRAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The projections of dt of a pair's two tiles [T, 2 * RP], of the PROJECTIONS of a position; see `walk`.
+
+    Args:
+        pointer: To those of position 0, [1, 2 * RP].
+    """
+    position, exists = walk(offset, backward, tile, tile_back, pair, height, width, magic, T, WRAP)
+    if WIDE:
+        position = position.to(tl.int64)
+    return tl.load(pointer + position * PROJECTIONS, mask=has_rank[None, :], other=0.0)
+
+
+@triton.jit
+def load_pair(pointer, position, first, PROJECTIONS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Two neighbouring projections in bf16, of which the `first` [COLUMNS] has an even number, in fp32."""
+    words = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+    offset = position * (PROJECTIONS // 2) + (first // 2)[None, None, :]
+    # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
+    pair = tl.load(words + tl.max_contiguous(offset, (1, SPLITS, COLUMNS)))
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)

@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, LOG2_E, softplus_log2
-from .routes import arriving_state, by_column, recur, recur_back, route_of_pair, steps_of, walk
+from .routes import (
+    arriving_state,
+    by_column,
+    load_low_rank,
+    load_pair,
+    recur,
+    recur_back,
+    route_of_pair,
+    steps_of,
+    walk,
+)
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'grad_y_ptr', 'grad_x_rows_ptr', 'grad_x_columns_ptr', 'grad_x_dbl_ptr', 'dim']
@@ -73,6 +83,8 @@ def scan_routes_backward(
     region = (pid // channel_blocks // 2) % regions
     batch_group = pid // channel_blocks // 2 // regions
     E: tl.constexpr = R + 2 * N
+    # B and C of a position are then a word of 32 bits.
+    PAIRED: tl.constexpr = N == 1 and R % 2 == 0 and x_dbl_ptr.dtype.element_ty == tl.bfloat16
     T: tl.constexpr = ROWS * SPLITS
     seqlen = height * width
     operand = tl.bfloat16 if x_ptr.dtype.element_ty == tl.bfloat16 else tl.float32
@@ -136,7 +148,7 @@ def scan_routes_backward(
         carry_batch = carry_ptr + (scan * regions + region) * (N * dim) + channel
         end_batch = end_ptr + (scan * regions + region) * (N * dim) + channel
         carry = tl.zeros([SPLITS, 2 * DB], tl.float32)
-        total = tl.zeros([SPLITS, 2 * DB], tl.float32)
+        total = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
         if not SUMMARY:
             for n in range(N):
                 a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
@@ -147,6 +159,24 @@ def scan_routes_backward(
                     tl.store(carry_batch + n * dim, start, mask=has_channel)
                 carry = tl.broadcast_to(start[None, :], [SPLITS, 2 * DB])
 
+        # The product at the start of a tile is of what is loaded a tile ahead, so that nothing waits for it.
+        rank_ptr = x_dbl_batch + rank_column[None, :]
+        next_low_rank = load_low_rank(
+            rank_ptr,
+            has_rank,
+            rank_offset,
+            rank_backward[None, :],
+            last_tile,
+            first_tile,
+            pair,
+            height,
+            width,
+            magic,
+            4 * E,
+            T,
+            WRAP,
+            WIDE,
+        )
         for i in range(0, region_tiles):
             if N > 1 or i == region_tiles // 2:
                 # States pass through memory; half way each route enters tiles that the other one has written.
@@ -163,13 +193,35 @@ def scan_routes_backward(
                 rank_position = rank_position.to(tl.int64)
             pixel = tl.max_contiguous(position * dim + channel[None, None, :], (1, SPLITS, DB))
             grad_y = tl.load(grad_y_batch + pixel).to(tl.float32)
-            # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-            projection = tl.max_contiguous(position * (4 * E) + (route * E + R)[None, None, :], (1, SPLITS, 2 * DB))
             rank_pixel = rank_position * (4 * E) + rank_column[None, :]
-            low_rank = tl.load(x_dbl_batch + rank_pixel, mask=has_rank[None, :], other=0.0).to(operand)
+            low_rank = next_low_rank.to(operand)
+            ahead = tl.minimum(i + 1, region_tiles - 1)
+            next_low_rank = load_low_rank(
+                rank_ptr,
+                has_rank,
+                rank_offset,
+                rank_backward[None, :],
+                last_tile - ahead,
+                first_tile + ahead,
+                pair,
+                height,
+                width,
+                magic,
+                4 * E,
+                T,
+                WRAP,
+                WIDE,
+            )
             # All that a tile needs is loaded before the first product, whose barriers would hold later loads back.
-            if N == 1:
-                C = tl.load(x_dbl_batch + projection + 1).to(tl.float32)
+            if PAIRED:
+                B, C = load_pair(x_dbl_batch, position, route * E + R, 4 * E, SPLITS, 2 * DB)
+            else:
+                # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
+                projection = position * (4 * E) + (route * E + R)[None, None, :]
+                projection = tl.max_contiguous(projection, (1, SPLITS, 2 * DB))
+                if N == 1:
+                    B = tl.load(x_dbl_batch + projection).to(tl.float32)
+                    C = tl.load(x_dbl_batch + projection + 1).to(tl.float32)
             if not SUMMARY:
                 x = tl.load(x_batch + pixel).to(tl.float32)
                 # What is loaded for a step that does not exist is not stored.
@@ -178,16 +230,16 @@ def scan_routes_backward(
                 tile = tl.where(backward == 0, last_tile - i, first_tile + i)
                 has_state = tile < tiles * lines
                 if N == 1:
-                    B = tl.load(x_dbl_batch + projection).to(tl.float32)
                     state = state_batch + tile.to(tl.int64) * dim
                     start = tl.load(state[None, :] + 0 * split, mask=has_state[None, :], other=0.0)
             z = tl.dot(low_rank, weight, input_precision=PRECISION)
-            z = by_column(z, ROWS, SPLITS, 2 * DB) + bias[None, None, :]
+            z, grad_y = by_column(z, grad_y, ROWS, SPLITS, 2 * DB)
+            z += bias[None, None, :]
             z = tl.where(exists, z, -1e4)
             delta = softplus_log2(z, EXACT, NVIDIA)
             grad_y = tl.where(exists & has_channel[None, None, :], grad_y, 0.0)
             if SUMMARY:
-                total += tl.sum(delta, axis=0)
+                total += delta
                 for n in range(N):
                     a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
                     if N > 1:
@@ -267,7 +319,8 @@ def scan_routes_backward(
                 grad_x = grad_x.to(x_ptr.dtype.element_ty)
                 tl.store(grad_x_batch + pixel, grad_x, mask=exists & has_channel[None, None, :])
         if SUMMARY:
-            tl.store(sum_ptr + (scan * regions + region) * dim + channel, tl.sum(total, axis=0), mask=has_channel)
+            total = tl.sum(tl.sum(total, axis=0), axis=0)
+            tl.store(sum_ptr + (scan * regions + region) * dim + channel, total, mask=has_channel)
 
     if not SUMMARY:
         if N == 1:

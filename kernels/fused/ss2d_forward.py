@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from .elementwise import LOG2_E, softplus_log2
-from .routes import arriving_state, by_column, line_of, recur, route_of_pair, steps_of, walk
+from .routes import (
+    arriving_state,
+    by_column,
+    line_of,
+    load_low_rank,
+    load_pair,
+    recur,
+    route_of_pair,
+    steps_of,
+    walk,
+)
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'y_rows_ptr', 'y_columns_ptr', 'dim']
@@ -62,6 +72,8 @@ def scan_routes(
     region = (pid // channel_blocks // 2) % regions
     batch = (pid // channel_blocks // 2 // regions).to(tl.int64)
     E: tl.constexpr = R + 2 * N
+    # B and C of a position are then a word of 32 bits.
+    PAIRED: tl.constexpr = N == 1 and R % 2 == 0 and x_dbl_ptr.dtype.element_ty == tl.bfloat16
     T: tl.constexpr = ROWS * SPLITS
     seqlen = height * width
 
@@ -105,13 +117,34 @@ def scan_routes(
             if N > 1:
                 tl.store(carry_ptr + n * dim, start, mask=has_channel)
             carry = tl.broadcast_to(start[None, :], [SPLITS, 2 * DB])
-    total = tl.zeros([SPLITS, 2 * DB], tl.float32)
+    if N == 1:
+        a = tl.load(A_ptr + parameter).to(tl.float32)
+    total = tl.zeros([ROWS, SPLITS, 2 * DB], tl.float32)
     row = tl.arange(0, T)
     rank_offset = steps_of(rank_backward[None, :], T, ((row % SPLITS) * ROWS + row // SPLITS)[:, None])
     count = tl.arange(0, SPLITS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
     offset = steps_of(backward[None, None, :], T, count)
     first_tile = region * region_tiles
     last_tile = first_tile + region_tiles - 1
+    # The product at the start of a tile is of what is loaded a tile ahead, so that nothing waits for it.
+    rank_ptr = x_dbl_ptr + rank_column[None, :]
+    rank_backward = rank_backward[None, :]
+    next_low_rank = load_low_rank(
+        rank_ptr,
+        has_rank,
+        rank_offset,
+        rank_backward,
+        first_tile,
+        last_tile,
+        pair,
+        height,
+        width,
+        magic,
+        4 * E,
+        T,
+        WRAP,
+        WIDE,
+    )
     for i in range(0, region_tiles):
         if not SUMMARY or N > 1:
             # Half way each route enters tiles that the other one has written; and states pass through memory.
@@ -119,9 +152,6 @@ def scan_routes(
                 tl.debug_barrier()
         position, exists = walk(
             offset, backward[None, None, :], first_tile + i, last_tile - i, pair, height, width, magic, T, WRAP
-        )
-        rank_position, rank_exists = walk(
-            rank_offset, rank_backward[None, :], first_tile + i, last_tile - i, pair, height, width, magic, T, WRAP
         )
         position = tl.max_constancy(position, (1, 1, DB))
         if STATES > 0:
@@ -138,31 +168,51 @@ def scan_routes(
                 state_tile = tl.where((state_tile >= 0) & (part < tiles_of_line), state_part, -1)
         if WIDE:
             position = position.to(tl.int64)
-            rank_position = rank_position.to(tl.int64)
         pixel = tl.max_contiguous(position * dim + channel[None, None, :], (1, SPLITS, DB))
         x = tl.load(x_ptr + pixel).to(tl.float32)
-        # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-        projection = tl.max_contiguous(position * (4 * E) + (route * E + R)[None, None, :], (1, SPLITS, 2 * DB))
-        rank_pixel = rank_position * (4 * E) + rank_column[None, :]
-        low_rank = tl.load(x_dbl_ptr + rank_pixel, mask=has_rank[None, :], other=0.0)
+        low_rank = next_low_rank
+        ahead = tl.minimum(i + 1, region_tiles - 1)
+        next_low_rank = load_low_rank(
+            rank_ptr,
+            has_rank,
+            rank_offset,
+            rank_backward,
+            first_tile + ahead,
+            last_tile - ahead,
+            pair,
+            height,
+            width,
+            magic,
+            4 * E,
+            T,
+            WRAP,
+            WIDE,
+        )
         # All that a tile needs is loaded before the product, whose barriers would hold later loads back.
-        if N == 1:
-            B = tl.load(x_dbl_ptr + projection).to(tl.float32)
-        if not SUMMARY:
+        if PAIRED:
+            B, C = load_pair(x_dbl_ptr, position, route * E + R, 4 * E, SPLITS, 2 * DB)
+        else:
+            # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
+            projection = position * (4 * E) + (route * E + R)[None, None, :]
+            projection = tl.max_contiguous(projection, (1, SPLITS, 2 * DB))
             if N == 1:
+                B = tl.load(x_dbl_ptr + projection).to(tl.float32)
+        if not SUMMARY:
+            if N == 1 and not PAIRED:
                 C = tl.load(x_dbl_ptr + projection + 1).to(tl.float32)
             # What is loaded for a step that does not exist is not stored.
             second = tl.where(i >= region_tiles // 2, column >= 0, False)
             y = tl.load(y_ptr + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
         delta = tl.dot(low_rank, weight, input_precision=PRECISION)
-        delta = by_column(delta, ROWS, SPLITS, 2 * DB) + bias[None, None, :]
+        delta, x = by_column(delta, x, ROWS, SPLITS, 2 * DB)
+        delta += bias[None, None, :]
         delta = softplus_log2(tl.where(exists, delta, -1e4), EXACT, NVIDIA)
         delta_x = delta * x
         if SUMMARY:
-            total += tl.sum(delta, axis=0)
+            total += delta
         for n in range(N):
-            a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
             if N > 1:
+                a = tl.load(A_ptr + parameter * N + n).to(tl.float32)
                 B = tl.load(x_dbl_ptr + projection + n).to(tl.float32)
             if N > 1 and SUMMARY:
                 started = tl.where(i > 0, has_channel, False)
@@ -188,4 +238,5 @@ def scan_routes(
         if not SUMMARY:
             tl.store(y_ptr + pixel, y.to(y_ptr.dtype.element_ty), mask=exists & has_channel[None, None, :])
     if SUMMARY:
-        tl.store(sum_ptr + (scan * regions + region) * dim + channel, tl.sum(total, axis=0), mask=has_channel)
+        total = tl.sum(tl.sum(total, axis=0), axis=0)
+        tl.store(sum_ptr + (scan * regions + region) * dim + channel, total, mask=has_channel)

@@ -106,8 +106,7 @@ def test_half_precision(triton_kernels):
 def test_chunks_of_the_sequence(chunks, triton_kernels, monkeypatch):
     from vmamba.kernels.fused.columns import launch
 
-    for name in ('FORWARD', 'SAVING', 'BACKWARD'):
-        monkeypatch.setattr(launch, name, getattr(launch, name)._replace(chunks=chunks))
+    monkeypatch.setattr(launch, 'CONFIG', launch.CONFIG._replace(chunks=chunks))
     check(arguments(seqlen=50, batch=1), torch.float32)
 
 

@@ -34,6 +34,13 @@ def _block(
 
 
 @triton.jit
+def _packed_place(step, packed):
+    """Where a step of a tile lies: those of bf16 so that words hold steps i and i + 4 of eight, easily taken apart to
+    two vectors."""
+    return step // 8 * 8 + step % 4 * 2 + step // 4 % 2 if packed.dtype.element_ty == tl.bfloat16 else step
+
+
+@triton.jit
 def pack_kernel(
     B,
     C,
@@ -60,7 +67,7 @@ def pack_kernel(
     TILES: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in fp32 and walking order, zeros around.
+    """B and C [batch, groups, N, L] as [batch, groups, tiles, padded N, T] in walking order, zeros around.
 
     Of two DIRECTIONS each is a group.
     """
@@ -70,19 +77,21 @@ def pack_kernel(
     tiles = tl.cdiv(length, T)
     inside = (state < dstate) & exists
     written = (state < padded) & (tile < tiles)
-    target = tile.to(tl.int64) * (padded * T) + (state * T + step)
+    target = tile.to(tl.int64) * (padded * T) + state * T
     size = tiles * tl.cast(padded * T, tl.int64)
     state = state.to(tl.int64)
     position = position.to(tl.int64)
     if row < B_rows:
         B += (row // B_groups).to(tl.int64) * B_batch + (row % B_groups).to(tl.int64) * B_group
         x = tl.load(B + state * B_state + position * B_step, mask=inside, other=0.0)
-        tl.store(packed_B + row * size + target, x.to(tl.float32), mask=written)
+        target += row * size + _packed_place(step, packed_B)
+        tl.store(packed_B + target, x.to(packed_B.dtype.element_ty), mask=written)
     else:
         row -= B_rows
         C += (row // C_groups).to(tl.int64) * C_batch + (row % C_groups).to(tl.int64) * C_group
         x = tl.load(C + state * C_state + position * C_step, mask=inside, other=0.0)
-        tl.store(packed_C + row * size + target, x.to(tl.float32), mask=written)
+        target += row * size + _packed_place(step, packed_C)
+        tl.store(packed_C + target, x.to(packed_C.dtype.element_ty), mask=written)
 
 
 @triton.jit

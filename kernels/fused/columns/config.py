@@ -26,24 +26,30 @@ class ScanConfig(NamedTuple):
     chunks: int = 0
     pieces: int = 0
     splits: int = 0
-    registers: int = 128  # of a thread
-    warps_per_processor: int = 16  # enough to keep a multiprocessor busy
+    warps_per_processor: int = 12  # as many as a multiprocessor shall have at least
     min_tiles: int = 4  # a chunk, or a piece of it, has no fewer
 
     @property
     def num_warps(self) -> int:
         return self.warps * max(self.columns // 32, 1)
 
+    @property
+    def programs_per_processor(self) -> int:
+        return parts(self.warps_per_processor, self.num_warps)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, as many as that many programs can have of the 65536 of a multiprocessor, dealt out in eights.
+
+        They hold what is loaded before it is needed: fewer for more warps were slower.
+        """
+        return min(65536 // (32 * self.num_warps * self.programs_per_processor) // 8 * 8, 255)
+
 
 def fit(config: ScanConfig, dstate: int) -> ScanConfig:
-    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers.
-
-    And with no more registers than the threads of a program can have.
-    """
+    """The config with no more warps than states, and, up to 16, enough to have them all at once in registers."""
     warps = max(config.warps, min(16, power_of_2(parts(dstate, _STATES))))
-    config = config._replace(warps=min(warps, power_of_2(dstate)))
-    # A multiprocessor has 65536, which are handed out in eights.
-    return config._replace(registers=min(config.registers, 65536 // (32 * config.num_warps) // 8 * 8))
+    return config._replace(warps=min(warps, power_of_2(dstate)))
 
 
 def states_of(config: ScanConfig, dstate: int) -> tuple[int, int]:
@@ -54,7 +60,7 @@ def states_of(config: ScanConfig, dstate: int) -> tuple[int, int]:
 
 def slots_of(config: ScanConfig, tensor: Tensor) -> int:
     """Programs that run at the same time."""
-    return max(1, processors_of(tensor) * config.warps_per_processor // config.num_warps)
+    return processors_of(tensor) * config.programs_per_processor
 
 
 @functools.cache

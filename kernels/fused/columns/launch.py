@@ -10,9 +10,7 @@ from .config import STEPS, ScanConfig, fit
 from .launch_backward import backward, targets_of
 from .launch_forward import forward
 
-FORWARD = ScanConfig()
-SAVING = ScanConfig(warps=8)
-BACKWARD = ScanConfig(warps=8)
+CONFIG = ScanConfig()
 
 
 def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
@@ -24,12 +22,12 @@ def states_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
 def run_forward(y: Tensor, save: bool, *arguments) -> tuple[Tensor, Tensor]:
     """Fills y; returns the last state and the saved states. The arguments are those of `prepare` but the first two."""
     scan = prepare(_as_it_is, _constants, *arguments)
-    return forward(scan, y, save, fit(SAVING if save else FORWARD, scan.A.shape[1]))
+    return forward(scan, y, save, fit(CONFIG, scan.A.shape[1]))
 
 
 def run_backward(grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, *arguments) -> Gradients:
     scan = prepare(_as_it_is, _constants, *arguments)
-    return backward(scan, grad_y, grad_last, states, fit(BACKWARD, scan.A.shape[1]), targets_of(scan))
+    return backward(scan, grad_y, grad_last, states, fit(CONFIG, scan.A.shape[1]), targets_of(scan))
 
 
 def _as_it_is(sequence: Tensor) -> Tensor:

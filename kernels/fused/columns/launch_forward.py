@@ -93,10 +93,12 @@ def pack(scan: Scan, config: ScanConfig) -> tuple[Tensor, Tensor]:
     padded = padded_states(config, dstate)
     shape = parts(length, STEPS), padded, STEPS
     pair = tuple(None if tensor.ndim == 2 else tensor for tensor in (scan.B, scan.C))
-    packed = tuple(
-        tensor if tensor.ndim == 2 else tensor.new_empty(*tensor.shape[:2], *shape, dtype=torch.float32)
-        for tensor in (scan.B, scan.C)
-    )
+
+    def room(tensor: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+        return tensor.new_empty(*tensor.shape[:2], *shape, dtype=dtype)
+
+    packed = tuple(tensor if tensor.ndim == 2 else room(tensor) for tensor in (scan.B, scan.C))
     move_coefficients(_pack, scan, (scan.B, scan.C, *packed), pair, padded, ())
     return packed
 

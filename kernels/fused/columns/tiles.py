@@ -109,10 +109,29 @@ def _of_states(pointer, state, stride):
 
 
 @triton.jit
-def _four_steps(pointer, STEP: tl.constexpr):
-    pointer += (STEP + tl.arange(0, 4))[:, None, None]
-    # Vectors of four steps, then lanes along the channels, which get the same.
+def _four_words(pointer, WORD: tl.constexpr):
+    """Words of 32 bits from WORD on as a tile [4, W, C]."""
+    pointer += (WORD + tl.arange(0, 4))[:, None, None]
+    # Vectors of four words, then lanes along the channels, which get the same.
     return tl.load(tl.max_contiguous(tl.multiple_of(pointer, (16, 1, 1)), (4, 1, 2)))
+
+
+@triton.jit
+def _one_after_the_other(x, y):
+    return tl.reshape(tl.permute(tl.join(x, y), (3, 0, 1, 2)), [2 * x.shape[0], x.shape[1], x.shape[2]])
+
+
+@triton.jit
+def _eight_steps(pointer, STEP: tl.constexpr):
+    """Steps from STEP on as a tile [8, W, C] in fp32."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        # Words of steps i and i + 4; the compiler's own conversion of neighbours would take more instructions.
+        pair = _four_words(pointer.to(tl.pointer_type(tl.int32), bitcast=True), STEP // 2)
+        first = (pair << 16).to(tl.float32, bitcast=True)
+        second = (pair & -65536).to(tl.float32, bitcast=True)
+        return _one_after_the_other(first, second)
+    else:
+        return _one_after_the_other(_four_words(pointer, STEP), _four_words(pointer, STEP + 4))
 
 
 @triton.jit
@@ -120,7 +139,8 @@ def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.c
     """B or C of the W states k * W after `state` [W, 1] as a tile [T, W, C], or [1, W, C] where they are constant.
 
     Args:
-        pointer: [C], of T of PACKED neighbours for each state, one state after the other; of constants, one for each.
+        pointer: [C], of PACKED steps for each state, as `pack_kernel` lays them out, one state after the other; of
+            constants, one for each.
     """
     W: tl.constexpr = state.shape[0]
     if CONSTANT:
@@ -130,13 +150,8 @@ def load_coefficients(pointer, state, k, dstate, CONSTANT: tl.constexpr, T: tl.c
     else:
         tl.static_assert(T == 8 or T == PACKED)
         pointer = pointer[None, None, :] + (state * PACKED)[None, :, :] + k * (W * PACKED)
-        x = tl.join(_four_steps(pointer, 0), _four_steps(pointer, 4))
-        if T == 8:
-            x = tl.permute(x, (3, 0, 1, 2))
-        else:
-            high = tl.join(_four_steps(pointer, 8), _four_steps(pointer, 12))
-            x = tl.permute(tl.join(x, high), (4, 3, 0, 1, 2))
-        return tl.reshape(x, [T, W, pointer.shape[2]])
+        x = _eight_steps(pointer, 0)
+        return x if T == 8 else _one_after_the_other(x, _eight_steps(pointer, 8))
 
 
 @triton.jit
