@@ -35,18 +35,22 @@ def run_of(case: Case) -> str:
 
 
 def record(measurements: Iterable[Measurement], path: Path, command: str) -> List[Measurement]:
-    """Writes a row of CSV as soon as each case is measured, so that a run that is cut short keeps what it has."""
+    """Writes a row of CSV as soon as each case is measured; an interrupt ends it with what there is, if anything."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded = []
     with path.open('w', newline='') as file:
-        for case, result in measurements:
-            row = {**asdict(case), **asdict(result), 'command': command}
-            writer = csv.DictWriter(file, fieldnames=list(row))
+        try:
+            for case, result in measurements:
+                row = {**asdict(case), **asdict(result), 'command': command}
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                if not recorded:
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                recorded.append((case, result))
+        except KeyboardInterrupt:
             if not recorded:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            recorded.append((case, result))
+                raise
     return recorded
 
 

@@ -155,10 +155,19 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path):
         assert [row['size'] for row in read_rows(tmp_path / 'highres.csv')] == ['32']
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        record(measurements(), tmp_path / 'highres.csv', 'a command')
+    ((case, result),) = record(measurements(), tmp_path / 'highres.csv', 'a command')
+    assert (case.model, result.images_per_second) == ('a', 1.0)
     (row,) = read_rows(tmp_path / 'highres.csv')
     assert (row['model'], row['images_per_second'], row['command']) == ('a', '1.0', 'a command')
+
+
+def test_an_interrupt_before_anything_is_measured_ends_the_run(tmp_path):
+    def measurements():
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        record(measurements(), tmp_path / 'highres.csv', 'a command')
 
 
 MIXED = [

@@ -5,12 +5,29 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 
 from functools import partial
 
+import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .norm import AddLayerNorm, FusedLayerNorm2d
 
 NORM_EPS = 1e-5
+
+
+class ImageConv2d(nn.Conv2d):
+    """A convolution of images, in channels-last memory, whatever theirs.
+
+    On a GPU those of 16 bits get channels of zeros up to a multiple of 8, without which none run on tensor cores.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype('cuda') if x.is_cuda and torch.is_autocast_enabled('cuda') else x.dtype
+        if not x.is_cuda or dtype.itemsize != 2:
+            return super().forward(x.contiguous(memory_format=torch.channels_last))
+        zeros = (0, 0, 0, 0, 0, -self.in_channels % 8)
+        x = F.pad(x.to(dtype, memory_format=torch.channels_last), zeros)
+        return self._conv_forward(x, F.pad(self.weight, zeros), self.bias)
 
 
 class ConvStem(nn.Module):
@@ -21,7 +38,7 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = FusedLayerNorm2d(dim // 2, eps=NORM_EPS, autocast=True, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
@@ -40,7 +57,7 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.conv = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.conv = ImageConv2d(in_chans, dim, 4, stride=4, **dd)
         self.norm = FusedLayerNorm2d(dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

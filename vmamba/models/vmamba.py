@@ -276,7 +276,7 @@ class VMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, self.stem.min_size)
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from torch import nn
+
+from vmamba.layers.patches import ImageConv2d
+
+
+def convolution(in_chans, device='cpu'):
+    torch.manual_seed(0)
+    return ImageConv2d(in_chans, 6, 3, stride=2, padding=1).to(device)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_of_images_is_an_ordinary_one_in_channels_last_memory(memory_format):
+    conv = convolution(3)
+    x = torch.randn(2, 3, 9, 12)
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias, 2, 1)
+    actual = conv(x.contiguous(memory_format=memory_format))
+    torch.testing.assert_close(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('autocast', [False, True], ids=['bf16', 'autocast'])
+@pytest.mark.parametrize('in_chans', [1, 3, 8, 13])
+def test_channels_of_zeros_change_nothing(in_chans, autocast):
+    conv = convolution(in_chans, 'cuda')
+    x = torch.randn(2, in_chans, 9, 12, device='cuda').bfloat16()
+    exact = nn.Conv2d(in_chans, 6, 3, stride=2, padding=1).to('cuda', torch.float64)
+    exact.load_state_dict({name: tensor.bfloat16() for name, tensor in conv.state_dict().items()})
+    if not autocast:
+        conv.bfloat16()
+    with torch.autocast('cuda', torch.bfloat16, enabled=autocast):
+        actual = conv(x.float() if autocast else x)
+    expected = exact(x.double())
+    assert actual.dtype == torch.bfloat16 and actual.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
+    weights = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((y * weights.to(y)).sum(), module.weight)
+        for y, module in ((actual, conv), (expected, exact))
+    ]
+    assert gradients[0][0].shape == conv.weight.shape
+    torch.testing.assert_close(gradients[0][0].double(), gradients[1][0], rtol=2e-2, atol=2e-1)
