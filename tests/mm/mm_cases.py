@@ -1,7 +1,7 @@
 """The configs made small, and batches of random images for them."""
 
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ def config_files(folder):
     return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if 'tiny' not in path.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load_config(path):
     return Config.fromfile(path)
 
