@@ -29,15 +29,20 @@ def load_config(path):
     return deepcopy(_load_config(str(path)))
 
 
-def small_model(path):
-    """The model of a config with a small backbone and few channels and classes."""
+def small_config(path):
+    """A config whose model has a small backbone and few channels and classes."""
     config = load_config(path)
-    init_default_scope('mmseg' if 'segmentation' in str(path) else 'mmdet')
     model = config.model
     channels = _shrink_backbone(model)
     shrink = {'DINO': _shrink_dino, 'EncoderDecoder': _shrink_segmentor}.get(model.type, _shrink_two_stage)
     shrink(model, channels)
-    model = MODELS.build(model)
+    return config
+
+
+def small_model(path):
+    config = small_config(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
     model.init_weights()
     return model
 
