@@ -16,8 +16,8 @@ NANO_VIM = dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16)
 
 
 def config_files(folder):
-    """Paths of the configs of a folder, those for composed data left out."""
-    return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if 'tiny' not in path.name)
+    """Paths of the configs of a folder, those for composed scenes left out."""
+    return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if not path.stem.endswith('_scenes'))
 
 
 @cache
