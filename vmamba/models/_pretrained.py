@@ -19,6 +19,10 @@ StateDict = Dict[str, Tensor]
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
 
 _NAMES_SHOWN = 12
+_ADVICE = (
+    'Check the variant; for weights without this classifier pass num_classes=0, another num_classes or '
+    'features_only=True'
+)
 
 
 def build_model(
@@ -214,7 +218,13 @@ def _input_key(model: nn.Module) -> str:
     return f'{model.pretrained_cfg["first_conv"]}.weight'
 
 
-def check_fit(state_dict: StateDict, model: nn.Module, source: Union[str, Path], fresh: Iterable[str] = ()) -> None:
+def check_fit(
+    state_dict: StateDict,
+    model: nn.Module,
+    source: Union[str, Path],
+    fresh: Iterable[str] = (),
+    advice: str = _ADVICE,
+) -> None:
     """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes."""
     own = model.state_dict()
     fresh = set(fresh)
@@ -229,10 +239,7 @@ def check_fit(state_dict: StateDict, model: nn.Module, source: Union[str, Path],
     }
     report = '; '.join(f'{kind}: {_shorten(keys)}' for kind, keys in problems.items() if keys)
     if report:
-        raise RuntimeError(
-            f'{source} does not fit {type(model).__name__}: {report}. Check the variant; for weights without this '
-            f'classifier pass num_classes=0, another num_classes or features_only=True'
-        )
+        raise RuntimeError(f'{source} does not fit {type(model).__name__}: {report}. {advice}')
 
 
 def _shorten(keys: list[str]) -> str:

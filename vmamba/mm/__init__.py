@@ -1,0 +1,15 @@
+"""Backbones for OpenMMLab's mmdet, mmseg and mmpretrain.
+
+`custom_imports = dict(imports=['vmamba.mm'])` in a config registers them, and lets mmdet run with an mmcv that was
+installed without its compiled operators.
+"""
+
+from . import ops
+
+ops.install()  # before anything imports mmcv.ops
+
+from .backbones import VimBackbone, VMambaBackbone  # noqa: E402
+from .official import MM_VSSM  # noqa: E402
+from .optim import LayerDecayConstructor  # noqa: E402
+
+__all__ = ['MM_VSSM', 'LayerDecayConstructor', 'VMambaBackbone', 'VimBackbone']

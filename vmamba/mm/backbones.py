@@ -1,0 +1,108 @@
+"""VMamba and Vision Mamba (Vim) as backbones of detectors and segmentors.
+
+VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
+Vision Mamba, https://arxiv.org/abs/2401.09417
+"""
+
+from typing import Any, Iterable, Sequence, Tuple
+
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..layers import NORM_EPS, FusedLayerNorm2d
+from ..models import Vim, VMamba
+from ..models import vim as vim_module
+from ..models import vmamba as vmamba_module
+from .base import TimmBackbone
+from .pyramid import make_resample
+
+
+@MODELS.register_module()
+class VMambaBackbone(TimmBackbone):
+    """VMamba's stages at strides 4, 8, 16 and 32, each through a LayerNorm of its own, `outnorm{i}`.
+
+    Args:
+        variant: Registered name, e.g. 'vmamba_t'.
+        out_indices: Stages whose outputs are returned.
+        **kwargs: See `TimmBackbone`. Of the frozen stages 0 is the stem alone; the output norms are always trained.
+    """
+
+    family = VMamba
+    filter_fn = staticmethod(vmamba_module.checkpoint_filter_fn)
+
+    def __init__(self, variant: str, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
+        super().__init__(variant, out_indices, **kwargs)
+        self.out_channels = [self.model.feature_info[i]['num_chs'] for i in self.out_indices]
+        for i, channels in zip(self.out_indices, self.out_channels):
+            self.add_module(f'outnorm{i}', FusedLayerNorm2d(channels, eps=NORM_EPS, autocast=True))
+
+    def _layers(self) -> nn.Sequential:
+        return self.model.stages
+
+    def _stem(self) -> nn.Module:
+        return self.model.stem
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Images [B, 3, H, W] of any size -> a map [B, d_i, ceil(H / s_i), ceil(W / s_i)] for each output"""
+        maps = self.model.forward_intermediates(x, indices=self.out_indices, stop_early=True, intermediates_only=True)
+        return tuple(getattr(self, f'outnorm{i}')(x) for i, x in zip(self.out_indices, maps))
+
+
+@MODELS.register_module()
+class VimBackbone(TimmBackbone):
+    """Vim's patch tokens of some blocks as a simple feature pyramid, without the class token.
+
+    Output i is the map of its block through a LayerNorm of its own, `outnorm{block}`, then brought from the model's
+    stride to its own by transposed convolutions or max pooling (`pyramid.{i}`). Images are padded with zeros on the
+    right and below to whole patches, and the position embedding is resized to them.
+
+    Args:
+        variant: Registered name, e.g. 'vim_t'.
+        out_indices: Blocks whose outputs are returned.
+        out_strides: Stride of each output; the ratios to the model's stride are powers of 2.
+        **kwargs: See `TimmBackbone`. Of the frozen stages n is the patch embedding and the first n blocks.
+    """
+
+    family = Vim
+    filter_fn = staticmethod(vim_module.checkpoint_filter_fn)
+
+    def __init__(
+        self,
+        variant: str,
+        out_indices: Sequence[int] = (5, 11, 17, 23),
+        out_strides: Sequence[int] = (4, 8, 16, 32),
+        **kwargs: Any,
+    ) -> None:
+        if len(out_strides) != len(out_indices):
+            raise ValueError(f'{len(out_indices)} out_indices need as many out_strides, got {tuple(out_strides)}')
+        super().__init__(variant, out_indices, **kwargs)
+        self.model.embed.dynamic_img_size = True
+        dim = self.model.embed_dim
+        self.out_channels = [dim] * len(self.out_indices)
+        for i in self.out_indices:
+            self.add_module(f'outnorm{i}', FusedLayerNorm2d(dim, eps=NORM_EPS, autocast=True))
+        self.pyramid = nn.ModuleList(make_resample(dim, self.model.embed.stride, stride) for stride in out_strides)
+
+    def _layers(self) -> nn.Sequential:
+        return self.model.blocks
+
+    def _stem(self) -> nn.Module:
+        return self.model.embed
+
+    def _fresh(self, own: bool) -> Iterable[str]:
+        return () if own else (f'pyramid.{name}' for name in self.pyramid.state_dict())
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Images [B, 3, H, W] of any size -> a map [B, d, h_i, w_i] for each output"""
+        maps = self.model.forward_intermediates(
+            self._pad(x), indices=self.out_indices, stop_early=True, intermediates_only=True
+        )
+        norms = (getattr(self, f'outnorm{i}') for i in self.out_indices)
+        return tuple(resample(norm(x)) for resample, norm, x in zip(self.pyramid, norms, maps))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Pads to ceil(H / stride) x ceil(W / stride) patches."""
+        patch, stride = self.model.embed.patch_size, self.model.embed.stride
+        height, width = ((-(-side // stride) - 1) * stride + patch for side in x.shape[-2:])
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))

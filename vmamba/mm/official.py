@@ -1,0 +1,119 @@
+"""The backbone under the name and with the arguments of the official configs, so that these load unchanged.
+
+https://github.com/MzeroMiko/VMamba (MIT), detection/ and segmentation/
+"""
+
+import logging
+from typing import Any, Dict, Optional, Sequence, Union
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+
+from ..layers import ConvDownsample, ConvStem, MergeDownsample, PatchStem
+from .backbones import VMambaBackbone
+
+_STEMS = {'v1': PatchStem, 'v2': ConvStem}
+_DOWNSAMPLES = {'v1': MergeDownsample, 'v3': ConvDownsample}
+# Names of one computation in several implementations: with and without the gate.
+_GATED = ('v0', 'v2', 'v3', 'v4', 'v5', 'v05')
+_UNGATED = tuple(f'{name}{mark}' for name in _GATED[1:] for mark in ('noz', '_noz'))
+# What official configs inherit from those of Swin Transformer; the official model ignores it.
+_OF_SWIN = {
+    'init_cfg', 'attn_drop_rate', 'convert_weights', 'drop_rate', 'embed_dims', 'num_heads', 'patch_norm', 'qk_scale',
+    'qkv_bias', 'window_size', 'pretrain_img_size', 'strides', 'use_abs_pos_embed', 'act_cfg', 'norm_cfg', 'with_cp',
+    'patch_size',
+}  # fmt: skip
+
+
+@MODELS.register_module()
+class MM_VSSM(VMambaBackbone):  # noqa: N801
+    """`VMambaBackbone` from the official arguments; of those, values that change the model otherwise are errors.
+
+    What the official configs inherit from Swin Transformer's is ignored, as there; its `init_cfg` too: weights are
+    loaded from `pretrained` only.
+
+    Args:
+        dims: Channels of the first stage, or of all.
+        depths: Blocks per stage.
+        out_indices: Stages whose outputs are returned.
+        pretrained: Classification checkpoint, '' or None for none.
+        ssm_d_state: State dimension N.
+        ssm_dt_rank: 'auto' is the only one.
+        ssm_ratio: Inner channels of SS2D over the stage's channels.
+        ssm_conv: 3 is the only size.
+        ssm_conv_bias: Give SS2D's convolutions a bias.
+        forward_type: Name of the scan's implementation, which here decides only whether there is a gate.
+        mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
+        downsample_version: 'v1' or 'v3'.
+        patchembed_version: 'v1' or 'v2'.
+        drop_path_rate: Stochastic depth rate of the last block.
+        norm_layer: 'ln' or 'ln2d', which here are the same.
+        use_checkpoint: Recompute each block's activations in the backward pass.
+        frozen_stages: See `VMambaBackbone`.
+        **inherited: Arguments of Swin Transformer.
+    """
+
+    def __init__(
+        self,
+        dims: Union[int, Sequence[int]] = 96,
+        depths: Sequence[int] = (2, 2, 9, 2),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        pretrained: Optional[str] = None,
+        ssm_d_state: int = 16,
+        ssm_dt_rank: str = 'auto',
+        ssm_ratio: float = 2.0,
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = True,
+        forward_type: str = 'v2',
+        mlp_ratio: float = 4.0,
+        downsample_version: str = 'v2',
+        patchembed_version: str = 'v1',
+        drop_path_rate: float = 0.1,
+        norm_layer: str = 'ln',
+        use_checkpoint: bool = False,
+        frozen_stages: int = -1,
+        **inherited: Any,
+    ) -> None:
+        if set(inherited) - _OF_SWIN:
+            raise TypeError(f'MM_VSSM got unknown arguments: {", ".join(sorted(set(inherited) - _OF_SWIN))}')
+        if inherited.get('init_cfg') and not pretrained:
+            print_log(f'MM_VSSM ignores init_cfg ({inherited["init_cfg"]})', logger='current', level=logging.WARNING)
+        _choose('ssm_dt_rank', ssm_dt_rank, {'auto': None})
+        _choose('ssm_conv', ssm_conv, {3: None})
+        _choose('norm_layer', norm_layer.lower(), {'ln': None, 'ln2d': None})
+        options = dict(
+            depths=tuple(depths),
+            embed_dim=_embed_dim(dims, len(depths)),
+            ssm_ratio=ssm_ratio,
+            d_state=ssm_d_state,
+            conv_bias=ssm_conv_bias,
+            gate=_choose(
+                'forward_type', forward_type, {**dict.fromkeys(_GATED, True), **dict.fromkeys(_UNGATED, False)}
+            ),
+            mlp_ratio=mlp_ratio,
+            stem=_choose('patchembed_version', patchembed_version, _STEMS),
+            downsample=_choose('downsample_version', downsample_version, _DOWNSAMPLES),
+        )
+        super().__init__(
+            'vmamba_t',
+            out_indices,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            with_cp=use_checkpoint,
+            pretrained=pretrained,
+            model_options=options,
+        )
+
+
+def _choose(name: str, value: Any, known: Dict[Any, Any]) -> Any:
+    if value not in known:
+        raise ValueError(f'{name} must be one of {", ".join(map(str, known))}, got {value!r}')
+    return known[value]
+
+
+def _embed_dim(dims: Union[int, Sequence[int]], stages: int) -> int:
+    if isinstance(dims, int):
+        return dims
+    if list(dims) != [dims[0] * 2**i for i in range(stages)]:
+        raise ValueError(f'dims must double from each of the {stages} stages to the next, got {list(dims)}')
+    return dims[0]
