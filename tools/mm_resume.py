@@ -62,9 +62,7 @@ class SeededBatches:
         self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
         args = dict(sampler=sampler, batch_size=batch_size)
         self._batches = (
-            DATA_SAMPLERS.build(batches, default_args=args)
-            if batches
-            else BatchSampler(drop_last=drop_last, **args)
+            DATA_SAMPLERS.build(batches, default_args=args) if batches else BatchSampler(drop_last=drop_last, **args)
         )
         self._start = 0
 

@@ -41,7 +41,7 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
     except (SyntaxError, KeyError, TypeError, IndexError) as error:
         raise Problem(f'{path} with these --cfg-options is no config: {error}') from error
     if cfg.get('default_scope') not in SCOPES:
-        raise Problem(f"{path} has default_scope {cfg.get('default_scope')!r}, expected one of {', '.join(SCOPES)}")
+        raise Problem(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
     init_default_scope(cfg.default_scope)
     return cfg
 
@@ -144,7 +144,7 @@ def check_files(dataset: BaseDataset) -> None:
             raise FileNotFoundError(2, 'no such folder', prefix)
     if len(dataset) == 0:
         where = dataset.ann_file or ', '.join(map(str, dataset.data_prefix.values()))
-        raise Problem(f'there is no image with annotations of the config\'s classes in {where}')
+        raise Problem(f"there is no image with annotations of the config's classes in {where}")
 
 
 def check_classes(dataset: BaseDataset, model: nn.Module) -> None:
@@ -173,7 +173,9 @@ def check_labels(sample: Any, classes: int) -> None:
     labels = sample.gt_sem_seg.data
     wrong = labels[(labels != IGNORED_LABEL) & (labels >= classes)]
     if len(wrong):
-        raise Problem(f'{sample.seg_map_path} has label {int(wrong.max())}, but the config has {classes} classes, from 0')
+        raise Problem(
+            f'{sample.seg_map_path} has label {int(wrong.max())}, but the config has {classes} classes, from 0'
+        )
 
 
 def add_hook(cfg: Config, **hook: Any) -> None:
@@ -185,5 +187,3 @@ def build_runner(cfg: Config) -> Runner:
     add_hook(cfg, type='CheckHook')
     cfg.setdefault('runner_type', 'StrictRunner')
     return RUNNERS.build(cfg)
-
-

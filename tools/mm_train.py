@@ -23,9 +23,7 @@ FSDP_STRATEGY: Dict[str, Any] = dict(
     type='FSDPStrategy',
     model_wrapper=dict(
         use_orig_params=True,
-        auto_wrap_policy=dict(
-            type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=1_000_000
-        ),
+        auto_wrap_policy=dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=1_000_000),
     ),
 )
 
