@@ -11,7 +11,6 @@ The folder has the layouts of ADE20K and COCO at once, over the same images:
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -37,9 +36,8 @@ def write_part(output: Path, part: str, composer: Composer, count: int) -> None:
         name = f'{part}_{number:05d}'
         Image.fromarray(scene.image).save(images / f'{name}.jpg', quality=95)
         Image.fromarray(scene.index_map()).save(maps / f'{name}.png')
-        coco['images'].append(
-            {'id': number + 1, 'file_name': f'{name}.jpg', 'width': composer.size, 'height': composer.size}
-        )
+        height, width = composer.shape
+        coco['images'].append({'id': number + 1, 'file_name': f'{name}.jpg', 'width': width, 'height': height})
         coco['annotations'] += annotations_of(scene, number + 1, len(coco['annotations']) + 1)
     (output / 'annotations' / f'instances_{part}.json').write_text(json.dumps(coco))
 
@@ -68,7 +66,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, help='folder to make')
     parser.add_argument('--training', type=int, default=400, help='scenes to learn from')
     parser.add_argument('--validation', type=int, default=100, help='scenes of other digits and photographs')
-    parser.add_argument('--size', type=int, default=128, help='side of the scenes in pixels')
+    parser.add_argument('--size', type=int, default=96, help='side of the scenes in pixels')
     parser.add_argument('--digits', type=int, nargs='+', default=range(10), choices=range(10), help='the classes')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
@@ -86,9 +84,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     digits = sorted(set(args.digits))
     for part in PHOTOGRAPHS:
-        write_part(args.output, part, Composer(part, args.size, digits, args.seed), getattr(args, part))
+        write_part(args.output, part, Composer(part, (args.size, args.size), digits, args.seed), getattr(args, part))
     print(f'Wrote {args.training} + {args.validation} scenes of {", ".join(NAMES[d] for d in digits)} to {args.output}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

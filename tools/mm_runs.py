@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import get_torch_safe_globals, load_state_dict
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
@@ -61,10 +61,17 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if not Path(path).is_file():
         raise Problem(f'there is no checkpoint {path}')
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
+        with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a broken file makes the reader stumble over
         raise Problem(f'{path} is no checkpoint that can be read safely: {str(error).splitlines()[0]}') from error
+
+
+def harmless_types() -> List[Any]:
+    """What mmengine's checkpoints hold beside tensors: the log's numbers, in arrays of NumPy."""
+    arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
+    numbers = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name.startswith(('Int', 'UInt', 'Float', 'Bool'))]
+    return [HistoryBuffer, *arrays, *numbers]
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str) -> None:

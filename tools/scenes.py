@@ -22,6 +22,7 @@ HELD_OUT = 0.2  # of each digit, for validation
 OPAQUE = 0.5  # of a pixel, from which on it belongs to the digit
 MIN_CONTRAST = 80  # between the brightness of a digit and the mean of what it covers
 MAX_HIDDEN = 0.1  # of a digit, by the ones over it
+SCALES = (0.35, 0.6)  # of a digit's longer side against the scene's
 ATTEMPTS = 20
 
 
@@ -29,9 +30,9 @@ class Scene(NamedTuple):
     """An image and what is in it.
 
     Attributes:
-        image: RGB [size, size, 3] of 8 bits.
+        image: RGB [height, width, 3] of 8 bits.
         labels: Class of each digit, from 0 in the order of `Composer.classes`.
-        masks: What is seen of each digit [n, size, size], boolean and disjoint.
+        masks: What is seen of each digit [n, height, width], boolean and disjoint.
     """
 
     image: np.ndarray
@@ -39,7 +40,7 @@ class Scene(NamedTuple):
     masks: np.ndarray
 
     def index_map(self) -> np.ndarray:
-        """Class of each pixel [size, size]: 1 is the photograph, 2 the first digit; 0, unlabelled, is not used."""
+        """Class of each pixel [height, width]: 1 is the photograph, 2 the first digit; 0, unlabelled, is not used."""
         indices = np.ones(self.image.shape[:2], np.uint8)
         for label, mask in zip(self.labels, self.masks):
             indices[mask] = label + 2
@@ -51,24 +52,26 @@ class Composer:
 
     Args:
         part: 'training' or 'validation'.
-        size: Side of the scenes in pixels.
+        shape: Height and width of the scenes in pixels.
         digits: Which digits become objects; these are the classes.
         seed: Of everything that is drawn.
         max_objects: Most digits in a scene.
     """
 
-    def __init__(self, part: str, size: int, digits: Sequence[int], seed: int, max_objects: int = 5) -> None:
-        self.size, self.digits, self.max_objects = size, tuple(digits), max_objects
+    def __init__(
+        self, part: str, shape: Tuple[int, int], digits: Sequence[int], seed: int, max_objects: int = 4
+    ) -> None:
+        self.shape, self.digits, self.max_objects = shape, tuple(digits), max_objects
         self.classes = tuple(NAMES[digit] for digit in digits)
         self._key = [seed, list(PHOTOGRAPHS).index(part)]
-        self._photographs = [load_photograph(name, size) for name in PHOTOGRAPHS[part]]
+        self._photographs = [load_photograph(name, shape) for name in PHOTOGRAPHS[part]]
         self._glyphs = load_glyphs(part, digits)
 
     def __call__(self, number: int) -> Scene:
         """The scene of this number."""
         generator = np.random.default_rng([*self._key, number])
         image = self._crop(generator)
-        labels, masks = [], np.zeros((0, self.size, self.size), bool)
+        labels, masks = [], np.zeros((0, *self.shape), bool)
         for _ in range(generator.integers(1, self.max_objects + 1)):
             label, alpha = self._place(generator, masks)
             if alpha is None:
@@ -82,18 +85,18 @@ class Composer:
     def _crop(self, generator: Generator) -> np.ndarray:
         """A piece of a photograph, perhaps mirrored."""
         image = self._photographs[generator.integers(len(self._photographs))]
-        top, left = (generator.integers(side - self.size + 1) for side in image.shape[:2])
-        image = image[top : top + self.size, left : left + self.size]
+        top, left = (generator.integers(side - own + 1) for side, own in zip(image.shape, self.shape))
+        image = image[top : top + self.shape[0], left : left + self.shape[1]]
         return image[:, :: generator.choice([1, -1])].astype(np.float64)
 
     def _place(self, generator: Generator, masks: np.ndarray) -> Tuple[int, np.ndarray]:
         """A digit's class and how far it covers each pixel, None if there was no room for it."""
         label = int(generator.integers(len(self.digits)))
         glyphs = self._glyphs[self.digits[label]]
-        glyph = resize(glyphs[generator.integers(len(glyphs))], generator.uniform(0.2, 0.5) * self.size)
+        glyph = resize(glyphs[generator.integers(len(glyphs))], generator.uniform(*SCALES) * min(self.shape))
         for _ in range(ATTEMPTS):
-            top, left = (generator.integers(self.size - side + 1) for side in glyph.shape)
-            alpha = np.zeros((self.size, self.size))
+            top, left = (generator.integers(own - side + 1) for side, own in zip(glyph.shape, self.shape))
+            alpha = np.zeros(self.shape)
             alpha[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph
             areas = masks.sum(axis=(1, 2))
             if ((masks & (alpha >= OPAQUE)).sum(axis=(1, 2)) <= MAX_HIDDEN * areas).all():
@@ -101,13 +104,14 @@ class Composer:
         return label, None
 
 
-def load_photograph(name: str, size: int) -> np.ndarray:
-    """A photograph of scikit-image, RGB, reduced to twice the scene's size (its shorter side) if it is larger."""
+def load_photograph(name: str, shape: Tuple[int, int]) -> np.ndarray:
+    """A photograph of scikit-image, RGB, reduced to twice the scenes' size, or enlarged to it, in one direction."""
     image = getattr(photographs, name)()
     image = Image.fromarray(image[0] if isinstance(image, tuple) else image).convert('RGB')  # the left of two eyes
-    scale = 2 * size / min(image.size)
-    if scale < 1 or min(image.size) < size:
-        image = image.resize([max(size, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS)
+    sides = shape[::-1]
+    ratio = max(own / side for own, side in zip(sides, image.size))
+    scale = max(ratio, min(2 * ratio, 1))
+    image = image.resize([max(own, round(scale * side)) for own, side in zip(sides, image.size)], Image.LANCZOS)
     return np.asarray(image)
 
 
