@@ -32,5 +32,5 @@ $(BIN)/pip:
 	touch $@
 
 .venv/.dev: $(PACKAGING) | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[tools,dev]'
+	$(BIN)/python -m pip install -e '.[tools,dev,mm]'
 	touch .venv/.tools $@

@@ -1,7 +1,7 @@
 """What the backbones share: a timm model inside an mmengine module, its weights, and what of it is trained."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Union
 
 import timm
 from mmengine.dist import barrier, get_local_rank
@@ -106,9 +106,10 @@ class TimmBackbone(BaseModule):
             print_log(f'{self.variant}: loaded {self.pretrained}', logger='current')
         self._is_init = True
 
-    def no_weight_decay(self) -> set:
-        """Names of the parameters that take no weight decay, beside those of one dimension."""
-        return {f'model.{name}' for name in self.model.no_weight_decay()}
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that take no weight decay: embeddings, A_log, D, and all of one dimension."""
+        flat = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        return flat | {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def layer_numbers(self) -> Dict[str, int]:
         """Number of the layer of each of the model's parameters by name, from 0 for the stem, for layer-wise decay."""

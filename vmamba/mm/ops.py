@@ -175,8 +175,8 @@ def sigmoid_focal_loss_backward(
     """Fills grad_input [n, C] with the derivative of each loss by its logit."""
     with torch.enable_grad():
         logits = input.detach().float().requires_grad_()
-        loss = _focal_loss(logits, target, weight, gamma, alpha)
-    grad_input.copy_(torch.autograd.grad(loss.sum(), logits)[0])
+        loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
 
 
 def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:

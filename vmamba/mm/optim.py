@@ -1,56 +1,62 @@
 """Weight decay and learning rates by layer, as mmengine's constructor of the optimizer wrapper."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from .base import TimmBackbone
 
+_OPTIONS = {
+    'custom_keys',
+    'bias_lr_mult',
+    'bias_decay_mult',
+    'norm_decay_mult',
+    'dwconv_decay_mult',
+    'dcn_offset_lr_mult',
+    'flat_decay_mult',
+    'bypass_duplicate',
+}
+
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class LayerDecayConstructor:
+class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """No weight decay where it does harm, and learning rates that fall towards the backbone's first layer.
 
     Parameters of one dimension (biases, norms) and those that the backbone's `no_weight_decay` names (embeddings,
     A_log, D, the step's bias) take no weight decay. A layer n layers before the backbone's end learns at lr * rate^n,
-    the last of its blocks being n = 1; its output norms, the neck and the heads learn at lr.
+    the last of its blocks being n = 1; its output norms, the neck and the heads learn at lr. Parameters of the same
+    options form one group.
 
     Args:
         optim_wrapper_cfg: The wrapper, with an `optimizer` that has lr and weight_decay.
-        paramwise_cfg: dict(layer_decay_rate=...), 1 by default.
+        paramwise_cfg: `layer_decay_rate`, 1 by default, and the options of mmengine's default constructor, which are
+            applied before.
     """
 
     def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
-        paramwise_cfg = dict(paramwise_cfg or {})
+        paramwise_cfg = {'flat_decay_mult': 0.0, **(paramwise_cfg or {})}
         self.rate = paramwise_cfg.pop('layer_decay_rate', 1.0)
-        if paramwise_cfg:
-            raise ValueError(f'paramwise_cfg takes layer_decay_rate, got also {", ".join(paramwise_cfg)}')
-        self.wrapper_cfg = dict(optim_wrapper_cfg)
-        self.optimizer_cfg = dict(self.wrapper_cfg.pop('optimizer'))
+        if set(paramwise_cfg) - _OPTIONS:
+            raise ValueError(f'unknown options of paramwise_cfg: {", ".join(sorted(set(paramwise_cfg) - _OPTIONS))}')
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        model = getattr(model, 'module', model)  # of DistributedDataParallel
-        groups = self.param_groups(model)
-        optimizer = OPTIMIZERS.build({**self.optimizer_cfg, 'params': groups})
-        return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **self.wrapper_cfg, 'optimizer': optimizer})
+    def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs: Any) -> None:
+        """Appends the groups of a module's trained parameters; mmengine calls it for every module in turn."""
+        super().add_params(params, module, prefix, **kwargs)
+        if prefix:
+            return
+        scales, exempt = self._of_backbones(module)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        for group in params:
+            name = names[group['params'][0]]
+            group['lr'] = group.get('lr', self.base_lr) * scales.get(name, 1.0)
+            if name in exempt:
+                group['weight_decay'] = 0.0
+        params[:] = _merge(params)
 
-    def param_groups(self, model: nn.Module) -> List[Dict[str, Any]]:
-        """The trained parameters in groups of one weight decay and one learning rate."""
-        lr, decay = self.optimizer_cfg['lr'], self.optimizer_cfg.get('weight_decay', 0.0)
-        scales, exempt = self._of_backbones(model)
-        groups: Dict[Tuple[float, bool], Dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            scale = scales.get(name, 1.0)
-            decays = parameter.ndim > 1 and name not in exempt
-            new = dict(params=[], lr=lr * scale, weight_decay=decay if decays else 0.0)
-            groups.setdefault((scale, decays), new)['params'].append(parameter)
-        return list(groups.values())
-
-    def _of_backbones(self, model: nn.Module) -> Tuple[Dict[str, float], set]:
+    def _of_backbones(self, model: nn.Module) -> Tuple[Dict[str, float], Set[str]]:
         """Learning-rate scale by name, and the names without weight decay."""
         scales, exempt = {}, set()
         for prefix, module in model.named_modules():
@@ -61,3 +67,11 @@ class LayerDecayConstructor:
                 scales.update({prefix + name: self.rate ** (end - number) for name, number in numbers.items()})
                 exempt.update(prefix + name for name in module.no_weight_decay())
         return scales, exempt
+
+
+def _merge(groups: List[dict]) -> List[dict]:
+    merged: Dict[Tuple, dict] = {}
+    for group in groups:
+        options = {key: value for key, value in group.items() if key != 'params'}
+        merged.setdefault(tuple(sorted(options.items())), {'params': [], **options})['params'] += group['params']
+    return list(merged.values())

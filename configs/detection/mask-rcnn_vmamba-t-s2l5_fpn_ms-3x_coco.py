@@ -1,0 +1,6 @@
+_base_ = './_base_/mask-rcnn_ms-3x.py'
+
+model = dict(
+    backbone=dict(variant='vmamba_t_s2l5', drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

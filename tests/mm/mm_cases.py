@@ -1,0 +1,160 @@
+"""The configs made small, and batches of random images for them."""
+
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = 3
+NANO_VIM = dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16)
+
+
+def config_files(folder):
+    """Paths of the configs of a folder, those for composed data left out."""
+    return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if 'tiny' not in path.name)
+
+
+@lru_cache(maxsize=None)
+def _load_config(path):
+    return Config.fromfile(path)
+
+
+def load_config(path):
+    return deepcopy(_load_config(str(path)))
+
+
+def small_model(path):
+    """The model of a config with a small backbone and few channels and classes."""
+    config = load_config(path)
+    init_default_scope('mmseg' if 'segmentation' in str(path) else 'mmdet')
+    model = config.model
+    channels = _shrink_backbone(model)
+    shrink = {'DINO': _shrink_dino, 'EncoderDecoder': _shrink_segmentor}.get(model.type, _shrink_two_stage)
+    shrink(model, channels)
+    model = MODELS.build(model)
+    model.init_weights()
+    return model
+
+
+def _shrink_backbone(model):
+    backbone = model.backbone
+    vim = backbone.type == 'VimBackbone'
+    backbone.variant = 'vim_nano' if vim else 'vmamba_nano'
+    backbone.model_options = NANO_VIM if vim else dict(embed_dim=8, depths=(1, 1, 1, 1))
+    backbone.pretrained = None
+    if vim:
+        backbone.out_indices = (0, 1, 2, 3)
+        return [16] * 4
+    return [8 * 2**i for i in backbone.get('out_indices', range(4))]
+
+
+def _shrink_two_stage(model, channels):
+    model.neck.update(in_channels=channels, out_channels=8)
+    model.rpn_head.update(in_channels=8, feat_channels=8)
+    roi = model.roi_head
+    roi.bbox_roi_extractor.out_channels = roi.mask_roi_extractor.out_channels = 8
+    for head in roi.bbox_head if isinstance(roi.bbox_head, list) else [roi.bbox_head]:
+        head.update(in_channels=8, fc_out_channels=16, num_classes=CLASSES)
+    roi.mask_head.update(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=CLASSES)
+    model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
+    rcnn = model.train_cfg.rcnn
+    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
+        stage.sampler.num = 16
+    model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
+    model.test_cfg.rcnn.update(max_per_img=5, score_thr=0.0)
+    model.data_preprocessor.pop('batch_augments', None)  # to 1024 x 1024
+
+
+def _shrink_dino(model, channels):
+    model.num_queries = 8
+    model.neck.update(in_channels=channels, out_channels=32, norm_cfg=dict(type='GN', num_groups=4))
+    for part in (model.encoder, model.decoder):
+        part.num_layers = 1
+        for name, layer in part.layer_cfg.items():
+            layer.embed_dims = 32
+            if name == 'ffn_cfg':
+                layer.feedforward_channels = 32
+    model.positional_encoding.num_feats = 16
+    model.bbox_head.update(num_classes=CLASSES, embed_dims=32)
+    model.dn_cfg.group_cfg.num_dn_queries = 4
+    model.test_cfg.max_per_img = 5
+
+
+def _shrink_segmentor(model, channels):
+    head = model.decode_head
+    head.update(in_channels=channels, num_classes=CLASSES)
+    model.data_preprocessor.size = (72, 104)
+    if head.type == 'UPerHead':
+        head.channels = 8
+        model.auxiliary_head.update(in_channels=channels[2], channels=8, num_classes=CLASSES)
+        if model.test_cfg.mode == 'slide':
+            model.test_cfg.update(crop_size=(48, 48), stride=(32, 32))
+        return
+    head.update(feat_channels=32, out_channels=32, num_queries=6)
+    encoder, decoder = head.pixel_decoder.encoder, head.transformer_decoder
+    head.pixel_decoder.norm_cfg.num_groups = 4
+    for part in (encoder, decoder):
+        part.num_layers = 1
+        for layer in part.layer_cfg.values():
+            layer.embed_dims = 32
+        part.layer_cfg.ffn_cfg.feedforward_channels = 32
+    head.positional_encoding.num_feats = head.pixel_decoder.positional_encoding.num_feats = 16
+    head.loss_cls.class_weight = [1.0] * CLASSES + [0.1]
+    head.train_cfg.num_points = 32
+
+
+def batch_for(model, sizes=((60, 90), (72, 77)), objects=2):
+    """A batch of random images (H, W) with that many objects or with random maps of classes."""
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    make = _map_sample if hasattr(model, 'decode_head') else _box_sample
+    return dict(inputs=images, data_samples=[make(size, objects) for size in sizes])
+
+
+def _map_sample(size, objects):
+    from mmseg.structures import SegDataSample
+
+    classes = torch.randint(0, CLASSES, (1, *size)) if objects else torch.full((1, *size), 255)
+    sample = SegDataSample(gt_sem_seg=PixelData(data=classes))
+    sample.set_metainfo(dict(img_shape=size, ori_shape=size))
+    return sample
+
+
+def _box_sample(size, objects):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    height, width = size
+    corners = torch.rand(objects, 2) * torch.tensor([width, height]) / 2
+    boxes = torch.cat([corners, corners + 10 + torch.rand(objects, 2) * 20], dim=1)
+    masks = np.zeros((objects, height, width), dtype=np.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
+        mask[y1:y2, x1:x2] = 1
+    truth = InstanceData(bboxes=boxes, labels=torch.randint(0, CLASSES, (objects,)))
+    truth.masks = BitmapMasks(masks, height, width)
+    sample = DetDataSample(gt_instances=truth)
+    sample.set_metainfo(dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0, batch_input_shape=size))
+    return sample
+
+
+def losses(model, batch):
+    """The parts of the loss, and their sum."""
+    data = model.data_preprocessor(batch, True)
+    total, parts = model.parse_losses(model(**data, mode='loss'))
+    return parts, total
+
+
+def predictions(model, batch):
+    """Image by image, as the test loaders give them."""
+    model.eval()
+    samples = []
+    for image, sample in zip(batch['inputs'], batch['data_samples']):
+        data = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), False)
+        with torch.no_grad():
+            samples += model(**data, mode='predict')
+    return samples

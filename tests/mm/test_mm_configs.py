@@ -1,0 +1,167 @@
+"""Every config builds; made small, its model trains a step and predicts, on batches of any images."""
+
+import pytest
+import timm
+import torch
+from mm_cases import CLASSES, batch_for, config_files, load_config, losses, predictions, small_model
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+
+DETECTION, SEGMENTATION = config_files('detection'), config_files('segmentation')
+CONFIGS = [*DETECTION, *SEGMENTATION]
+ids = [path.stem for path in CONFIGS]
+# One of each kind of model.
+KINDS = [
+    next(path for path in CONFIGS if path.name.startswith(kind))
+    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'upernet_vmamba-t', 'upernet_vim', 'mask2former')
+]
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=ids)
+def test_the_model_trains_and_predicts(path):
+    model = small_model(path).train()
+    batch = batch_for(model)
+    parts, total = losses(model, batch)
+    assert total.isfinite() and total > 0 and len(parts) > 2
+    total.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert any(p.grad.count_nonzero() for p in model.backbone.parameters())
+    for size, sample in zip(((60, 90), (72, 77)), predictions(model, batch)):
+        check_prediction(sample, size)
+
+
+def check_prediction(sample, size):
+    if hasattr(sample, 'pred_sem_seg'):
+        classes = sample.pred_sem_seg.data
+        assert classes.shape == (1, *size) and 0 <= classes.min() and classes.max() < CLASSES
+        return
+    found = sample.pred_instances
+    assert len(found) and found.scores.isfinite().all() and found.labels.max() < CLASSES
+    assert (found.bboxes >= 0).all() and (found.bboxes <= torch.tensor([size[1], size[0]] * 2)).all()
+    if 'masks' in found:
+        assert found.masks.shape[1:] == size
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=ids)
+def test_the_backbone_is_of_the_channels_that_the_rest_takes(path):
+    config = load_config(path)
+    backbone = config.model.backbone
+    assert backbone.pretrained is True and backbone.variant in timm.list_models()
+    with torch.device('meta'):
+        built = MODELS.build({**backbone, 'pretrained': None})
+    if 'neck' in config.model:
+        assert config.model.neck.in_channels == built.out_channels
+    else:
+        assert config.model.decode_head.in_channels == built.out_channels
+        auxiliary = config.model.get('auxiliary_head')
+        assert auxiliary is None or auxiliary.in_channels == built.out_channels[auxiliary.in_index]
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=ids)
+def test_the_optimizer(path):
+    config = load_config(path)
+    wrapper = {key: v for key, v in config.optim_wrapper.items() if key not in ('dtype', 'loss_scale')}
+    if 'mask2former' not in path.name and 'dino' not in path.name:
+        assert (config.optim_wrapper.type, config.optim_wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
+    model = small_model(path)
+    optimizer = build_optim_wrapper(model, {**wrapper, 'type': 'OptimWrapper'}).optimizer
+    rates = {p: group['lr'] for group in optimizer.param_groups for p in group['params']}
+    decays = {p: group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert len(rates) == len(list(model.parameters()))
+    block = next(p for name, p in model.backbone.named_parameters() if name.endswith('A_log'))
+    assert decays[block] == 0 and max(decays.values()) == config.optim_wrapper.optimizer.weight_decay
+    decay = {'cascade-mask-rcnn_vim-t': 0.7, 'cascade-mask-rcnn_vim-s': 0.837, 'upernet_vim': 0.92}
+    rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
+    multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
+    assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
+
+
+def schedule(path):
+    config = load_config(path)
+    optimizer = config.optim_wrapper.optimizer
+    steps = config.train_cfg.get('max_epochs') or config.train_cfg.max_iters
+    warmup = next((s.end for s in config.param_scheduler if s.type == 'LinearLR'), 0)
+    decay = config.param_scheduler[-1]
+    return (
+        optimizer.lr,
+        optimizer.weight_decay,
+        steps,
+        warmup,
+        decay.get('milestones'),
+        config.auto_scale_lr.base_batch_size,
+    )
+
+
+RECIPES = {
+    'mask-rcnn_vmamba-*_fpn_1x_coco': (1e-4, 0.05, 12, 1000, [8, 11], 16),
+    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (1e-4, 0.05, 36, 1000, [27, 33], 16),
+    'upernet_vmamba-*': (6e-5, 0.01, 160000, 1500, None, 16),
+    'upernet_vim-*_60k_*': (1e-4, 0.05, 60000, 1500, None, 32),
+}
+
+
+@pytest.mark.parametrize('pattern', RECIPES)
+def test_the_recipes_are_the_published_ones(pattern):
+    paths = [path for path in CONFIGS if path.match(f'{pattern}.py')]
+    assert paths
+    for path in paths:
+        assert schedule(path) == RECIPES[pattern], path.stem
+        end = load_config(path).param_scheduler[-1].end
+        assert end == RECIPES[pattern][2], path.stem
+
+
+def test_every_published_model_has_a_config():
+    variants = {'t', 's', 'b', 't-s2l5', 't-v0', 's-v0', 'b-v0'}
+    expected = {f'mask-rcnn_vmamba-{v}_fpn_1x_coco' for v in variants}
+    expected |= {f'mask-rcnn_vmamba-{v}_fpn_ms-3x_coco' for v in ('t', 's', 'b', 't-s2l5')}
+    expected |= {f'upernet_vmamba-{v}_160k_ade20k-512x512' for v in variants}
+    expected |= {f'upernet_vmamba-s_160k_ade20k-{size}' for size in ('640x640', '896x896')}
+    expected |= {f'upernet_vim-{v}_{steps}_ade20k-512x512' for v in 'ts' for steps in ('60k', '160k')}
+    expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_lsj-100e_coco' for v in 'ts'}
+    expected |= {'dino-4scale_vmamba-t_12e_coco', 'mask2former_vmamba-t_160k_ade20k-512x512'}
+    assert {path.stem for path in CONFIGS} == expected
+
+
+@pytest.mark.parametrize('side,longest', [(512, 2048), (640, 2560), (896, 3584)])
+def test_crop_sizes_reach_every_pipeline(side, longest):
+    config = load_config(next(path for path in SEGMENTATION if path.match(f'upernet_vmamba-s_*-{side}x{side}.py')))
+    train = {step.type: step for step in config.train_dataloader.dataset.pipeline}
+    assert train['RandomResize'].scale == (longest, side) and train['RandomCrop'].crop_size == (side, side)
+    assert config.model.data_preprocessor.size == (side, side)
+    for loader in (config.val_dataloader, config.test_dataloader):
+        assert loader.dataset.pipeline[1].scale == (longest, side)
+    scales = [resize.scale for resize in config.tta_pipeline[1].transforms[0]]
+    assert [s[1] / side for s in scales] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75] and scales[2] == (longest, side)
+
+
+@pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
+def test_images_without_anything_in_them(path):
+    model = small_model(path).train()
+    _, total = losses(model, batch_for(model, objects=0))
+    assert total.isfinite()
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
+@pytest.mark.parametrize('size', [(33, 65), (97, 50)], ids=str)
+def test_predictions_of_images_of_odd_sizes(path, size):
+    model = small_model(path)
+    (sample,) = predictions(model, batch_for(model, [size]))
+    check_prediction(sample, size)
+
+
+@pytest.mark.parametrize('path', KINDS[:2], ids=[path.stem for path in KINDS[:2]])
+def test_regions_stay_exact_in_bf16(path, monkeypatch):
+    model, taken = small_model(path).train(), []
+    batch = batch_for(model)
+    from mmcv.ops import RoIAlign
+
+    forward = RoIAlign.forward
+    monkeypatch.setattr(RoIAlign, 'forward', lambda self, x, rois: taken.append((x, rois)) or forward(self, x, rois))
+    with torch.autocast('cpu', torch.bfloat16):
+        losses(model, batch)
+    assert taken and all(x.dtype == rois.dtype == torch.float32 for x, rois in taken)
+    assert any((rois != rois.bfloat16().float()).any() for _, rois in taken)
