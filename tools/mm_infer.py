@@ -4,7 +4,6 @@ python tools/mm_infer.py image.jpg --config CONFIG --checkpoint work_dirs/NAME/e
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
@@ -88,4 +87,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -5,13 +5,15 @@ mmengine's own way with files that do not fit is a line in the log, or a traceba
 
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from mm_errors import Problem
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
@@ -69,9 +71,9 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 def harmless_types() -> List[Any]:
     """What mmengine's checkpoints hold beside tensors: the log's numbers, in arrays of NumPy."""
-    arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
-    numbers = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name.startswith(('Int', 'UInt', 'Float', 'Bool'))]
-    return [HistoryBuffer, *arrays, *numbers]
+    builders = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
+    dtypes = [type(np.dtype(code)) for code in '?bhilBHILefd']
+    return [HistoryBuffer, np.ndarray, np.dtype, *builders, *dtypes]
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str) -> None:
@@ -190,7 +192,14 @@ def add_hook(cfg: Config, **hook: Any) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, one that checks data and checkpoints unless the config names its own."""
+    """The runner of a config, one that checks data and checkpoints unless the config names its own.
+
+    Raises:
+        Problem: If the config asks for what is not registered, or with wrong values.
+    """
     add_hook(cfg, type='CheckHook')
     cfg.setdefault('runner_type', 'StrictRunner')
-    return RUNNERS.build(cfg)
+    try:
+        return RUNNERS.build(cfg)
+    except (KeyError, ValueError) as error:
+        raise Problem(f'what the config describes cannot be built: {error}') from error

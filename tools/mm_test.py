@@ -6,7 +6,6 @@ torchrun --nproc-per-node 8 tools/mm_test.py CONFIG CHECKPOINT --launcher pytorc
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -61,4 +60,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -8,7 +8,6 @@ A killed training goes on with --resume behind its last checkpoint, and ends wit
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
@@ -38,14 +37,15 @@ def train(args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
     if args.tensorboard:
         add_tensorboard(cfg)
-    if args.amp:
-        use_amp(cfg)
+    set_precision(cfg, args.amp)
     if args.auto_scale_lr:
         scale_lr(cfg, args.config)
     if args.fsdp:
         cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')  # mmengine's own start needs a GPU
     make_resumable(cfg)
     build_runner(cfg).train()
 
@@ -58,11 +58,20 @@ def add_tensorboard(cfg: 'Config') -> None:
     cfg.visualizer.vis_backends = backends
 
 
-def use_amp(cfg: 'Config') -> None:
-    """bfloat16 where it is safe; it has fp32's range, so that losses need no scaling."""
-    if not torch.cuda.is_available():
-        raise Problem('--amp needs a GPU, and PyTorch finds none')
-    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
+    """bfloat16 where it is safe, or fp32 all through, or what the config says.
+
+    Raises:
+        Problem: If there is no GPU for the lower precision.
+    """
+    wrapper = cfg.optim_wrapper
+    if amp:  # bfloat16 has fp32's range, so that losses need no scaling
+        wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    elif amp is False:
+        cfg.optim_wrapper = {key: value for key, value in wrapper.items() if key not in ('dtype', 'loss_scale')}
+        cfg.optim_wrapper.type = 'OptimWrapper'
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        raise Problem('mixed precision needs a GPU, and PyTorch finds none; --no-amp trains in fp32')
 
 
 def scale_lr(cfg: 'Config', path: Path) -> None:
@@ -83,7 +92,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='go on from this checkpoint, by default the last in the work folder, if there is one',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision with bfloat16')
+    parser.add_argument(
+        '--amp',
+        action=argparse.BooleanOptionalAction,
+        help="automatic mixed precision with bfloat16, or fp32; default: the config's",
+    )
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
     )
@@ -105,4 +118,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

@@ -4,6 +4,7 @@ Every number is drawn from a generator seeded by the seed, the part and the scen
 depend on how many others there are. The parts share neither digits nor photographs.
 """
 
+from functools import lru_cache
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -115,10 +116,15 @@ def load_photograph(name: str, shape: Tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
+@lru_cache(maxsize=1)
+def _mnist() -> Tuple[np.ndarray, np.ndarray]:
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
 def load_glyphs(part: str, digits: Sequence[int]) -> Dict[int, List[np.ndarray]]:
     """The part's share of each digit, cut to what is drawn of it, 0 to 255."""
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    images, labels = _mnist()
     glyphs = {}
     for digit in digits:
         own = images[labels == digit]

@@ -4,7 +4,7 @@ _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_ru
 custom_imports = dict(imports=['vmamba.mm'])
 
 data_root = 'data/scenes/'
-classes = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+classes = ('zero', 'one', 'two', 'three')
 norm_cfg = dict(type='GN', num_groups=8)
 channels = 64
 
