@@ -66,14 +66,23 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a broken file makes the reader stumble over
-        raise Problem(f'{path} is no checkpoint that can be read safely: {str(error).splitlines()[0]}') from error
+        raise Problem(
+            f'{path} is no checkpoint that can be read safely: {textwrap.shorten(str(error), 120)}'
+        ) from error
 
 
 def harmless_types() -> List[Any]:
     """What mmengine's checkpoints hold beside tensors: the log's numbers, in arrays of NumPy."""
     builders = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
     dtypes = [type(np.dtype(code)) for code in '?bhilBHILefd']
-    return [HistoryBuffer, np.ndarray, np.dtype, *builders, *dtypes]
+    return [HistoryBuffer, np.ndarray, np.dtype, *builders, *dtypes, (_statistics, 'builtins.getattr')]
+
+
+def _statistics(owner: Any, name: str) -> Any:
+    """The attribute of the log's class that its pickle names; of anything else there is none."""
+    if owner is not HistoryBuffer:
+        raise ValueError(f'a checkpoint may not ask for the attribute {name} of {owner}')
+    return getattr(owner, name)
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str) -> None:

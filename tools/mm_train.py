@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FSDP_STRATEGY: Dict[str, Any] = dict(
     type='FSDPStrategy',
+    state_dict_cfg='full',
     model_wrapper=dict(
         use_orig_params=True,
         auto_wrap_policy=dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=1_000_000),
@@ -41,13 +42,26 @@ def train(args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         scale_lr(cfg, args.config)
     if args.fsdp:
-        cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
+        use_fsdp(cfg)
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        torch.distributed.init_process_group('gloo')  # mmengine's own start needs a GPU
+        use_gloo(cfg)
     make_resumable(cfg)
     build_runner(cfg).train()
+
+
+def use_gloo(cfg: 'Config') -> None:
+    """Joins the processes on CPUs; mmengine's own start, and its wrapper of the model by default, need GPUs."""
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
+
+
+def use_fsdp(cfg: 'Config') -> None:
+    """Shards weights, gradients and optimizer over the processes; its checkpoints hold the whole of them."""
+    if not torch.cuda.is_available():
+        raise Problem("PyTorch's FSDP needs GPUs, and there is none; without --fsdp the processes keep whole copies")
+    cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
 
 
 def add_tensorboard(cfg: 'Config') -> None:

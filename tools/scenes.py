@@ -16,14 +16,26 @@ from skimage import data as photographs
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 BACKGROUND = 'photograph'
 PHOTOGRAPHS = {
-    'training': ('astronaut', 'brick', 'camera', 'coffee', 'grass', 'hubble_deep_field', 'retina', 'rocket'),
-    'validation': ('chelsea', 'clock', 'coins', 'gravel', 'immunohistochemistry', 'moon', 'stereo_motorcycle'),
+    'training': (
+        'astronaut',
+        'brick',
+        'camera',
+        'cell',
+        'coins',
+        'grass',
+        'hubble_deep_field',
+        'immunohistochemistry',
+        'retina',
+        'rocket',
+        'stereo_motorcycle',
+    ),
+    'validation': ('chelsea', 'clock', 'coffee', 'gravel', 'moon'),
 }
 HELD_OUT = 0.2  # of each digit, for validation
 OPAQUE = 0.5  # of a pixel, from which on it belongs to the digit
 MIN_CONTRAST = 80  # between the brightness of a digit and the mean of what it covers
 MAX_HIDDEN = 0.1  # of a digit, by the ones over it
-SCALES = (0.35, 0.6)  # of a digit's longer side against the scene's
+SCALES = (0.4, 0.7)  # of a digit's longer side against the scene's
 ATTEMPTS = 20
 
 
@@ -60,7 +72,7 @@ class Composer:
     """
 
     def __init__(
-        self, part: str, shape: Tuple[int, int], digits: Sequence[int], seed: int, max_objects: int = 4
+        self, part: str, shape: Tuple[int, int], digits: Sequence[int], seed: int, max_objects: int = 3
     ) -> None:
         self.shape, self.digits, self.max_objects = shape, tuple(digits), max_objects
         self.classes = tuple(NAMES[digit] for digit in digits)

@@ -32,10 +32,9 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [step for step in train_pipeline if step['type'] != 'PhotoMetricDistortion']
+test_pipeline = train_pipeline
 dataset = dict(
     type='BaseSegDataset', data_root=data_root, metainfo=dict(classes=classes), reduce_zero_label=True, _delete_=True
 )
@@ -59,7 +58,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 700
+max_iters = 600
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
     type='OptimWrapper',
