@@ -1,7 +1,7 @@
 """The configs made small, and batches of random images for them."""
 
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,11 @@ NANO_VIM = dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16)
 
 
 def config_files(folder):
-    """Paths of the configs of a folder, those for composed data left out."""
-    return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if 'tiny' not in path.name)
+    """Paths of the configs of a folder, those for composed scenes left out."""
+    return sorted(path for path in (ROOT / 'configs' / folder).glob('*.py') if not path.stem.endswith('_scenes'))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load_config(path):
     return Config.fromfile(path)
 
@@ -29,15 +29,20 @@ def load_config(path):
     return deepcopy(_load_config(str(path)))
 
 
-def small_model(path):
-    """The model of a config with a small backbone and few channels and classes."""
+def small_config(path):
+    """A config whose model has a small backbone and few channels and classes."""
     config = load_config(path)
-    init_default_scope('mmseg' if 'segmentation' in str(path) else 'mmdet')
     model = config.model
     channels = _shrink_backbone(model)
     shrink = {'DINO': _shrink_dino, 'EncoderDecoder': _shrink_segmentor}.get(model.type, _shrink_two_stage)
     shrink(model, channels)
-    model = MODELS.build(model)
+    return config
+
+
+def small_model(path):
+    config = small_config(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
     model.init_weights()
     return model
 

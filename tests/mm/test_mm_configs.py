@@ -5,7 +5,7 @@ import timm
 import torch
 from mm_cases import CLASSES, batch_for, config_files, load_config, losses, predictions, small_model
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 DETECTION, SEGMENTATION = config_files('detection'), config_files('segmentation')
 CONFIGS = [*DETECTION, *SEGMENTATION]
@@ -76,6 +76,35 @@ def test_the_optimizer(path):
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
+
+
+# In millions: what the official repositories and papers state, to the digits that they give.
+PARAMETERS = {
+    'mask-rcnn_vmamba-t_fpn_1x_coco': 50,
+    'mask-rcnn_vmamba-s_fpn_1x_coco': 70,
+    'mask-rcnn_vmamba-b_fpn_1x_coco': 108,
+    'mask-rcnn_vmamba-t-v0_fpn_1x_coco': 42.4,
+    'mask-rcnn_vmamba-s-v0_fpn_1x_coco': 63.924,
+    'mask-rcnn_vmamba-b-v0_fpn_1x_coco': 95.628,
+    'upernet_vmamba-t_160k_ade20k-512x512': 62,
+    'upernet_vmamba-s_160k_ade20k-512x512': 82,
+    'upernet_vmamba-b_160k_ade20k-512x512': 122,
+    'upernet_vmamba-t-v0_160k_ade20k-512x512': 54.546956,
+    'upernet_vmamba-s-v0_160k_ade20k-512x512': 76.070924,
+    'upernet_vmamba-b-v0_160k_ade20k-512x512': 109.765548,
+}
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameters_of_the_whole_model(name):
+    config = load_config(next(path for path in CONFIGS if path.stem == name))
+    config.model.backbone.pretrained = None
+    init_default_scope(config.default_scope)
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    digits = len(str(PARAMETERS[name]).partition('.')[2])
+    assert round(millions, digits) == PARAMETERS[name]
 
 
 def schedule(path):

@@ -216,7 +216,7 @@ def test_deformable_attention_has_the_gradients_of_the_plain_version():
 def test_other_operators_name_themselves_and_the_way_out():
     from mmcv.ops import deform_conv2d, nms_rotated
 
-    with pytest.raises(NotImplementedError, match='deform_conv_forward needs an mmcv compiled .* pip install'):
+    with pytest.raises(NotImplementedError, match='deform_conv_forward needs an mmcv compiled .*MMCV_WITH_OPS=1'):
         deform_conv2d(torch.randn(1, 2, 4, 4), torch.randn(1, 18, 4, 4), torch.randn(2, 2, 3, 3), 1, 1)
     with pytest.raises(NotImplementedError, match='nms_rotated needs'):
         nms_rotated(torch.rand(2, 5), torch.rand(2), 0.5)
@@ -252,3 +252,9 @@ from mmdet.registry import MODELS
 assert MODELS.get('VMambaBackbone') is vmamba.mm.VMambaBackbone
 """
     subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, timeout=120)
+
+
+def test_a_missing_package_is_named():
+    script = "import sys; sys.modules['mmcv'] = None; import vmamba.mm"
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+    assert "ModuleNotFoundError: vmamba.mm needs mmcv: pip install 'vmamba[mm]'" in result.stderr

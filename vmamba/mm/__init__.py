@@ -4,7 +4,13 @@
 installed without its compiled operators.
 """
 
-from . import ops
+from importlib.util import find_spec
+
+_missing = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(f"vmamba.mm needs {' and '.join(_missing)}: pip install 'vmamba[mm]'")
+
+from . import ops  # noqa: E402
 
 ops.install()  # before anything imports mmcv.ops
 

@@ -42,9 +42,8 @@ class StandIn(ModuleType):
 
         def missing(*args: Any, **kwargs: Any) -> None:
             raise NotImplementedError(
-                f'the operator {name} needs an mmcv compiled with its operators, which this installation lacks: build '
-                f'it with `MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary onedl-mmcv onedl-mmcv` '
-                f'(or mmcv, of the original packages)'
+                f'the operator {name} needs an mmcv compiled with its operators, which this installation lacks: '
+                f'install a wheel of (onedl-)mmcv that has them, or build it from source with MMCV_WITH_OPS=1'
             )
 
         return missing

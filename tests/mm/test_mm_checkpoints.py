@@ -1,0 +1,322 @@
+"""Classification, detection and segmentation checkpoints: they load entirely, or are errors that name keys."""
+
+import pickle
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from mm_cases import ROOT, small_model
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+from mmengine.runner import save_checkpoint as save
+from official import vim_state, vmamba_maps, vmamba_state
+from test_mm_backbones import SMALL_V0, normalised, vim_backbone, vmamba_backbone, with_random_norms
+
+import vmamba.mm
+from vmamba.models.vmamba import checkpoint_filter_fn
+
+MASK_RCNN = ROOT / 'configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py'
+UPERNET = ROOT / 'configs/segmentation/upernet_vmamba-t_160k_ade20k-512x512.py'
+DEPTHS = dict(depths=(1, 1, 1, 1))
+
+
+def assert_outputs(backbone, state):
+    """The backbone computes the official maps of the state, through its own norms."""
+    backbone.eval()
+    x = torch.randn(1, 3, 32, 48)
+    maps = vmamba_maps(state, x)
+    with torch.no_grad():
+        for i, out in zip(backbone.out_indices, backbone(x)):
+            torch.testing.assert_close(out.double(), normalised(backbone, i, maps[i]), rtol=1e-3, atol=1e-3)
+
+
+def official_file(path, state):
+    torch.save({'model': state, 'epoch': 3}, path)
+    return path
+
+
+def converted_file(path, state):
+    path = path.with_suffix('.safetensors')
+    safetensors.torch.save_file({k: v.contiguous() for k, v in checkpoint_filter_fn(state, None).items()}, path)
+    return path
+
+
+def detection_file(path, state):
+    kept = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('classifier')}
+    for i in range(4):
+        kept[f'backbone.outnorm{i}.weight'], kept[f'backbone.outnorm{i}.bias'] = (
+            torch.ones(8 * 2**i),
+            torch.zeros(8 * 2**i),
+        )
+    torch.save({'state_dict': kept, 'meta': {}}, path)
+    return path
+
+
+@pytest.mark.parametrize('write', [official_file, converted_file, detection_file])
+@pytest.mark.parametrize('how', ['pretrained', 'init_cfg'])
+@pytest.mark.parametrize('indices', [(0, 1, 2, 3), (1, 2)], ids=str)
+def test_pretrained_files(tmp_path, write, how, indices):
+    state = vmamba_state(**DEPTHS)
+    path = str(write(tmp_path / 'weights.pth', state))
+    given = dict(pretrained=path) if how == 'pretrained' else dict(init_cfg=dict(type='Pretrained', checkpoint=path))
+    backbone = vmamba_backbone(options=SMALL_V0, out_indices=indices, **given)
+    backbone.init_weights()
+    assert_outputs(backbone, state)
+
+
+def test_pretrained_vim(tmp_path):
+    state = vim_state(depth=4, patches=196)
+    path = official_file(tmp_path / 'vim.pth', state)
+    backbone = vim_backbone(pretrained=str(path))
+    backbone.init_weights()
+    weights = backbone.model.state_dict()
+    for i in range(4):
+        assert torch.equal(weights[f'blocks.{i}.mixer.out_proj.weight'], state[f'layers.{i}.mixer.out_proj.weight'])
+    assert weights['embed.pos_embed'].shape == (1, 5, 24)  # resized to the model's 2 x 2 patches
+
+
+def test_pretrained_inside_a_detector(tmp_path):
+    state = vmamba_state(**DEPTHS)
+    model = small_model(MASK_RCNN)
+    model.backbone.pretrained = str(official_file(tmp_path / 'weights.pth', state))
+    model._is_init = model.backbone._is_init = False
+    model.init_weights()
+    assert_outputs(model.backbone, state)
+
+
+def test_without_a_checkpoint_the_model_keeps_its_own_initialisation():
+    backbone = vmamba_backbone()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone.init_weights()
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+def test_a_url_is_downloaded_once_and_read(tmp_path, monkeypatch):
+    state, fetched = vmamba_state(**DEPTHS), []
+    path = official_file(tmp_path / 'weights.pth', state)
+    monkeypatch.setattr(vmamba.mm.base, 'download_cached_file', lambda url, **_: fetched.append(url) or str(path))
+    backbone = vmamba_backbone(options=SMALL_V0, pretrained='https://example.org/weights.pth')
+    assert not fetched
+    backbone.init_weights()
+    assert set(fetched) == {'https://example.org/weights.pth'}
+    assert_outputs(backbone, state)
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def refuse(url, **_):
+        raise OSError('no network')
+
+    monkeypatch.setattr(vmamba.mm.base, 'download_cached_file', refuse)
+    with pytest.raises(RuntimeError, match='could not download https://example.org/a.pth .*no network.* its path'):
+        vmamba_backbone(pretrained='https://example.org/a.pth').init_weights()
+
+
+BAD_FILES = {
+    'another variant': (lambda state: vmamba_state(depths=(1, 1, 2, 1)), r'unexpected: .*stages\.2\.blocks\.1\.'),
+    'another width': (lambda state: vmamba_state(depths=(1, 1, 1, 1), embed_dim=16), r'another shape: .*stem\.conv1'),
+    'v0': (lambda state: vmamba_state(**DEPTHS, v0=True), r'missing: .*stem\.conv1'),
+    'a key less': (
+        lambda state: without(state, 'layers.1.blocks.0.op.A_logs'),
+        r'missing: stages\.1\.blocks\.0\.mixer\.A_log',
+    ),
+    'a key more': (lambda state: {**state, 'layers.0.extra.weight': torch.ones(1)}, 'unexpected: .*extra'),
+    'Vim': (lambda state: vim_state(depth=1), 'missing: '),
+}
+
+
+def without(state, *keys):
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+@pytest.mark.parametrize('make,message', BAD_FILES.values(), ids=BAD_FILES)
+def test_files_that_do_not_fit(tmp_path, make, message):
+    path = official_file(tmp_path / 'weights.pth', make(vmamba_state(**DEPTHS)))
+    with pytest.raises(RuntimeError, match=f'does not fit VMamba: .*{message}'):
+        vmamba_backbone(options=SMALL_V0, pretrained=str(path)).init_weights()
+
+
+def test_files_that_are_not_there_or_hold_code(tmp_path):
+    with pytest.raises(FileNotFoundError, match='there is no checkpoint file .*nothing.pth'):
+        vmamba_backbone(pretrained=str(tmp_path / 'nothing.pth')).init_weights()
+    with open(tmp_path / 'code.pth', 'wb') as file:
+        pickle.dump({'model': print}, file)
+    with pytest.raises(RuntimeError, match='code.pth'):
+        vmamba_backbone(pretrained=str(tmp_path / 'code.pth')).init_weights()
+
+
+def test_a_variant_without_published_weights():
+    with pytest.raises(RuntimeError, match='(?i)no pretrained weights'):
+        vmamba_backbone(options=None, pretrained=True).init_weights()
+
+
+# Checkpoints of whole detectors and segmentors.
+
+
+def official_weights(model, state):
+    """The model's weights with those of its backbone in the official layout, and the norms of its outputs."""
+    weights = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith('backbone.')}
+    for i in range(4):
+        weights[f'backbone.outnorm{i}.weight'] = torch.rand(8 * 2**i) + 0.5
+        weights[f'backbone.outnorm{i}.bias'] = torch.rand(8 * 2**i)
+    weights.update({f'backbone.{key}': value for key, value in state.items() if not key.startswith('classifier')})
+    return weights
+
+
+def write(path, weights):
+    save({'state_dict': weights, 'meta': dict(epoch=12)}, str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize('config', [MASK_RCNN, UPERNET], ids=['mask-rcnn', 'upernet'])
+@pytest.mark.parametrize('v0', [False, True], ids=['current', 'v0'])
+def test_official_checkpoints_of_whole_models(tmp_path, config, v0):
+    state = vmamba_state(**DEPTHS, v0=v0)
+    source, model = small_model(config), small_model(config)
+    if v0:
+        model.backbone = vmamba_backbone('vmamba_t_v0', SMALL_V0)
+    weights = official_weights(source, state)
+    load_checkpoint(model, write(tmp_path / 'whole.pth', weights), map_location='cpu')
+    assert_outputs(model.backbone, state)
+    own = model.state_dict()
+    for key, value in weights.items():
+        if key in own:  # the heads', and the norms of the outputs
+            assert torch.equal(own[key], value), key
+    assert any('outnorm' in key for key in own)
+
+
+def test_differences_in_the_output_norms_are_allowed(tmp_path):
+    state = vmamba_state(**DEPTHS)
+    source = small_model(MASK_RCNN)
+    weights = official_weights(source, state)
+    lacking = {key: value for key, value in weights.items() if 'outnorm' not in key}
+    model = small_model(MASK_RCNN)
+    load_checkpoint(model, write(tmp_path / 'lacking.pth', lacking), map_location='cpu')
+    assert_outputs(model.backbone, state)
+    model.backbone = vmamba_backbone(options=SMALL_V0, out_indices=(1, 2))
+    load_checkpoint(model, write(tmp_path / 'all.pth', weights), map_location='cpu')
+    assert_outputs(model.backbone, state)
+    assert torch.equal(model.backbone.outnorm2.weight, weights['backbone.outnorm2.weight'])
+
+
+BAD_WEIGHTS = {
+    'another variant': (
+        lambda w: with_state(w, vmamba_state(depths=(1, 1, 2, 1))),
+        r'unexpected: model\.stages\.2\.blocks\.1',
+    ),
+    'another width': (
+        lambda w: with_state(w, vmamba_state(**DEPTHS, embed_dim=16)),
+        r'another shape: model\.stem\.conv1',
+    ),
+    'a key less': (lambda w: without(w, 'backbone.layers.0.blocks.0.op.in_proj.weight'), r'missing: .*mixer\.in_proj'),
+    'a key more': (lambda w: {**w, 'backbone.layers.0.blocks.0.extra': torch.ones(1)}, 'unexpected: .*extra'),
+    'no backbone': (lambda w: {k: v for k, v in w.items() if not k.startswith('backbone')}, r'missing: model\.stem'),
+    'a classifier': (lambda w: vmamba_state(**DEPTHS), r'missing: model\.stem'),
+}
+
+
+def with_state(weights, state):
+    weights = {key: value for key, value in weights.items() if not key.startswith('backbone.')}
+    return {**weights, **{f'backbone.{k}': v for k, v in state.items() if not k.startswith('classifier')}}
+
+
+@pytest.mark.parametrize('change,message', BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_whole_models_whose_backbone_does_not_fit(tmp_path, change, message):
+    model = small_model(MASK_RCNN)
+    path = write(tmp_path / 'whole.pth', change(official_weights(model, vmamba_state(**DEPTHS))))
+    with pytest.raises(RuntimeError, match=rf'backbone\.\*.* does not fit VMambaBackbone: .*{message}'):
+        load_checkpoint(model, path, map_location='cpu')
+
+
+@pytest.mark.parametrize('make', [vmamba_backbone, vim_backbone])
+def test_own_checkpoints_come_back(tmp_path, make):
+    source, model = with_random_norms(make()), make()
+    x = torch.randn(1, 3, 40, 56)
+    load_checkpoint(model, write(tmp_path / 'own.pth', source.state_dict()), map_location='cpu')
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        for out, expected in zip(model.eval()(x), source(x)):
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize('lost', ['pyramid.0.0.weight', 'model.blocks.3.norm.weight', 'model.embed.pos_embed'])
+def test_own_checkpoints_of_vim_are_checked(lost):
+    backbone = vim_backbone()
+    with pytest.raises(RuntimeError, match=f'missing: {re.escape(lost)}'):
+        backbone.load_state_dict(without(backbone.state_dict(), lost), strict=False)
+
+
+def test_a_strict_load_is_strict_about_the_output_norms():
+    backbone = vmamba_backbone()
+    with pytest.raises(RuntimeError, match='outnorm1.bias'):
+        backbone.load_state_dict(without(backbone.state_dict(), 'outnorm1.bias'))
+
+
+def test_loading_leaves_the_given_weights_alone():
+    state = vmamba_state(**DEPTHS)
+    before = dict(state)
+    vmamba_backbone(options=SMALL_V0).load_state_dict(state, strict=False)
+    assert state.keys() == before.keys() and all(state[key] is value for key, value in before.items())
+
+
+# The official name and arguments.
+
+OFFICIAL = dict(
+    type='MM_VSSM', dims=8, depths=(1, 1, 1, 1), out_indices=(0, 1, 2, 3), ssm_d_state=1, ssm_dt_rank='auto',
+    ssm_ratio=2.0, ssm_conv=3, ssm_conv_bias=False, forward_type='v05_noz', mlp_ratio=4.0, downsample_version='v3',
+    patchembed_version='v2', drop_path_rate=0.2, norm_layer='ln2d',
+)  # fmt: skip
+OFFICIAL_V0 = dict(
+    type='MM_VSSM', dims=[8, 16, 32, 64], depths=(1, 1, 1, 1), ssm_d_state=16, ssm_dt_rank='auto', ssm_ratio=2.0,
+    mlp_ratio=0.0, downsample_version='v1', patchembed_version='v1', pretrained='',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('config,v0', [(OFFICIAL, False), (OFFICIAL_V0, True)], ids=['current', 'v0'])
+def test_official_arguments(tmp_path, config, v0):
+    state = vmamba_state(**DEPTHS, v0=v0)
+    path = official_file(tmp_path / 'weights.pth', state)
+    backbone = MODELS.build({**config, 'pretrained': str(path)})
+    backbone.init_weights()
+    assert_outputs(backbone, state)
+    assert backbone.out_channels == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize('v0', [False, True], ids=['current', 'v0'])
+def test_official_configs_that_inherit_those_of_swin(tmp_path, v0):
+    import mmseg
+    from mmengine.config import Config
+
+    swin = (
+        f'{mmseg.__path__[0]}/.mim/configs/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+    )
+    for i, base in enumerate(('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', swin)):
+        path = tmp_path / f'official_{i}.py'
+        path.write_text(f'_base_ = [{base!r}]\nmodel = dict(backbone={OFFICIAL_V0 if v0 else OFFICIAL})\n')
+        backbone = MODELS.build(Config.fromfile(str(path)).model.backbone)
+        backbone.init_weights()  # not from Swin's checkpoint
+        assert backbone.out_channels == [8, 16, 32, 64]
+
+
+REFUSED = [
+    (dict(forward_type='v052d'), ValueError, "forward_type must be one of v0, .*'v052d'"),
+    (dict(downsample_version='v2'), ValueError, 'downsample_version must be one of v1, v3'),
+    (dict(patchembed_version='v9'), ValueError, 'patchembed_version'),
+    (dict(ssm_conv=5), ValueError, 'ssm_conv must be one of 3, got 5'),
+    (dict(ssm_dt_rank=4), ValueError, 'ssm_dt_rank'),
+    (dict(norm_layer='bn'), ValueError, 'norm_layer'),
+    (dict(dims=[8, 16, 32, 48]), ValueError, r'dims must double .*48'),
+    (dict(ssm_rank=4), TypeError, 'ssm_rank'),
+]
+
+
+@pytest.mark.parametrize('change,error,message', REFUSED, ids=[next(iter(change)) for change, *_ in REFUSED])
+def test_official_arguments_of_other_models(change, error, message):
+    with pytest.raises(error, match=message):
+        MODELS.build({**OFFICIAL, **change})
+
+
+def test_the_official_drop_path_and_checkpointing():
+    backbone = MODELS.build({**OFFICIAL, 'use_checkpoint': True})
+    assert all(stage.grad_checkpointing for stage in backbone.model.stages)
+    assert backbone.model.stages[3].blocks[0].drop_path1.drop_prob == pytest.approx(0.2)
