@@ -52,9 +52,9 @@ BACKBONES = {
 }
 HEADER = ('model', 'image', 'batch', 'backbone', 'images/s', 'ms a step', 'peak MiB', "speed against Swin-T's")
 NOTES = """Whole training steps in {precision}: images to the device, forward, backward and AdamW, of the recipes under
-configs/ with random weights; Swin is mmdet's or mmseg's own, in the same model. Medians of {repeats} steps after {warm_ups},
-on {batches} batches of composed scenes in turn, which lie in memory. The peak is that of PyTorch's allocator, weights,
-gradients and optimizer included."""
+configs/ with random weights; Swin is mmdet's or mmseg's own, in the same model. Medians of {repeats} steps after
+{warm_ups}, on {batches} batches of composed scenes in turn, which lie in memory. The peak is that of PyTorch's allocator,
+weights, gradients and optimizer included."""
 
 
 class Task(NamedTuple):

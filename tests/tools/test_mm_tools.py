@@ -118,12 +118,23 @@ EVALUATOR = {
 
 # Few steps, without validation, whose images a worker augments.
 STEPS = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model.backbone.drop_path_rate=0.2']
-STEPS += ['train_dataloader.batch_size=2', 'train_dataloader.num_workers=1', 'default_hooks.checkpoint.save_best=None']
+STEPS += ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.save_best=None']
+LOADING = "train_dataloader.dataset.pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations', %s: True}, "
+AUGMENTED = LOADING + "{'type': 'PhotoMetricDistortion'}, {'type': '%s'}]"
 RESUMED = {
-    'epochs': (DETECTION, ['train_cfg.max_epochs=3', 'default_hooks.checkpoint.interval=1'], 'epoch_1', 'epoch_3'),
+    'epochs': (
+        DETECTION,
+        ['train_cfg.max_epochs=3', AUGMENTED % ("'with_bbox': True, 'with_mask'", 'PackDetInputs')],
+        'epoch_1',
+        'epoch_3',
+    ),
     'iterations': (
         SEGMENTATION,
-        ['train_cfg.max_iters=18', 'default_hooks.checkpoint.interval=6'],
+        [
+            'train_cfg.max_iters=18',
+            'default_hooks.checkpoint.interval=6',
+            AUGMENTED % ("'reduce_zero_label'", 'PackSegInputs'),
+        ],
         'iter_6',
         'iter_18',
     ),
