@@ -20,6 +20,7 @@ import torch
 from make_scenes import write_part
 from measure import device_name, is_out_of_memory, pick_device
 from mm_runs import load_config  # lets mmdet do without mmcv's compiled operators
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
@@ -33,6 +34,7 @@ from timing import median_ms, peak_mib, settled_memory, triton_version
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 OUTPUTS = ('--docs',)
+WIDTH = 120  # of the table where there is no terminal
 BATCHES = 8  # different ones, taken in turn
 SWIN: Dict[str, Any] = dict(
     type='SwinTransformer',
@@ -53,7 +55,7 @@ BACKBONES = {
 HEADER = ('model', 'image', 'batch', 'backbone', 'images/s', 'ms a step', 'peak MiB', "speed against Swin-T's")
 NOTES = """Whole training steps in {precision}: images to the device, forward, backward and AdamW, of the recipes under
 configs/ with random weights; Swin is mmdet's or mmseg's own, in the same model. Medians of {repeats} steps after
-{warm_ups}, on {batches} batches of composed scenes in turn, which lie in memory. The peak is that of PyTorch's allocator,
+{warm_ups}, on {batches} batches of composed scenes in turn, held in memory. The peak is that of PyTorch's allocator,
 weights, gradients and optimizer included."""
 
 
@@ -100,7 +102,7 @@ def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.dev
 
         for _ in range(warm_ups(device)):
             step()
-        peak = peak_mib(lambda: [step() for _ in batches], device, 0)
+        peak = peak_mib(lambda: [step() for _ in batches], device, 0) if device.type == 'cuda' else None
         return Result(task, backbone, median_ms(step, device, repeats, 0), peak)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -220,12 +222,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     tasks = [TASKS[name] for name in args.tasks]
     tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
+    MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
     results = bench(tasks, args.backbones, args.device, args.repeats)
     header, *rows = cells_of(results)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     table = Table(*header, title=f'Training steps, {device_name(args.device)}')
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
     if args.docs:
         write_docs(results, args.device, args.repeats, command_of('bench_mm', argv, OUTPUTS), args.docs)
 
