@@ -67,7 +67,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--training', type=int, default=600, help='scenes to learn from')
     parser.add_argument('--validation', type=int, default=100, help='scenes of other digits and photographs')
     parser.add_argument('--size', type=int, default=96, help='side of the scenes in pixels')
-    parser.add_argument('--digits', type=int, nargs='+', default=(0, 1, 2, 3), choices=range(10), help='the classes')
+    parser.add_argument('--digits', type=int, nargs='+', default=(0, 1, 2), choices=range(10), help='the classes')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
     for name in ('training', 'validation'):

@@ -4,7 +4,7 @@ _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_ru
 custom_imports = dict(imports=['vmamba.mm'])
 
 data_root = 'data/scenes/'
-classes = ('zero', 'one', 'two', 'three')
+classes = ('zero', 'one', 'two')
 norm_cfg = dict(type='GN', num_groups=8)
 channels = 64
 
@@ -27,6 +27,7 @@ model = dict(
             num_convs=2,
             norm_cfg=norm_cfg,
             num_classes=len(classes),
+            loss_mask=dict(loss_weight=2.0),
         ),
     ),
     train_cfg=dict(
@@ -87,7 +88,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )
