@@ -54,6 +54,14 @@ def set_work_dir(cfg: Config, config: Path, work_dir: Optional[Path]) -> None:
         cfg.work_dir = str(work_dir or Path('work_dirs') / config.stem)
 
 
+def join_processes(cfg: Config, launcher: str) -> None:
+    """Lets the processes of a launcher work together, on CPUs where there are no GPUs."""
+    cfg.launcher = launcher
+    if launcher == 'pytorch' and not torch.cuda.is_available():  # mmengine's own start and wrapping need GPUs
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
+
+
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """The content of a checkpoint file, without running any code that it may hold.
 

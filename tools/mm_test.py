@@ -15,13 +15,14 @@ from mm_options import add_config_options
 
 def test(args: argparse.Namespace) -> Dict[str, Any]:
     """The metrics of a checkpoint on the config's test data."""
-    from mm_runs import add_hook, build_runner, load_config, set_work_dir  # here, so that a missing package is one line
+    from mm_runs import add_hook, build_runner, join_processes, load_config, set_work_dir  # reports a missing package
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         raise Problem(f'{args.config} has no test_dataloader or no test_evaluator')
-    cfg.launcher, cfg.load_from, cfg.resume = args.launcher, str(args.checkpoint), False
+    cfg.load_from, cfg.resume = str(args.checkpoint), False
+    join_processes(cfg, args.launcher)
     if args.draw:
         import mm_draw  # noqa: F401 - registers the hook
 

@@ -31,11 +31,11 @@ FSDP_STRATEGY: Dict[str, Any] = dict(
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
     from mm_resume import make_resumable  # here, so that a missing package is one line, too
-    from mm_runs import build_runner, load_config, set_work_dir
+    from mm_runs import build_runner, join_processes, load_config, set_work_dir
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
-    cfg.launcher = args.launcher
+    join_processes(cfg, args.launcher)
     if args.tensorboard:
         add_tensorboard(cfg)
     set_precision(cfg, args.amp)
@@ -45,16 +45,8 @@ def train(args: argparse.Namespace) -> None:
         use_fsdp(cfg)
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
-    if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        use_gloo(cfg)
     make_resumable(cfg)
     build_runner(cfg).train()
-
-
-def use_gloo(cfg: 'Config') -> None:
-    """Joins the processes on CPUs; mmengine's own start, and its wrapper of the model by default, need GPUs."""
-    torch.distributed.init_process_group('gloo')
-    cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
 
 
 def use_fsdp(cfg: 'Config') -> None:

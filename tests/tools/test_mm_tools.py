@@ -188,6 +188,16 @@ PROBLEMS = {
         ['model.decode_head.num_classes=9', 'model.decode_head.loss_decode.class_weight=None'],
         'decode_head has num_classes 9, but the data have 4 classes',
     ),
+    'labels of other classes': (
+        SEGMENTATION,
+        [
+            "train_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
+            "val_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
+            *(f'model.{head}.num_classes=3' for head in ('decode_head', 'auxiliary_head')),
+            *(f'model.{head}.loss_decode.class_weight=None' for head in ('decode_head', 'auxiliary_head')),
+        ],
+        'has label 3, but the config has 3 classes',
+    ),
     'annotations of other classes': (
         DETECTION,
         ["train_dataloader.dataset.metainfo.classes=('zero','one','cat')"],
@@ -246,6 +256,17 @@ def test_a_checkpoint_of_another_variant_is_refused_by_every_tool(other_checkpoi
     assert_one_line('mm_infer.py', mm_infer.main, drawing, messages, capsys)
     training = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, f'load_from={other_checkpoint}']
     assert_one_line('mm_train.py', mm_train.main, training, messages, capsys)
+
+
+def test_two_processes_train_together(tmp_path):
+    options = [*QUICK, *STEPS, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    tool = [str(ROOT / 'tools/mm_train.py'), SEGMENTATION, '--work-dir', str(tmp_path), '--launcher', 'pytorch']
+    arguments = [*launch, *tool, '--auto-scale-lr', '--cfg-options', *options]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'Scaling the original LR by 0.5' in done.stdout + done.stderr  # 2 x 2 images instead of 8
+    assert weights(tmp_path / 'iter_2.pth')
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
