@@ -82,8 +82,10 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 def harmless_types() -> List[Any]:
     """What mmengine's checkpoints hold beside tensors: the log's numbers, in arrays of NumPy."""
     builders = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
+    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since NumPy 2
+    named = [(builder, f'{module}.{builder.__name__}') for builder in builders for module in modules]
     dtypes = [type(np.dtype(code)) for code in '?bhilBHILefd']
-    return [HistoryBuffer, np.ndarray, np.dtype, *builders, *dtypes, (_statistics, 'builtins.getattr')]
+    return [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *named, (_statistics, 'builtins.getattr')]
 
 
 def _statistics(owner: Any, name: str) -> Any:
@@ -122,6 +124,13 @@ class StrictRunner(Runner):
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
+
+    def _init_model_weights(self) -> None:
+        """Initialises the weights, from a pretrained backbone if the config names one."""
+        try:
+            super()._init_model_weights()
+        except RuntimeError as error:  # the backbone's, which says what it could not fetch or what does not fit
+            raise Problem(textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')) from error
 
 
 @HOOKS.register_module()

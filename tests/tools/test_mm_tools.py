@@ -205,6 +205,7 @@ PROBLEMS = {
     ),
     'no GPU': (DETECTION, ['optim_wrapper.type=AmpOptimWrapper'], 'needs a GPU'),
     'nothing to resume': (DETECTION, ['resume=True', 'load_from=absent.pth'], 'there is no checkpoint absent.pth'),
+    'no pretrained weights': (DETECTION, ['model.backbone.pretrained=absent.pth'], 'absent.pth'),
     'unknown model': (DETECTION, ['model.backbone.type=NoSuchBackbone'], 'NoSuchBackbone'),
     'unknown variant': (DETECTION, ['model.backbone.variant=vmamba_x'], 'vmamba_x'),
 }
