@@ -4,10 +4,13 @@ WORKERS ?= 2
 BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-mm test lint clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
+
+demo-mm: .venv/.mm
+	$(BIN)/python tools/demo_mm.py --output demo-mm
 
 # A thread for each worker: more would fight over the processor.
 test: .venv/.dev
@@ -18,7 +21,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf demo build dist .pytest_cache .ruff_cache
+	rm -rf demo demo-mm data/scenes build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: there, pip installs itself into the environment.
@@ -31,6 +34,10 @@ $(BIN)/pip:
 	$(BIN)/python -m pip install -e '.[tools]'
 	touch $@
 
+.venv/.mm: $(PACKAGING) | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[tools,mm]'
+	touch .venv/.tools $@
+
 .venv/.dev: $(PACKAGING) | $(BIN)/pip
 	$(BIN)/python -m pip install -e '.[tools,dev,mm]'
-	touch .venv/.tools $@
+	touch .venv/.tools .venv/.mm $@

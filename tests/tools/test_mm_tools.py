@@ -1,0 +1,288 @@
+"""The tools for mmdet and mmseg, through their command lines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import make_scenes
+import mm_infer
+import mm_test
+import mm_train
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(
+    find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
+)
+
+ROOT = Path(__file__).parents[2]
+DETECTION = str(ROOT / 'configs/detection/mask-rcnn_vmamba-nano_fpn_scenes.py')
+SEGMENTATION = str(ROOT / 'configs/segmentation/upernet_vmamba-nano_scenes.py')
+QUICK = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
+QUICK += [option.replace('train', part) for part in ('val', 'test') for option in QUICK[:2]]
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    """A folder with data/scenes of 16 + 8 scenes, to run the tools in."""
+    folder = tmp_path_factory.mktemp('run')
+    counts = ['--training', '16', '--validation', '8']
+    make_scenes.main(['--output', str(folder / 'data/scenes'), *counts])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_scenes(scenes, monkeypatch):
+    monkeypatch.chdir(scenes)
+
+
+def command(tool, *arguments):
+    return [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
+
+
+def environment():
+    return dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(ROOT))
+
+
+def run(tool, *arguments):
+    """Output of a tool that must succeed."""
+    done = subprocess.run(command(tool, *arguments), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)['state_dict']  # the log in it is NumPy's
+
+
+# Learning the training scenes by heart: chance is a mAP of 0 and the mIoU of a photograph without digits, 21 %.
+LEARNING = {
+    'detection': (
+        DETECTION,
+        ['train_cfg.max_epochs=20', 'train_cfg.val_interval=20', 'default_hooks.checkpoint.interval=20'],
+        'epoch_20.pth',
+        {'coco/bbox_mAP_50': 0.1, 'coco/segm_mAP_50': 0.02},
+    ),
+    'segmentation': (
+        SEGMENTATION,
+        ['train_cfg.max_iters=60', 'train_cfg.val_interval=60', 'default_hooks.checkpoint.interval=60'],
+        'iter_60.pth',
+        {'mIoU': 26.0},
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', LEARNING)
+def test_training_learns_and_is_tested_and_drawn(kind, tmp_path):
+    config, options, checkpoint, chance = LEARNING[kind]
+    overrides = [*options, *QUICK, 'default_hooks.checkpoint.save_best=None', 'param_scheduler=[]']
+    run('mm_train.py', config, '--work-dir', tmp_path, '--cfg-options', *overrides)
+    assert list(tmp_path.glob('*/vis_data/events.out.tfevents.*'))
+    by_heart = [f'test_dataloader.dataset.{key}' for key in TRAINING_SCENES[kind]]
+    arguments = [config, tmp_path / checkpoint, '--work-dir', tmp_path, '--output', tmp_path / 'metrics.json']
+    drawing = ['--draw', tmp_path / 'drawn', '--limit', '3', '--threshold', '0.05']
+    mm_test.main([*map(str, arguments), *map(str, drawing), '--cfg-options', *by_heart, *QUICK, *EVALUATOR[kind]])
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert all(metrics[name] > value for name, value in chance.items()), metrics
+    drawn = sorted((tmp_path / 'drawn').iterdir())
+    assert [path.name for path in drawn] == [f'training_{number:05d}.png' for number in range(3)]
+    assert all(Image.open(path).size == (192, 96) for path in drawn)  # the truth on the left
+    check_inference(config, tmp_path / checkpoint, tmp_path / 'one.png')
+
+
+def check_inference(config, checkpoint, output):
+    image = Path('data/scenes/images/training/training_00000.jpg')
+    options = ['--config', config, '--checkpoint', checkpoint, '--output', output, '--device', 'cpu']
+    mm_infer.main([str(image), *map(str, options), '--threshold', '0.05'])
+    drawn, plain = Image.open(output), Image.open(image)
+    assert drawn.format == 'PNG'
+    assert drawn.size == plain.size
+    assert drawn.tobytes() != plain.tobytes()
+
+
+TRAINING_SCENES = {
+    'detection': ['ann_file=annotations/instances_training.json', 'data_prefix.img=images/training/'],
+    'segmentation': ['data_prefix.img_path=images/training', 'data_prefix.seg_map_path=annotations/training'],
+}
+EVALUATOR = {
+    'detection': ['test_evaluator.ann_file=data/scenes/annotations/instances_training.json'],
+    'segmentation': [],
+}
+
+
+# Few steps, without validation, whose images a worker augments.
+STEPS = ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', 'model.backbone.drop_path_rate=0.2']
+STEPS += ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.save_best=None']
+STEPS += ['default_hooks.checkpoint.max_keep_ckpts=3']
+LOADING = "train_dataloader.dataset.pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations', %s: True}, "
+AUGMENTED = LOADING + "{'type': 'PhotoMetricDistortion'}, {'type': '%s'}]"
+RESUMED = {
+    'epochs': (
+        DETECTION,
+        ['train_cfg.max_epochs=3', AUGMENTED % ("'with_bbox': True, 'with_mask'", 'PackDetInputs')],
+        'epoch_1',
+        'epoch_3',
+    ),
+    'iterations': (
+        SEGMENTATION,
+        [
+            'train_cfg.max_iters=15',
+            'default_hooks.checkpoint.interval=5',
+            AUGMENTED % ("'reduce_zero_label'", 'PackSegInputs'),
+        ],
+        'iter_5',
+        'iter_15',
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', RESUMED)
+def test_a_killed_training_resumes_to_the_same_weights(kind, tmp_path):
+    config, options, first, last = RESUMED[kind]
+    overrides = ['--cfg-options', *options, *STEPS]
+    run('mm_train.py', config, '--work-dir', tmp_path / 'whole', *overrides)
+    kill_behind(tmp_path / 'killed' / f'{first}.pth', config, '--work-dir', tmp_path / 'killed', *overrides)
+    assert not (tmp_path / 'killed' / f'{last}.pth').exists()
+    run('mm_train.py', config, '--work-dir', tmp_path / 'killed', '--resume', *overrides)
+    whole, resumed = (weights(tmp_path / name / f'{last}.pth') for name in ('whole', 'killed'))
+    early = weights(tmp_path / 'whole' / f'{first}.pth')
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], early[name]) for name in whole)
+
+
+def kill_behind(checkpoint, *arguments):
+    """Starts a training and kills it, workers and all, as soon as it names this checkpoint as its last."""
+    process = subprocess.Popen(
+        command('mm_train.py', *arguments), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        named = checkpoint.with_name('last_checkpoint')
+        deadline = time.monotonic() + 120
+        while not (named.exists() and named.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert Path(named.read_text()).name == checkpoint.name
+
+
+PROBLEMS = {
+    'no annotations': (DETECTION, ['train_dataloader.dataset.ann_file=absent.json'], 'there is no', 'absent.json'),
+    'no images': (SEGMENTATION, ['train_dataloader.dataset.data_prefix.img_path=absent'], 'there is no', 'absent'),
+    'head of other classes': (
+        DETECTION,
+        ['model.roi_head.bbox_head.num_classes=7'],
+        'roi_head.bbox_head has num_classes 7, but the data have 3 classes',
+    ),
+    'segmentor of other classes': (
+        SEGMENTATION,
+        ['model.decode_head.num_classes=9', 'model.decode_head.loss_decode.class_weight=None'],
+        'decode_head has num_classes 9, but the data have 4 classes',
+    ),
+    'labels of other classes': (
+        SEGMENTATION,
+        [
+            "train_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
+            "val_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
+            *(f'model.{head}.num_classes=3' for head in ('decode_head', 'auxiliary_head')),
+            *(f'model.{head}.loss_decode.class_weight=None' for head in ('decode_head', 'auxiliary_head')),
+        ],
+        'has label 3, but the config has 3 classes',
+    ),
+    'annotations of other classes': (
+        DETECTION,
+        ["train_dataloader.dataset.metainfo.classes=('zero','one','cat')"],
+        'has 2 of the 3 classes',
+    ),
+    'no GPU': (DETECTION, ['optim_wrapper.type=AmpOptimWrapper'], 'needs a GPU'),
+    'nothing to resume': (DETECTION, ['resume=True', 'load_from=absent.pth'], 'there is no checkpoint absent.pth'),
+    'no pretrained weights': (DETECTION, ['model.backbone.pretrained=absent.pth'], 'absent.pth'),
+    'unknown model': (DETECTION, ['model.backbone.type=NoSuchBackbone'], 'NoSuchBackbone'),
+    'unknown variant': (DETECTION, ['model.backbone.variant=vmamba_x'], 'vmamba_x'),
+}
+
+
+@pytest.mark.parametrize('case', PROBLEMS)
+def test_what_the_user_can_mend_is_one_line(case, tmp_path, capsys):
+    if case == 'no GPU' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    config, options, *messages = PROBLEMS[case]
+    arguments = [config, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, *options]
+    assert_one_line('mm_train.py', mm_train.main, arguments, messages, capsys)
+
+
+def test_a_package_that_a_config_imports_is_named(tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text(f"_base_ = {DETECTION!r}\ncustom_imports = dict(imports=['no_such_package'])\n")
+    assert_one_line('mm_train.py', mm_train.main, [str(config)], ['no_such_package is missing'], capsys)
+
+
+def assert_one_line(tool, main, arguments, messages, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f'{tool}: ')]
+    assert len(lines) == 1
+    assert all(message in lines[0] for message in messages), lines
+    assert len(lines[0]) < 1200
+
+
+@pytest.fixture(scope='module')
+def other_checkpoint(scenes):
+    """Random weights of a detector whose backbone is deeper than the config's."""
+    import mm_runs
+    from mmengine.registry import MODELS
+
+    cfg = mm_runs.load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
+    path = scenes / 'other.pth'
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict(), 'meta': {}}, path)
+    return path
+
+
+def test_a_checkpoint_of_another_variant_is_refused_by_every_tool(other_checkpoint, tmp_path, capsys):
+    messages = ['other.pth does not fit the config', 'stages.2.blocks.2.']
+    testing = [DETECTION, str(other_checkpoint), '--work-dir', str(tmp_path), '--cfg-options', *QUICK]
+    assert_one_line('mm_test.py', mm_test.main, testing, messages, capsys)
+    image = 'data/scenes/images/training/training_00000.jpg'
+    drawing = [image, '--config', DETECTION, '--checkpoint', str(other_checkpoint), '--device', 'cpu']
+    assert_one_line('mm_infer.py', mm_infer.main, drawing, messages, capsys)
+    training = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, f'load_from={other_checkpoint}']
+    assert_one_line('mm_train.py', mm_train.main, training, messages, capsys)
+
+
+def test_two_processes_train_together(tmp_path):
+    options = [*QUICK, *STEPS, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    tool = [str(ROOT / 'tools/mm_train.py'), SEGMENTATION, '--work-dir', str(tmp_path), '--launcher', 'pytorch']
+    arguments = [*launch, *tool, '--auto-scale-lr', '--cfg-options', *options]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'Scaling the original LR by 0.5' in done.stdout + done.stderr  # 2 x 2 images instead of 8
+    assert weights(tmp_path / 'iter_2.pth')
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / 'text.pth').write_text('no weights')
+    arguments = [DETECTION, str(tmp_path / 'text.pth'), '--work-dir', str(tmp_path), '--cfg-options', *QUICK]
+    assert_one_line('mm_test.py', mm_test.main, arguments, ['text.pth is no checkpoint'], capsys)
+
+
+def test_without_mmengine_the_tools_say_what_to_install():
+    hide = 'import runpy, sys; sys.modules["mmengine"] = None; sys.argv = sys.argv[1:]; '
+    script = ROOT / 'tools/mm_train.py'
+    code = f'{hide}sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name="__main__")'
+    done = subprocess.run([sys.executable, '-c', code, script, DETECTION], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        "mmengine is missing; install what the tools need by `pip install -e '.[mm,tools]'`"
+    )
+    assert 'Traceback' not in done.stderr

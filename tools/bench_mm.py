@@ -1,0 +1,240 @@
+"""Times training steps of Mask R-CNN and UPerNet with VMamba beside Swin in the same framework, with random weights.
+
+python tools/bench_mm.py --docs docs/benchmarks.md
+python tools/bench_mm.py --device cpu --shrink 8 --repeats 1 --tasks segmentation
+"""
+
+import argparse
+import sys
+import tempfile
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import mmcv
+import mmdet
+import mmengine
+import mmseg
+import timm
+import torch
+from make_scenes import write_part
+from measure import device_name, is_out_of_memory, pick_device
+from mm_runs import load_config  # lets mmdet do without mmcv's compiled operators
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scenes import BACKGROUND, NAMES, Composer
+from sections import command_of, markdown_table, replace_section
+from timing import median_ms, peak_mib, settled_memory, triton_version
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+OUTPUTS = ('--docs',)
+WIDTH = 120  # of the table where there is no terminal
+BATCHES = 8  # different ones, taken in turn
+SWIN: Dict[str, Any] = dict(
+    type='SwinTransformer',
+    embed_dims=96,
+    depths=[2, 2, 6, 2],
+    num_heads=[3, 6, 12, 24],
+    window_size=7,
+    mlp_ratio=4,
+    qkv_bias=True,
+    patch_norm=True,
+    drop_path_rate=0.2,
+    out_indices=(0, 1, 2, 3),
+)
+BACKBONES = {
+    'swin_t': SWIN,
+    'vmamba_t': dict(type='VMambaBackbone', variant='vmamba_t', drop_path_rate=0.2),
+}
+HEADER = ('model', 'image', 'batch', 'backbone', 'images/s', 'ms a step', 'peak MiB', "speed against Swin-T's")
+NOTES = """Whole training steps in {precision}: images to the device, forward, backward and AdamW, of the recipes under
+configs/ with random weights; Swin is mmdet's or mmseg's own, in the same model. Medians of {repeats} steps after
+{warm_ups}, on {batches} batches of composed scenes in turn, held in memory. The peak is that of PyTorch's allocator,
+weights, gradients and optimizer included."""
+
+
+class Task(NamedTuple):
+    """A model and what it is trained on.
+
+    Attributes:
+        title: Its name in tables.
+        config: Under configs/, with VMamba-T.
+        shape: Height and width of the images.
+        batch: Images a step.
+    """
+
+    title: str
+    config: str
+    shape: Tuple[int, int]
+    batch: int
+
+
+TASKS = {
+    'detection': Task('Mask R-CNN', 'detection/mask-rcnn_vmamba-t_fpn_1x_coco.py', (800, 1333), 2),
+    'segmentation': Task('UPerNet', 'segmentation/upernet_vmamba-t_160k_ade20k-512x512.py', (512, 512), 4),
+}
+
+
+class Result(NamedTuple):
+    """Median milliseconds of a step and the peak of the memory in MiB; None where there was not enough of it."""
+
+    task: Task
+    backbone: str
+    ms: Optional[float] = None
+    peak: Optional[float] = None
+
+
+def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.device, repeats: int) -> Result:
+    """Measures training steps; running out of memory is a result."""
+    settled_memory(device)
+    try:
+        model, optimizer = build(task, backbone, device)
+        batch = cycle(batches)
+
+        def step() -> None:
+            model.train_step(next(batch), optimizer)
+
+        for _ in range(warm_ups(device)):
+            step()
+        peak = peak_mib(lambda: [step() for _ in batches], device, 0) if device.type == 'cuda' else None
+        return Result(task, backbone, median_ms(step, device, repeats, 0), peak)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Result(task, backbone)
+
+
+def warm_ups(device: torch.device) -> int:
+    """Steps before the first measured one: as many as there are batches, for the memory of each to be known."""
+    return BATCHES if device.type == 'cuda' else 0
+
+
+def build(task: Task, backbone: str, device: torch.device) -> Tuple[BaseModel, OptimWrapper]:
+    """The model of the task's config with this backbone, and its optimizer."""
+    cfg = load_config(CONFIGS / task.config)
+    cfg.model.backbone = BACKBONES[backbone]
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = task.shape
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model = revert_sync_batchnorm(model).to(device).train()
+    settings = dict(cfg.optim_wrapper, constructor='DefaultOptimWrapperConstructor')
+    if device.type != 'cuda':
+        settings = dict(type='OptimWrapper', optimizer=settings['optimizer'])
+    return model, build_optim_wrapper(model, settings)
+
+
+def compose(task: Task, folder: Path) -> List[Any]:
+    """Batches of scenes of the task's size, as the task's library reads and packs them."""
+    write_part(folder, 'training', Composer('training', task.shape, range(10), seed=0), BATCHES * task.batch)
+    cfg = load_config(CONFIGS / task.config)
+    if cfg.default_scope == 'mmdet':
+        source = dict(
+            type='CocoDataset',
+            ann_file='annotations/instances_training.json',
+            data_prefix=dict(img='images/training/'),
+            metainfo=dict(classes=NAMES),
+        )
+        steps = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True), dict(type='PackDetInputs')]
+    else:
+        source = dict(
+            type='BaseSegDataset',
+            data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+            metainfo=dict(classes=(BACKGROUND, *NAMES)),
+            reduce_zero_label=True,
+        )
+        steps = [dict(type='LoadAnnotations', reduce_zero_label=True), dict(type='PackSegInputs')]
+    dataset = dict(source, data_root=str(folder), pipeline=[dict(type='LoadImageFromFile'), *steps])
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    return list(Runner.build_dataloader(dict(dataset=dataset, sampler=sampler, batch_size=task.batch, num_workers=0)))
+
+
+def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Result]:
+    """Measures every backbone in every task, under a progress bar."""
+    results = []
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            batches = compose(task, Path(folder))
+        for backbone in track(backbones, f'Training {task.title}'):
+            results.append(measure(task, backbone, batches, device, repeats))
+    return results
+
+
+def cells_of(results: Sequence[Result]) -> List[Sequence[str]]:
+    """The rows of the table, below the header."""
+    swin = {result.task: result.ms for result in results if result.backbone == 'swin_t'}
+    rows = [HEADER]
+    for task, backbone, ms, peak in results:
+        height, width = task.shape
+        ratio = ms and swin.get(task) and f'{swin[task] / ms:.2f}'
+        numbers = (ms and f'{1e3 * task.batch / ms:.2f}', ms and f'{ms:.0f}', peak and f'{peak:.0f}', ratio)
+        cells = [task.title, f'{width}x{height}', str(task.batch), backbone]
+        rows.append([*cells, *(number or ('' if ms else 'OOM') for number in numbers)])
+    return rows
+
+
+def write_docs(results: Sequence[Result], device: torch.device, repeats: int, command: str, path: Path) -> None:
+    """Writes the section of these figures, in the place of its old one."""
+    text = path.read_text() if path.is_file() else '# Benchmarks\n'
+    precision = 'bf16' if device.type == 'cuda' else 'fp32'
+    parts = (
+        '## Detection and segmentation',
+        f'- machine: {device_name(device)}\n- versions: {versions()}\n- command: `{command}`',
+        NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
+        markdown_table(cells_of(results), left=4),
+    )
+    path.write_text(replace_section(text, 'bench_mm', '\n\n'.join(parts)))
+
+
+def versions() -> str:
+    """The packages that matter, the maintained forks of OpenMMLab's by their import names."""
+    found = {'torch': torch.__version__, 'triton': triton_version(), 'timm': timm.__version__}
+    modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}
+    found.update((name, module.__version__) for name, module in modules.items())
+    return ', '.join(f'{name} {number}' for name, number in found.items())
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--tasks', nargs='+', choices=tuple(TASKS), default=tuple(TASKS))
+    parser.add_argument('--backbones', nargs='+', choices=tuple(BACKBONES), default=tuple(BACKBONES))
+    parser.add_argument('--shrink', type=int, default=1, help="divide the images' sides, for a try on a CPU")
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    parser.add_argument('--repeats', type=int, default=40, help='steps of which the median time is taken')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table')
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    for name in ('repeats', 'shrink'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    tasks = [TASKS[name] for name in args.tasks]
+    tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
+    MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
+    results = bench(tasks, args.backbones, args.device, args.repeats)
+    header, *rows = cells_of(results)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    table = Table(*header, title=f'Training steps, {device_name(args.device)}')
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if args.docs:
+        write_docs(results, args.device, args.repeats, command_of('bench_mm', argv, OUTPUTS), args.docs)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,84 @@
+"""Trains Mask R-CNN and UPerNet with vmamba_nano from scratch on scenes of real images, and tests and draws them.
+
+Makes data/scenes if it is not there; writes checkpoints, metrics and pictures. Exits with an error below the required
+box mAP, mask mAP and mIoU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+SCENES = Path('data/scenes')  # where the configs look for them
+
+
+class Training(NamedTuple):
+    """A config under configs/ and the least values of its metrics."""
+
+    config: str
+    required: Dict[str, float]
+
+
+TRAININGS = (
+    Training('detection/mask-rcnn_vmamba-nano_fpn_scenes.py', {'coco/bbox_mAP': 0.30, 'coco/segm_mAP': 0.30}),
+    Training('segmentation/upernet_vmamba-nano_scenes.py', {'mIoU': 50.0}),
+)
+
+
+def run(tool: str, *arguments: object) -> None:
+    """Runs one of the tools in a process of its own; its failure ends the demo."""
+    command = [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
+    status = subprocess.run(command).returncode
+    if status:
+        sys.exit(status)
+
+
+def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
+    """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
+    config, folder = ROOT / 'configs' / training.config, output / Path(training.config).parent
+    overrides = ['--cfg-options', *options] if options else []
+    run('mm_train.py', config, '--work-dir', folder, *overrides)
+    checkpoint = (folder / 'last_checkpoint').read_text()
+    metrics = folder / 'metrics.json'
+    drawing = ['--draw', folder / 'drawn', '--limit', 16]
+    run('mm_test.py', config, checkpoint, '--work-dir', folder, '--output', metrics, *drawing, *overrides)
+    return json.loads(metrics.read_text())
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, default=Path('demo-mm'), help='folder of the results')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='for both configs')
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    start = time.perf_counter()
+    if not SCENES.exists():
+        run('make_scenes.py', '--output', SCENES)
+    table = Table('config', 'metric', 'value', 'required', 'seconds', title='Scenes, trained from scratch')
+    low: List[str] = []
+    for training in TRAININGS:
+        begin = time.perf_counter()
+        metrics = train_and_test(training, args.output, args.cfg_options)
+        seconds = time.perf_counter() - begin
+        for name, required in training.required.items():
+            table.add_row(training.config, name, f'{metrics[name]:.3f}', f'{required:.2f}', f'{seconds:.0f}')
+            if not metrics[name] >= required:
+                low.append(f'{name} {metrics[name]:.3f} instead of {required:.2f}')
+    Console().print(table)
+    print(f'Done in {time.perf_counter() - start:.0f} s; results are in {args.output}/')
+    if low:
+        sys.exit(f'below what is required: {", ".join(low)}')
+
+
+if __name__ == '__main__':
+    main()

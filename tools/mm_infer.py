@@ -1,0 +1,90 @@
+"""Draws what a detector of mmdet or a segmentor of mmseg sees in an image: boxes and masks, or the segmentation.
+
+python tools/mm_infer.py image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+
+import torch
+from measure import pick_device
+from mm_errors import Problem, one_line_errors
+from mm_options import add_overrides
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from torch import nn
+
+
+def infer(args: argparse.Namespace) -> str:
+    """Writes the picture; returns what it shows."""
+    from mm_draw import draw  # here, so that a missing package is one line, too
+    from mm_runs import load_config
+    from mmengine.registry import VISUALIZERS
+
+    if not args.image.is_file():
+        raise Problem(f'there is no image {args.image}')
+    cfg = load_config(args.config, args.cfg_options)
+    model, sample = predict(cfg, args)
+    visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
+    visualizer.dataset_meta = model.dataset_meta
+    draw(visualizer, args.image, sample, args.output, args.threshold, truth=False)
+    return summary(sample, model.dataset_meta['classes'], args.threshold)
+
+
+def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
+    """The model with its weights, and what it predicts for the image."""
+    from mm_runs import load_weights, read_checkpoint
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import DATASETS, MODELS
+
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    load_weights(model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))
+    model.cfg = cfg
+    model.dataset_meta = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
+    model = model.to(args.device).eval()
+    if cfg.default_scope == 'mmdet':
+        from mmdet.apis import inference_detector as run
+    else:
+        from mmseg.apis import inference_model as run
+    return model, run(model, str(args.image))
+
+
+def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
+    """The detections by class and score, or the share of the image that each class takes."""
+    if 'pred_instances' in sample:
+        found = sample.pred_instances[sample.pred_instances.scores >= threshold]
+        names = [f'{classes[label]} {score:.2f}' for label, score in zip(found.labels, found.scores)]
+    else:
+        counts = (
+            torch.bincount(sample.pred_sem_seg.data.flatten(), minlength=len(classes))
+            / sample.pred_sem_seg.data.numel()
+        )
+        names = [f'{classes[i]} {counts[i]:.1%}' for i in counts.argsort(descending=True) if counts[i] > 0]
+    return ', '.join(names) or f'nothing with a score of at least {threshold}'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('image', type=Path)
+    parser.add_argument('--config', type=Path, required=True, help='config file of mmdet or mmseg')
+    parser.add_argument('--checkpoint', type=Path, required=True)
+    parser.add_argument('--output', type=Path, default=Path('drawn.png'), help='PNG to write')
+    parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    add_overrides(parser)
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors('mm_infer.py'):
+        shown = infer(args)
+        print(f'Wrote {args.output}: {shown}')
+
+
+if __name__ == '__main__':
+    main()

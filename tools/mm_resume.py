@@ -1,0 +1,110 @@
+"""Training that goes on after a kill as if nothing had happened.
+
+mmengine restores weights, optimizer, schedules and the order of the images, but not the random numbers: augmentation in
+the workers, drop path and the sampling of proposals. Here these depend on nothing but the seed and the number of the
+step, so that they need no restoring.
+"""
+
+import random
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import BatchSampler, Sampler
+
+_DATA, _STEP = range(2)  # what the random numbers are for
+
+
+def seed_everything(*key: int) -> None:
+    """Makes all random numbers of this process depend on the key alone."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SeededIndices(list):
+    """Indices of a batch's images: whoever loads them in turn draws random numbers that depend on the key alone."""
+
+    def __init__(self, indices: Sequence[int], key: Tuple[int, ...]) -> None:
+        super().__init__(indices)
+        self.key = key
+
+    def __iter__(self) -> Iterator[int]:
+        for position, index in enumerate(self[:]):
+            seed_everything(*self.key, position)
+            yield index
+
+    def __reduce__(self) -> Tuple[Any, ...]:  # list's own would iterate, in the process that sends the batch
+        return SeededIndices, (self[:], self.key)
+
+
+@DATA_SAMPLERS.register_module()
+class SeededBatches:
+    """A batch sampler whose batches carry the key of their random numbers.
+
+    Args:
+        sampler: Of the images.
+        batch_size: Images a batch.
+        seed: Of the training.
+        drop_last: Leave out an incomplete batch at the end of an epoch.
+        batches: Config of a batch sampler, for batches that are not just the sampler's images in turn.
+    """
+
+    def __init__(
+        self, sampler: Sampler, batch_size: int, seed: int, drop_last: bool = False, batches: Optional[dict] = None
+    ) -> None:
+        self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
+        args = dict(sampler=sampler, batch_size=batch_size)
+        self._batches = (
+            DATA_SAMPLERS.build(batches, default_args=args) if batches else BatchSampler(drop_last=drop_last, **args)
+        )
+        self._start = 0
+
+    def skip(self, count: int) -> None:
+        """Lets the next iteration begin behind so many batches."""
+        self._start = count
+
+    def __iter__(self) -> Iterator[List[int]]:
+        start, self._start = self._start, 0
+        epoch = getattr(self.sampler, 'epoch', 0)
+        for number, indices in enumerate(self._batches):
+            if number >= start:
+                yield SeededIndices(indices, (self.seed, get_rank(), _DATA, epoch, number))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+@HOOKS.register_module()
+class SeedHook(Hook):
+    """Seeds each step of the training by its number, and places the data of a resumed one behind what it has seen."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            loop.dataloader_iterator.skip_iter = loop.dataloader.batch_sampler.skip
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        seed_everything(runner.seed, get_rank(), _STEP, runner.iter)
+
+
+def make_resumable(cfg: Config) -> None:
+    """Makes the training of a config resumable to the bit: its seed, 0 if it has none, decides all random numbers."""
+    seed = cfg.get('randomness', {}).get('seed') or 0
+    cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
+    loader = cfg.train_dataloader
+    loader.batch_sampler = dict(
+        type='SeededBatches',
+        seed=seed,
+        drop_last=loader.pop('drop_last', False),
+        batches=loader.get('batch_sampler'),
+    )
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='SeedHook')]

@@ -1,0 +1,64 @@
+"""Tests a trained detector of mmdet or segmentor of mmseg: writes its metrics as JSON, and drawn predictions.
+
+python tools/mm_test.py CONFIG work_dirs/NAME/epoch_12.pth --output metrics.json --draw drawn
+torchrun --nproc-per-node 8 tools/mm_test.py CONFIG CHECKPOINT --launcher pytorch
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+from mm_errors import Problem, one_line_errors
+from mm_options import add_config_options
+
+
+def test(args: argparse.Namespace) -> Dict[str, Any]:
+    """The metrics of a checkpoint on the config's test data."""
+    from mm_runs import add_hook, build_runner, join_processes, load_config, set_work_dir  # reports a missing package
+
+    cfg = load_config(args.config, args.cfg_options)
+    set_work_dir(cfg, args.config, args.work_dir)
+    if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
+        raise Problem(f'{args.config} has no test_dataloader or no test_evaluator')
+    cfg.load_from, cfg.resume = str(args.checkpoint), False
+    join_processes(cfg, args.launcher)
+    if args.draw:
+        import mm_draw  # noqa: F401 - registers the hook
+
+        add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
+    return build_runner(cfg).test()
+
+
+def write_metrics(metrics: Dict[str, Any], path: Path) -> None:
+    """Writes numbers as JSON, by their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: float(value) for name, value in metrics.items()}, indent=2) + '\n')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_options(parser)
+    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('--work-dir', type=Path, help='folder of logs; default: work_dirs/CONFIG')
+    parser.add_argument('--output', type=Path, default=Path('metrics.json'), help='JSON file of the metrics')
+    parser.add_argument('--draw', type=Path, metavar='FOLDER', help='draw predictions as FOLDER/IMAGE.png')
+    parser.add_argument('--limit', type=int, help='most images to draw')
+    parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors('mm_test.py'):
+        from mmengine.dist import is_main_process
+
+        metrics = test(args)
+        if is_main_process():
+            write_metrics(metrics, args.output)
+            print(f'Wrote {args.output}: {", ".join(f"{name} {value:.4g}" for name, value in metrics.items())}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,127 @@
+"""Trains a detector of mmdet or a segmentor of mmseg from its config, on a CPU, a GPU or, under torchrun, several.
+
+    python tools/mm_train.py configs/detection/mask_rcnn_vmamba_t_fpn_1x_coco.py --amp
+    python tools/mm_train.py configs/detection/mask_rcnn_vmamba_t_fpn_1x_coco.py --amp --resume
+    torchrun --nproc-per-node 8 tools/mm_train.py CONFIG --launcher pytorch --amp --auto-scale-lr
+
+A killed training goes on with --resume behind its last checkpoint, and ends with the weights that it would have had.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
+
+import torch
+from mm_errors import Problem, one_line_errors
+from mm_options import add_config_options
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+FSDP_STRATEGY: Dict[str, Any] = dict(
+    type='FSDPStrategy',
+    state_dict_cfg='full',
+    model_wrapper=dict(
+        use_orig_params=True,
+        auto_wrap_policy=dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=1_000_000),
+    ),
+)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Runs the training that the options describe."""
+    from mm_resume import make_resumable  # here, so that a missing package is one line, too
+    from mm_runs import build_runner, join_processes, load_config, set_work_dir
+
+    cfg = load_config(args.config, args.cfg_options)
+    set_work_dir(cfg, args.config, args.work_dir)
+    join_processes(cfg, args.launcher)
+    if args.tensorboard:
+        add_tensorboard(cfg)
+    set_precision(cfg, args.amp)
+    if args.auto_scale_lr:
+        scale_lr(cfg, args.config)
+    if args.fsdp:
+        use_fsdp(cfg)
+    if args.resume:
+        cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
+    make_resumable(cfg)
+    build_runner(cfg).train()
+
+
+def use_fsdp(cfg: 'Config') -> None:
+    """Shards weights, gradients and optimizer over the processes; its checkpoints hold the whole of them."""
+    if not torch.cuda.is_available():
+        raise Problem("PyTorch's FSDP needs GPUs, and there is none; without --fsdp the processes keep whole copies")
+    cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
+
+
+def add_tensorboard(cfg: 'Config') -> None:
+    """Lets the config's visualizer write TensorBoard's files, beside what it writes anyway."""
+    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
+    if all(backend['type'] != 'TensorboardVisBackend' for backend in backends):
+        backends = [*backends, dict(type='TensorboardVisBackend')]
+    cfg.visualizer.vis_backends = backends
+
+
+def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
+    """bfloat16 where it is safe, or fp32 all through, or what the config says.
+
+    Raises:
+        Problem: If there is no GPU for the lower precision.
+    """
+    wrapper = cfg.optim_wrapper
+    if amp:  # bfloat16 has fp32's range, so that losses need no scaling
+        wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    elif amp is False:
+        cfg.optim_wrapper = {key: value for key, value in wrapper.items() if key not in ('dtype', 'loss_scale')}
+        cfg.optim_wrapper.type = 'OptimWrapper'
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        raise Problem('mixed precision needs a GPU, and PyTorch finds none; --no-amp trains in fp32')
+
+
+def scale_lr(cfg: 'Config', path: Path) -> None:
+    """The learning rate in proportion to the images a step, against those that the config's rate is for."""
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise Problem(f'{path} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+    cfg.auto_scale_lr.enable = True
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_config_options(parser)
+    parser.add_argument('--work-dir', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const=True,
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, by default the last in the work folder, if there is one',
+    )
+    parser.add_argument(
+        '--amp',
+        action=argparse.BooleanOptionalAction,
+        help="automatic mixed precision with bfloat16, or fp32; default: the config's",
+    )
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
+    )
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    parser.add_argument('--fsdp', action='store_true', help='shard weights and optimizer over the processes')
+    parser.add_argument(
+        '--tensorboard', action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files"
+    )
+    args = parser.parse_args(argv)
+    if args.fsdp and args.launcher == 'none':
+        parser.error('--fsdp shards over processes: run it under torchrun with --launcher pytorch')
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors('mm_train.py'):
+        train(args)
+
+
+if __name__ == '__main__':
+    main()
