@@ -1,7 +1,7 @@
 """Trains a detector of mmdet or a segmentor of mmseg from its config, on a CPU, a GPU or, under torchrun, several.
 
-    python tools/mm_train.py configs/detection/mask_rcnn_vmamba_t_fpn_1x_coco.py --amp
-    python tools/mm_train.py configs/detection/mask_rcnn_vmamba_t_fpn_1x_coco.py --amp --resume
+    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --amp
+    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --amp --resume
     torchrun --nproc-per-node 8 tools/mm_train.py CONFIG --launcher pytorch --amp --auto-scale-lr
 
 A killed training goes on with --resume behind its last checkpoint, and ends with the weights that it would have had.
