@@ -17,6 +17,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 SCENES = Path('data/scenes')  # where the configs look for them
+WITHOUT_VALIDATION = ('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')  # the test comes right after
 
 
 class Training(NamedTuple):
@@ -44,7 +45,7 @@ def train_and_test(training: Training, output: Path, options: Sequence[str]) -> 
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
     config, folder = ROOT / 'configs' / training.config, output / Path(training.config).parent
     overrides = ['--cfg-options', *options] if options else []
-    run('mm_train.py', config, '--work-dir', folder, *overrides)
+    run('mm_train.py', config, '--work-dir', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
     checkpoint = (folder / 'last_checkpoint').read_text()
     metrics = folder / 'metrics.json'
     drawing = ['--draw', folder / 'drawn', '--limit', 16]
