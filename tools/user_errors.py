@@ -1,0 +1,26 @@
+"""Errors that a person can mend: one line that says what is wrong and the way out, exit code 2, no traceback."""
+
+import sys
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Iterable, Iterator
+
+
+class UserError(Exception):
+    """Something in what the person asked for; the message names the offending value and the way out."""
+
+
+@contextmanager
+def one_line_errors(tool: str) -> Iterator[None]:
+    """Ends the process with code 2 and one line on a UserError, for the tool of this name."""
+    try:
+        yield
+    except UserError as error:
+        print(f'{tool}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean a or b?', or nothing if no known name is near."""
+    found = get_close_matches(name, list(known), n=3)
+    return f'; did you mean {" or ".join(found)}?' if found else ''
