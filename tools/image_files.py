@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
@@ -50,6 +51,26 @@ def read_image(path: Path, mode: str = 'RGB') -> Image.Image:
     """Decodes an image wholly."""
     with Image.open(path) as image:
         return image.convert(mode)
+
+
+def read_pixels(path: Path, mode: str) -> np.ndarray:
+    """Bytes [H, W, C] of an image of any size, memory-mapped if it is an .npy file of such bytes.
+
+    Raises:
+        UserError: If an .npy file holds something else.
+    """
+    chans = len(mode)  # L or RGB
+    if path.suffix != '.npy':
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large images are what this is for
+        try:
+            pixels = np.asarray(read_image(path, mode))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = np.load(path, mmap_mode='r')
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != chans:
+        raise UserError(f'{path} must hold bytes [H, W, {chans}], got {pixels.dtype} {list(pixels.shape)}')
+    return pixels
 
 
 def image_mode(config: Dict[str, Any]) -> str:

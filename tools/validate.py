@@ -29,7 +29,17 @@ from rich.table import Table
 from torch import nn
 from user_errors import UserError, one_line_errors
 from validate_figure import plot_resolutions
-from weights import SPEC_HELP, Spec, add_model_options, at_size, data_config, load_model, own_size, parse_spec
+from weights import (
+    SPEC_HELP,
+    Spec,
+    add_model_options,
+    amp_dtype,
+    at_size,
+    data_config,
+    load_model,
+    own_size,
+    parse_spec,
+)
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal
@@ -98,8 +108,9 @@ def accuracies(predictions: np.ndarray, labels: Sequence[FrozenSet[int]]) -> tup
 def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Row]:
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
+    classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
     for spec in args.models:
-        model = load_model(spec, args)
+        model = load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(
                 f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
@@ -225,6 +236,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
     parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
     parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument('--num-classes', type=int, help="default: those of the checkpoint's classifier")
     parser.add_argument('--img-size', nargs='+', type=int, help="sides of the images; default: the model's own")
     parser.add_argument(
         '--real-labels', nargs='?', type=Path, const=False, help="score by ReaL's labels, of FILE or of timm's copy"
@@ -236,7 +248,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add_model_options(parser)
     args = parser.parse_args(argv)
     args.device = pick_device(args.device).type
-    args.amp_dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
+    args.amp_dtype = amp_dtype(args)
     return args
 
 

@@ -2,8 +2,7 @@
 
 import argparse
 import copy
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
@@ -48,7 +47,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
     group.add_argument('--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model')
-    group.add_argument('--num-classes', type=int, help="default: those of the checkpoint's classifier")
     group.add_argument('--seed', type=int, default=0, help='of untrained weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
     group.add_argument('--std', type=float, nargs='+', help="default: the model's own")
@@ -75,8 +73,6 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
     arguments = {**_model_args(args.model_args), **extra}
-    if args.num_classes is not None:
-        arguments['num_classes'] = args.num_classes
     torch.manual_seed(args.seed)
     try:
         return timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
@@ -163,13 +159,12 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
-def patch_layout(model: nn.Module) -> Tuple[int, int]:
-    """How images must be padded, as (side of a patch, distance of patches); (1, 1) where any size goes."""
-    return (model.embed.patch_size, model.embed.stride) if isinstance(model, Vim) else (1, 1)
+def any_size_args(name: str) -> Dict[str, Any]:
+    """Arguments with which a model takes images of any size, at each call another."""
+    is_vim = timm.models.is_model_in_modules(name.split('.')[0], ['vim'])
+    return {'dynamic_img_size': True} if is_vim else {}
 
 
-def existing(path: Path, what: str) -> Path:
-    """The path, which must exist."""
-    if not path.exists():
-        raise UserError(f'there is no {what} {path}')
-    return path
+def amp_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
+    """What autocast lowers to; None for no autocast."""
+    return None if args.dtype == 'float32' else getattr(torch, args.dtype)
