@@ -48,6 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from user_errors import UserError, one_line_errors
 from weights import (
     SPEC_HELP,
+    add_dtype_option,
     add_model_options,
     amp_dtype,
     any_size_args,
@@ -239,6 +240,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
     add_loader_options(parser)
     add_model_options(parser)
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
     args.native |= args.tile is not None
     if args.native and args.img_size:

@@ -135,7 +135,7 @@ def tiled_maps(
     beyond = patch - stride  # of an overlapping patch, into the next tile
     height, width = pixels.shape[:2]
     channels = [model.feature_info[i]['num_chs'] for i in wanted.indices]
-    sides = [[_steps(side, patch, reduction) for side in (height, width)] for reduction in wanted.reductions]
+    sides = [[steps(side, patch, reduction) for side in (height, width)] for reduction in wanted.reductions]
     out = {name: allocate(name, (c, *side)) for name, c, side in zip(wanted.names, channels, sides)}
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -154,6 +154,6 @@ def tiled_maps(
     return out
 
 
-def _steps(side: int, patch: int, reduction: int) -> int:
+def steps(side: int, patch: int, reduction: int) -> int:
     """Pixels of a map along this side of an image, rounded up."""
     return -(-max(side - patch, 0) // reduction) + 1 if patch > 1 else -(-side // reduction)

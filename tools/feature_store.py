@@ -46,7 +46,7 @@ class Store:
         if folder.exists() and not begun.is_file() and any(path != temporary for path in folder.iterdir()):
             raise UserError(f'{folder} holds something other than features: give another --output')
         if begun.is_file() and overwrite:
-            shutil.rmtree(folder)
+            _remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if begun.is_file():
             _check_same(json.loads(begun.read_text()), settings, folder)
@@ -126,6 +126,14 @@ def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -
     if different:
         pairs = ', '.join(f'{key} {begun.get(key)!r}, now {settings[key]!r}' for key in different)
         raise UserError(f'{folder} was begun with {pairs}: give another --output, or --overwrite to start anew')
+
+
+def _remove(folder: Path) -> None:
+    """Removes features, and nothing else that may lie beside them."""
+    names = json.loads((folder / 'settings.json').read_text()).get('features', [])
+    shutil.rmtree(folder / 'files', ignore_errors=True)
+    for name in ('index.csv', 'run.json', *(f'{name}.npy' for name in names), 'progress.npy', 'settings.json'):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _array(path: Path, dtype: np.dtype, shape: Sequence[int]) -> np.memmap:

@@ -32,6 +32,7 @@ from validate_figure import plot_resolutions
 from weights import (
     SPEC_HELP,
     Spec,
+    add_dtype_option,
     add_model_options,
     amp_dtype,
     at_size,
@@ -246,6 +247,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
     add_model_options(parser)
+    add_dtype_option(parser)
     args = parser.parse_args(argv)
     args.device = pick_device(args.device).type
     args.amp_dtype = amp_dtype(args)

@@ -54,9 +54,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--crop-pct', type=float, help="side of the crop over the resized side; default: the model's")
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'), help="default: the model's own")
     group.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    group.add_argument(
-        '--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32', help='the lower ones by autocast'
-    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the precision of a forward pass, which `amp_dtype` reads."""
+    names = 'float32', 'float16', 'bfloat16'
+    parser.add_argument('--dtype', choices=names, default='float32', help='the lower ones by autocast')
 
 
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:

@@ -180,7 +180,9 @@ def test_other_features_need_another_folder(digits, tmp_path, capsys):
     run(*common)
     message = failure(capsys, *common, '--img-size', 64)
     assert 'img_size 32, now 64' in message and '--overwrite' in message
+    (tmp_path / 'f' / 'notes.txt').write_text('precious')
     run(*common, '--img-size', 64, '--features', 'stages.0', '--overwrite')
+    assert (tmp_path / 'f' / 'notes.txt').exists()
     assert np.load(tmp_path / 'f' / 'stages.0.npy').shape == (20, 32, 16, 16)
     assert not (tmp_path / 'f' / 'pooled.npy').exists()
     (tmp_path / 'mine').mkdir()
