@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 def plot_receptive_fields(fields: Dict[str, Dict[str, Field]], title: str, path: Path) -> None:
     """A row of panels for each set of weights, a column for each map; every panel has a scale of its own."""
     columns = list(next(iter(fields.values())))
-    figure = Figure(figsize=(PANEL * len(columns), (PANEL + 0.4) * len(fields) + 0.4), layout='constrained')
+    figure = Figure(figsize=(PANEL * len(columns), (PANEL + 0.4) * len(fields) + 0.3), layout='constrained')
     panels = figure.subplots(len(fields), len(columns), squeeze=False)
     for row, (label, found) in zip(panels, fields.items()):
         for panel, name in zip(row, columns):
@@ -66,7 +66,7 @@ def plot_attention(
         path: Of the picture.
     """
     columns = [*routes, 'all']
-    figure = Figure(figsize=(PANEL * (len(columns) + 1), (PANEL + 0.3) * len(layers) + 0.4), layout='constrained')
+    figure = Figure(figsize=(PANEL * (len(columns) + 1), 0.85 * PANEL * len(layers) + 0.4), layout='constrained')
     panels = figure.subplots(len(layers), len(columns) + 1, squeeze=False)
     for row, layer in zip(panels, layers):
         row[0].imshow(image)
