@@ -24,7 +24,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from user_errors import UserError, one_line_errors
+from user_errors import UserError, one_line_errors, positive
 
 WIDTH = 120  # of the table where there is no terminal
 
@@ -156,10 +156,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('train', type=Path, help='features, as extract_features.py writes them')
     parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
     parser.add_argument('--features', nargs='+', help='names; default: all')
-    parser.add_argument('--neighbours', type=int, default=20)
+    parser.add_argument('--neighbours', type=positive, default=20)
     parser.add_argument('--C', type=float, nargs='+', default=[1.0], help='inverse regularisation of the linear probe')
-    parser.add_argument('--max-iter', type=int, default=1000, help='steps of the linear probe')
-    parser.add_argument('--folds', type=int, default=5)
+    parser.add_argument('--max-iter', type=positive, default=1000, help='steps of the linear probe')
+    parser.add_argument('--folds', type=positive, default=5)
     parser.add_argument('--seed', type=int, default=0, help='of the folds')
     parser.add_argument('--output', type=Path, help='CSV file; default: evaluation.csv in the folder of the features')
     return parser.parse_args(argv)

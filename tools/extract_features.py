@@ -45,7 +45,7 @@ from image_files import (
 from measure import device_name, pick_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from user_errors import UserError, one_line_errors
+from user_errors import UserError, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     add_dtype_option,
@@ -70,7 +70,7 @@ class Extraction:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
-        self.paths = find_images(args.images)
+        self.paths = find_images(args.images, arrays=args.native, without=args.output)
         anysize = any_size_args(args.model.name) if args.native else {}
         model = load_model(args.model, args, num_classes=0, **anysize)
         if args.native and model.pretrained_cfg.get('fixed_input_size', False) and not anysize:
@@ -233,9 +233,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to go on with')
     parser.add_argument('--format', choices=FORMATS, default='npy', help='npy: memory-mapped; others: a file an image')
     parser.add_argument('--save-dtype', choices=('float32', 'float16'), default='float32', help='of what is written')
-    parser.add_argument('--img-size', type=int, help="side of the images; default: the model's own")
+    parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
-    parser.add_argument('--tile', type=int, help='side of tiles, for images larger than memory; implies --native')
+    parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
     parser.add_argument('--overlap', type=int, default=256, help='pixels around a tile that are computed, too')
     parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
     add_loader_options(parser)

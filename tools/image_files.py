@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from timm.data import ImageDataset, create_loader
 from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
-from user_errors import UserError
+from user_errors import UserError, positive
 
 UNREADABLE = -1
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
@@ -103,7 +103,7 @@ def make_loader(samples: Sequence[Tuple[Path, int]], config: Dict[str, Any], arg
 
 def add_loader_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('images')
-    group.add_argument('--batch-size', type=int, default=64)
+    group.add_argument('--batch-size', type=positive, default=64)
     group.add_argument('--workers', type=int, default=4, help='processes that read images; 0 for none')
     group.add_argument(
         '--skip-unreadable', action='store_true', help='leave unreadable images out and name them, instead of stopping'
@@ -135,26 +135,30 @@ class Unreadable:
         return f'{len(self.paths)} unreadable image{"s" * (len(self.paths) > 1)} left out: {names}{more}'
 
 
-def find_images(source: Path) -> List[Path]:
+def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
     """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
 
-    Paths in a list are relative to the list's folder.
+    Args:
+        source: Folder, text file with paths relative to its own folder, or one image.
+        arrays: Take .npy files, too.
+        without: Folder below the source to leave out.
 
     Raises:
         UserError: If there is nothing of the kind.
     """
     if not source.exists():
         raise UserError(f'there is no folder or list of images {source}')
-    if source.is_file() and is_image(source):
+    if source.is_file() and _is_image(source, arrays):
         return [source]
     if source.is_file():
         paths = [source.parent / line.strip() for line in source.read_text().splitlines() if line.strip()]
     else:
-        paths = sorted((path for path in source.rglob('*') if is_image(path)), key=lambda path: natural_key(str(path)))
+        paths = [path for path in source.rglob('*') if _is_image(path, arrays)]
+        paths = sorted((path for path in paths if without not in path.parents), key=lambda path: natural_key(str(path)))
     if not paths:
-        raise UserError(f'{source} holds no images of the endings that timm knows (or .npy)')
+        raise UserError(f'{source} holds no images of the endings that timm knows{" (or .npy)" if arrays else ""}')
     return paths
 
 
-def is_image(path: Path) -> bool:
-    return (is_img_extension(path.suffix) or path.suffix == '.npy') and path.is_file()
+def _is_image(path: Path, arrays: bool) -> bool:
+    return (is_img_extension(path.suffix.lower()) or (arrays and path.suffix == '.npy')) and path.is_file()

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from user_errors import UserError, one_line_errors
+from user_errors import UserError, one_line_errors, positive
 from validate_figure import plot_resolutions
 from weights import (
     SPEC_HELP,
@@ -237,8 +237,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
     parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
     parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
-    parser.add_argument('--num-classes', type=int, help="default: those of the checkpoint's classifier")
-    parser.add_argument('--img-size', nargs='+', type=int, help="sides of the images; default: the model's own")
+    parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
+    parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
     parser.add_argument(
         '--real-labels', nargs='?', type=Path, const=False, help="score by ReaL's labels, of FILE or of timm's copy"
     )

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 from scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from torch import Tensor, nn
-from user_errors import UserError, nearest, one_line_errors
+from user_errors import UserError, nearest, one_line_errors, positive
 from view_figures import Layer, plot_attention, plot_receptive_fields
 from weights import SPEC_HELP, Spec, add_model_options, at_size, data_config, load_model, own_size, parse_spec
 
@@ -201,7 +201,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     erf.set_defaults(draw=draw_receptive_fields)
     erf.add_argument('images', type=Path, help='folder, list or file of images')
     erf.add_argument('--features', nargs='+', help='maps, such as stages.2 or blocks.11; default: of all depths')
-    erf.add_argument('--count', type=int, default=50, help='images to average over')
+    erf.add_argument('--count', type=positive, default=50, help='images to average over')
     attention = commands.add_parser('attention', help='the "attention" of the scans for a pixel')
     attention.set_defaults(draw=draw_attention)
     attention.add_argument('images', type=Path, metavar='image', help='an image')
@@ -214,7 +214,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     attention.add_argument('--gamma', type=float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
         command.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
-        command.add_argument('--img-size', type=int, help="side of the images; default: the model's own")
+        command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
         command.add_argument('--output', type=Path, default=Path('views'), help='folder of the pictures')
         add_loader_options(command)
         add_model_options(command)

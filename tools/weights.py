@@ -2,13 +2,14 @@
 
 import argparse
 import copy
+import math
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
 import yaml
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 from user_errors import UserError, nearest
 
 import vmamba  # noqa: F401
@@ -88,7 +89,10 @@ def _model_args(texts: List[str]) -> Dict[str, Any]:
     for key, sign, _ in pairs:
         if not sign:
             raise UserError(f'--model-args takes KEY=VALUE, got {key!r}')
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise UserError(f'--model-args: {error}') from error
 
 
 def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
@@ -102,18 +106,32 @@ def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
                 f'{spec.name} has no published weights: give a checkpoint, {spec.name}=FILE, or {spec.name}=untrained'
             )
         return {'pretrained': True, **arguments}
+    checkpoint = read_checkpoint(spec.weights)
+    arguments = {'num_classes': _classes_of(checkpoint), **_size_of(checkpoint, spec.name, arguments), **arguments}
     overlay: Dict[str, Any] = {'file': spec.weights}
-    classes = arguments.get('num_classes', _classes_of(spec.weights))
-    if classes:
-        overlay['num_classes'] = classes  # a classifier that does not fit is an error then, not a fresh one
-    return {'pretrained': True, 'pretrained_cfg_overlay': overlay, **arguments, 'num_classes': classes}
+    if arguments['num_classes']:
+        overlay['num_classes'] = arguments['num_classes']  # so that another classifier is an error, not made anew
+    return {'pretrained': True, 'pretrained_cfg_overlay': overlay, **arguments}
 
 
-def _classes_of(path: str) -> int:
+def _classes_of(checkpoint: Dict[str, Tensor]) -> int:
     """Classes of a checkpoint's classifier; 0 if it has none."""
-    weights = read_checkpoint(path)
-    found = [key for name in _CLASSIFIERS for key in weights if key == name or key.endswith(f'.{name}')]
-    return weights[found[0]].shape[0] if found else 0
+    found = [key for name in _CLASSIFIERS for key in checkpoint if key == name or key.endswith(f'.{name}')]
+    return checkpoint[found[0]].shape[0] if found else 0
+
+
+def _size_of(checkpoint: Dict[str, Tensor], name: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
+    """The image size of a checkpoint of Vim, so that no position embedding is resized before it need be."""
+    found = [value for key, value in checkpoint.items() if key.endswith('pos_embed')]
+    if not found or not is_vim(name):
+        return {}
+    side = math.isqrt(found[0].shape[1] - 1)
+    embed = timm.create_model(name, device='meta', **arguments).embed
+    return {'img_size': embed.patch_size + (side - 1) * embed.stride} if side**2 == found[0].shape[1] - 1 else {}
+
+
+def is_vim(name: str) -> bool:
+    return timm.models.is_model_in_modules(name.split('.')[0], [Vim.__module__.rpartition('.')[2]])
 
 
 def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] = None) -> Dict[str, Any]:
@@ -164,8 +182,7 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
 
 def any_size_args(name: str) -> Dict[str, Any]:
     """Arguments with which a model takes images of any size, at each call another."""
-    is_vim = timm.models.is_model_in_modules(name.split('.')[0], ['vim'])
-    return {'dynamic_img_size': True} if is_vim else {}
+    return {'dynamic_img_size': True} if is_vim(name) else {}
 
 
 def amp_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:

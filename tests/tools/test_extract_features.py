@@ -126,6 +126,23 @@ def test_tiles_of_a_memory_mapped_image_in_half_precision(tmp_path):
     assert isinstance(found, np.memmap) and (found.shape, found.dtype) == ((256, 3, 3), np.float16)
 
 
+def test_features_may_lie_among_the_images(tmp_path):
+    images = write_photographs(tmp_path / 'images')
+    for _ in range(2):
+        run(images, *NANO, '--features', 'stages.0', '--native', '--output', images / 'features')
+    assert len(read_index(images / 'features')) == 2
+
+
+def test_workers_read_the_images(photographs, tmp_path):
+    extract_features.main([str(photographs), *NANO, '--workers', '1', '--device', 'cpu', '--output', str(tmp_path)])
+    assert {row['state'] for row in read_index(tmp_path)} == {'done'}
+
+
+def test_an_output_that_is_a_file_is_one_line(photographs, tmp_path, capsys):
+    (tmp_path / 'file').write_text('precious')
+    assert 'file' in failure(capsys, photographs, *NANO, '--output', tmp_path / 'file')
+
+
 def test_a_list_of_images(photographs, tmp_path):
     (photographs / 'list.txt').write_text('deep/coffee.png\nastronaut.png\n')
     run(photographs / 'list.txt', *NANO, '--output', tmp_path)

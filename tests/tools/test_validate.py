@@ -77,6 +77,27 @@ def test_accuracy_against_resolution(digits, checkpoint, tmp_path, capsys):
     assert 'not measured' in capsys.readouterr().out
 
 
+def test_greyscale_models_and_other_preprocessing(digits, tmp_path):
+    options = '--model-args', 'in_chans=1', 'depths=[1,1,1,1]', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
+    run(digits, '--models', 'vmamba_nano=untrained', *options, '--crop-pct', 0.875, '--output', tmp_path)
+    (row,) = read(tmp_path)
+    assert (row['images'], row['crop_pct'], row['img_size']) == ('30', '0.875', '32')
+
+
+def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
+    import weights
+
+    torch.manual_seed(0)
+    trained = timm.create_model('vim_nano', img_size=64, num_classes=10)
+    torch.save(trained.state_dict(), tmp_path / 'vim.pth')
+    spec = weights.parse_spec(f'vim_nano={tmp_path / "vim.pth"}')
+    model = weights.load_model(spec, validate.parse_args(['.', '--models', str(spec)]))
+    assert weights.own_size(model) == 64 and model.num_classes == 10
+    assert torch.equal(model.embed.pos_embed, trained.embed.pos_embed)
+    larger = weights.at_size(model, 96)
+    assert larger.embed.img_size == (96, 96) and model.embed.img_size == (64, 64)
+
+
 def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypatch, capsys):
     published = {'vmamba_nano': validate.published('vim_s', 224, 1000)}
     monkeypatch.setattr('published.PUBLISHED', published)
@@ -153,11 +174,15 @@ def test_an_empty_class_folder_is_named_and_keeps_its_index(tmp_path, capsys):
         (['.', '--models', 'vmamba_nano=untrained', '--real-labels'], 'has no real labels: names must be ILSVRC2012'),
         (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'absent'], 'there is no class map absent'),
         (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depths'], 'takes KEY=VALUE'),
+        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depth=3'], "unexpected keyword argument 'depth'"),
+        (['.', '--models', 'vmamba_nano=README', '--num-classes', '10'], 'README is not a readable checkpoint'),
     ],
 )
 def test_failures_are_one_line(digits, checkpoint, tmp_path, capsys, arguments, message):
     replaced = {'.': str(digits)}
+    (tmp_path / 'README').write_text('no weights')
     arguments = [replaced.get(text, text).replace('FILE', str(checkpoint)) for text in arguments]
+    arguments = [text.replace('README', str(tmp_path / 'README')) for text in arguments]
     assert message in failure(capsys, *arguments, '--output', tmp_path)
 
 
