@@ -81,7 +81,8 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     try:
         return timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
     except _EXPECTED as error:
-        raise UserError(f'{spec}: {error}') from error
+        local = '' if spec.weights else f'; for this tool: {spec}=FILE'
+        raise UserError(f'{spec}: {error}{local}') from error
 
 
 def _model_args(texts: List[str]) -> Dict[str, Any]:
