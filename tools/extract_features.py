@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+import feature_store
 import numpy as np
 import timm
 import torch
-import feature_store
 from feature_maps import (
     POOLED,
     check_tiles,
