@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import feature_store
 import numpy as np
@@ -88,12 +88,13 @@ class Extraction:
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
         """What the features are of."""
-        args, keys = self.args, ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+        args = self.args
+        keys = ('mean', 'std') if args.native else ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
         listing = '\n'.join(map(str, self.paths)).encode()
         weights = Path(args.model.weights)
         return {
             'model': str(args.model),
-            'weights_bytes': weights.stat().st_size if weights.is_file() else None,
+            'weights_sha256': hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
             'features': self.wanted.all_names(),
             'norm': args.norm,
             'img_size': size or 'native',
@@ -104,7 +105,7 @@ class Extraction:
             'save_dtype': args.save_dtype,
             'model_args': args.model_args,
             'seed': args.seed if args.model.weights == 'untrained' else None,
-            **({} if args.native else {key: self.config[key] for key in keys}),
+            **{key: self.config[key] for key in keys},
             'images': len(self.paths),
             'images_sha256': hashlib.sha256(listing).hexdigest(),
         }
@@ -128,11 +129,14 @@ class Extraction:
                 task = progress.add_task('', total=len(self.paths), completed=done)
                 for count in self._native(todo) if self.args.native else self._batches(todo):
                     progress.advance(task, count)
+        except torch.OutOfMemoryError as error:
+            way_out = '--tile, or a smaller one' if self.args.native else 'a smaller --batch-size'
+            raise UserError(f'out of memory on {self.args.device}: {way_out} goes on with the rest') from error
         finally:
             self.store.write_index(labels)
         self._report(len(todo) - len(self.unreadable.paths), time.perf_counter() - start)
 
-    def _batches(self, todo: List[int]):
+    def _batches(self, todo: List[int]) -> Iterator[int]:
         """Images of one size, in batches; yields how many each had."""
         if not todo:
             return
@@ -148,7 +152,7 @@ class Extraction:
                 self.pixels += int(readable.sum()) * images.shape[-1] * images.shape[-2]
             yield len(rows)
 
-    def _native(self, todo: List[int]):
+    def _native(self, todo: List[int]) -> Iterator[int]:
         """Images one after another, at their own sizes; yields 1 for each."""
         for row in todo:
             try:

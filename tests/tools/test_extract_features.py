@@ -143,6 +143,15 @@ def test_an_output_that_is_a_file_is_one_line(photographs, tmp_path, capsys):
     assert 'file' in failure(capsys, photographs, *NANO, '--output', tmp_path / 'file')
 
 
+def test_running_out_of_memory_names_the_way_out(photographs, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(extract_features, 'extract', fail)
+    for options, way_out in (((), '--batch-size'), (('--native',), '--tile')):
+        assert way_out in failure(capsys, photographs, *NANO, *options, '--output', tmp_path / f'f{len(options)}')
+
+
 def test_a_list_of_images(photographs, tmp_path):
     (photographs / 'list.txt').write_text('deep/coffee.png\nastronaut.png\n')
     run(photographs / 'list.txt', *NANO, '--output', tmp_path)
