@@ -1,0 +1,34 @@
+"""Tiny folders of real images for the tests of the tools."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_digits
+
+
+def write_digits(root: Path, per_class: int, classes: int = 10, start: int = 0) -> Path:
+    """scikit-learn's digits as 32x32 PNG files, root/CLASS/00.png."""
+    images, labels = load_digits(return_X_y=True)
+    for label in range(classes):
+        folder = root / str(label)
+        folder.mkdir(parents=True)
+        for i, pixels in enumerate(images[labels == label][start : start + per_class]):
+            image = Image.fromarray((pixels.reshape(8, 8) * 255 / 16).astype(np.uint8))
+            image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f'{i:02d}.png')
+    return root
+
+
+def write_photographs(root: Path, height: int = 70, width: int = 100) -> Path:
+    """Two photographs of scikit-image of different sizes, root/astronaut.png and root/deep/coffee.png."""
+    (root / 'deep').mkdir(parents=True)
+    Image.fromarray(data.astronaut()).resize((width, height)).save(root / 'astronaut.png')
+    Image.fromarray(data.coffee()).resize((height, width)).save(root / 'deep' / 'coffee.png')
+    return root
+
+
+def truncate(path: Path) -> Path:
+    """Cuts an image file in the middle."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path

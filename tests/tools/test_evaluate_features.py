@@ -1,0 +1,71 @@
+import csv
+
+import evaluate_features
+import extract_features
+import pytest
+from folders import write_digits, write_photographs
+
+
+@pytest.fixture(scope='module')
+def features(tmp_path_factory):
+    """Pooled features and maps of 120 digits to learn from and 60 others."""
+    folder = tmp_path_factory.mktemp('features')
+    options = ['--model', 'vmamba_nano=untrained', '--features', 'pooled', 'stages.0', '--workers', '0']
+    for name, count, start in (('train', 12, 0), ('test', 6, 12)):
+        images = write_digits(folder / f'images_{name}', count, start=start)
+        extract_features.main([str(images), *options, '--output', str(folder / name), '--device', 'cpu'])
+    return folder
+
+
+def run(*arguments):
+    evaluate_features.main([str(argument) for argument in arguments])
+
+
+def read(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_held_out_images(features, tmp_path, capsys):
+    common = features / 'train', '--test', features / 'test', '--output', tmp_path / 'e.csv'
+    run(*common, '--neighbours', 5, '--C', 0.1, 1)
+    rows = read(tmp_path / 'e.csv')
+    assert [(row['feature'], row['classifier']) for row in rows] == [
+        (feature, classifier) for feature in ('pooled', 'stages.0') for classifier in ('5-NN', 'linear probe')
+    ]
+    for row in rows:
+        assert (row['train_images'], row['test_images'], row['classes'], row['spread']) == ('120', '60', '10', '')
+        assert float(row['accuracy']) > 30  # chance is 10; the weights are random
+    assert 'linear probe' in capsys.readouterr().out
+
+
+def test_cross_validation(features, capsys):
+    run(features / 'train', '--features', 'pooled', '--folds', 3, '--neighbours', 5)
+    rows = read(features / 'train' / 'evaluation.csv')
+    assert [(row['folds'], row['dim']) for row in rows] == [('3', '256')] * 2
+    assert '(3 folds)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['absent'], 'absent holds no features (no index.csv)'),
+        (['train', '--features', 'stages.1'], "no feature 'stages.1'; it has pooled, stages.0"),
+        (['train', '--folds', '13'], "class '0' has 12 images, fewer than the 13 folds"),
+        (['train', '--neighbours', '97'], '--neighbours 97 is more than the 96 images'),
+    ],
+)
+def test_failures_are_one_line(features, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(features)
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and message in printed and printed.count('\n') == 1
+
+
+def test_images_without_class_folders(tmp_path, capsys):
+    write_photographs(tmp_path / 'images')
+    options = ['--model', 'vmamba_nano=untrained', '--output', str(tmp_path / 'f'), '--workers', '0', '--device', 'cpu']
+    extract_features.main([str(tmp_path / 'images'), *options])
+    with pytest.raises(SystemExit):
+        run(tmp_path / 'f')
+    assert 'astronaut.png lies in no class folder' in capsys.readouterr().err

@@ -1,0 +1,193 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import validate
+from folders import truncate, write_digits
+
+TOOL = Path(validate.__file__)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """Ten class folders of three digits each."""
+    return write_digits(tmp_path_factory.mktemp('digits') / 'val', per_class=3)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """The weights of a fresh vmamba_nano of ten classes."""
+    path = tmp_path_factory.mktemp('checkpoint') / 'digits.pth'
+    torch.manual_seed(0)
+    torch.save({'model': timm.create_model('vmamba_nano', num_classes=10).state_dict()}, path)
+    return path
+
+
+def run(*arguments):
+    validate.main([*map(str, arguments), '--workers', '0', '--device', 'cpu'])
+
+
+def read(folder):
+    return list(csv.DictReader((folder / 'validate.csv').open()))
+
+
+def failure(capsys, *arguments):
+    """The message of a call that ends with code 2 and one line."""
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith('validate.py: error: ') and message.count('\n') == 1
+    return message
+
+
+def expected_accuracy(checkpoint, digits, size):
+    """Top-1 by hand, of images preprocessed by timm's transform."""
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    overlay = dict(file=str(checkpoint), num_classes=10)
+    model = timm.create_model('vmamba_nano', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10).eval()
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    transform = create_transform(**{**config, 'input_size': (3, size, size)})
+    paths = sorted(digits.rglob('*.png'))
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(Image.open(path).convert('RGB')) for path in paths]))
+    right = logits.topk(5).indices == torch.tensor([int(path.parent.name) for path in paths])[:, None]
+    return 100 * right[:, 0].float().mean().item(), 100 * right.any(1).float().mean().item()
+
+
+def test_accuracy_against_resolution(digits, checkpoint, tmp_path, capsys):
+    models = f'vmamba_nano={checkpoint}', 'vim_nano=untrained'
+    run(digits, '--models', *models, '--num-classes', 10, '--img-size', 32, 48, '--output', tmp_path)
+    rows = read(tmp_path)
+    assert [(row['model'], row['img_size']) for row in rows] == [
+        (model, size) for model in ('vmamba_nano', 'vim_nano') for size in ('32', '48')
+    ]
+    for row, size in zip(rows, (32, 48)):
+        expected = expected_accuracy(checkpoint, digits, size)
+        assert (float(row['top1']), float(row['top5'])) == pytest.approx(expected)
+        assert (row['images'], row['unreadable'], row['published_top1']) == ('30', '0', '')
+    assert (tmp_path / 'validate.png').read_bytes().startswith(b'\x89PNG')
+    assert 'not measured' in capsys.readouterr().out
+
+
+def test_greyscale_models_and_other_preprocessing(digits, tmp_path):
+    options = '--model-args', 'in_chans=1', 'depths=[1,1,1,1]', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
+    run(digits, '--models', 'vmamba_nano=untrained', *options, '--crop-pct', 0.875, '--output', tmp_path)
+    (row,) = read(tmp_path)
+    assert (row['images'], row['crop_pct'], row['img_size']) == ('30', '0.875', '32')
+
+
+def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
+    import weights
+
+    torch.manual_seed(0)
+    trained = timm.create_model('vim_nano', img_size=64, num_classes=10)
+    torch.save(trained.state_dict(), tmp_path / 'vim.pth')
+    spec = weights.parse_spec(f'vim_nano={tmp_path / "vim.pth"}')
+    model = weights.load_model(spec, validate.parse_args(['.', '--models', str(spec)]))
+    assert weights.own_size(model) == 64 and model.num_classes == 10
+    assert torch.equal(model.embed.pos_embed, trained.embed.pos_embed)
+    larger = weights.at_size(model, 96)
+    assert larger.embed.img_size == (96, 96) and model.embed.img_size == (64, 64)
+
+
+def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypatch, capsys):
+    published = {'vmamba_nano': validate.published('vim_s', 224, 1000)}
+    monkeypatch.setattr('published.PUBLISHED', published)
+    monkeypatch.setattr('published.SIZE', 32)
+    run(digits, '--models', 'vmamba_nano=untrained', '--img-size', 32, 36, '--output', tmp_path)
+    first, second = read(tmp_path)
+    assert (first['published_top1'], first['published_top5']) == ('80.5', '95.1')
+    assert second['published_top1'] == ''
+    assert '80.50' in capsys.readouterr().out
+
+
+def test_folders_are_imagenets_synsets_or_numbers():
+    from labelled_folders import Folder, class_indices
+
+    assert class_indices(Folder('v2', [], ['0', '2', '10'], []), 1000) == [0, 2, 10]
+    assert class_indices(Folder('few', [], ['n01440764', 'n01443537'], []), 1000) == [0, 1]
+    assert class_indices(Folder('mapped', [], ['b', 'a'], []), 7, {'a': 0, 'b': 5}) == [5, 0]
+
+
+def test_real_labels(tmp_path):
+    images = write_digits(tmp_path / 'val', per_class=2, classes=2)
+    for number, path in enumerate(sorted(images.rglob('*.png')), start=1):
+        path.rename(path.with_name(f'ILSVRC2012_val_{number:08d}.png'))
+    (tmp_path / 'real.json').write_text(json.dumps([list(range(1000)), [], list(range(1000)), []]))
+    common = images, '--models', 'vmamba_nano=untrained', '--output', tmp_path
+    run(*common, '--real-labels', tmp_path / 'real.json')
+    (row,) = read(tmp_path)
+    assert (row['images'], row['top1'], row['labels']) == ('2', '100.0', 'real')
+    run(*common, '--real-labels')  # timm's copy
+    assert read(tmp_path)[0]['labels'] == 'real'
+
+
+def test_corruptions(tmp_path, capsys):
+    for severity in ('1', '5'):
+        write_digits(tmp_path / 'c' / 'blur' / 'defocus_blur' / severity, per_class=1, classes=2)
+    write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
+    run(tmp_path / 'c', '--models', 'vmamba_nano=untrained', '--imagenet-c', '--output', tmp_path)
+    assert {row['data'] for row in read(tmp_path)} == {'blur/defocus_blur/1', 'blur/defocus_blur/5', 'fog/3'}
+    printed = capsys.readouterr().out
+    assert 'defocus_blur' in printed and 'mean of 2' in printed
+
+
+def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
+    images = write_digits(tmp_path / 'val', per_class=2, classes=3)
+    broken = truncate(images / '1' / '01.png')
+    (images / '2' / '00.png').write_text('no image')
+    common = images, '--models', 'vmamba_nano=untrained', '--output', tmp_path
+    message = failure(capsys, *common)
+    assert str(broken) in message and '--skip-unreadable' in message
+    run(*common, '--skip-unreadable')
+    assert '2 unreadable images left out' in capsys.readouterr().out
+    assert (read(tmp_path)[0]['images'], read(tmp_path)[0]['unreadable']) == ('4', '2')
+
+
+def test_an_empty_class_folder_is_named_and_keeps_its_index(tmp_path, capsys):
+    images = write_digits(tmp_path / 'val', per_class=1, classes=3)
+    (images / '1' / '00.png').unlink()
+    run(images, '--models', 'vmamba_nano=untrained', '--num-classes', 3, '--output', tmp_path)
+    assert 'val: 1 class folders without images: 1' in capsys.readouterr().out
+    assert read(tmp_path)[0]['images'] == '2'
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['absent', '--models', 'vmamba_nano=untrained'], 'there is no folder absent'),
+        (['.', '--models', 'vmamba_nan=untrained'], "unknown model 'vmamba_nan'; did you mean vmamba_nano"),
+        (['.', '--models', 'vmamba_nano'], 'vmamba_nano has no published weights: give a checkpoint'),
+        (['.', '--models', 'vmamba_nano=absent.pth'], 'there is no checkpoint file absent.pth'),
+        (['.', '--models', 'vmamba_nano=untrained', '--num-classes', '7'], 'has 10 class folders, but the model has 7'),
+        (['.', '--models', 'vmamba_nano=FILE', '--num-classes', '7'], 'head.fc.weight (10, 256) instead of (7, 256)'),
+        (['.', '--models', 'vim_nano=untrained', '--num-classes', '10', '--img-size', '33'], '--img-size 33: image si'),
+        (['.', '--models', 'vmamba_nano=untrained', '--imagenet-c'], 'has no folders CORRUPTION/SEVERITY'),
+        (['.', '--models', 'vmamba_nano=untrained', '--real-labels'], 'has no real labels: names must be ILSVRC2012'),
+        (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'absent'], 'there is no class map absent'),
+        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depths'], 'takes KEY=VALUE'),
+        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depth=3'], "unexpected keyword argument 'depth'"),
+        (['.', '--models', 'vmamba_nano=README', '--num-classes', '10'], 'README is not a readable checkpoint'),
+    ],
+)
+def test_failures_are_one_line(digits, checkpoint, tmp_path, capsys, arguments, message):
+    replaced = {'.': str(digits)}
+    (tmp_path / 'README').write_text('no weights')
+    arguments = [replaced.get(text, text).replace('FILE', str(checkpoint)) for text in arguments]
+    arguments = [text.replace('README', str(tmp_path / 'README')) for text in arguments]
+    assert message in failure(capsys, *arguments, '--output', tmp_path)
+
+
+def test_the_script_ends_without_a_traceback(tmp_path):
+    command = [sys.executable, TOOL, tmp_path / 'absent', '--models', 'vmamba_nano=untrained']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f'validate.py: error: there is no folder {tmp_path / "absent"}\n'

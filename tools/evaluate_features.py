@@ -1,0 +1,179 @@
+"""How well features tell classes apart: nearest neighbours and a linear probe, by scikit-learn.
+
+The classes are the class folders of the images. With --test the classifiers are fitted to the first features and tested
+on those; without, by stratified cross-validation. Maps are averaged over their pixels. Writes a CSV file.
+
+    python tools/evaluate_features.py features/train --test features/val
+    python tools/evaluate_features.py features/ --features pooled stages.2 --neighbours 10
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from feature_store import read_features, read_index
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.base import ClassifierMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from user_errors import UserError, one_line_errors, positive
+
+WIDTH = 120  # of the table where there is no terminal
+
+Labelled = Tuple[np.ndarray, np.ndarray]  # features [n, d] and classes [n]
+
+
+class Row(NamedTuple):
+    """One line of the CSV file; accuracies in %, spread is the standard deviation over the folds."""
+
+    feature: str
+    classifier: str
+    accuracy: float
+    spread: Optional[float]
+    folds: Optional[int]
+    train_images: int
+    test_images: int
+    classes: int
+    dim: int
+
+
+def load(folder: Path, name: str) -> Labelled:
+    """The features of all images that are done, and the names of their class folders.
+
+    Raises:
+        UserError: If there are none, or images lie outside of class folders.
+    """
+    index = [row for row in read_index(folder) if row['state'] == 'done']
+    if not index:
+        raise UserError(f'{folder} holds no finished features')
+    outside = [row['image'] for row in index if not row['label']]
+    if outside:
+        raise UserError(f'{folder}: {outside[0]} lies in no class folder, so that it has no class')
+    features = read_features(folder, name, [int(row['row']) for row in index])
+    vectors = np.stack([f if f.ndim == 1 else f.mean(axis=(-2, -1), dtype=np.float32) for f in features])
+    return vectors.astype(np.float32), np.array([row['label'] for row in index])
+
+
+def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
+    """Nearest neighbours by cosine distance, and logistic regression on standardised features.
+
+    Of several C, the inverse of the regularisation, cross-validation on the training images chooses one.
+    """
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=args.C[0], max_iter=args.max_iter))
+    if len(args.C) > 1:
+        probe = GridSearchCV(probe, {'logisticregression__C': args.C}, cv=3)
+    knn = KNeighborsClassifier(args.neighbours, metric='cosine', weights='distance')
+    return {f'{args.neighbours}-NN': knn, 'linear probe': probe}
+
+
+def splits(train: Labelled, test: Optional[Labelled], folds: int, seed: int) -> Iterator[Tuple[Labelled, Labelled]]:
+    """(train, test) as given, or the folds of cross-validation."""
+    if test is not None:
+        yield train, test
+        return
+    features, labels = train
+    for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
+        yield (features[fitted], labels[fitted]), (features[held_out], labels[held_out])
+
+
+def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -> None:
+    """Raises UserError where the classes do not allow what is asked for."""
+    names, counts = np.unique(train[1], return_counts=True)
+    if len(names) < 2:
+        raise UserError(f'{args.train} has images of one class only, {str(names[0])!r}')
+    if test is None and counts.min() < args.folds:
+        rare = f'class {str(names[counts.argmin()])!r} has {counts.min()} images'
+        raise UserError(f'{rare}, fewer than the {args.folds} folds: lower --folds, or give --test')
+    if len(args.C) > 1 and counts.min() < 5:
+        raise UserError(f'choosing among {len(args.C)} values of --C needs 5 images a class, got {counts.min()}')
+    fitted = len(train[1]) if test is not None else len(train[1]) - -(-len(train[1]) // args.folds)
+    if args.neighbours > fitted:
+        raise UserError(f'--neighbours {args.neighbours} is more than the {fitted} images to learn from')
+    if test is not None and not set(test[1]) <= set(names):
+        unknown = ', '.join(sorted(set(test[1]) - set(names))[:5])
+        raise UserError(f'{args.test} has classes that {args.train} lacks: {unknown}')
+
+
+def evaluate(args: argparse.Namespace) -> Iterator[Row]:
+    """Accuracy of every classifier on every feature."""
+    names = args.features or _features_of(args.train)
+    for name in names:
+        train = load(args.train, name)
+        test = load(args.test, name) if args.test else None
+        check(train, test, args)
+        for label, classifier in classifiers(args).items():
+            found = [
+                100 * classifier.fit(*fitted).score(*held_out)
+                for fitted, held_out in splits(train, test, args.folds, args.seed)
+            ]
+            yield Row(
+                feature=name,
+                classifier=label,
+                accuracy=float(np.mean(found)),
+                spread=float(np.std(found)) if test is None else None,
+                folds=args.folds if test is None else None,
+                train_images=len(train[1]),
+                test_images=len(test[1]) if test is not None else len(train[1]),
+                classes=len(set(train[1])),
+                dim=train[0].shape[1],
+            )
+
+
+def _features_of(folder: Path) -> List[str]:
+    read_index(folder)
+    return json.loads((folder / 'settings.json').read_text())['features']
+
+
+def report(rows: Sequence[Row], output: Path, console: Console) -> None:
+    """Prints a table and writes the CSV file."""
+    table = Table('feature', 'dim', 'classifier', 'accuracy, %', 'images', 'classes')
+    for row in rows:
+        spread = '' if row.spread is None else f' \u00b1 {row.spread:.2f} ({row.folds} folds)'
+        images = str(row.train_images) if row.folds else f'{row.train_images} + {row.test_images}'
+        table.add_row(
+            row.feature, str(row.dim), row.classifier, f'{row.accuracy:.2f}{spread}', images, str(row.classes)
+        )
+    console.print(table)
+    with output.open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    console.print(f'Results are in {output}')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    examples = '\n'.join(__doc__.splitlines()[5:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser.add_argument('train', type=Path, help='features, as extract_features.py writes them')
+    parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
+    parser.add_argument('--features', nargs='+', help='names; default: all')
+    parser.add_argument('--neighbours', type=positive, default=20)
+    parser.add_argument('--C', type=float, nargs='+', default=[1.0], help='inverse regularisation of the linear probe')
+    parser.add_argument('--max-iter', type=positive, default=1000, help='steps of the linear probe')
+    parser.add_argument('--folds', type=positive, default=5)
+    parser.add_argument('--seed', type=int, default=0, help='of the folds')
+    parser.add_argument('--output', type=Path, help='CSV file; default: evaluation.csv in the folder of the features')
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    with one_line_errors('evaluate_features.py'):
+        count = 2 * len(args.features or _features_of(args.train))
+        rows = list(track(evaluate(args), 'Evaluating', total=count, console=console, transient=True))
+    report(rows, args.output or args.train / 'evaluation.csv', console)
+
+
+if __name__ == '__main__':
+    main()

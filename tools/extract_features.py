@@ -1,0 +1,264 @@
+"""Features of a folder of images, or of a list of them: pooled vectors and maps of any stage or block.
+
+Images have the model's own size or --img-size, or with --native their own; --tile takes ones larger than memory apart.
+Every image that is done stays done: the same command goes on after a kill. `feature_store.py` says what is written;
+tools/evaluate_features.py evaluates it.
+
+    python tools/extract_features.py images/ --model vmamba_t
+    python tools/extract_features.py images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
+    python tools/extract_features.py images/ --model vmamba_t --features stages.3 --native --format safetensors
+    python tools/extract_features.py slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import feature_store
+import numpy as np
+import timm
+import torch
+from feature_maps import (
+    POOLED,
+    check_tiles,
+    extract,
+    normalised,
+    pad_to_patches,
+    parse_wanted,
+    patch_layout,
+    tiled_maps,
+)
+from feature_store import FORMATS, Files, Store, Table
+from image_files import (
+    READ_ERRORS,
+    UNREADABLE,
+    Unreadable,
+    add_loader_options,
+    find_images,
+    image_mode,
+    make_loader,
+    read_pixels,
+)
+from measure import device_name, pick_device
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from user_errors import UserError, one_line_errors, positive
+from weights import (
+    SPEC_HELP,
+    add_dtype_option,
+    add_model_options,
+    amp_dtype,
+    any_size_args,
+    at_size,
+    data_config,
+    load_model,
+    own_size,
+    parse_spec,
+)
+
+
+class Extraction:
+    """One run: a model, the images, and where their features go.
+
+    Args:
+        args: Of the command line.
+        console: Where to show progress.
+    """
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console = args, console
+        self.paths = find_images(args.images, arrays=args.native, without=args.output)
+        anysize = any_size_args(args.model.name) if args.native else {}
+        model = load_model(args.model, args, num_classes=0, **anysize)
+        if args.native and model.pretrained_cfg.get('fixed_input_size', False) and not anysize:
+            raise UserError(f'{args.model.name} takes images of {own_size(model)} pixels only: no --native, no --tile')
+        size = None if args.native else args.img_size or own_size(model)
+        self.model = (at_size(model, size) if size else model).to(args.device)
+        self.wanted = parse_wanted(self.model, args.features, args.norm)
+        if args.tile:
+            check_tiles(args.tile, args.overlap, self.wanted)
+        self.config = data_config(self.model, args, size)
+        kind = Files if args.native or args.format != 'npy' else Table
+        self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
+        self.unreadable = Unreadable(args.skip_unreadable)
+        self.pixels = 0
+
+    def _settings(self, size: Optional[int]) -> Dict[str, Any]:
+        """What the features are of."""
+        args = self.args
+        keys = ('mean', 'std') if args.native else ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+        listing = '\n'.join(map(str, self.paths)).encode()
+        weights = Path(args.model.weights)
+        return {
+            'model': str(args.model),
+            'weights_sha256': hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+            'features': self.wanted.all_names(),
+            'norm': args.norm,
+            'img_size': size or 'native',
+            'tile': args.tile,
+            'overlap': args.overlap if args.tile else None,
+            'format': args.format,
+            'dtype': args.dtype,
+            'save_dtype': args.save_dtype,
+            'model_args': args.model_args,
+            'seed': args.seed if args.model.weights == 'untrained' else None,
+            **{key: self.config[key] for key in keys},
+            'images': len(self.paths),
+            'images_sha256': hashlib.sha256(listing).hexdigest(),
+        }
+
+    def run(self) -> None:
+        """Extracts what is still to do."""
+        todo = self.store.todo()
+        done = len(self.paths) - len(todo)
+        if done:
+            self.console.print(f'{done} of {len(self.paths)} images are done already')
+        labels = class_folders(self.paths, self.args.images)
+        self.store.write_index(labels)
+        columns = TextColumn('Extracting'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        start = time.perf_counter()
+        try:
+            with (
+                Progress(*columns, console=self.console) as progress,
+                torch.inference_mode(),
+                torch.autocast(self.args.device, self.args.amp_dtype, enabled=self.args.amp_dtype is not None),
+            ):
+                task = progress.add_task('', total=len(self.paths), completed=done)
+                for count in self._native(todo) if self.args.native else self._batches(todo):
+                    progress.advance(task, count)
+        except torch.OutOfMemoryError as error:
+            way_out = '--tile, or a smaller one' if self.args.native else 'a smaller --batch-size'
+            raise UserError(f'out of memory on {self.args.device}: {way_out} goes on with the rest') from error
+        finally:
+            self.store.write_index(labels)
+        self._report(len(todo) - len(self.unreadable.paths), time.perf_counter() - start)
+
+    def _batches(self, todo: List[int]) -> Iterator[int]:
+        """Images of one size, in batches; yields how many each had."""
+        if not todo:
+            return
+        for images, targets in make_loader([(self.paths[row], row) for row in todo], self.config, self.args):
+            rows, todo = np.array(todo[: len(images)]), todo[len(images) :]
+            readable = targets.numpy() != UNREADABLE
+            for row in rows[~readable]:
+                self._skip(int(row))
+            if readable.any():
+                features = extract(self.model, images[torch.from_numpy(readable)].to(self.args.device), self.wanted)
+                arrays = {name: self._array(values) for name, values in features.items()}
+                self._write(rows[readable].tolist(), arrays)
+                self.pixels += int(readable.sum()) * images.shape[-1] * images.shape[-2]
+            yield len(rows)
+
+    def _native(self, todo: List[int]) -> Iterator[int]:
+        """Images one after another, at their own sizes; yields 1 for each."""
+        for row in todo:
+            try:
+                pixels = read_pixels(self.paths[row], image_mode(self.config))
+            except READ_ERRORS:
+                self._skip(row)
+            else:
+                self._extract_native(row, pixels)
+                self.pixels += pixels.shape[0] * pixels.shape[1]
+            yield 1
+
+    def _extract_native(self, row: int, pixels: np.ndarray) -> None:
+        if self.args.tile:
+            dtype = np.dtype(self.args.save_dtype)
+            sizes = self.args.tile, self.args.overlap
+            maps = tiled_maps(
+                self.model,
+                pixels,
+                self.config,
+                self.wanted,
+                *sizes,
+                lambda name, shape: self.store.allocate(row, name, shape, dtype),
+                self.args.device,
+            )
+            self.store.finish(row, maps)
+        else:
+            image = pad_to_patches(normalised(pixels, self.config, self.args.device), *patch_layout(self.model))
+            self._write([row], {name: self._array(f) for name, f in extract(self.model, image, self.wanted).items()})
+
+    def _array(self, values: torch.Tensor) -> np.ndarray:
+        return values.float().cpu().numpy().astype(self.args.save_dtype)
+
+    def _write(self, rows: List[int], features: Dict[str, np.ndarray]) -> None:
+        """Writes features [n, ...] of n rows."""
+        if isinstance(self.store, Table):
+            self.store.write(rows, features)
+            return
+        for i, row in enumerate(rows):
+            arrays = {}
+            for name, values in features.items():
+                arrays[name] = self.store.allocate(row, name, values[i].shape, values.dtype)
+                arrays[name][...] = values[i]
+            self.store.finish(row, arrays)
+
+    def _skip(self, row: int) -> None:
+        self.store.mark([row], feature_store.UNREADABLE)
+        self.unreadable.add(self.paths[row])
+
+    def _report(self, images: int, seconds: float) -> None:
+        """Prints what was done and writes run.json."""
+        if self.unreadable.paths:
+            self.console.print(self.unreadable.summary(), highlight=False, soft_wrap=True)
+        figures = {
+            'images': images,
+            'seconds': seconds,
+            'images_per_second': images / seconds,
+            'megapixels_per_second': self.pixels / 1e6 / seconds,
+            'device': device_name(torch.device(self.args.device)),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+        }
+        (self.args.output / 'run.json').write_text(json.dumps(figures, indent=1))
+        speed = f'{figures["images_per_second"]:.1f} images/s, {figures["megapixels_per_second"]:.2f} megapixels/s'
+        self.console.print(f'{images} images in {seconds:.1f} s: {speed}; features are in {self.args.output}/')
+
+
+def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
+    """Names of the folders that images lie in; '' for those directly in the source."""
+    return ['' if path.parent == source else path.parent.name for path in paths]
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    examples = '\n'.join(__doc__.splitlines()[6:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
+    parser.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument(
+        '--features', nargs='+', default=[POOLED], help='pooled, and maps: stages.2, blocks.11 or their indices'
+    )
+    parser.add_argument('--norm', action='store_true', help='apply the final norm to the maps, where the model can')
+    parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to go on with')
+    parser.add_argument('--format', choices=FORMATS, default='npy', help='npy: memory-mapped; others: a file an image')
+    parser.add_argument('--save-dtype', choices=('float32', 'float16'), default='float32', help='of what is written')
+    parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
+    parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
+    parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
+    parser.add_argument('--overlap', type=int, default=256, help='pixels around a tile that are computed, too')
+    parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
+    add_loader_options(parser)
+    add_model_options(parser)
+    add_dtype_option(parser)
+    args = parser.parse_args(argv)
+    args.native |= args.tile is not None
+    if args.native and args.img_size:
+        parser.error('--img-size and --native or --tile exclude each other')
+    args.device = pick_device(args.device).type
+    args.amp_dtype = amp_dtype(args)
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors('extract_features.py'):
+        Extraction(args, Console()).run()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,182 @@
+"""Features on disk: what is written is never lost by a kill, and a later run goes on where it stopped.
+
+A folder of features holds
+
+- settings.json: what the features are of; another run with the same goes on, with others it is an error,
+- progress.npy: a byte for each image, 1 once its features are written, 2 where it could not be read,
+- index.csv: row, image, class folder and state of each image,
+- features of one size (`Table`): NAME.npy [images, ...], to be memory-mapped, row by row as in the index,
+- else (`Files`): files/ROW.safetensors, files/ROW.npz, or files/ROW.NAME.npy.
+"""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Sequence
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from safetensors.numpy import load_file, save_file
+from user_errors import UserError
+
+Features = Dict[str, np.ndarray]
+TODO, DONE, UNREADABLE = 0, 1, 2
+STATES = ('todo', 'done', 'unreadable')
+FORMATS = ('npy', 'safetensors', 'npz')
+
+
+class Store:
+    """A folder of features: settings, progress and index.
+
+    Args:
+        folder: Where to write.
+        paths: The images.
+        settings: What the features are of, as JSON has it.
+        overwrite: Throw away what is there instead of going on.
+
+    Raises:
+        UserError: If something else is there.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
+        self.folder, self.paths = folder, paths
+        begun, temporary, progress = (folder / name for name in ('settings.json', 'settings.tmp', 'progress.npy'))
+        if folder.exists() and not begun.is_file() and any(path != temporary for path in folder.iterdir()):
+            raise UserError(f'{folder} holds something other than features: give another --output')
+        if begun.is_file() and overwrite:
+            _remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if begun.is_file():
+            _check_same(json.loads(begun.read_text()), settings, folder)
+        else:
+            temporary.write_text(json.dumps(settings, indent=1))
+            os.replace(temporary, begun)
+        self._progress = _array(progress, np.dtype(np.uint8), (len(paths),))
+
+    def todo(self) -> List[int]:
+        """Rows that are not written yet; those that could not be read are tried again."""
+        return np.flatnonzero(self._progress != DONE).tolist()
+
+    def mark(self, rows: Iterable[int], state: int) -> None:
+        """Notes the state of rows, whose features must be on disk by now."""
+        self._progress[list(rows)] = state
+        self._progress.flush()
+
+    def write_index(self, labels: Sequence[str]) -> None:
+        """Writes index.csv."""
+        path = self.folder / 'index.csv'
+        with path.with_suffix('.tmp').open('w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow(['row', 'image', 'label', 'state'])
+            states = [STATES[state] for state in self._progress]
+            writer.writerows(zip(range(len(labels)), self.paths, labels, states))
+        os.replace(path.with_suffix('.tmp'), path)
+
+
+class Table(Store):
+    """Features that have the same shape for all images, in one memory-mapped array each."""
+
+    def write(self, rows: Sequence[int], features: Features) -> None:
+        """Writes features [n, ...] of n rows."""
+        for name, values in features.items():
+            array = _array(self.folder / f'{name}.npy', values.dtype, (len(self.paths), *values.shape[1:]))
+            array[list(rows)] = values
+            array.flush()  # before the rows count as done
+        self.mark(rows, DONE)
+
+
+class Files(Store):
+    """Features of images of various sizes, in files of their own."""
+
+    def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
+        super().__init__(folder, paths, settings, overwrite)
+        self._format = settings['format']
+        (folder / 'files').mkdir(exist_ok=True)
+
+    def allocate(self, row: int, name: str, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An array to fill before `finish`: a memory-mapped file where the format is npy."""
+        if self._format != 'npy':
+            return np.empty(shape, dtype)
+        return open_memmap(self._path(row, f'.{name}.npy.tmp'), mode='w+', dtype=dtype, shape=tuple(shape))
+
+    def finish(self, row: int, features: Features) -> None:
+        """Writes the arrays of one image, which are from `allocate`; each file appears whole or not at all."""
+        if self._format == 'npy':
+            for name, array in features.items():
+                array.flush()
+                os.replace(self._path(row, f'.{name}.npy.tmp'), self._path(row, f'.{name}.npy'))
+        else:
+            temporary = self._path(row, '.tmp')
+            with temporary.open('wb') as file:
+                if self._format == 'npz':
+                    np.savez(file, **features)
+            if self._format == 'safetensors':
+                save_file(features, temporary)
+            os.replace(temporary, self._path(row, f'.{self._format}'))
+        self.mark([row], DONE)
+
+    def _path(self, row: int, suffix: str) -> Path:
+        return self.folder / 'files' / f'{row:08d}{suffix}'
+
+
+def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> None:
+    different = [key for key in settings if begun.get(key) != json.loads(json.dumps(settings[key]))]
+    if different:
+        pairs = ', '.join(f'{key} {begun.get(key)!r}, now {settings[key]!r}' for key in different)
+        raise UserError(f'{folder} was begun with {pairs}: give another --output, or --overwrite to start anew')
+
+
+def _remove(folder: Path) -> None:
+    """Removes features, and nothing else that may lie beside them."""
+    names = json.loads((folder / 'settings.json').read_text()).get('features', [])
+    shutil.rmtree(folder / 'files', ignore_errors=True)
+    for name in ('index.csv', 'run.json', *(f'{name}.npy' for name in names), 'progress.npy', 'settings.json'):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _array(path: Path, dtype: np.dtype, shape: Sequence[int]) -> np.memmap:
+    """A memory-mapped file to write to, of zeros if it is new; a kill leaves a whole file or none."""
+    if not path.is_file():
+        temporary = path.with_suffix('.tmp')
+        open_memmap(temporary, mode='w+', dtype=dtype, shape=tuple(shape)).flush()
+        os.replace(temporary, path)
+    return open_memmap(path, mode='r+')
+
+
+def read_index(folder: Path) -> List[Dict[str, str]]:
+    """Rows of index.csv.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = folder / 'index.csv'
+    if not path.is_file():
+        raise UserError(f'{folder} holds no features (no index.csv): tools/extract_features.py writes them')
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def read_features(folder: Path, name: str, rows: Sequence[int]) -> List[np.ndarray]:
+    """A feature of these rows; arrays are memory-mapped where they are of the format npy.
+
+    Raises:
+        UserError: If there is no such feature.
+    """
+    settings = json.loads((folder / 'settings.json').read_text())
+    if name not in settings['features']:
+        raise UserError(f'{folder} has no feature {name!r}; it has {", ".join(settings["features"])}')
+    if (folder / f'{name}.npy').is_file():
+        table = np.load(folder / f'{name}.npy', mmap_mode='r')
+        return [table[row] for row in rows]
+    return [_read_file(folder / 'files' / f'{row:08d}', settings['format'], name) for row in rows]
+
+
+def _read_file(stem: Path, form: str, name: str) -> np.ndarray:
+    if form == 'npy':
+        return np.load(f'{stem}.{name}.npy', mmap_mode='r')
+    if form == 'safetensors':
+        return load_file(f'{stem}.safetensors')[name]
+    with np.load(f'{stem}.npz') as file:
+        return file[name]

@@ -1,0 +1,164 @@
+"""Image files for timm's loader: an unreadable one is counted and named instead of being replaced by its neighbour."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+from timm.data.readers.img_extensions import is_img_extension
+from timm.utils.misc import natural_key
+from torch.utils.data import DataLoader
+from user_errors import UserError, positive
+
+UNREADABLE = -1
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+_NAMES_SHOWN = 5
+
+
+class FileList:
+    """Reader in timm's sense: files and the number that comes with each."""
+
+    def __init__(self, samples: Sequence[Tuple[Path, int]]) -> None:
+        self.samples = list(samples)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        path, target = self.samples[index]
+        return open(path, 'rb'), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class CheckedImages(ImageDataset):
+    """timm's dataset but for unreadable files: their target is UNREADABLE and their image is black.
+
+    timm's own gives the next readable image in the place of a broken one, so that some images count twice.
+    """
+
+    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
+        path, target = self.reader.samples[index]
+        try:
+            image = read_image(path, self.input_img_mode)
+        except READ_ERRORS:
+            image, target = Image.new(self.input_img_mode, (8, 8)), UNREADABLE
+        return self.transform(image), target
+
+
+def read_image(path: Path, mode: str = 'RGB') -> Image.Image:
+    """Decodes an image wholly."""
+    with Image.open(path) as image:
+        return image.convert(mode)
+
+
+def read_pixels(path: Path, mode: str) -> np.ndarray:
+    """Bytes [H, W, C] of an image of any size, memory-mapped if it is an .npy file of such bytes.
+
+    Raises:
+        UserError: If an .npy file holds something else.
+    """
+    chans = len(mode)  # L or RGB
+    if path.suffix != '.npy':
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large images are what this is for
+        try:
+            pixels = np.asarray(read_image(path, mode))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = np.load(path, mmap_mode='r')
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != chans:
+        raise UserError(f'{path} must hold bytes [H, W, {chans}], got {pixels.dtype} {list(pixels.shape)}')
+    return pixels
+
+
+def image_mode(config: Dict[str, Any]) -> str:
+    """Pillow's mode for a preprocessing of 1 or 3 channels."""
+    chans = config['input_size'][0]
+    if chans not in (1, 3):
+        raise UserError(f'images have 1 or 3 channels, the model takes {chans}')
+    return 'L' if chans == 1 else 'RGB'
+
+
+def make_loader(samples: Sequence[Tuple[Path, int]], config: Dict[str, Any], args: argparse.Namespace) -> DataLoader:
+    """timm's loader of (images, targets), in order.
+
+    Args:
+        samples: Files and targets.
+        config: Preprocessing, see `weights.data_config`.
+        args: With the options of `add_loader_options`.
+    """
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return create_loader(
+        CheckedImages('', reader=FileList(samples), input_img_mode=image_mode(config)),
+        batch_size=args.batch_size,
+        use_prefetcher=False,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=args.device == 'cuda',
+        **{key: config[key] for key in keys},
+    )
+
+
+def add_loader_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('images')
+    group.add_argument('--batch-size', type=positive, default=64)
+    group.add_argument('--workers', type=int, default=4, help='processes that read images; 0 for none')
+    group.add_argument(
+        '--skip-unreadable', action='store_true', help='leave unreadable images out and name them, instead of stopping'
+    )
+
+
+class Unreadable:
+    """Keeps the names of unreadable images, or stops at the first.
+
+    Args:
+        skip: Leave them out instead of stopping.
+    """
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.paths: List[Path] = []
+
+    def add(self, path: Path) -> None:
+        self.paths.append(path)
+        if not self.skip:
+            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-unreadable')
+
+    def summary(self) -> str:
+        """'2 unreadable images left out: a.png, b.png', or nothing."""
+        if not self.paths:
+            return ''
+        names = ', '.join(map(str, self.paths[:_NAMES_SHOWN]))
+        more = f' and {len(self.paths) - _NAMES_SHOWN} more' if len(self.paths) > _NAMES_SHOWN else ''
+        return f'{len(self.paths)} unreadable image{"s" * (len(self.paths) > 1)} left out: {names}{more}'
+
+
+def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
+    """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
+
+    Args:
+        source: Folder, text file with paths relative to its own folder, or one image.
+        arrays: Take .npy files, too.
+        without: Folder below the source to leave out.
+
+    Raises:
+        UserError: If there is nothing of the kind.
+    """
+    if not source.exists():
+        raise UserError(f'there is no folder or list of images {source}')
+    if source.is_file() and _is_image(source, arrays):
+        return [source]
+    if source.is_file():
+        paths = [source.parent / line.strip() for line in source.read_text().splitlines() if line.strip()]
+    else:
+        paths = [path for path in source.rglob('*') if _is_image(path, arrays)]
+        paths = sorted((path for path in paths if without not in path.parents), key=lambda path: natural_key(str(path)))
+    if not paths:
+        raise UserError(f'{source} holds no images of the endings that timm knows{" (or .npy)" if arrays else ""}')
+    return paths
+
+
+def _is_image(path: Path, arrays: bool) -> bool:
+    return (is_img_extension(path.suffix.lower()) or (arrays and path.suffix == '.npy')) and path.is_file()

@@ -1,0 +1,278 @@
+"""Top-1 and top-5 accuracy of models on folders of images, also at other resolutions.
+
+Each model preprocesses as its own configuration says. Writes validate.csv, and validate.png for several resolutions.
+
+    python tools/validate.py imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
+    python tools/validate.py imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
+    python tools/validate.py imagenet/val --models vmamba_t --real-labels
+    python tools/validate.py imagenetv2-matched-frequency --models vmamba_t
+    python tools/validate.py imagenet-c --models vmamba_t --imagenet-c
+"""
+
+import argparse
+import csv
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import FrozenSet, Iterator, List, Optional, Sequence
+
+import numpy as np
+import timm
+import torch
+from image_files import UNREADABLE, Unreadable, add_loader_options, make_loader
+from labelled_folders import Folder, class_indices, corruption_folders, read_class_map, read_folder, read_real_labels
+from measure import device_name, pick_device
+from published import published
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from user_errors import UserError, one_line_errors, positive
+from validate_figure import plot_resolutions
+from weights import (
+    SPEC_HELP,
+    Spec,
+    add_dtype_option,
+    add_model_options,
+    amp_dtype,
+    at_size,
+    data_config,
+    load_model,
+    own_size,
+    parse_spec,
+)
+
+TOP = 5
+WIDTH = 140  # of the table where there is no terminal
+
+
+@dataclass
+class Row:
+    """One line of validate.csv: a model on a folder at a resolution; accuracies in %.
+
+    `published_top1` and `published_top5` are the authors' figures for ImageNet-1K's validation images at 224 pixels,
+    whatever the folder; they are not measured.
+    """
+
+    model: str
+    weights: str
+    data: str
+    labels: str
+    img_size: int
+    crop_pct: float
+    images: int
+    unreadable: int
+    top1: float
+    top5: float
+    published_top1: Optional[float]
+    published_top5: Optional[float]
+    images_per_second: float
+    dtype: str
+    device: str
+    torch: str = torch.__version__
+    timm: str = timm.__version__
+
+
+def predict(
+    model: nn.Module, folder: Folder, config: dict, args: argparse.Namespace, unreadable: Unreadable, progress: Progress
+) -> np.ndarray:
+    """The model's first five classes of every image [n, 5], or as many as it has; rows of -1 for unreadable images."""
+    loader = make_loader(folder.samples, config, args)
+    task = progress.add_task(f'{folder.name} at {config["input_size"][-1]}', total=len(folder.samples))
+    predictions: List[np.ndarray] = []
+    for images, targets in loader:
+        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
+            logits = model(images.to(args.device))
+        top = logits.float().topk(min(TOP, logits.shape[-1])).indices.cpu().numpy()
+        for i in np.flatnonzero(targets.numpy() == UNREADABLE):
+            unreadable.add(folder.samples[sum(map(len, predictions)) + i][0])
+            top[i] = UNREADABLE
+        predictions.append(top)
+        progress.advance(task, len(top))
+    progress.remove_task(task)
+    return np.concatenate(predictions)
+
+
+def accuracies(predictions: np.ndarray, labels: Sequence[FrozenSet[int]]) -> tuple[int, float, float]:
+    """Images that count, top-1 and top-5 accuracy in %: a prediction is right if it is among an image's labels.
+
+    Unreadable images and those without labels do not count.
+    """
+    hits = np.array(
+        [[p in right for p in row] for row, right in zip(predictions, labels) if right and row[0] != UNREADABLE]
+    )
+    if not len(hits):
+        raise UserError('no image can be read and has a label')
+    return len(hits), 100 * float(hits[:, 0].mean()), 100 * float(hits.any(axis=1).mean())
+
+
+def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Row]:
+    """Measures every model at every resolution on every folder."""
+    class_map = read_class_map(args.class_map) if args.class_map else None
+    classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
+    for spec in args.models:
+        model = load_model(spec, args, **classes)
+        if not model.num_classes:
+            raise UserError(
+                f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
+            )
+        labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
+        for size in args.img_size or [own_size(model)]:
+            sized = at_size(model, size).to(args.device)
+            for folder, right in zip(folders, labels):
+                yield measure(spec, sized, folder, right, size, args, progress)
+
+
+def measure(
+    spec: Spec,
+    model: nn.Module,
+    folder: Folder,
+    labels: Sequence[FrozenSet[int]],
+    size: int,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> Row:
+    """Measures a model that is ready for this size on a folder."""
+    config = data_config(model, args, size)
+    unreadable = Unreadable(args.skip_unreadable)
+    start = time.perf_counter()
+    predictions = predict(model, folder, config, args, unreadable, progress)
+    seconds = time.perf_counter() - start
+    if unreadable.paths:
+        progress.console.print(unreadable.summary(), highlight=False, soft_wrap=True)
+    images, top1, top5 = accuracies(predictions, labels)
+    figures = published(spec.name, size, model.num_classes)
+    return Row(
+        model=spec.name,
+        weights=spec.weights or 'published',
+        data=folder.name,
+        labels='folder' if args.real_labels is None else 'real',
+        img_size=size,
+        crop_pct=config['crop_pct'],
+        images=images,
+        unreadable=len(unreadable.paths),
+        top1=top1,
+        top5=top5,
+        published_top1=figures.top1 if figures else None,
+        published_top5=figures.top5 if figures else None,
+        images_per_second=len(predictions) / seconds,
+        dtype=args.dtype,
+        device=device_name(torch.device(args.device)),
+    )
+
+
+def folder_labels(
+    folder: Folder, num_classes: int, class_map: Optional[dict], args: argparse.Namespace
+) -> List[FrozenSet[int]]:
+    """The right classes of every image."""
+    if args.real_labels is not None:
+        if num_classes != 1000:
+            raise UserError(f"--real-labels are of ImageNet-1K's 1000 classes, the model has {num_classes}")
+        return read_real_labels(args.real_labels or None, [path for path, _ in folder.samples])
+    indices = class_indices(folder, num_classes, class_map)
+    return [frozenset([indices[label]]) for _, label in folder.samples]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Measured accuracies, with the published ones beside them."""
+    title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
+    columns = ('model', 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
+    table = Table(*columns, 'published top-1', 'published top-5', 'images/s', title=title)
+    for row in rows:
+        known = [f'{value:.2f}' if value else '' for value in (row.published_top1, row.published_top5)]
+        cells = (
+            row.model,
+            row.data,
+            row.labels,
+            str(row.img_size),
+            str(row.images),
+            f'{row.top1:.2f}',
+            f'{row.top5:.2f}',
+        )
+        table.add_row(*cells, *known, f'{row.images_per_second:.1f}')
+    console.print(table)
+
+
+def print_corruptions(rows: Sequence[Row], console: Console) -> None:
+    """Error by corruption, as the mean of its severities, and the mean of all corruptions.
+
+    These are plain errors; ImageNet-C's mCE divides them by those of AlexNet.
+    """
+    table = Table('model', 'img_size', 'corruption', 'mean top-1 error', title='ImageNet-C, plain errors in %')
+    for model, size in dict.fromkeys((row.model, row.img_size) for row in rows):
+        errors: dict[str, List[float]] = {}
+        for row in rows:
+            if (row.model, row.img_size) == (model, size):
+                errors.setdefault(row.data.split('/')[-2], []).append(100 - row.top1)
+        means = {name: float(np.mean(found)) for name, found in errors.items()}
+        for name, mean in [*means.items(), (f'mean of {len(means)}', float(np.mean(list(means.values()))))]:
+            table.add_row(model, str(size), name, f'{mean:.2f}')
+    console.print(table)
+
+
+def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
+    folders = []
+    for root in args.folders:
+        if args.imagenet_c:
+            folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
+        else:
+            folders.append(read_folder(root))
+    for folder in folders:
+        if folder.empty:
+            names = ', '.join(folder.empty[:TOP])
+            console.print(f'{folder.name}: {len(folder.empty)} class folders without images: {names}', highlight=False)
+    return folders
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    examples = '\n'.join(__doc__.splitlines()[4:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
+    parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
+    parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
+    parser.add_argument(
+        '--real-labels', nargs='?', type=Path, const=False, help="score by ReaL's labels, of FILE or of timm's copy"
+    )
+    parser.add_argument('--imagenet-c', action='store_true', help='folders hold CORRUPTION/SEVERITY/CLASS')
+    parser.add_argument('--class-map', type=Path, help="text file of the class folders' names in the model's order")
+    parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
+    add_loader_options(parser)
+    add_model_options(parser)
+    add_dtype_option(parser)
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device).type
+    args.amp_dtype = amp_dtype(args)
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    with one_line_errors('validate.py'):
+        folders = read_folders(args, console)
+        args.output.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with Progress(console=console, transient=True) as progress:
+            for row in validate(args, folders, progress):
+                rows.append(row)
+                write_csv(rows, args.output / 'validate.csv')  # each time, so that an interrupt keeps what is measured
+    print_table(rows, console)
+    if args.imagenet_c:
+        print_corruptions(rows, console)
+    if len({row.img_size for row in rows}) > 1:
+        plot_resolutions(rows, args.output / 'validate.png')
+    console.print(f'Results are in {args.output}/')
+
+
+if __name__ == '__main__':
+    main()
