@@ -1,7 +1,7 @@
 """Random numbers that depend on nothing but the seed and on what they are for.
 
 No generator's state is carried from step to step. So none has to be saved: a run that goes on after an interruption
-draws what it would have drawn, whatever the number of loading processes, and two processes augment an image as one does.
+draws what it would have drawn, whatever the number of loading processes, and two processes augment as one does.
 """
 
 import hashlib
