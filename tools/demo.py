@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     model_args: Dict[str, Any]
 
 
-def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/digits.yaml') -> Dict[str, Recipe]:
+def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/demo.yaml') -> Dict[str, Recipe]:
     """Recipe of each model of a YAML file."""
     return {name: Recipe(**recipe) for name, recipe in yaml.safe_load(path.read_text()).items()}
 

@@ -41,17 +41,22 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
     return values.pop('config'), values.pop('resume'), values
 
 
-def prepare_output(config: Config, resume: bool, runtime: Runtime) -> None:
-    """Makes the folder of the run and writes the configuration into it; never into another run by accident."""
+def check_output(config: Config, resume: bool) -> None:
+    """Raises UserError rather than mix a new run with one that is there."""
+    if Checkpoints(Path(config.output), 1).paths() and not resume:
+        raise UserError(
+            f'{config.output} holds a run already: --resume goes on with it, another --output begins a new one'
+        )
+
+
+def prepare_output(config: Config) -> None:
+    """Makes the folder of the run and writes the configuration into it."""
     output = Path(config.output)
-    if Checkpoints(output, 1).paths() and not resume:
-        raise UserError(f'{output} holds a run already: --resume goes on with it, another --output begins a new one')
-    if runtime.is_primary:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
+    except OSError as error:
+        raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
 
 
 def load_datasets(config: Config) -> List[Any]:
@@ -96,12 +101,14 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
 def train(argv: Optional[List[str]] = None) -> None:
     path, resume, overrides = parse_args(argv)
     config = load_config(path, overrides)
+    check_output(config, resume)
     runtime = start(config.device)
-    prepare_output(config, resume, runtime)
     report = Report(Path(config.output), runtime)
     trainer = create_trainer(config, runtime, report)
     if resume:
         trainer.resume()
+    if runtime.is_primary:
+        prepare_output(config)
     report.open_records(trainer.update, trainer.epoch)
     try:
         trainer.run()

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -12,7 +13,7 @@ from .errors import UserError
 
 _NAME = 'checkpoint-{:08d}.pt'
 _PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')
-_BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+_BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
@@ -87,10 +88,18 @@ class Checkpoints:
         paths = self.paths()
         for path in paths:
             try:
-                return torch.load(path, map_location='cpu', weights_only=True), path
+                return _read(path), path
             except _BROKEN as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 warn(f'skipped the broken checkpoint {path}: {reason}')
         if paths:
             raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start anew in another --output')
         return None
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f'the checksum of its part {damaged} is wrong')
+    return torch.load(path, map_location='cpu', weights_only=True)

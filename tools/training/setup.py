@@ -1,6 +1,5 @@
 """The model and its optimizer, as a configuration describes them."""
 
-import logging
 from typing import Any, Dict, Optional
 
 import timm
@@ -17,8 +16,6 @@ from torch.optim import Optimizer
 from .config import Config, nearest
 from .errors import UserError
 from .runtime import Runtime
-
-logging.getLogger('timm').addHandler(logging.StreamHandler())
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
