@@ -2,13 +2,14 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from packaged_data import PREFIX, create_packaged_dataset
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -39,9 +40,11 @@ class Samples(Dataset):
     that means is decided by `check`.
     """
 
-    def __init__(self, dataset: Dataset, skip_bad: bool) -> None:
-        self.dataset = dataset
-        self.skip_bad = skip_bad
+    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], config: Config) -> None:
+        dataset.transform = None  # of torchvision's and timm's datasets alike
+        self.dataset, self.transform = dataset, transform
+        self.mode = _mode(config)
+        self.skip_bad = config.skip_bad_images
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._reported = 0
 
@@ -58,14 +61,17 @@ class Samples(Dataset):
                 index = (index + 1) % len(self.dataset)
                 continue
             with seeded(seed):
-                return self.dataset.transform(image), target
+                return self.transform(image), target
         raise RuntimeError(f'none of the {len(self.dataset)} images can be read')
 
     def read(self, index: int) -> Tuple[Image.Image, int]:
         """The image, decoded, and its label."""
-        image, target, *_ = self.dataset.reader[index]
-        # timm's dataset would replace what it cannot decode without counting it.
-        return Image.open(image).convert(self.dataset.input_img_mode), target
+        if isinstance(self.dataset, ImageDataset):  # which would replace what it cannot decode without counting it
+            file, target, *_ = self.dataset.reader[index]
+            image = Image.open(file)
+        else:
+            image, target = self.dataset[index]
+        return image.convert(self.mode), target
 
     def check(self) -> None:
         """Raises UserError if an unreadable image was met and they are not to be skipped."""
@@ -79,17 +85,25 @@ class Samples(Dataset):
         if len(indices) == self._reported:
             return None
         self._reported = len(indices)
-        names = ', '.join(self.dataset.filename(index) for index in indices[:_NAMES_SHOWN])
+        names = ', '.join(map(self._name, indices[:_NAMES_SHOWN]))
         more = f' and {len(indices) - _NAMES_SHOWN} more' if len(indices) > _NAMES_SHOWN else ''
         return f'skipped {len(indices)} unreadable image(s): {names}{more}'
 
+    def _name(self, index: int, **kwargs: bool) -> str:
+        return self.dataset.filename(index, **kwargs) if hasattr(self.dataset, 'filename') else f'image {index}'
+
     def _describe(self, index: int) -> str:
-        path = self.dataset.filename(index, absolute=True)
+        path = self._name(index, absolute=True)
         try:
             self.read(index)
         except _UNREADABLE as error:
             return f'{path} cannot be read as an image: {" ".join(str(error).split())}'
         return f'{path} could not be read as an image'
+
+
+def _mode(config: Config) -> str:
+    """Pillow's mode of images with so many channels."""
+    return 'L' if config.in_chans == 1 else 'RGB'
 
 
 def load_dataset(config: Config, split: str, training: bool) -> Dataset:
@@ -98,7 +112,7 @@ def load_dataset(config: Config, split: str, training: bool) -> Dataset:
     Raises:
         UserError: If it is not there.
     """
-    mode = 'L' if config.in_chans == 1 else 'RGB'
+    mode = _mode(config)
     if config.data.startswith(PREFIX):
         try:
             return create_packaged_dataset(config.data, split, mode)
@@ -127,17 +141,15 @@ def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
 
 def check_classes(train: Dataset, validation: Dataset) -> None:
     """Raises UserError for folders of classes without images, and for splits with different classes."""
-    for dataset in (train, validation):
-        root = getattr(getattr(dataset, 'reader', None), 'root', None)
-        if root and Path(root).is_dir():
-            known = class_names(dataset)
-            leaves = [path for path in Path(root).rglob('*') if path.is_dir() and path.name not in known]
-            empty = [str(path) for path in leaves if not any(child.is_dir() for child in path.iterdir())]
-            if empty:
-                shown = ', '.join(sorted(empty)[:_NAMES_SHOWN])
-                raise UserError(f'{len(empty)} class folder(s) without an image: {shown}; fill or remove them')
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, validation)]
-    if roots[0] and roots[0] == roots[1]:
+    readers = [getattr(dataset, 'reader', None) for dataset in (train, validation)]
+    roots = [Path(reader.root) for reader in readers if isinstance(reader, ReaderImageFolder)]
+    for root, reader in zip(roots, readers):
+        leaves = [path for path in root.rglob('*') if path.is_dir() and path.name not in reader.class_to_idx]
+        empty = [str(path) for path in leaves if not any(child.is_dir() for child in path.iterdir())]
+        if empty:
+            shown = ', '.join(sorted(empty)[:_NAMES_SHOWN])
+            raise UserError(f'{len(empty)} class folder(s) without an image: {shown}; fill or remove them')
+    if len(roots) == 2 and roots[0] == roots[1]:
         raise UserError(
             f'{roots[0]} would serve for training and for validation; give it folders train/ and validation/'
         )
@@ -151,10 +163,8 @@ class IndexedData:
     """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
-        dataset.transform = create_transform(**_train_transform(config, data_config), use_prefetcher=True)
-        self.samples = (
-            Samples(dataset, config.skip_bad_images) if isinstance(dataset, ImageDataset) else _Plain(dataset)
-        )
+        transform = create_transform(**_train_transform(config, data_config), use_prefetcher=True)
+        self.samples = Samples(dataset, transform, config)
         self.order = BatchOrder(
             dataset,
             config.batch_size,
@@ -177,15 +187,6 @@ class IndexedData:
 
     def report(self) -> Optional[str]:
         return self.samples.report()
-
-
-class _Plain(Samples):
-    """Datasets of torchvision, which hand over decoded images, and apply the transform themselves."""
-
-    def __getitem__(self, key: Key) -> Tuple[Any, int]:
-        seed, index = key
-        with seeded(seed):
-            return self.dataset[index]
 
 
 class StreamedData:
@@ -247,10 +248,8 @@ class Validation:
             args = dict(batch_size=batch_size, num_workers=config.workers, device=runtime.device)
             self.loader = create_loader(dataset, is_training=False, **args, **data_config)
             return
-        dataset.transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
-        self.samples = (
-            Samples(dataset, config.skip_bad_images) if isinstance(dataset, ImageDataset) else _Plain(dataset)
-        )
+        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
+        self.samples = Samples(dataset, transform, config)
         keys = [(0, index) for index in range(runtime.rank, len(dataset), runtime.world)]
         args = dict(sampler=keys, batch_size=batch_size)
         self.loader = _prefetch(self.samples, config, data_config, runtime, **args)

@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from plots import plot_run
 from rich.console import Console
@@ -25,17 +25,20 @@ class Report:
     def __init__(self, output: Path, runtime: Runtime) -> None:
         self.output, self.runtime = output, runtime
         self.console = Console(quiet=not runtime.is_primary, highlight=False, soft_wrap=True)
-        self.writer = None
+        self.writers: Dict[str, Any] = {}
         self.bar = None
 
     def open_records(self, updates: int, epochs: int) -> None:
         """Begins TensorBoard's records, dropping those from these numbers of updates and epochs on."""
         if not self.runtime.is_primary:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-        self.writer = SummaryWriter(self.output / 'tensorboard' / 'updates', purge_step=updates + 1)
-        self.epoch_writer = SummaryWriter(self.output / 'tensorboard' / 'epochs', purge_step=epochs + 1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+        except ImportError:
+            self.warn('tensorboard is not installed, so there are no records for it')
+        else:
+            for name, steps in (('update', updates), ('epoch', epochs)):
+                self.writers[name] = SummaryWriter(self.output / 'tensorboard' / name, purge_step=steps + 1)
         if self.console.is_terminal:
             columns = TextColumn('{task.description}'), BarColumn(), TextColumn('{task.fields[status]}')
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
@@ -71,8 +74,7 @@ class Report:
         else:
             self.say(f'epoch {self.epoch + 1} update {position}/{self.updates}: {status}')
         values = {'loss': loss, 'lr': lr, 'images_per_second': rate, 'memory_mib': memory}
-        for name, value in values.items():
-            self.writer.add_scalar(f'update/{name}', value, update)
+        self._add_scalars('update', values, update)
 
     def end_epoch(self, history: List[Dict[str, float]]) -> None:
         """Tells of the last epoch and writes all of them."""
@@ -81,8 +83,7 @@ class Report:
         row = history[-1]
         scores = [f'{key} {row[key]:.4g}' for key in row if key not in ('epoch', 'updates', 'lr')]
         self.say(f'epoch {row["epoch"]} done: {", ".join(scores)}')
-        for key, value in row.items():
-            self.epoch_writer.add_scalar(f'epoch/{key}', value, row['epoch'])
+        self._add_scalars('epoch', row, row['epoch'])
         text = io.StringIO()
         table = csv.DictWriter(text, list(row))
         table.writeheader()
@@ -99,6 +100,10 @@ class Report:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-        if self.writer:
-            self.writer.close()
-            self.epoch_writer.close()
+        for writer in self.writers.values():
+            writer.close()
+
+    def _add_scalars(self, name: str, values: Dict[str, float], step: int) -> None:
+        if name in self.writers:
+            for key, value in values.items():
+                self.writers[name].add_scalar(f'{name}/{key}', value, step)
