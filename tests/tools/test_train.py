@@ -1,12 +1,16 @@
 """Whole runs of train.py on tiny data, through its command line."""
 
 import importlib
+import re
 import resource
+import shlex
 
 import pytest
 import torch
 import yaml
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
+
+pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
 
 train = importlib.import_module('train')  # the folders of training images have the same name
 
@@ -113,9 +117,10 @@ def test_distillation_from_a_teacher(run, tmp_path):
     weights = tmp_path / 'teacher.pt'
     torch.save(newest(tmp_path / 'teacher')['state_dict'], weights)
     teacher = '--teacher', 'test_vit', '--teacher-checkpoint', weights, '--distill-temperature', 2
-    out, err, status = run(*SMALL, '--epochs', 1, *teacher, '--output', tmp_path / 'student')
-    # timm builds the teacher at the model's own size, which a ViT cannot leave.
+    _, err, status = run(*SMALL, '--epochs', 1, *teacher, '--output', tmp_path / 'student')
     assert status == 0, err
+    assert rows(tmp_path / 'student')[0]['train_loss'] != rows(tmp_path / 'teacher')[0]['train_loss']
+    assert newest(tmp_path / 'student')['state_dict'].keys() == newest(tmp_path / 'teacher')['state_dict'].keys()
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fails, tmp_path):
@@ -230,11 +235,12 @@ def test_wrong_configurations_are_one_line(fails, tmp_path):
     assert 'there is no configuration' in message('_base_: nothing.yaml')
 
 
-def test_the_terminal_gets_a_bar(run, monkeypatch, tmp_path):
+def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, tmp_path):
     monkeypatch.setenv('FORCE_COLOR', '1')
     monkeypatch.setenv('TERM', 'xterm')
-    out, _, _ = run(*SMALL, '--output', tmp_path, '--log-every', 1)
+    out, _, _ = run(*SMALL, '--output', tmp_path, '--log-every', 1, '--in-chans', 1)
     assert 'epoch 2/2' in out and 'epoch 2 update' not in out
+    assert {value.shape[1] for value in newest(tmp_path)['state_dict'].values() if value.shape[2:] == (16, 16)} == {1}
 
 
 def test_every_model_has_a_configuration_that_fits(monkeypatch):
@@ -251,3 +257,14 @@ def test_every_model_has_a_configuration_that_fits(monkeypatch):
             assert config.drop_path is not None
         args = {'drop_path_rate': config.drop_path} if config.drop_path is not None else {}
         create_model(config.model, **args, **config.model_args, device='meta')
+
+
+def test_the_commands_of_the_page_are_commands(monkeypatch):
+    from training.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r'^.*tools/train.py (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        path, _, values = train.parse_args(shlex.split(command))
+        load_config(path, values)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from training_runs import CONFIGS, TORCHRUN, finish, newest, rows, start, wait_for
+from training_runs import CONFIGS, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
 
 # Everything that draws random numbers or has a state.
 STATEFUL = (
@@ -39,7 +39,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     finish(start(*STATEFUL, '--output', whole))
     chance = random.Random(0)
     for number, kill in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = start(*STATEFUL, '--output', broken, '--resume')
+        process = start(*STATEFUL, '--output', broken, '--resume', '--workers', number % 2)
         wait_for(process, f'epoch {number + 1} update {chance.randint(3, 7)}/10')
         time.sleep(chance.random() / 4)
         process.send_signal(kill)
@@ -80,8 +80,6 @@ def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(tm
 
 
 def test_an_error_of_one_process_ends_the_others(tmp_path):
-    from training_runs import image_folder
-
     folder = image_folder(tmp_path / 'data')
     broken = folder / 'train/dog/3.png'
     broken.write_bytes(broken.read_bytes()[:60])

@@ -224,9 +224,10 @@ class Trainer:
         improved = score > self.best
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
-        self._save()
+        # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
         if improved and self.runtime.is_primary:
             self.checkpoints.save_best({**self._weights(), 'config': dataclasses.asdict(self.config), **row})
+        self._save()
 
     def _stop_if_asked(self) -> None:
         if self.stop.signal and self.runtime.is_primary:
