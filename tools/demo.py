@@ -14,9 +14,10 @@ import timm
 import torch
 import yaml
 from compare_highres import MODELS, compare
-from digits import NUM_CLASSES, Digits, Epoch, load_digits, stratified_split, train
+from digits import NUM_CLASSES, Digits, Epoch, load_digits, train
 from highres_report import print_report, record, write_picture
 from measure import Case, pick_device
+from packaged_data import HELD_OUT, stratified_split
 from plots import plot_training
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,7 +26,6 @@ from rich.table import Table
 import vmamba  # noqa: F401
 
 REQUIRED_ACCURACY = 0.97
-HELD_OUT = 0.2
 SIZES = (224, 448, 672)
 
 
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     model_args: Dict[str, Any]
 
 
-def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/digits.yaml') -> Dict[str, Recipe]:
+def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/demo.yaml') -> Dict[str, Recipe]:
     """Recipe of each model of a YAML file."""
     return {name: Recipe(**recipe) for name, recipe in yaml.safe_load(path.read_text()).items()}
 

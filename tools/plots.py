@@ -92,3 +92,24 @@ def plot_training(histories: Dict[str, Sequence[Epoch]], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
+    """Losses and accuracies of a training run after each epoch; what a run has not measured is left out."""
+    panels_of = {
+        'loss': {'train_loss': 'training', 'val_loss': 'validation'},
+        'validation accuracy, %': {'val_top1': 'top-1', 'val_top5': 'top-5', 'ema_top1': 'top-1, average of weights'},
+    }
+    figure = Figure(figsize=(9, 3.8), layout='constrained')
+    for panel, (ylabel, curves) in zip(figure.subplots(1, 2), panels_of.items()):
+        for key, label in curves.items():
+            rows = [row for row in history if key in row]
+            if rows:
+                panel.plot([row['epoch'] for row in rows], [row[key] for row in rows], marker='.', label=label)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xlabel('epoch')
+        panel.set_ylabel(ylabel)
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend()
+    figure.savefig(path, dpi=120)

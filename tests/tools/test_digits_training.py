@@ -5,6 +5,7 @@ import digits
 import pytest
 import timm
 import torch
+from packaged_data import stratified_split
 
 demo = importlib.import_module('demo')  # the folder of its results has the same name, which confuses import sorting
 
@@ -25,12 +26,12 @@ def test_digits_are_real_padded_and_normalised(data):
 
 
 def test_split_is_stratified_disjoint_and_repeatable(data):
-    train, test = digits.stratified_split(data.labels, 0.2, seed=3)
+    train, test = stratified_split(data.labels, 0.2, seed=3)
     assert data.labels[train].bincount().tolist() == [400] * 10
     assert data.labels[test].bincount().tolist() == [100] * 10
     assert torch.cat([train, test]).sort().values.tolist() == list(range(5000))
-    assert torch.equal(test, digits.stratified_split(data.labels, 0.2, seed=3)[1])
-    assert not torch.equal(test, digits.stratified_split(data.labels, 0.2, seed=4)[1])
+    assert torch.equal(test, stratified_split(data.labels, 0.2, seed=3)[1])
+    assert not torch.equal(test, stratified_split(data.labels, 0.2, seed=4)[1])
 
 
 def test_augmentation_moves_digits_but_keeps_their_background(data):

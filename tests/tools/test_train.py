@@ -1,0 +1,270 @@
+"""Whole runs of train.py on tiny data, through its command line."""
+
+import importlib
+import re
+import resource
+import shlex
+
+import pytest
+import torch
+import yaml
+from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
+
+pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
+
+train = importlib.import_module('train')  # the folders of training images have the same name
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process; returns what it printed and its exit status."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*args):
+        status = 0
+        with signals_kept():
+            try:
+                train.main([str(arg) for arg in args])
+            except SystemExit as error:
+                status = error.code
+        out, err = capsys.readouterr()
+        return out, err, status
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """Runs the command line, which has to end with one line of error; returns the line."""
+
+    def call(*args):
+        _, err, status = run(*args)
+        assert status == 2, err
+        assert 'Traceback' not in err
+        return err.strip().splitlines()[-1]
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp('images'))
+
+
+def test_a_run_leaves_its_records_and_learns(run, tmp_path):
+    out, _, status = run(*SMALL, '--epochs', 4, '--output', tmp_path, '--log-every', 2, '--ema-decay', 0.9)
+    assert status == 0
+    assert 'test_vit: 0.30 M parameters, 2 classes, 1 process(es) on cpu, fp32' in out
+    assert 'epoch 1 update 4/5: loss' in out
+    assert 'images/s' in out and 'MiB' in out
+    table = rows(tmp_path)
+    assert [row['epoch'] for row in table] == [1, 2, 3, 4]
+    assert table[-1]['train_loss'] < table[0]['train_loss']
+    assert table[-1]['val_top1'] > 60
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    assert list((tmp_path / 'tensorboard').rglob('events*'))
+    assert yaml.safe_load((tmp_path / 'config.yaml').read_text())['epochs'] == 4
+    best = torch.load(tmp_path / 'best.pt', weights_only=True)
+    assert best['ema_top1'] == max(row['ema_top1'] for row in table)
+    assert len(list(tmp_path.glob('checkpoint-*.pt'))) == 2
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_mixed_precision_on_synthetic_images(run, tmp_path, precision):
+    args = *SMALL, '--data', 'synthetic', '--synthetic-images', 64, '--num-classes', 10, '--epochs', 3
+    options = '--precision', precision, '--accumulate', 2, '--batch-size', 8, '--channels-last', '--grad-checkpointing'
+    assert run(*args, *options, '--lr', 1e-2, '--output', tmp_path)[2] == 0
+    table = rows(tmp_path)
+    assert table[-1]['train_loss'] < table[0]['train_loss']
+    assert 'val_top1' not in table[0]
+
+
+@pytest.mark.parametrize('model', ['vmamba_nano', 'vim_nano'])
+def test_our_models_train_on_a_folder(run, folder, tmp_path, model):
+    args = *SMALL, '--model', model, '--data', '', '--data-dir', folder, '--batch-size', 6, '--epochs', 1
+    mixing = '--mixup', 0.8, '--cutmix', 1, '--drop-last', '--reprob', 0.5, '--aug-repeats', 3, '--workers', 1
+    out, err, status = run(*args, *mixing, '--clip-mode', 'agc', '--clip-grad', 0.02, '--output', tmp_path)
+    assert status == 0, err
+    assert rows(tmp_path)[0]['updates'] == 2
+
+
+def test_accumulation_learns_as_the_joined_batch(run, tmp_path):
+    options = *SMALL, '--opt', 'sgd', '--lr', 0.05, '--epochs', 1
+    run(*options, '--batch-size', 48, '--output', tmp_path / 'joined')
+    run(*options, '--batch-size', 16, '--accumulate', 3, '--output', tmp_path / 'parts')
+    joined, parts = rows(tmp_path / 'joined'), rows(tmp_path / 'parts')
+    assert joined[0]['updates'] == 4  # 48, 48, 48 and 16 images
+    assert parts[0]['train_loss'] == pytest.approx(joined[0]['train_loss'], rel=1e-4)
+    assert parts[0]['val_loss'] == pytest.approx(joined[0]['val_loss'], rel=1e-4)
+
+
+def test_fine_tuning_from_a_run_with_another_head(run, fails, folder, tmp_path):
+    big = image_folder(tmp_path / 'three', classes=('ant', 'bee', 'cow'))
+    data = *SMALL, '--data', '', '--batch-size', 6, '--epochs', 1, '--model', 'vmamba_nano'
+    run(*data, '--data-dir', big, '--output', tmp_path / 'first')
+    start = *data, '--data-dir', folder, '--checkpoint', tmp_path / 'first/best.pt', '--layer-decay', 0.7
+    message = fails(*start, '--output', tmp_path / 'second')
+    assert 'head.fc.weight (3, 256) instead of (2, 256)' in message or 'of another shape' in message
+    assert run(*start, '--new-head', '--lr', 1e-9, '--output', tmp_path / 'second')[2] == 0
+    ours, theirs = newest(tmp_path / 'second')['state_dict'], newest(tmp_path / 'first')['state_dict']
+    assert torch.allclose(ours['stem.conv1.weight'], theirs['stem.conv1.weight'], atol=1e-5)
+    scales = {group['lr_scale'] for group in newest(tmp_path / 'second')['optimizer']['param_groups']}
+    assert max(scales) == 1 and len(scales) > 3
+
+
+def test_distillation_from_a_teacher(run, tmp_path):
+    run(*SMALL, '--epochs', 1, '--output', tmp_path / 'teacher')
+    weights = tmp_path / 'teacher.pt'
+    torch.save(newest(tmp_path / 'teacher')['state_dict'], weights)
+    teacher = '--teacher', 'test_vit', '--teacher-checkpoint', weights, '--distill-temperature', 2
+    _, err, status = run(*SMALL, '--epochs', 1, *teacher, '--output', tmp_path / 'student')
+    assert status == 0, err
+    assert rows(tmp_path / 'student')[0]['train_loss'] != rows(tmp_path / 'teacher')[0]['train_loss']
+    assert newest(tmp_path / 'student')['state_dict'].keys() == newest(tmp_path / 'teacher')['state_dict'].keys()
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fails, tmp_path):
+    args = *SMALL, '--epochs', 1, '--output', tmp_path
+    assert 'starting anew' in run(*args, '--resume')[0]
+    assert '--resume goes on with it' in fails(*args)
+    message = fails(*args, '--resume', '--weight-decay', 0.1)
+    assert 'weight_decay 0.05, now 0.1; give what it had, or another --output' in message
+    assert 'images an update 32, now 16' in fails(*args, '--resume', '--batch-size', 16)
+    out, err, status = run(*args, '--resume', '--epochs', 2)
+    assert 'resumed from' in out and status == 0, err
+    assert [row['epoch'] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
+    args = *SMALL, '--output', tmp_path, '--resume'
+    run(*args, '--epochs', 1)
+    before = {path: path.read_bytes() for path in tmp_path.glob('*.pt')}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        message = fails(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'cannot write' in message and 'what was saved before is intact' in message
+    assert {path: path.read_bytes() for path in tmp_path.glob('*.pt')} == before
+    assert not list(tmp_path.glob('.*.part'))
+    assert run(*args)[2] == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(fails, tmp_path):
+    diverging = *SMALL, '--lr', '1e30', '--warmup-epochs', 0, '--clip-grad', 'null', '--checkpoint-every', 1
+    message = fails(*diverging, '--output', tmp_path)
+    assert 'is not a finite number at or before update' in message
+    assert f'the last good checkpoint is {tmp_path}/checkpoint-0000000' in message
+    state = newest(tmp_path)
+    assert all(value.isfinite().all() for value in state['state_dict'].values())
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_images_stop_a_run_or_are_counted(run, fails, tmp_path, workers):
+    data = image_folder(tmp_path / 'data')
+    broken = data / 'train/cat/2.png', data / 'train/dog/4.png', data / 'validation/dog/1.png'
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1, '--workers', workers
+    message = fails(*args, '--output', tmp_path / 'a')
+    assert any(str(path) in message for path in broken[:2])
+    assert 'cannot be read as an image' in message and '--skip-bad-images' in message
+    out, err, status = run(*args, '--output', tmp_path / 'b', '--skip-bad-images')
+    assert status == 0
+    assert 'skipped 2 unreadable image(s): cat/2.png, dog/4.png' in err
+    assert 'skipped 1 unreadable image(s): dog/1.png' in err
+
+
+def test_folders_that_do_not_fit(fails, tmp_path):
+    def message(folder):
+        return fails(*SMALL, '--data', '', '--data-dir', folder, '--batch-size', 2, '--output', tmp_path / 'run')
+
+    empty = image_folder(tmp_path / 'empty')
+    (empty / 'train/emu').mkdir()
+    assert f'without an image: {empty}/train/emu' in message(empty)
+    other = image_folder(tmp_path / 'other')
+    (other / 'validation/dog').rename(other / 'validation/emu')
+    assert 'different classes: dog, emu' in message(other)
+    single = image_folder(tmp_path / 'single') / 'train'
+    assert 'for training and for validation' in message(single)
+    assert 'there is no folder' in message(tmp_path / 'nowhere')
+    (tmp_path / 'bare').mkdir()
+    assert 'cannot open the folder' in message(tmp_path / 'bare')
+
+
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        (['--weight-dekay', '0.1'], "unknown option '--weight-dekay'; did you mean '--weight-decay'?"),
+        (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
+        (['--precision', 'fp8'], "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        (['--model', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean 'vmamba_nano'?"),
+        (['--opt', 'adamv'], "there is no optimizer 'adamv'; did you mean 'adam'?"),
+        (['--sched', 'cosin'], "Unknown scheduler 'cosin'"),
+        (['--data', 'packaged/mnist'], 'there are packaged/mnist5k, packaged/digits, packaged/lfw'),
+        (['--train-split', 'test'], "packaged/lfw has no split 'test', only train, validation, all"),
+        (['--data', ''], 'no data: give --data-dir FOLDER'),
+        (['--num-classes', '1'], 'the data has 2 classes, num_classes is 1'),
+        (['--mixup', '0.8'], 'need whole batches: set drop_last'),
+        (['--mixup', '0.8', '--drop-last', '--batch-size', '3'], 'batch_size must be even, got 3'),
+        (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+        (['--batch-size', '500', '--drop-last'], 'fewer images than an update of 500'),
+        (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
+        (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
+        (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'"),
+        (['--device', 'tpu'], "cannot run on device 'tpu'"),
+    ],
+)
+def test_wrong_options_are_one_line(fails, tmp_path, options, expected):
+    assert expected in fails(*SMALL, '--output', tmp_path, *options)
+
+
+def test_wrong_configurations_are_one_line(fails, tmp_path):
+    path = tmp_path / 'config.yaml'
+
+    def message(text):
+        path.write_text(text)
+        return fails(path)
+
+    assert f"{path} has an unknown key 'weight_dekay'; did you mean 'weight_decay'?" in message('weight_dekay: 0.1')
+    assert 'is not valid YAML' in message('lr: [')
+    assert 'must hold keys and values' in message('- lr')
+    assert 'builds on itself' in message('_base_: config.yaml')
+    assert 'names no model' in message('lr: 0.1')
+    assert 'there is no configuration' in message('_base_: nothing.yaml')
+
+
+def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, tmp_path):
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    monkeypatch.setenv('TERM', 'xterm')
+    out, _, _ = run(*SMALL, '--output', tmp_path, '--log-every', 1, '--in-chans', 1)
+    assert 'epoch 2/2' in out and 'epoch 2 update' not in out
+    assert {value.shape[1] for value in newest(tmp_path)['state_dict'].values() if value.shape[2:] == (16, 16)} == {1}
+
+
+def test_every_model_has_a_configuration_that_fits(monkeypatch):
+    from timm import create_model, list_models
+    from training.config import load_config
+
+    paths = [path for path in (ROOT / CONFIGS).glob('[!_]*.yaml') if path.stem != 'demo']
+    configs = {path.stem: load_config(path, {}) for path in paths}
+    ours = {name for pattern in ('vmamba_*', 'vim_*') for name in list_models(pattern)}
+    assert ours <= {config.model for config in configs.values()}
+    for name, config in configs.items():
+        if name in ours:
+            assert config.model == name
+            assert config.drop_path is not None
+        args = {'drop_path_rate': config.drop_path} if config.drop_path is not None else {}
+        create_model(config.model, **args, **config.model_args, device='meta')
+
+
+def test_the_commands_of_the_page_are_commands(monkeypatch):
+    from training.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r'^.*tools/train.py (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        path, _, values = train.parse_args(shlex.split(command))
+        load_config(path, values)

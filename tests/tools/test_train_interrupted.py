@@ -1,0 +1,90 @@
+"""Runs of train.py that are killed and resumed, in processes of their own."""
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+from training_runs import CONFIGS, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
+
+# Everything that draws random numbers or has a state.
+STATEFUL = (
+    *(f'{CONFIGS}/lfw_vmamba_nano.yaml', '--epochs', 3, '--batch-size', 8, '--accumulate', 2, '--workers', 1),
+    *('--drop-last', '--mixup', 0.8, '--cutmix', 1.0, '--reprob', 0.5, '--aug-repeats', 2, '--hflip', 0.5),
+    *('--auto-augment', 'rand-m9-mstd0.5-inc1', '--drop-path', 0.2, '--ema-decay', 0.9, '--checkpoint-every', 2),
+    *('--log-every', 1, '--device', 'cpu'),
+)
+
+
+def assert_same(ours, theirs):
+    """Compares nested states bit by bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for pair in zip(ours, theirs):
+            assert_same(*pair)
+    else:
+        assert ours == theirs
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    finish(start(*STATEFUL, '--output', whole))
+    chance = random.Random(0)
+    for number, kill in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        process = start(*STATEFUL, '--output', broken, '--resume', '--workers', number % 2)
+        wait_for(process, f'epoch {number + 1} update {chance.randint(3, 7)}/10')
+        time.sleep(chance.random() / 4)
+        process.send_signal(kill)
+        out, _ = finish(process, 128 + kill if kill == signal.SIGTERM else -kill)
+        if kill == signal.SIGTERM:
+            assert 'stopped by signal 15' in out
+    damaged = max(broken.glob('checkpoint-*.pt'))
+    damaged.write_bytes(damaged.read_bytes()[:100_000])
+    out, err = finish(start(*STATEFUL, '--output', broken, '--resume'))
+    assert f'skipped the broken checkpoint {damaged}' in err
+    assert 'resumed from' in out
+    assert rows(broken) == rows(whole)
+    ours, theirs = newest(broken), newest(whole)
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'scaler', 'best', 'update', 'epoch'):
+        assert_same(ours[key], theirs[key])
+
+
+def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(tmp_path):
+    # 1,437 images are 7 updates of 200 and one of 37, which the two processes share as 19 and 18.
+    args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 0
+    args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    joined = start(*args, '--batch-size', 200, '--output', one)
+    process = start(*args, '--batch-size', 100, '--output', two, launcher=(*TORCHRUN, '29611'))
+    wait_for(process, 'epoch 1 update 4/8')
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode
+    out, _ = finish(start(*args, '--batch-size', 100, '--output', two, '--resume', launcher=(*TORCHRUN, '29612')))
+    assert 'resumed from' in out
+    finish(joined)
+    for ours, theirs in zip(rows(two), rows(one), strict=True):
+        for key in ('updates', 'lr', 'val_top1', 'val_top5', 'val_loss'):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+    assert rows(two)[1]['train_loss'] == pytest.approx(rows(one)[1]['train_loss'], rel=1e-4)
+    for ours, theirs in zip(newest(two)['state_dict'].values(), newest(one)['state_dict'].values(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path):
+    folder = image_folder(tmp_path / 'data')
+    broken = folder / 'train/dog/3.png'
+    broken.write_bytes(broken.read_bytes()[:60])
+    args = f'{CONFIGS}/lfw_vmamba_nano.yaml', '--data', '', '--data-dir', folder, '--model', 'test_vit'
+    args = *args, '--batch-size', 2, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'run'
+    _, err = finish(start(*args, launcher=(*TORCHRUN, '29613')), 1)
+    assert f'{broken} cannot be read as an image' in err
+    assert 'error: [process' in err

@@ -1,0 +1,137 @@
+"""Trains a classifier as a configuration says, on one device or, under torchrun, on many.
+
+python tools/train.py configs/classification/mnist5k_vmamba_nano.yaml
+torchrun --nproc-per-node 8 tools/train.py configs/classification/vmamba_t.yaml --data-dir imagenet --resume
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
+from training.checkpoint import Checkpoints
+from training.config import FIELDS, Config, add_options, load_config, nearest
+from training.data import SYNTHETIC, check_classes, class_names, create_data, load_dataset
+from training.engine import Trainer
+from training.errors import UserError
+from training.report import Report
+from training.runtime import Runtime, start
+from training.seeding import seed_all
+from training.setup import create_model, create_optimizer, create_task, data_config_of
+
+import vmamba  # noqa: F401
+
+
+def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, Any]]:
+    """The configuration's file, whether to resume, and the values given by option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', type=Path, help='YAML file, such as configs/classification/vmamba_t.yaml')
+    parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, if there is one')
+    add_options(parser.add_argument_group('keys of the configuration'))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f'--{name.replace("_", "-")}' for name in (*FIELDS, 'resume')]
+        parser.error(f'unknown option {unknown[0]!r}{nearest(unknown[0].split("=")[0], known)}')
+    values = vars(args)
+    return values.pop('config'), values.pop('resume'), values
+
+
+def check_output(config: Config, resume: bool) -> None:
+    """Raises UserError rather than mix a new run with one that is there."""
+    if Checkpoints(Path(config.output), 1).paths() and not resume:
+        raise UserError(
+            f'{config.output} holds a run already: --resume goes on with it, another --output begins a new one'
+        )
+
+
+def prepare_output(config: Config) -> None:
+    """Makes the folder of the run and writes the configuration into it."""
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
+    except OSError as error:
+        raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
+
+
+def load_datasets(config: Config) -> List[Any]:
+    """Training and validation split, none of synthetic data."""
+    if config.data == SYNTHETIC:
+        return []
+    datasets = [load_dataset(config, config.train_split, True), load_dataset(config, config.val_split, False)]
+    check_classes(*datasets)
+    return datasets
+
+
+def count_classes(config: Config, datasets: List[Any]) -> int:
+    """Number of classes of the model: as configured, or those of the data."""
+    names = class_names(datasets[0]) if datasets else None
+    found = len(names) if names else None
+    if config.num_classes is None:
+        if found is None and datasets:
+            raise UserError(f'{config.data} does not tell its classes: give --num-classes')
+        return found or 1000
+    if found and found > config.num_classes:
+        raise UserError(f'the data has {found} classes, num_classes is {config.num_classes}; leave num_classes out')
+    return config.num_classes
+
+
+def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
+    """Everything of a run, in its first state."""
+    datasets = load_datasets(config)
+    num_classes = count_classes(config, datasets)
+    seed_all(config.seed)
+    model = create_model(config, num_classes).to(runtime.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    train, validation = create_data(config, data_config_of(config, model), datasets, num_classes, runtime)
+    optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
+    task = create_task(config, model, runtime)
+    params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    processes = f'{runtime.world} process(es) on {runtime.device.type}'
+    report.say(f'{config.model}: {params:.2f} M parameters, {num_classes} classes, {processes}, {config.precision}')
+    return Trainer(config, runtime, task, optimizer, train, validation, num_classes, report)
+
+
+def train(argv: Optional[List[str]] = None) -> None:
+    path, resume, overrides = parse_args(argv)
+    config = load_config(path, overrides)
+    check_output(config, resume)
+    runtime = start(config.device)
+    report = Report(Path(config.output), runtime)
+    trainer = create_trainer(config, runtime, report)
+    if resume:
+        trainer.resume()
+    if runtime.is_primary:
+        prepare_output(config)
+    report.open_records(trainer.update, trainer.epoch)
+    try:
+        trainer.run()
+    except (RuntimeError, OSError):
+        if trainer.stop.signal:  # the first process has saved and gone
+            trainer.stop.exit()
+        raise
+    finally:
+        report.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@record
+def main(argv: Optional[List[str]] = None) -> None:
+    try:
+        train(argv)
+    except UserError as error:
+        rank = os.environ.get('RANK')
+        place = f' [process {rank}]' if rank else ''
+        print(f'train.py: error:{place} {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,304 @@
+"""Training and validation data: timm's datasets and transforms, in an order that a run can continue."""
+
+import itertools
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from packaged_data import PREFIX, create_packaged_dataset
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_loader, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .config import Config
+from .errors import UserError
+from .order import BatchOrder, Key
+from .runtime import Runtime
+from .seeding import seeded
+
+SYNTHETIC = 'synthetic'
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
+_NAMES_SHOWN = 10
+
+
+class Batch(NamedTuple):
+    """Images [B, C, H, W], labels [B], the images that count, and the weight of their mean loss in the update."""
+
+    images: Tensor
+    targets: Tensor
+    count: int
+    weight: float
+
+
+class Samples(Dataset):
+    """A dataset's transformed images, by pairs of the augmentation's seed and the index.
+
+    An unreadable image is replaced by the next readable one and marked in `bad`, which loading processes share; what
+    that means is decided by `check`.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], config: Config) -> None:
+        dataset.transform = None  # of torchvision's and timm's datasets alike
+        self.dataset, self.transform = dataset, transform
+        self.mode = _mode(config)
+        self.skip_bad = config.skip_bad_images
+        self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._reported = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Tuple[Any, int]:
+        seed, index = key
+        for _ in range(len(self.dataset)):
+            try:
+                image, target = self.read(index)
+            except _UNREADABLE:
+                self.bad[index] = True
+                index = (index + 1) % len(self.dataset)
+                continue
+            with seeded(seed):
+                return self.transform(image), target
+        raise RuntimeError(f'none of the {len(self.dataset)} images can be read')
+
+    def read(self, index: int) -> Tuple[Image.Image, int]:
+        """The image, decoded, and its label."""
+        if isinstance(self.dataset, ImageDataset):  # which would replace what it cannot decode without counting it
+            file, target, *_ = self.dataset.reader[index]
+            image = Image.open(file)
+        else:
+            image, target = self.dataset[index]
+        return image.convert(self.mode), target
+
+    def check(self) -> None:
+        """Raises UserError if an unreadable image was met and they are not to be skipped."""
+        if not self.skip_bad and self.bad.any():
+            index = int(self.bad.nonzero()[0])
+            raise UserError(f'{self._describe(index)}; mend or remove it, or give --skip-bad-images')
+
+    def report(self) -> Optional[str]:
+        """What was skipped, if there is more of it than the last time."""
+        indices = self.bad.nonzero().flatten().tolist()
+        if len(indices) == self._reported:
+            return None
+        self._reported = len(indices)
+        names = ', '.join(map(self._name, indices[:_NAMES_SHOWN]))
+        more = f' and {len(indices) - _NAMES_SHOWN} more' if len(indices) > _NAMES_SHOWN else ''
+        return f'skipped {len(indices)} unreadable image(s): {names}{more}'
+
+    def _name(self, index: int, **kwargs: bool) -> str:
+        return self.dataset.filename(index, **kwargs) if hasattr(self.dataset, 'filename') else f'image {index}'
+
+    def _describe(self, index: int) -> str:
+        path = self._name(index, absolute=True)
+        try:
+            self.read(index)
+        except _UNREADABLE as error:
+            return f'{path} cannot be read as an image: {" ".join(str(error).split())}'
+        return f'{path} could not be read as an image'
+
+
+def _mode(config: Config) -> str:
+    """Pillow's mode of images with so many channels."""
+    return 'L' if config.in_chans == 1 else 'RGB'
+
+
+def load_dataset(config: Config, split: str, training: bool) -> Dataset:
+    """A split of the configured data.
+
+    Raises:
+        UserError: If it is not there.
+    """
+    mode = _mode(config)
+    if config.data.startswith(PREFIX):
+        try:
+            return create_packaged_dataset(config.data, split, mode)
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error)) from error
+    if config.data_dir is not None and not config.data.strip('/') and not Path(config.data_dir).exists():
+        raise UserError(f'there is no folder {config.data_dir}; --data-dir names the folder of the data')
+    if not config.data and config.data_dir is None:
+        raise UserError('no data: give --data-dir FOLDER, or --data packaged/mnist5k, or --data synthetic')
+    extra: Dict[str, Any] = {'input_img_mode': mode, 'seed': config.seed, 'batch_size': config.batch_size}
+    if config.data.startswith('torch/'):
+        extra = {}
+    try:
+        return create_dataset(
+            config.data, root=config.data_dir, split=split, is_training=training, **{**extra, **config.data_args}
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
+        where = f'{config.data or "the folder"} {config.data_dir or ""}'.strip()
+        raise UserError(f'cannot open {where}, split {split!r}: {" ".join(str(error).split())}') from error
+
+
+def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
+    """Index of every class, where the dataset knows it."""
+    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+
+
+def check_classes(train: Dataset, validation: Dataset) -> None:
+    """Raises UserError for folders of classes without images, and for splits with different classes."""
+    readers = [getattr(dataset, 'reader', None) for dataset in (train, validation)]
+    roots = [Path(reader.root) for reader in readers if isinstance(reader, ReaderImageFolder)]
+    for root, reader in zip(roots, readers):
+        leaves = [path for path in root.rglob('*') if path.is_dir() and path.name not in reader.class_to_idx]
+        empty = [str(path) for path in leaves if not any(child.is_dir() for child in path.iterdir())]
+        if empty:
+            shown = ', '.join(sorted(empty)[:_NAMES_SHOWN])
+            raise UserError(f'{len(empty)} class folder(s) without an image: {shown}; fill or remove them')
+    if len(roots) == 2 and roots[0] == roots[1]:
+        raise UserError(
+            f'{roots[0]} would serve for training and for validation; give it folders train/ and validation/'
+        )
+    ours, theirs = class_names(train), class_names(validation)
+    if ours and theirs and ours != theirs:
+        differ = sorted(map(str, ours.keys() ^ theirs.keys())) or ['their order']
+        raise UserError(f'training and validation have different classes: {", ".join(differ[:_NAMES_SHOWN])}')
+
+
+class IndexedData:
+    """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
+
+    def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
+        transform = create_transform(**_train_transform(config, data_config), use_prefetcher=True)
+        self.samples = Samples(dataset, transform, config)
+        self.order = BatchOrder(
+            dataset,
+            config.batch_size,
+            config.accumulate,
+            runtime.world,
+            runtime.rank,
+            config.aug_repeats,
+            config.drop_last,
+            config.seed,
+        )
+        self.updates_per_epoch = self.order.updates_per_epoch
+        self.loader = _prefetch(self.samples, config, data_config, runtime, batch_sampler=self.order)
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        """The rest of an epoch, from an update on."""
+        self.order.go_to(epoch, update)
+        for (images, targets), (count, weight) in zip(self.loader, self.order.counts()):
+            self.samples.check()
+            yield Batch(images, targets, count, weight)
+
+    def report(self) -> Optional[str]:
+        return self.samples.report()
+
+
+class StreamedData:
+    """Batches of a dataset that can only be read in its own order (TFDS, WebDataset, streamed Hugging Face data).
+
+    A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order.
+    """
+
+    def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
+        if config.aug_repeats > 1:
+            raise UserError(f'{config.data} is read as a stream, which cannot repeat images: set aug_repeats to 1')
+        transform = _train_transform(config, data_config)
+        self.accumulate, self.dataset = config.accumulate, dataset
+        self.loader = create_loader(
+            dataset,
+            batch_size=config.batch_size,
+            num_workers=config.workers,
+            device=runtime.device,
+            **transform,
+        )
+        self.updates_per_epoch = len(self.loader) // config.accumulate
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        self.dataset.set_epoch(epoch)
+        steps = slice(update * self.accumulate, self.updates_per_epoch * self.accumulate)
+        for images, targets in itertools.islice(self.loader, steps.start, steps.stop):
+            yield Batch(images, targets, len(images), 1 / self.accumulate)
+
+    def report(self) -> None:
+        return None
+
+
+class SyntheticData:
+    """The same random images, on the device already, time and again: what remains is the time of the model."""
+
+    def __init__(self, config: Config, data_config: Dict[str, Any], num_classes: int, runtime: Runtime) -> None:
+        generator = torch.Generator().manual_seed(config.seed + runtime.rank)
+        images = torch.randn(config.batch_size, *data_config['input_size'], generator=generator)
+        targets = torch.randint(num_classes, (config.batch_size,), generator=generator)
+        self.batch = Batch(images.to(runtime.device), targets.to(runtime.device), len(images), 1 / config.accumulate)
+        self.accumulate = config.accumulate
+        self.updates_per_epoch = config.synthetic_images // (config.batch_size * config.accumulate * runtime.world)
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        for _ in range((self.updates_per_epoch - update) * self.accumulate):
+            yield self.batch._replace(images=self.batch.images.clone())  # mixing changes images in place
+
+    def report(self) -> None:
+        return None
+
+
+class Validation:
+    """All images of the validation split, each once, shared out among the processes."""
+
+    def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
+        batch_size = config.val_batch_size or config.batch_size
+        if isinstance(dataset, IterableDataset):
+            self.samples = None
+            args = dict(batch_size=batch_size, num_workers=config.workers, device=runtime.device)
+            self.loader = create_loader(dataset, is_training=False, **args, **data_config)
+            return
+        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
+        self.samples = Samples(dataset, transform, config)
+        keys = [(0, index) for index in range(runtime.rank, len(dataset), runtime.world)]
+        args = dict(sampler=keys, batch_size=batch_size)
+        self.loader = _prefetch(self.samples, config, data_config, runtime, **args)
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        for images, targets in self.loader:
+            if self.samples:
+                self.samples.check()
+            yield images, targets
+
+    def report(self) -> Optional[str]:
+        return self.samples.report() if self.samples else None
+
+
+def _train_transform(config: Config, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of timm's training transform. Random erasing comes after the transfer, and so is not among them."""
+    names = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'auto_augment')
+    augmentation = {name: getattr(config, name) for name in names}
+    own = {**data_config, 'interpolation': config.interpolation}
+    return {**own, **augmentation, 'is_training': True} if config.augment else {**data_config, 'is_training': False}
+
+
+def _prefetch(
+    samples: Samples, config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
+) -> PrefetchLoader:
+    """Batches that are copied to the device, and normalised there, while the model is at work on the one before."""
+    loader = DataLoader(
+        samples,
+        num_workers=config.workers,
+        collate_fn=fast_collate,
+        pin_memory=runtime.device.type == 'cuda',
+        persistent_workers=config.workers > 0,
+        **loader_args,
+    )
+    normalisation = {name: data_config[name] for name in ('mean', 'std')}
+    return PrefetchLoader(loader, channels=config.in_chans, device=runtime.device, **normalisation)
+
+
+def create_data(
+    config: Config, data_config: Dict[str, Any], datasets: List[Dataset], num_classes: int, runtime: Runtime
+) -> Tuple[Any, Optional[Validation]]:
+    """Training batches and validation images; synthetic data has nothing to validate on."""
+    if config.data == SYNTHETIC:
+        train, validation = SyntheticData(config, data_config, num_classes, runtime), None
+    else:
+        kind = StreamedData if isinstance(datasets[0], IterableDataset) else IndexedData
+        train = kind(datasets[0], config, data_config, runtime)
+        validation = Validation(datasets[1], config, data_config, runtime)
+    if train.updates_per_epoch == 0:
+        size = config.batch_size * config.accumulate * runtime.world
+        raise UserError(f'an epoch has fewer images than an update of {size}: lower batch_size, or drop_last: false')
+    return train, validation

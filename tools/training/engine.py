@@ -1,0 +1,309 @@
+"""The training loop, and the state that it can be continued from."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.task import TrainingTask
+from timm.utils import accuracy, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checkpoint import Checkpoints
+from .config import Config
+from .data import Batch, Validation
+from .errors import UserError
+from .report import Report
+from .runtime import Runtime, StopRequest, peak_memory_mib
+from .seeding import derive_seed, seed_all
+from .setup import create_scheduler
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# What may differ when a run goes on: where and how it runs, and how long. The size of an update is checked by itself.
+FREE_KEYS = {
+    *('output', 'workers', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
+    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing'),
+    *('pretrained', 'checkpoint', 'new_head', 'teacher_checkpoint'),
+}
+
+
+class Trainer:
+    """Trains a task, epoch after epoch.
+
+    Args:
+        config: Settings.
+        runtime: Device and place among the processes.
+        task: Model and loss.
+        optimizer: Of the model's parameters.
+        data: Training batches.
+        validation: Images to validate on, if there are any.
+        num_classes: Of the model.
+        report: Takes what there is to tell.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        task: TrainingTask,
+        optimizer: Optimizer,
+        data: Any,
+        validation: Optional[Validation],
+        num_classes: int,
+        report: Report,
+    ) -> None:
+        self.config, self.runtime, self.task, self.optimizer = config, runtime, task, optimizer
+        self.data, self.validation, self.num_classes, self.report = data, validation, num_classes, report
+        self.update_size = config.batch_size * config.accumulate * runtime.world
+        self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
+        self.mix = _mixup(config, num_classes)
+        self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
+        self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
+        self.last_saved: Optional[Path] = None
+        self.stop = StopRequest()
+        # The place of the next update, and what has been found up to it.
+        self.update, self.epoch, self.position = 0, 0, 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, images, norms of gradients
+        self.history: List[Dict[str, float]] = []
+        self.best = -math.inf
+
+    def run(self) -> None:
+        """Trains from the present place to the last epoch."""
+        while self.epoch < self.config.epochs:
+            start, done = time.perf_counter(), self.update
+            self._train_epoch()
+            seconds = time.perf_counter() - start
+            loss = self._mean_loss()
+            rate = (self.update - done) * self.update_size / seconds
+            row = dict(epoch=self.epoch + 1, updates=self.update, lr=self._lr(), train_loss=loss)
+            row.update(self._validate())
+            row.update(images_per_second=round(rate, 1), memory_mib=round(peak_memory_mib(self.runtime.device), 1))
+            self._end_epoch(row)
+        self.report.finish(self.history)
+
+    def _train_epoch(self) -> None:
+        """The rest of the epoch."""
+        self.task.train()
+        batches = self.data.batches(self.epoch, self.position)
+        self.report.start_epoch(self.epoch, self.config.epochs, self.position, self.data.updates_per_epoch)
+        start, logged = time.perf_counter(), (self.update, self.sums.clone())
+        while self.position < self.data.updates_per_epoch:
+            self._update(batches)
+            if self.update % self.config.log_every == 0:
+                loss = self._mean_loss(logged[1])
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                rate = (self.update - logged[0]) * self.update_size / seconds
+                logged = self.update, self.sums.clone()
+                memory = peak_memory_mib(self.runtime.device)
+                self.report.progress(self.update, self.position, loss, self._lr(), rate, memory)
+            if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
+                self._save()
+            self._stop_if_asked()
+
+    def _update(self, batches: Iterator[Batch]) -> None:
+        """One update of the weights, from as many batches as the configuration says."""
+        for step in range(self.config.accumulate):
+            batch = next(batches)
+            seed_all(derive_seed(self.config.seed, self.runtime.rank, self.update, step))
+            if step < self.config.accumulate - 1:
+                with self.task.no_sync():
+                    self._backward(batch)
+            else:
+                self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip().double()
+        # With loss scaling an infinite gradient is an ordinary event: the update is left out, and the scale halved.
+        self.sums[2] += norm if not self.scaler.is_enabled() else norm.nan_to_num(0, 0, 0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update += 1
+        self.position += 1
+        self.task.update_ema(step=self.update)
+        if self.scheduler:
+            self.scheduler.step_update(self.update)
+
+    def _backward(self, batch: Batch) -> None:
+        images, targets = self.erase(batch.images), batch.targets
+        if self.mix:
+            images, targets = self.mix(images, targets)
+        loss = self._loss(images, targets)
+        self.scaler.scale(loss * batch.weight).backward()
+        self.sums[0] += loss.detach().double() * batch.count
+        self.sums[1] += batch.count
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            return self.task(self._laid_out(images), targets)['loss']
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.precision
+        return torch.autocast(self.runtime.device.type, DTYPES[precision], enabled=precision != 'fp32')
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def _clip(self) -> Tensor:
+        """Limits the gradients; returns their norm before."""
+        limit, mode = self.config.clip_grad, self.config.clip_mode
+        by_norm = limit is not None and mode == 'norm'
+        norm = nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), limit if by_norm else math.inf)
+        if limit is not None and mode != 'norm':
+            dispatch_clip_grad(self.task.get_clip_parameters(exclude_head=mode == 'agc'), limit, mode)
+        return norm
+
+    def _mean_loss(self, since: Optional[Tensor] = None) -> float:
+        """Mean loss over all processes, since an earlier state of the sums or the start of the epoch.
+
+        Raises:
+            UserError: If a loss or a gradient was not finite.
+        """
+        self._check_finite()
+        loss, count, _ = self.runtime.sum(self.sums - since if since is not None else self.sums.clone())
+        return loss / max(count, 1)
+
+    def _check_finite(self) -> None:
+        if self.sums.isfinite().all():
+            return
+        what = 'gradient' if self.sums[0].isfinite() else 'loss'
+        saved = f'the last good checkpoint is {self.last_saved}' if self.last_saved else 'there is no checkpoint yet'
+        raise UserError(
+            f'the {what} is not a finite number at or before update {self.update} (epoch {self.epoch + 1}); {saved}; '
+            f'lower lr, set clip_grad, or choose precision bf16 or fp32'
+        )
+
+    def _lr(self) -> float:
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
+    @torch.inference_mode()
+    def _validate(self) -> Dict[str, float]:
+        """Loss and accuracies of the model, and accuracies of its moving average."""
+        if self.validation is None:
+            return {}
+        self.report.say_status('validating')
+        self.task.eval()
+        scores = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)  # loss, top-1, top-5, images
+        averaged = scores.clone()
+        for images, targets in self.validation:
+            images = self._laid_out(images)
+            scores += self._score(self.task.get_eval_model(), images, targets)
+            if self.task.has_ema():
+                averaged += self._score(self.task.get_eval_model(ema=True), images, targets)
+            self._stop_if_asked()
+        loss, top1, top5, count = self.runtime.sum(scores)
+        row = dict(val_loss=loss / count, val_top1=top1 / count, val_top5=top5 / count)
+        if self.task.has_ema():
+            _, top1, top5, count = self.runtime.sum(averaged)
+            row.update(ema_top1=top1 / count, ema_top5=top5 / count)
+        return row
+
+    def _score(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Sums of loss, percentages of right answers, and the number of images."""
+        with self._autocast():
+            logits = model(images).float()
+        loss = nn.functional.cross_entropy(logits, targets)
+        top1, top5 = accuracy(logits, targets, topk=(1, min(5, self.num_classes)))
+        return torch.stack([loss, top1, top5, torch.ones_like(loss)]).double() * len(targets)
+
+    def _end_epoch(self, row: Dict[str, float]) -> None:
+        """Goes to the start of the next epoch, tells of this one and saves."""
+        self.history.append(row)
+        self.epoch, self.position = self.epoch + 1, 0
+        self.sums.zero_()
+        for part in (self.data, self.validation):
+            note = part.report() if part else None
+            if note:
+                self.report.warn(note)
+        score = row.get('ema_top1', row.get('val_top1', -row['train_loss']))
+        improved = score > self.best
+        self.best = max(score, self.best)
+        self.report.end_epoch(self.history)
+        # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
+        if improved and self.runtime.is_primary:
+            self.checkpoints.save_best({**self._weights(), 'config': dataclasses.asdict(self.config), **row})
+        self._save()
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.signal and self.runtime.is_primary:
+            self._save(alone=True)
+            self.report.say(f'stopped by signal {self.stop.signal} after update {self.update}; --resume goes on')
+            self.report.close()
+            self.stop.exit()
+
+    def _weights(self) -> Dict[str, Any]:
+        state = self.task.get_checkpoint_state()
+        return {**state, **self.task.get_checkpoint_state(ema=True)} if self.task.has_ema() else state
+
+    def _save(self, alone: bool = False) -> None:
+        """Writes a checkpoint, unless what it would hold is broken.
+
+        Args:
+            alone: The other processes are not here: estimate their losses by those of this one.
+        """
+        self._check_finite()
+        sums = (
+            self.sums.cpu() * self.runtime.world
+            if alone
+            else torch.tensor(self.runtime.sum(self.sums.clone()), dtype=torch.float64)
+        )
+        if not self.runtime.is_primary:
+            return
+        state = dict(
+            **self._weights(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            config=dataclasses.asdict(self.config),
+            num_classes=self.num_classes,
+            update_size=self.update_size,
+            sums=sums,
+            **{key: getattr(self, key) for key in ('update', 'epoch', 'position', 'history', 'best')},
+        )
+        self.last_saved = self.checkpoints.save(state, self.update)
+
+    def resume(self) -> None:
+        """Goes to the place of the newest readable checkpoint; stays at the start if there is none.
+
+        Raises:
+            UserError: If the checkpoint belongs to another run.
+        """
+        found = self.checkpoints.load_newest(self.report.warn)
+        if found is None:
+            self.report.say(f'nothing to resume in {self.config.output}: starting anew')
+            return
+        state, path = found
+        self._check_same_run(state, path)
+        self.task.load_checkpoint_state(state['state_dict'])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.sums.copy_(state['sums'] * self.runtime.is_primary)  # they are those of all processes
+        for key in ('update', 'epoch', 'position', 'history', 'best'):
+            setattr(self, key, state[key])
+        self.last_saved = path
+        self.report.say(f'resumed from {path}: epoch {self.epoch + 1}, update {self.update}')
+
+    def _check_same_run(self, state: Dict[str, Any], path: Path) -> None:
+        facts = {'num_classes': self.num_classes, 'images an update': self.update_size}
+        theirs = {'num_classes': state['num_classes'], 'images an update': state['update_size']}
+        ours = dataclasses.asdict(self.config)
+        for key in ours.keys() - FREE_KEYS - {'num_classes'}:
+            facts[key], theirs[key] = ours[key], state['config'].get(key)
+        differences = [
+            f'{key} {theirs[key]!r}, now {facts[key]!r}' for key in sorted(facts) if facts[key] != theirs[key]
+        ]
+        if differences:
+            raise UserError(f'{path} is of a run with {"; ".join(differences)}; give what it had, or another --output')
+
+
+def _mixup(config: Config, num_classes: int) -> Optional[Mixup]:
+    if config.mixup <= 0 and config.cutmix <= 0:
+        return None
+    names = dict(prob=config.mixup_prob, switch_prob=config.mixup_switch_prob, mode=config.mixup_mode)
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes, **names)

@@ -1,0 +1,80 @@
+"""Which images are in which batch: a function of the seed, the epoch and the place in it."""
+
+from typing import Iterator, List, Sized, Tuple
+
+from timm.data.distributed_sampler import RepeatAugSampler
+
+from .seeding import derive_seed
+
+Key = Tuple[int, int]
+
+
+class BatchOrder:
+    """Batch sampler of one process, which can begin at any update of any epoch.
+
+    An update takes the next `batch_size * accumulate * world` images of the epoch's order, and process and step take
+    every so many of them. So updates see the same images however these three numbers make up their product. An image
+    comes as a pair of the seed of its augmentation and its index.
+
+    Args:
+        dataset: What is ordered.
+        batch_size: Images a process and step.
+        accumulate: Steps an update.
+        world: Number of processes.
+        rank: This process.
+        repeats: Times that an image follows itself, augmented differently; an epoch keeps its length.
+        drop_last: Leave out the last update where it has fewer images.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        repeats: int = 1,
+        drop_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.parts, self.accumulate, self.world, self.rank = accumulate * world, accumulate, world, rank
+        self.seed = seed
+        self.update_size = batch_size * self.parts
+        # One process's share is all; the shares of the processes are cut from the updates.
+        self.sampler = RepeatAugSampler(dataset, 1, 0, num_repeats=repeats, selected_round=0)
+        whole, rest = divmod(len(dataset), self.update_size)
+        self.updates_per_epoch = whole + bool(rest and not drop_last)
+        self.last_size = self.update_size if drop_last or not rest else rest
+        self.go_to(0, 0)
+
+    def go_to(self, epoch: int, update: int) -> None:
+        """The next iteration begins at this update of this epoch."""
+        self.epoch, self.update = epoch, update
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.update) * self.accumulate
+
+    def __iter__(self) -> Iterator[List[Key]]:
+        self.sampler.set_epoch(derive_seed(self.seed, self.epoch))
+        order = list(self.sampler)
+        for update in range(self.update, self.updates_per_epoch):
+            places = range(update * self.update_size, update * self.update_size + self._size(update))
+            for step in range(self.accumulate):
+                # A process without an image takes one of weight 0, since all have to take part in the update.
+                own = places[step * self.world + self.rank :: self.parts] or places[:1]
+                yield [(derive_seed(self.seed, self.epoch, place), order[place]) for place in own]
+
+    def counts(self) -> Iterator[Tuple[int, float]]:
+        """For every batch its images that count, and the factor that makes its mean loss a part of the update's.
+
+        Gradients are summed over the steps of a process and averaged over the processes.
+        """
+        for update in range(self.update, self.updates_per_epoch):
+            size = self._size(update)
+            for step in range(self.accumulate):
+                own = len(range(step * self.world + self.rank, size, self.parts))
+                yield own, own * self.world / size
+
+    def _size(self, update: int) -> int:
+        return self.last_size if update == self.updates_per_epoch - 1 else self.update_size

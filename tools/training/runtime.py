@@ -1,0 +1,75 @@
+"""The device and the processes of a run."""
+
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from typing import List
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device of this process, and its place among the others."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_primary(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> List[float]:
+        """Sums of the values over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+def start(device: str) -> Runtime:
+    """Joins the processes that torchrun started, if it did.
+
+    Args:
+        device: 'cpu', 'cuda' or '' for the GPU if there is one.
+    """
+    available = torch.cuda.is_available()
+    if device not in ('', 'cpu', 'cuda') or (device == 'cuda' and not available):
+        reason = 'there is no GPU' if device == 'cuda' else 'it must be cpu or cuda'
+        raise UserError(f'cannot run on device {device!r}: {reason}')
+    found = init_distributed_device_so(device or ('cuda' if available else 'cpu'))
+    return Runtime(torch.device(found['device']), found['global_rank'], found['world_size'])
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory so far: of the GPU, or of this process on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGINT (of the terminal), to stop between two updates; a second one takes its usual course.
+
+    Only the first process stops of its own accord, after writing a checkpoint. The others go on, since it needs them to
+    finish its update, until they find it gone or torchrun ends them.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def exit(self) -> None:
+        """Ends the process with the status that the signal stands for."""
+        os._exit(128 + self.signal)  # waiting for the others would take as long as they wait for this one

@@ -1,0 +1,41 @@
+"""Random numbers that depend on nothing but the seed and on what they are for.
+
+No generator's state is carried from step to step. So none has to be saved: a run that goes on after an interruption
+draws what it would have drawn, whatever the number of loading processes, and two processes augment as one does.
+"""
+
+import hashlib
+import random
+from contextlib import contextmanager
+from typing import Iterator
+
+import numpy as np
+import torch
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed of 63 bits that depends on all of the numbers."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch, its GPUs included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU follow this seed inside, and afterwards what they followed before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
