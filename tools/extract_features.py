@@ -130,8 +130,9 @@ class Extraction:
                 for count in self._native(todo) if self.args.native else self._batches(todo):
                     progress.advance(task, count)
         except torch.OutOfMemoryError as error:
-            way_out = '--tile, or a smaller one' if self.args.native else 'a smaller --batch-size'
-            raise UserError(f'out of memory on {self.args.device}: {way_out} goes on with the rest') from error
+            tiles = 'take --tile, or a smaller one, with another --output'
+            way_out = tiles if self.args.native else 'a smaller --batch-size goes on with the rest'
+            raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
             self.store.write_index(labels)
         self._report(len(todo) - len(self.unreadable.paths), time.perf_counter() - start)
