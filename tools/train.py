@@ -29,7 +29,8 @@ import vmamba  # noqa: F401
 
 def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, Any]]:
     """The configuration's file, whether to resume, and the values given by option."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument('config', type=Path, help='YAML file, such as configs/classification/vmamba_t.yaml')
     parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, if there is one')
     add_options(parser.add_argument_group('keys of the configuration'))

@@ -36,8 +36,8 @@ class Batch(NamedTuple):
 class Samples(Dataset):
     """A dataset's transformed images, by pairs of the augmentation's seed and the index.
 
-    An unreadable image is replaced by the next readable one and marked in `bad`, which loading processes share; what
-    that means is decided by `check`.
+    An unreadable image is marked in `bad`, which loading processes share, and replaced by the next readable one if they
+    are to be skipped; otherwise `check` ends the run.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], config: Config) -> None:
@@ -45,6 +45,7 @@ class Samples(Dataset):
         self.dataset, self.transform = dataset, transform
         self.mode = _mode(config)
         self.skip_bad = config.skip_bad_images
+        self.tries = len(dataset) if self.skip_bad else 1
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._reported = 0
 
@@ -53,16 +54,16 @@ class Samples(Dataset):
 
     def __getitem__(self, key: Key) -> Tuple[Any, int]:
         seed, index = key
-        for _ in range(len(self.dataset)):
+        image, target = Image.new(self.mode, (1, 1)), 0  # never trained on: `check` ends the run
+        for offset in range(self.tries):
+            candidate = (index + offset) % len(self)
             try:
-                image, target = self.read(index)
+                image, target = self.read(candidate)
+                break
             except _UNREADABLE:
-                self.bad[index] = True
-                index = (index + 1) % len(self.dataset)
-                continue
-            with seeded(seed):
-                return self.transform(image), target
-        raise RuntimeError(f'none of the {len(self.dataset)} images can be read')
+                self.bad[candidate] = True
+        with seeded(seed):
+            return self.transform(image), target
 
     def read(self, index: int) -> Tuple[Image.Image, int]:
         """The image, decoded, and its label."""
@@ -74,7 +75,9 @@ class Samples(Dataset):
         return image.convert(self.mode), target
 
     def check(self) -> None:
-        """Raises UserError if an unreadable image was met and they are not to be skipped."""
+        """Raises UserError if an unreadable image was met and they are not to be skipped, or if none is readable."""
+        if self.skip_bad and self.bad.all():
+            raise UserError(f'none of the {len(self)} images can be read, such as {self._name(0, absolute=True)}')
         if not self.skip_bad and self.bad.any():
             index = int(self.bad.nonzero()[0])
             raise UserError(f'{self._describe(index)}; mend or remove it, or give --skip-bad-images')
