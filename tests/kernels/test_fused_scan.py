@@ -154,6 +154,15 @@ def test_half_precision(configure):
     check(small(seqlen=64, dstate=1, dtype=torch.float16, batch=2), torch.float16, delta_softplus=True)
 
 
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('configure', [columns], ids=['columns'], indirect=True)
+def test_coefficients_in_bfloat16(configure, reverse):
+    """B and C are packed as words of two steps, and taken apart."""
+    configure(chunks=2)
+    tensors = small(seqlen=43, dstate=5, B=2, C=2, dtype=torch.bfloat16)
+    check(tensors, torch.bfloat16, delta_softplus=True, reverse=reverse)
+
+
 @pytest.mark.parametrize('wanted', [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize('plain', [False, True], ids=['triton', 'plain'])
 def test_output_dtype(wanted, plain, configure):

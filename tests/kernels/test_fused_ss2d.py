@@ -393,6 +393,14 @@ OTHERS = [
 
 
 @on_gpu
+@pytest.mark.parametrize('dt_rank', [1, 2], ids=['apart', 'one-word'])
+def test_coefficients_in_bfloat16(dt_rank, launch):
+    """B and C of a position are loaded as one word where they are one; the interpreter takes no products of bf16."""
+    launch(TILE._replace(regions=2))
+    compare(arguments((7, 5), dim=13, dtype=torch.bfloat16, dt_rank=dt_rank, norm=True), torch.bfloat16)
+
+
+@on_gpu
 @pytest.mark.parametrize('dtype', oracles.DTYPES[1:], ids=str)
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('sizes', STAGES, ids=str)
