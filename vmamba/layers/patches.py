@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from .norm import AddLayerNorm, FusedLayerNorm2d
 NORM_EPS = 1e-5
 
 
+@register_notrace_module
 class ImageConv2d(nn.Conv2d):
     """A convolution of images, in channels-last memory, whatever theirs.
 
