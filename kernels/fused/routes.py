@@ -248,10 +248,22 @@ def load_low_rank(
 
 
 @triton.jit
-def load_pair(pointer, position, first, PROJECTIONS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Two neighbouring projections in bf16, of which the `first` [COLUMNS] has an even number, in fp32."""
-    words = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-    offset = position * (PROJECTIONS // 2) + (first // 2)[None, None, :]
-    # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-    pair = tl.load(words + tl.max_contiguous(offset, (1, SPLITS, COLUMNS)))
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+def projections_at(position, first, PROJECTIONS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the projection `first` [COLUMNS] of the PROJECTIONS of positions lies.
+
+    A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
+    """
+    return tl.max_contiguous(position * PROJECTIONS + first[None, None, :], (1, SPLITS, COLUMNS))
+
+
+@triton.jit
+def load_pair(pointer, position, route, R: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """B and C of a route [COLUMNS] of one state at positions in fp32: behind the R of dt among a route's E."""
+    if R % 2 == 0 and pointer.dtype.element_ty == tl.bfloat16:
+        # Then both are one word of 32 bits.
+        words = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        pair = tl.load(words + projections_at(position, (route * E + R) // 2, 2 * E, SPLITS, COLUMNS))
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        pointer += projections_at(position, route * E + R, 4 * E, SPLITS, COLUMNS)
+        return tl.load(pointer).to(tl.float32), tl.load(pointer + 1).to(tl.float32)

@@ -12,6 +12,7 @@ from .routes import (
     by_column,
     load_low_rank,
     load_pair,
+    projections_at,
     recur,
     recur_back,
     route_of_pair,
@@ -83,8 +84,6 @@ def scan_routes_backward(
     region = (pid // channel_blocks // 2) % regions
     batch_group = pid // channel_blocks // 2 // regions
     E: tl.constexpr = R + 2 * N
-    # B and C of a position are then a word of 32 bits.
-    PAIRED: tl.constexpr = N == 1 and R % 2 == 0 and x_dbl_ptr.dtype.element_ty == tl.bfloat16
     T: tl.constexpr = ROWS * SPLITS
     seqlen = height * width
     operand = tl.bfloat16 if x_ptr.dtype.element_ty == tl.bfloat16 else tl.float32
@@ -213,15 +212,10 @@ def scan_routes_backward(
                 WIDE,
             )
             # All that a tile needs is loaded before the first product, whose barriers would hold later loads back.
-            if PAIRED:
-                B, C = load_pair(x_dbl_batch, position, route * E + R, 4 * E, SPLITS, 2 * DB)
+            if N == 1:
+                B, C = load_pair(x_dbl_batch, position, route, R, E, SPLITS, 2 * DB)
             else:
-                # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-                projection = position * (4 * E) + (route * E + R)[None, None, :]
-                projection = tl.max_contiguous(projection, (1, SPLITS, 2 * DB))
-                if N == 1:
-                    B = tl.load(x_dbl_batch + projection).to(tl.float32)
-                    C = tl.load(x_dbl_batch + projection + 1).to(tl.float32)
+                projection = projections_at(position, route * E + R, 4 * E, SPLITS, 2 * DB)
             if not SUMMARY:
                 x = tl.load(x_batch + pixel).to(tl.float32)
                 # What is loaded for a step that does not exist is not stored.

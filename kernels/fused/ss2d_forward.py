@@ -13,6 +13,7 @@ from .routes import (
     line_of,
     load_low_rank,
     load_pair,
+    projections_at,
     recur,
     route_of_pair,
     steps_of,
@@ -72,12 +73,10 @@ def scan_routes(
     region = (pid // channel_blocks // 2) % regions
     batch = (pid // channel_blocks // 2 // regions).to(tl.int64)
     E: tl.constexpr = R + 2 * N
-    # B and C of a position are then a word of 32 bits.
-    PAIRED: tl.constexpr = N == 1 and R % 2 == 0 and x_dbl_ptr.dtype.element_ty == tl.bfloat16
     T: tl.constexpr = ROWS * SPLITS
     seqlen = height * width
 
-    line, step, jump, magic, tiles, lines = route_of_pair(pair, height, width, magic, T, WRAP)
+    line, _, _, magic, tiles, lines = route_of_pair(pair, height, width, magic, T, WRAP)
 
     column = tl.arange(0, 2 * DB)
     backward = column // DB
@@ -189,17 +188,11 @@ def scan_routes(
             WIDE,
         )
         # All that a tile needs is loaded before the product, whose barriers would hold later loads back.
-        if PAIRED:
-            B, C = load_pair(x_dbl_ptr, position, route * E + R, 4 * E, SPLITS, 2 * DB)
+        if N == 1:
+            B, C = load_pair(x_dbl_ptr, position, route, R, E, SPLITS, 2 * DB)
         else:
-            # A pretended contiguity: the compiler deals the axes out to threads in its order, the first one last.
-            projection = position * (4 * E) + (route * E + R)[None, None, :]
-            projection = tl.max_contiguous(projection, (1, SPLITS, 2 * DB))
-            if N == 1:
-                B = tl.load(x_dbl_ptr + projection).to(tl.float32)
+            projection = projections_at(position, route * E + R, 4 * E, SPLITS, 2 * DB)
         if not SUMMARY:
-            if N == 1 and not PAIRED:
-                C = tl.load(x_dbl_ptr + projection + 1).to(tl.float32)
             # What is loaded for a step that does not exist is not stored.
             second = tl.where(i >= region_tiles // 2, column >= 0, False)
             y = tl.load(y_ptr + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
