@@ -5,27 +5,23 @@ the workers, drop path and the sampling of proposals. Here these depend on nothi
 step, so that they need no restoring.
 """
 
-import random
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler
+from training.seeding import seed_all
 
 _DATA, _STEP = range(2)  # what the random numbers are for
 
 
 def seed_everything(*key: int) -> None:
     """Makes all random numbers of this process depend on the key alone."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class SeededIndices(list):
