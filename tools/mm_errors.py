@@ -4,9 +4,7 @@ import sys
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
-
-class Problem(Exception):
-    """Something that the user can mend: the message says what is wrong and the way out."""
+from user_errors import UserError
 
 
 @contextmanager
@@ -14,7 +12,7 @@ def one_line_errors(tool: str) -> Iterator[None]:
     """Turns the errors that a user can mend into one line on standard error; others keep their traceback."""
     try:
         yield
-    except (Problem, ImportError, FileNotFoundError, NotADirectoryError) as error:
+    except (UserError, ImportError, FileNotFoundError, NotADirectoryError) as error:
         print(f'{tool}: {describe(error)}', file=sys.stderr)
         sys.exit(2)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
 from measure import pick_device
-from mm_errors import Problem, one_line_errors
+from mm_errors import one_line_errors
 from mm_options import add_overrides
+from user_errors import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -24,7 +25,7 @@ def infer(args: argparse.Namespace) -> str:
     from mmengine.registry import VISUALIZERS
 
     if not args.image.is_file():
-        raise Problem(f'there is no image {args.image}')
+        raise UserError(f'there is no image {args.image}')
     cfg = load_config(args.config, args.cfg_options)
     model, sample = predict(cfg, args)
     visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))

@@ -1,6 +1,6 @@
 """Configs, checkpoints and checks that the tools for mmdet and mmseg share.
 
-mmengine's own way with files that do not fit is a line in the log, or a traceback; here it is a `Problem`.
+mmengine's own way with files that do not fit is a line in the log, or a traceback; here it is a `UserError`.
 """
 
 import textwrap
@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from mm_errors import Problem
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
@@ -19,6 +18,7 @@ from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
+from user_errors import UserError
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
 
@@ -33,7 +33,7 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        Problem: If it cannot be read, or is of neither library.
+        UserError: If it cannot be read, or is of neither library.
     """
     if not path.is_file():
         raise FileNotFoundError(2, 'no such file', str(path))
@@ -41,9 +41,9 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (SyntaxError, KeyError, TypeError, IndexError) as error:
-        raise Problem(f'{path} with these --cfg-options is no config: {error}') from error
+        raise UserError(f'{path} with these --cfg-options is no config: {error}') from error
     if cfg.get('default_scope') not in SCOPES:
-        raise Problem(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
+        raise UserError(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
     init_default_scope(cfg.default_scope)
     return cfg
 
@@ -66,15 +66,15 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """The content of a checkpoint file, without running any code that it may hold.
 
     Raises:
-        Problem: If there is no such file, or it is no checkpoint.
+        UserError: If there is no such file, or it is no checkpoint.
     """
     if not Path(path).is_file():
-        raise Problem(f'there is no checkpoint {path}')
+        raise UserError(f'there is no checkpoint {path}')
     try:
         with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a broken file makes the reader stumble over
-        raise Problem(
+        raise UserError(
             f'{path} is no checkpoint that can be read safely: {textwrap.shorten(str(error), 120)}'
         ) from error
 
@@ -99,13 +99,13 @@ def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str) -> Non
     """Loads all weights of the model.
 
     Raises:
-        Problem: If a weight is missing, unexpected or of another shape, with the first of their names.
+        UserError: If a weight is missing, unexpected or of another shape, with the first of their names.
     """
     try:
         load_state_dict(model, checkpoint.get('state_dict', checkpoint), strict=True)
     except RuntimeError as error:
         message = textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')
-        raise Problem(f'{path} does not fit the config: {message}') from error
+        raise UserError(f'{path} does not fit the config: {message}') from error
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ class StrictRunner(Runner):
         try:
             super()._init_model_weights()
         except RuntimeError as error:  # the backbone's, which says what it could not fetch or what does not fit
-            raise Problem(textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')) from error
+            raise UserError(textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')) from error
 
 
 @HOOKS.register_module()
@@ -157,7 +157,7 @@ def check_data(dataset: Any, model: nn.Module) -> None:
     """Checks that images and annotations are there and that the heads have as many classes as the data.
 
     Raises:
-        Problem: If not.
+        UserError: If not.
     """
     for leaf in leaves(dataset):
         check_files(leaf)
@@ -179,17 +179,17 @@ def check_files(dataset: BaseDataset) -> None:
             raise FileNotFoundError(2, 'no such folder', prefix)
     if len(dataset) == 0:
         where = dataset.ann_file or ', '.join(map(str, dataset.data_prefix.values()))
-        raise Problem(f"there is no image with annotations of the config's classes in {where}")
+        raise UserError(f"there is no image with annotations of the config's classes in {where}")
 
 
 def check_classes(dataset: BaseDataset, model: nn.Module) -> None:
     classes = dataset.metainfo['classes']
     known = getattr(dataset, 'cat_ids', classes)  # what COCO's annotation file has of them
     if len(known) != len(classes):
-        raise Problem(f'{dataset.ann_file} has {len(known)} of the {len(classes)} classes: {shorten(classes)}')
+        raise UserError(f'{dataset.ann_file} has {len(known)} of the {len(classes)} classes: {shorten(classes)}')
     for name, count in class_counts(model):
         if count != len(classes):
-            raise Problem(
+            raise UserError(
                 f'{name} has num_classes {count}, but the data have {len(classes)} classes: {shorten(classes)}'
             )
 
@@ -208,7 +208,7 @@ def check_labels(sample: Any, classes: int) -> None:
     labels = sample.gt_sem_seg.data
     wrong = labels[(labels != IGNORED_LABEL) & (labels >= classes)]
     if len(wrong):
-        raise Problem(
+        raise UserError(
             f'{sample.seg_map_path} has label {int(wrong.max())}, but the config has {classes} classes, from 0'
         )
 
@@ -221,11 +221,11 @@ def build_runner(cfg: Config) -> Runner:
     """The runner of a config, one that checks data and checkpoints unless the config names its own.
 
     Raises:
-        Problem: If the config asks for what is not registered, or with wrong values.
+        UserError: If the config asks for what is not registered, or with wrong values.
     """
     add_hook(cfg, type='CheckHook')
     cfg.setdefault('runner_type', 'StrictRunner')
     try:
         return RUNNERS.build(cfg)
     except (KeyError, ValueError) as error:
-        raise Problem(f'what the config describes cannot be built: {error}') from error
+        raise UserError(f'what the config describes cannot be built: {error}') from error

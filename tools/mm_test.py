@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-from mm_errors import Problem, one_line_errors
+from mm_errors import one_line_errors
 from mm_options import add_config_options
+from user_errors import UserError
 
 
 def test(args: argparse.Namespace) -> Dict[str, Any]:
@@ -20,7 +21,7 @@ def test(args: argparse.Namespace) -> Dict[str, Any]:
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
-        raise Problem(f'{args.config} has no test_dataloader or no test_evaluator')
+        raise UserError(f'{args.config} has no test_dataloader or no test_evaluator')
     cfg.load_from, cfg.resume = str(args.checkpoint), False
     join_processes(cfg, args.launcher)
     if args.draw:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
 import torch
-from mm_errors import Problem, one_line_errors
+from mm_errors import one_line_errors
 from mm_options import add_config_options
+from user_errors import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -52,7 +53,7 @@ def train(args: argparse.Namespace) -> None:
 def use_fsdp(cfg: 'Config') -> None:
     """Shards weights, gradients and optimizer over the processes; its checkpoints hold the whole of them."""
     if not torch.cuda.is_available():
-        raise Problem("PyTorch's FSDP needs GPUs, and there is none; without --fsdp the processes keep whole copies")
+        raise UserError("PyTorch's FSDP needs GPUs, and there is none; without --fsdp the processes keep whole copies")
     cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
 
 
@@ -68,7 +69,7 @@ def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
     """bfloat16 where it is safe, or fp32 all through, or what the config says.
 
     Raises:
-        Problem: If there is no GPU for the lower precision.
+        UserError: If there is no GPU for the lower precision.
     """
     wrapper = cfg.optim_wrapper
     if amp:  # bfloat16 has fp32's range, so that losses need no scaling
@@ -77,13 +78,13 @@ def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
         cfg.optim_wrapper = {key: value for key, value in wrapper.items() if key not in ('dtype', 'loss_scale')}
         cfg.optim_wrapper.type = 'OptimWrapper'
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
-        raise Problem('mixed precision needs a GPU, and PyTorch finds none; --no-amp trains in fp32')
+        raise UserError('mixed precision needs a GPU, and PyTorch finds none; --no-amp trains in fp32')
 
 
 def scale_lr(cfg: 'Config', path: Path) -> None:
     """The learning rate in proportion to the images a step, against those that the config's rate is for."""
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-        raise Problem(f'{path} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+        raise UserError(f'{path} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
     cfg.auto_scale_lr.enable = True
 
 

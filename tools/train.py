@@ -18,11 +18,11 @@ from training.checkpoint import Checkpoints
 from training.config import FIELDS, Config, add_options, load_config, nearest
 from training.data import SYNTHETIC, check_classes, class_names, create_data, load_dataset
 from training.engine import Trainer
-from training.errors import UserError
 from training.report import Report
 from training.runtime import Runtime, start
 from training.seeding import seed_all
 from training.setup import create_model, create_optimizer, create_task, data_config_of
+from user_errors import UserError
 
 import vmamba  # noqa: F401
 

@@ -6,9 +6,9 @@ import torch
 from packaged_data import DATASETS, create_packaged_dataset
 from timm.data import create_transform
 from training.checkpoint import Checkpoints, write_atomically
-from training.errors import UserError
 from training.order import BatchOrder
 from training.seeding import derive_seed, seed_all, seeded
+from user_errors import UserError
 
 
 def updates(order, epoch=0, start=0):

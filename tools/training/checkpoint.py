@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-
-from .errors import UserError
+from user_errors import UserError
 
 _NAME = 'checkpoint-{:08d}.pt'
 _PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Union
 
 import yaml
-
-from .errors import UserError
+from user_errors import UserError
 
 BASE_KEY = '_base_'
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from image_files import READ_ERRORS
 from packaged_data import PREFIX, create_packaged_dataset
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader, create_transform
@@ -12,15 +13,14 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from user_errors import UserError
 
 from .config import Config
-from .errors import UserError
 from .order import BatchOrder, Key
 from .runtime import Runtime
 from .seeding import seeded
 
 SYNTHETIC = 'synthetic'
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 _NAMES_SHOWN = 10
 
 
@@ -60,7 +60,7 @@ class Samples(Dataset):
             try:
                 image, target = self.read(candidate)
                 break
-            except _UNREADABLE:
+            except READ_ERRORS:
                 self.bad[candidate] = True
         with seeded(seed):
             return self.transform(image), target
@@ -99,7 +99,7 @@ class Samples(Dataset):
         path = self._name(index, absolute=True)
         try:
             self.read(index)
-        except _UNREADABLE as error:
+        except READ_ERRORS as error:
             return f'{path} cannot be read as an image: {" ".join(str(error).split())}'
         return f'{path} could not be read as an image'
 

@@ -13,11 +13,11 @@ from timm.task import TrainingTask
 from timm.utils import accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from user_errors import UserError
 
 from .checkpoint import Checkpoints
 from .config import Config
 from .data import Batch, Validation
-from .errors import UserError
 from .report import Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
 from .seeding import derive_seed, seed_all

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
-
-from .errors import UserError
+from user_errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
+from user_errors import UserError
 
 from .config import Config, nearest
-from .errors import UserError
 from .runtime import Runtime
 
 
