@@ -20,6 +20,7 @@ from torch import Tensor
 PREFIX = 'packaged/'
 HELD_OUT = 0.2
 CLUTTER_SIZE = 64
+CLUTTER_SCALES = (0.6, 0.9)
 CLUTTER_COUNTS = {'training': 6000, 'validation': 1500}
 
 
@@ -76,8 +77,8 @@ def _clutter() -> Arrays:
     """Scenes of a single digit; their two parts share neither digits nor photographs."""
     from scenes import Composer
 
-    shape = (CLUTTER_SIZE, CLUTTER_SIZE)
-    composers = {part: Composer(part, shape, range(10), seed=0, max_objects=1) for part in CLUTTER_COUNTS}
+    settings = dict(shape=(CLUTTER_SIZE, CLUTTER_SIZE), digits=range(10), seed=0, max_objects=1, scales=CLUTTER_SCALES)
+    composers = {part: Composer(part, **settings) for part in CLUTTER_COUNTS}
     scenes = [composers[part](number) for part, count in CLUTTER_COUNTS.items() for number in range(count)]
     images = np.stack([scene.image for scene in scenes])
     labels = np.array([scene.labels[0] for scene in scenes])
