@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from run_queue import Result, Run, train_all
 from sections import command_of
 from training.config import Config, load_config
-from training_report import NAME, Setting, cells_of, ordered, print_report, record, write_docs, write_picture
+from training_report import NAME, Setting, cells_of, ended, ordered, print_report, record, write_docs, write_picture
 from user_errors import UserError, nearest, one_line_errors, positive
 
 RECIPE = Path(__file__).parents[1] / 'configs' / 'classification' / 'compare.yaml'
@@ -97,13 +97,13 @@ def compare(
     columns = TextColumn('Training'), BarColumn(), TextColumn('{task.fields[status]}')
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task('', total=len(runs) * epochs, status='')
-        ended = 0
+        done = 0
 
         def tell(going: int, epochs_done: int) -> None:
-            progress.update(bar, completed=epochs_done, status=f'{ended} of {len(runs)} runs done, {going} going on')
+            progress.update(bar, completed=epochs_done, status=f'{done} of {len(runs)} runs done, {going} going on')
 
         for result in train_all(runs, options, args.output, args.jobs, args.timeout, tell):
-            ended += 1
+            done += 1
             console.print('  '.join([*cells_of(result), result.message]), markup=False, highlight=False)
             yield result
 
@@ -142,16 +142,15 @@ def run(argv: Sequence[str]) -> None:
     device = pick_device(args.device)
     command = command_of('compare_training', argv, OUTPUTS)
     shared = (getattr(config, key) for key in ('epochs', 'batch_size', 'img_size', 'precision'))
-    setting = Setting(device_name(device), command, args.jobs, *shared)
+    setting = Setting(device_name(device), command, len(runs), args.jobs, *shared)
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
     table, picture = args.output / f'{NAME}.csv', args.output / f'{NAME}.png'
     options = [str(RECIPE), *extra, '--device', device.type]
     results = record(compare(runs, args, options, config.epochs, console), table, setting)
-    done = sum(result.status != 'interrupted' for result in results)
-    if done < len(runs):
-        console.print(f'Interrupted: {done} of {len(runs)} runs came to an end')
+    if ended(results) < len(runs):
+        console.print(f'Interrupted: {ended(results)} of {len(runs)} runs came to an end')
     if not results:
         return
     results = ordered(results, args.models, args.tasks)

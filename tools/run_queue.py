@@ -182,7 +182,7 @@ def train_all(
                     yield result
             tell(len(going), done + sum(len(process.accuracies()) for process in going))
         while going:
-            yield going.pop(0).result('interrupted', 'interrupted')
+            yield going.pop(0).result('interrupted')
     finally:
         for process in going:
             process.kill()

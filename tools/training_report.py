@@ -22,8 +22,7 @@ Each model is trained from scratch by `configs/classification/compare.yaml`: {ep
 {batch_size} and images of {img_size}x{img_size} in {precision}, the same settings for all models and tasks, tuned to
 none. A seed decides the weights, the order and the augmentation. Accuracy is that on the validation images after the
 last epoch, not after the best one; ± is the standard deviation over the seeds. All runs are listed, also those that
-failed. {jobs} runs went on at once, so that the minutes do not compare the models.
-
+failed. {jobs} went on at once, so that the minutes do not compare the models.
 {tasks}
 
 The models of timm are of about the size of ours: `swin` and `convnext` have the four stages of `vmamba_nano`, at
@@ -37,10 +36,11 @@ TASKS = {
 
 
 class Setting(NamedTuple):
-    """What all runs share: the device's name, the command line, runs at once, and keys of the configuration."""
+    """What all runs share: the device's name, the command line, their number, how many at once, and some keys."""
 
     device: str
     command: str
+    runs: int
     jobs: int
     epochs: int
     batch_size: int
@@ -88,18 +88,23 @@ def ordered(results: Sequence[Result], models: Sequence[str], tasks: Sequence[st
 def summary(results: Sequence[Result]) -> List[List[str]]:
     """The table of the models, its header first."""
     tasks = list(dict.fromkeys(result.run.task for result in results))
-    rows = [['model', 'of timm', 'parameters, M', *tasks]]
+    rows = [['model', 'built as', 'parameters, M', *tasks]]
     for model in dict.fromkeys(result.run.model for result in results):
         own = [result for result in results if result.run.model == model]
         sizes = [result.parameters for result in own if result.parameters is not None]
         cells = [spread([result for result in own if result.run.task == task]) for task in tasks]
-        rows.append([model, _timm_model(own[0]), f'{sizes[0]:.2f}' if sizes else '-', *cells])
+        rows.append([model, _built_as(own[0]), f'{sizes[0]:.2f}' if sizes else '-', *cells])
     return rows
 
 
-def _timm_model(result: Result) -> str:
+def _built_as(result: Result) -> str:
     args = ', '.join(f'{name}={value}' for name, value in result.run.model_args.items())
     return f'{result.run.timm_name}({args})' if args else result.run.timm_name
+
+
+def ended(results: Sequence[Result]) -> int:
+    """How many runs were not interrupted."""
+    return sum(result.status != 'interrupted' for result in results)
 
 
 def spread(results: Sequence[Result]) -> str:
@@ -154,12 +159,18 @@ def write_docs(results: Sequence[Result], setting: Setting, path: Path) -> None:
     write_picture(results, path.with_name(f'{NAME}.png'))
     text = path.read_text() if path.is_file() else '# Benchmarks\n'
     tasks = dict.fromkeys(result.run.task for result in results)
-    notes = NOTES.format(**setting._asdict(), tasks='\n'.join(TASKS.get(task, f'`{task}`.') for task in tasks))
+    notes = NOTES.format(**setting._asdict(), tasks='\n'.join(TASKS[task] for task in tasks if task in TASKS))
     messages = '\n'.join(f'- {message}' for message in filter(None, map(explain, results)))
     header, *rows = summary(results)
-    facts = f'- machine: {setting.device}\n- versions: {versions()}\n- command: `{setting.command}`'
+    facts = (
+        f'- machine: {setting.device}',
+        f'- versions: {versions()}',
+        f'- command: `{setting.command}`',
+        f'- runs that came to an end: {ended(results)} of {setting.runs}',
+    )
     parts = (
-        *('## Training from scratch', facts),
+        '## Training from scratch',
+        '\n'.join(facts),
         f'![Validation accuracy against epoch]({NAME}.png)',
         notes,
         markdown_table([header, *([row[0], f'`{row[1]}`', *row[2:]] for row in rows)], left=2),
