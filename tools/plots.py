@@ -113,3 +113,30 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
         if panel.lines:
             panel.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path) -> None:
+    """Validation accuracy against epoch: the mean over the runs of a model, and a band from the worst to the best.
+
+    Args:
+        curves: Accuracies after each epoch of each run, by task and model.
+        path: Of the picture.
+    """
+    figure = Figure(figsize=(5.5 * len(curves), 4.6), layout='constrained')
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (task, models) in zip(panels, curves.items()):
+        for i, (model, runs) in enumerate(models.items()):
+            longest = max(map(len, runs))
+            values = [[run[epoch] for run in runs if epoch < len(run)] for epoch in range(longest)]
+            epochs = range(1, longest + 1)
+            means = [sum(found) / len(found) for found in values]
+            style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(longest // 8, 1), color=f'C{i % 10}')
+            panel.plot(epochs, means, label=model, markersize=4, **style)
+            panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=f'C{i % 10}', alpha=0.2)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_title(task, fontsize=11)
+        panel.set_xlabel('epoch')
+        panel.set_ylabel('validation accuracy, %')
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=120)

@@ -35,7 +35,7 @@ HELD_OUT = 0.2  # of each digit, for validation
 OPAQUE = 0.5  # of a pixel, from which on it belongs to the digit
 MIN_CONTRAST = 80  # between the brightness of a digit and the mean of what it covers
 MAX_HIDDEN = 0.1  # of a digit, by the ones over it
-SCALES = (0.4, 0.7)  # of a digit's longer side against the scene's
+SCALES = (0.4, 0.7)
 ATTEMPTS = 20
 
 
@@ -69,12 +69,19 @@ class Composer:
         digits: Which digits become objects; these are the classes.
         seed: Of everything that is drawn.
         max_objects: Most digits in a scene.
+        scales: Range of a digit's longer side against the scene's.
     """
 
     def __init__(
-        self, part: str, shape: Tuple[int, int], digits: Sequence[int], seed: int, max_objects: int = 3
+        self,
+        part: str,
+        shape: Tuple[int, int],
+        digits: Sequence[int],
+        seed: int,
+        max_objects: int = 3,
+        scales: Tuple[float, float] = SCALES,
     ) -> None:
-        self.shape, self.digits, self.max_objects = shape, tuple(digits), max_objects
+        self.shape, self.digits, self.max_objects, self.scales = shape, tuple(digits), max_objects, scales
         self.classes = tuple(NAMES[digit] for digit in digits)
         self._key = [seed, list(PHOTOGRAPHS).index(part)]
         self._photographs = [load_photograph(name, shape) for name in PHOTOGRAPHS[part]]
@@ -106,7 +113,7 @@ class Composer:
         """A digit's class and how far it covers each pixel, None if there was no room for it."""
         label = int(generator.integers(len(self.digits)))
         glyphs = self._glyphs[self.digits[label]]
-        glyph = resize(glyphs[generator.integers(len(glyphs))], generator.uniform(*SCALES) * min(self.shape))
+        glyph = resize(glyphs[generator.integers(len(glyphs))], generator.uniform(*self.scales) * min(self.shape))
         for _ in range(ATTEMPTS):
             top, left = (generator.integers(own - side + 1) for side, own in zip(glyph.shape, self.shape))
             alpha = np.zeros(self.shape)

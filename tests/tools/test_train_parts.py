@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from packaged_data import DATASETS, create_packaged_dataset
+from packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
+from scenes import Composer
 from timm.data import create_transform
 from training.checkpoint import Checkpoints, write_atomically
 from training.order import BatchOrder
@@ -86,11 +87,27 @@ def test_packaged_images_come_as_a_dataset_of_timm(name, count, classes):
     assert len(parts[0].reader.class_to_idx) == classes
     parts[2].transform = create_transform(28, is_training=False, mean=(0, 0, 0), std=(1, 1, 1))
     image, label = parts[2][count - 1]
-    pixels, labels, _ = DATASETS[name]()
+    pixels, labels, *_ = DATASETS[name]()
     assert image.shape == (3, 28, 28)
     assert label == labels[-1]
     grey = create_packaged_dataset(f'packaged/{name}', 'all', 'L')
     assert np.array_equal(grey[count - 1][0], pixels[-1])
+
+
+def test_cluttered_digits_are_always_the_same_and_their_splits_share_nothing():
+    parts = [create_packaged_dataset('packaged/clutter', split) for split in ('train', 'validation')]
+    assert [len(part) for part in parts] == [6000, 1500]
+    assert not set(parts[0].filenames()) & set(parts[1].filenames())
+    for part, name in zip(parts, ('training', 'validation')):
+        composer = Composer(name, (64, 64), range(10), 0, max_objects=1, scales=CLUTTER_SCALES)  # shares nothing
+        for index in (len(part) - 1, 3):
+            image, label = part[index]
+            scene = composer(index)
+            assert image.mode == 'RGB' and np.array_equal(np.asarray(image), scene.image)
+            assert [label] == scene.labels and scene.masks.shape == (1, 64, 64)
+        counts = np.bincount(part.reader.labels, minlength=10)
+        assert len(counts) == len(part.reader.class_to_idx) == 10
+        assert (0.08 < counts / len(part)).all() and (counts / len(part) < 0.12).all()
 
 
 def test_a_broken_checkpoint_is_skipped_and_only_broken_ones_are_an_error(tmp_path):
