@@ -50,13 +50,6 @@ def environment():
     return dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(ROOT))
 
 
-def run(tool, *arguments):
-    """Output of a tool that must succeed."""
-    done = subprocess.run(command(tool, *arguments), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def weights(path):
     return torch.load(path, weights_only=False)['state_dict']  # the log in it is NumPy's
 
@@ -82,7 +75,7 @@ LEARNING = {
 def test_training_learns_and_is_tested_and_drawn(kind, tmp_path):
     config, options, checkpoint, chance = LEARNING[kind]
     overrides = [*options, *QUICK, 'default_hooks.checkpoint.save_best=None', 'param_scheduler=[]']
-    run('mm_train.py', config, '--work-dir', tmp_path, '--cfg-options', *overrides)
+    mm_train.main([config, '--work-dir', str(tmp_path), '--cfg-options', *overrides])
     assert list(tmp_path.glob('*/vis_data/events.out.tfevents.*'))
     by_heart = [f'test_dataloader.dataset.{key}' for key in TRAINING_SCENES[kind]]
     arguments = [config, tmp_path / checkpoint, '--work-dir', tmp_path, '--output', tmp_path / 'metrics.json']
@@ -125,19 +118,19 @@ AUGMENTED = LOADING + "{'type': 'PhotoMetricDistortion'}, {'type': '%s'}]"
 RESUMED = {
     'epochs': (
         DETECTION,
-        ['train_cfg.max_epochs=3', AUGMENTED % ("'with_bbox': True, 'with_mask'", 'PackDetInputs')],
+        ['train_cfg.max_epochs=2', AUGMENTED % ("'with_bbox': True, 'with_mask'", 'PackDetInputs')],
         'epoch_1',
-        'epoch_3',
+        'epoch_2',
     ),
     'iterations': (
         SEGMENTATION,
         [
-            'train_cfg.max_iters=15',
-            'default_hooks.checkpoint.interval=5',
+            'train_cfg.max_iters=8',
+            'default_hooks.checkpoint.interval=3',
             AUGMENTED % ("'reduce_zero_label'", 'PackSegInputs'),
         ],
-        'iter_5',
-        'iter_15',
+        'iter_3',
+        'iter_8',
     ),
 }
 
@@ -146,10 +139,10 @@ RESUMED = {
 def test_a_killed_training_resumes_to_the_same_weights(kind, tmp_path):
     config, options, first, last = RESUMED[kind]
     overrides = ['--cfg-options', *options, *STEPS]
-    run('mm_train.py', config, '--work-dir', tmp_path / 'whole', *overrides)
+    mm_train.main([config, '--work-dir', str(tmp_path / 'whole'), *overrides])
     kill_behind(tmp_path / 'killed' / f'{first}.pth', config, '--work-dir', tmp_path / 'killed', *overrides)
     assert not (tmp_path / 'killed' / f'{last}.pth').exists()
-    run('mm_train.py', config, '--work-dir', tmp_path / 'killed', '--resume', *overrides)
+    mm_train.main([config, '--work-dir', str(tmp_path / 'killed'), '--resume', *overrides])
     whole, resumed = (weights(tmp_path / name / f'{last}.pth') for name in ('whole', 'killed'))
     early = weights(tmp_path / 'whole' / f'{first}.pth')
     assert whole.keys() == resumed.keys()
