@@ -78,8 +78,8 @@ class Trainer:
         while self.epoch < self.config.epochs:
             start, done = time.perf_counter(), self.update
             self._train_epoch()
+            loss = self._mean_loss()  # waits for the GPU
             seconds = time.perf_counter() - start
-            loss = self._mean_loss()
             rate = (self.update - done) * self.update_size / seconds
             row = dict(epoch=self.epoch + 1, updates=self.update, lr=self._lr(), train_loss=loss)
             row.update(self._validate())
