@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -116,14 +117,16 @@ def write_docs(results: Sequence[Result], args: argparse.Namespace, command: str
     how = 'Several share the weights out by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
     how += ' The model is compiled.' if args.compile else ''
     memory = ", by PyTorch's allocator" if args.device.type == 'cuda' else ', with all that Python takes'
+    modes = [mode for mode in ('shard', 'compile') if getattr(args, mode)]
+    notes = NOTES.format(**vars(args), how=how, memory=memory)
+    gpus = f'{args.devices} x ' if args.device.type == 'cuda' else ''
     parts = (
-        f'## Scaling of training{" with shards" if args.shard else ""}',
-        f'- machine: {args.devices} x {device_name(args.device)}\n- versions: {versions}\n- command: `{command}`',
-        NOTES.format(**vars(args), how=how, memory=memory),
+        f'## Scaling of training{" with --" if modes else ""}{" --".join(modes)}',
+        f'- machine: {gpus}{device_name(args.device)}\n- versions: {versions}\n- command: `{command}`',
+        textwrap.fill(notes, width=120, break_on_hyphens=False),
         markdown_table(cells_of(results, args.batch_size), left=1),
     )
-    name = 'bench_scaling shard' if args.shard else 'bench_scaling'
-    args.docs.write_text(replace_section(text, name, '\n\n'.join(parts)))
+    args.docs.write_text(replace_section(text, ' '.join(['bench_scaling', *modes]), '\n\n'.join(parts)))
 
 
 def process_counts(wanted: Optional[Sequence[int]], args: argparse.Namespace) -> List[int]:
