@@ -18,6 +18,7 @@ from training.checkpoint import Checkpoints
 from training.config import FIELDS, Config, add_options, load_config, nearest
 from training.data import SYNTHETIC, check_classes, class_names, create_data, load_dataset
 from training.engine import Trainer
+from training.parallel import check_sharding, distribute
 from training.report import Report
 from training.runtime import Runtime, start
 from training.seeding import seed_all
@@ -91,12 +92,13 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     train, validation = create_data(config, data_config_of(config, model), datasets, num_classes, runtime)
-    optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
-    task = create_task(config, model, runtime)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    task = create_task(config, model, runtime.device)
+    parallel = distribute(config, task, runtime)
+    optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
     processes = f'{runtime.world} process(es) on {runtime.device.type}'
     report.say(f'{config.model}: {params:.2f} M parameters, {num_classes} classes, {processes}, {config.precision}')
-    return Trainer(config, runtime, task, optimizer, train, validation, num_classes, report)
+    return Trainer(config, runtime, task, parallel, optimizer, train, validation, num_classes, report)
 
 
 def train(argv: Optional[List[str]] = None) -> None:
@@ -104,6 +106,7 @@ def train(argv: Optional[List[str]] = None) -> None:
     config = load_config(path, overrides)
     check_output(config, resume)
     runtime = start(config.device)
+    check_sharding(config, runtime)
     report = Report(Path(config.output), runtime)
     trainer = create_trainer(config, runtime, report)
     if resume:
@@ -115,7 +118,7 @@ def train(argv: Optional[List[str]] = None) -> None:
         trainer.run()
     except (RuntimeError, OSError):
         if trainer.stop.signal:  # the first process has saved and gone
-            trainer.stop.exit()
+            trainer.stop.exit(trainer.stop.signal)
         raise
     finally:
         report.close()

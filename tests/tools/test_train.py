@@ -216,6 +216,8 @@ def test_folders_that_do_not_fit(fails, tmp_path):
         (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'"),
+        (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
+        (['--shard', '--clip-grad', '1', '--clip-mode', 'agc'], 'clip_mode agc takes norms of whole rows'),
         (['--device', 'tpu'], "cannot run on device 'tpu'"),
     ],
 )
@@ -267,7 +269,7 @@ def test_the_commands_of_the_page_are_commands(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     commands = re.findall(r'^.*tools/train.py (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         path, _, values = train.parse_args(shlex.split(command))
         load_config(path, values)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -10,9 +11,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from user_errors import UserError
 
-_NAME = 'checkpoint-{:08d}.pt'
-_PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')
-_BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+_PATTERN = re.compile(r'checkpoint-(\d{8,})(?:_(\d+))?(\.pt)?')
+WHOLE = 'whole.pt'  # in the folder of a sharded checkpoint: what is not in shards
+BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
@@ -32,19 +33,28 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns an OSError into a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = ' '.join(str(error).split())
-        raise UserError(f'cannot write {path}: {reason}; what was saved before is intact') from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: BaseException) -> UserError:
+    """What to raise where a write failed."""
+    return UserError(f'cannot write {path}: {" ".join(str(error).split())}; what was saved before is intact')
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder, named by the number of updates.
+    """The checkpoints of a run in its folder, named by the number of updates: files, or folders of shards.
 
     Args:
         folder: Of the run.
@@ -57,15 +67,13 @@ class Checkpoints:
 
     def paths(self) -> List[Path]:
         """From the newest to the oldest."""
-        found = [path for path in self.folder.glob('checkpoint-*.pt') if _PATTERN.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]), reverse=True)
+        return sorted(filter(_age, self.folder.glob('checkpoint-*')), key=_age, reverse=True)
 
     def save(self, state: Dict[str, Any], update: int) -> Path:
         """Writes a checkpoint, then removes what is too old."""
-        path = self.folder / _NAME.format(update)
+        path = self.folder / f'checkpoint-{update:08d}.pt'
         write_atomically(path, lambda file: torch.save(state, file))
-        for old in self.paths()[self.keep :]:
-            old.unlink()
+        remove(self.paths()[self.keep :])
         return path
 
     def save_best(self, state: Dict[str, Any]) -> None:
@@ -87,16 +95,32 @@ class Checkpoints:
         paths = self.paths()
         for path in paths:
             try:
-                return _read(path), path
-            except _BROKEN as error:
+                return self.read(path), path
+            except BROKEN as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 warn(f'skipped the broken checkpoint {path}: {reason}')
         if paths:
             raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start anew in another --output')
         return None
 
+    def read(self, path: Path) -> Dict[str, Any]:
+        """Content of a checkpoint; of a sharded one what is not in shards, which tells whose it is."""
+        return read_file(path / WHOLE)['state'] if path.is_dir() else read_file(path)
 
-def _read(path: Path) -> Dict[str, Any]:
+
+def remove(paths: List[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _age(path: Path) -> Optional[Tuple[int, int]]:
+    """Place of a checkpoint among the others; None for what is none."""
+    found = _PATTERN.fullmatch(path.name)
+    return found and (int(found[1]), int(found[2] or 0))
+
+
+def read_file(path: Path) -> Dict[str, Any]:
+    """What torch.save wrote, if its checksums are right."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
         damaged = archive.testzip()
     if damaged:

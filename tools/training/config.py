@@ -93,6 +93,7 @@ class Config:
     compile: bool = _key(False, 'compile the model')
     channels_last: bool = _key(False, 'memory format of the images and convolutions')
     grad_checkpointing: bool = _key(False, 'less memory, more time')
+    shard: bool = _key(False, 'share the weights out among the processes of torchrun (FSDP2) instead of copying them')
     device: str = _key('', 'cpu or cuda, default: the GPU if there is one')
     seed: int = _key(0, 'of the weights, the order, the augmentation and the mixing')
     # Records
@@ -195,6 +196,8 @@ def _check(config: Config) -> None:
         )
     if mixes and not config.drop_last:
         raise UserError('mixup and cutmix need whole batches: set drop_last to true, or mixup and cutmix to 0')
+    if config.shard and config.clip_grad is not None and config.clip_mode == 'agc':
+        raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
     if config.pretrained and config.checkpoint:
         raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
 

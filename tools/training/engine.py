@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from user_errors import UserError
 
-from .checkpoint import Checkpoints
 from .config import Config
 from .data import Batch, Validation
+from .parallel import Parallel, whole
 from .report import Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
 from .seeding import derive_seed, seed_all
@@ -39,6 +39,7 @@ class Trainer:
         config: Settings.
         runtime: Device and place among the processes.
         task: Model and loss.
+        parallel: How the processes share the work.
         optimizer: Of the model's parameters.
         data: Training batches.
         validation: Images to validate on, if there are any.
@@ -51,20 +52,21 @@ class Trainer:
         config: Config,
         runtime: Runtime,
         task: TrainingTask,
+        parallel: Parallel,
         optimizer: Optimizer,
         data: Any,
         validation: Optional[Validation],
         num_classes: int,
         report: Report,
     ) -> None:
-        self.config, self.runtime, self.task, self.optimizer = config, runtime, task, optimizer
+        self.config, self.runtime, self.task, self.parallel, self.optimizer = config, runtime, task, parallel, optimizer
         self.data, self.validation, self.num_classes, self.report = data, validation, num_classes, report
         self.update_size = config.batch_size * config.accumulate * runtime.world
         self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, num_classes)
         self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
-        self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
+        self.checkpoints = parallel.checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
         self.stop = StopRequest()
         # The place of the next update, and what has been found up to it.
@@ -78,8 +80,8 @@ class Trainer:
         while self.epoch < self.config.epochs:
             start, done = time.perf_counter(), self.update
             self._train_epoch()
+            loss = self._mean_loss()  # waits for the GPU
             seconds = time.perf_counter() - start
-            loss = self._mean_loss()
             rate = (self.update - done) * self.update_size / seconds
             row = dict(epoch=self.epoch + 1, updates=self.update, lr=self._lr(), train_loss=loss)
             row.update(self._validate())
@@ -112,7 +114,7 @@ class Trainer:
             batch = next(batches)
             seed_all(derive_seed(self.config.seed, self.runtime.rank, self.update, step))
             if step < self.config.accumulate - 1:
-                with self.task.no_sync():
+                with self.parallel.no_sync():
                     self._backward(batch)
             else:
                 self._backward(batch)
@@ -153,7 +155,7 @@ class Trainer:
         """Limits the gradients; returns their norm before."""
         limit, mode = self.config.clip_grad, self.config.clip_mode
         by_norm = limit is not None and mode == 'norm'
-        norm = nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), limit if by_norm else math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), limit if by_norm else math.inf))
         if limit is not None and mode != 'norm':
             dispatch_clip_grad(self.task.get_clip_parameters(exclude_head=mode == 'agc'), limit, mode)
         return norm
@@ -181,28 +183,27 @@ class Trainer:
     def _lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    @torch.inference_mode()
     def _validate(self) -> Dict[str, float]:
         """Loss and accuracies of the model, and accuracies of its moving average."""
         if self.validation is None:
             return {}
         self.report.say_status('validating')
         self.task.eval()
-        scores = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)  # loss, top-1, top-5, images
-        averaged = scores.clone()
+        models = self.parallel.eval_models()
+        # Of each model: loss, top-1, top-5, images.
+        scores = torch.zeros(len(models), 4, dtype=torch.float64, device=self.runtime.device)
         for images, targets in self.validation:
             images = self._laid_out(images)
-            scores += self._score(self.task.get_eval_model(), images, targets)
-            if self.task.has_ema():
-                averaged += self._score(self.task.get_eval_model(ema=True), images, targets)
-            self._stop_if_asked()
-        loss, top1, top5, count = self.runtime.sum(scores)
+            scores += torch.stack([self._score(model, images, targets) for model in models])
+            if self.parallel.saves_alone:  # else all would have to stop at once, and not all have as many batches
+                self._stop_if_asked()
+        (loss, top1, top5, count), *averaged = self.runtime.sum(scores)
         row = dict(val_loss=loss / count, val_top1=top1 / count, val_top5=top5 / count)
-        if self.task.has_ema():
-            _, top1, top5, count = self.runtime.sum(averaged)
+        for _, top1, top5, _ in averaged:
             row.update(ema_top1=top1 / count, ema_top5=top5 / count)
         return row
 
+    @torch.inference_mode()
     def _score(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Sums of loss, percentages of right answers, and the number of images."""
         with self._autocast():
@@ -225,20 +226,26 @@ class Trainer:
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
         # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
-        if improved and self.runtime.is_primary:
-            self.checkpoints.save_best({**self._weights(), 'config': dataclasses.asdict(self.config), **row})
+        if improved:
+            self._save_best(row)
         self._save()
 
     def _stop_if_asked(self) -> None:
-        if self.stop.signal and self.runtime.is_primary:
-            self._save(alone=True)
-            self.report.say(f'stopped by signal {self.stop.signal} after update {self.update}; --resume goes on')
+        number = self.parallel.stop_signal(self.stop.signal)
+        if number:
+            self._save(alone=self.parallel.saves_alone)
+            self.report.say(f'stopped by signal {number} after update {self.update}; --resume goes on')
             self.report.close()
-            self.stop.exit()
+            self.stop.exit(number)
 
     def _weights(self) -> Dict[str, Any]:
         state = self.task.get_checkpoint_state()
         return {**state, **self.task.get_checkpoint_state(ema=True)} if self.task.has_ema() else state
+
+    def _save_best(self, row: Dict[str, float]) -> None:
+        weights = whole(self._weights())
+        if self.runtime.is_primary:
+            self.checkpoints.save_best({**weights, 'config': dataclasses.asdict(self.config), **row})
 
     def _save(self, alone: bool = False) -> None:
         """Writes a checkpoint, unless what it would hold is broken.
@@ -252,7 +259,7 @@ class Trainer:
             if alone
             else torch.tensor(self.runtime.sum(self.sums.clone()), dtype=torch.float64)
         )
-        if not self.runtime.is_primary:
+        if not self.parallel.saves:
             return
         state = dict(
             **self._weights(),
@@ -292,9 +299,9 @@ class Trainer:
     def _check_same_run(self, state: Dict[str, Any], path: Path) -> None:
         facts = {'num_classes': self.num_classes, 'images an update': self.update_size}
         theirs = {'num_classes': state['num_classes'], 'images an update': state['update_size']}
-        ours = dataclasses.asdict(self.config)
+        ours, old = dataclasses.asdict(self.config), {**dataclasses.asdict(Config()), **state['config']}
         for key in ours.keys() - FREE_KEYS - {'num_classes'}:
-            facts[key], theirs[key] = ours[key], state['config'].get(key)
+            facts[key], theirs[key] = ours[key], old[key]
         differences = [
             f'{key} {theirs[key]!r}, now {facts[key]!r}' for key in sorted(facts) if facts[key] != theirs[key]
         ]

@@ -4,7 +4,7 @@ import os
 import resource
 import signal
 from dataclasses import dataclass
-from typing import List
+from typing import Any, List
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ class Runtime:
     def is_primary(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> List[float]:
-        """Sums of the values over all processes."""
+    def sum(self, values: Tensor) -> List[Any]:
+        """Sums of the values over all processes, nested as they were."""
         if self.world > 1:
             dist.all_reduce(values)
         return values.tolist()
@@ -56,8 +56,8 @@ def peak_memory_mib(device: torch.device) -> float:
 class StopRequest:
     """Remembers SIGTERM or SIGINT (of the terminal), to stop between two updates; a second one takes its usual course.
 
-    Only the first process stops of its own accord, after writing a checkpoint. The others go on, since it needs them to
-    finish its update, until they find it gone or torchrun ends them.
+    With copies of the model only the first process stops of its own accord, after writing a checkpoint. The others go
+    on, since it needs them to finish its update, until they find it gone or torchrun ends them.
     """
 
     def __init__(self) -> None:
@@ -69,6 +69,6 @@ class StopRequest:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
-    def exit(self) -> None:
-        """Ends the process with the status that the signal stands for."""
-        os._exit(128 + self.signal)  # waiting for the others would take as long as they wait for this one
+    def exit(self, number: int) -> None:
+        """Ends the process with the status that a signal stands for."""
+        os._exit(128 + number)  # waiting for the others would take as long as they wait for this one

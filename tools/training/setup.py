@@ -3,6 +3,7 @@
 from typing import Any, Dict, Optional
 
 import timm
+import torch
 from timm.data import resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import get_pretrained_cfg
@@ -15,7 +16,6 @@ from torch.optim import Optimizer
 from user_errors import UserError
 
 from .config import Config, nearest
-from .runtime import Runtime
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
@@ -66,11 +66,11 @@ def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
     return resolve_data_config(wanted, pretrained_cfg=cfg)
 
 
-def create_task(config: Config, model: nn.Module, runtime: Runtime) -> TrainingTask:
-    """The model with its loss, moving average, compilation and distribution, all by timm's task."""
+def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
+    """The model with its loss and moving average, by timm's task."""
     soft = config.mixup > 0 or config.cutmix > 0
     criterion = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(config.smoothing)
-    args = dict(criterion=criterion, device=runtime.device, verbose=False)
+    args = dict(criterion=criterion, device=device, verbose=False)
     if config.teacher:
         weights = dict(distill_loss_weight=config.distill_weight, temperature=config.distill_temperature)
         teacher = dict(teacher_model=config.teacher, teacher_pretrained_path=config.teacher_checkpoint)
@@ -82,11 +82,6 @@ def create_task(config: Config, model: nn.Module, runtime: Runtime) -> TrainingT
         task = ClassificationTask(model, **args)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
-    if config.compile:
-        task.compile()
-    if runtime.world > 1:
-        device_ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
-        task.prepare_distributed(device_ids=device_ids)
     return task
 
 

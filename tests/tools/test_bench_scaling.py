@@ -1,0 +1,50 @@
+import bench_scaling
+import pytest
+
+
+def test_one_and_two_processes_are_compared_and_written(tmp_path, capsys):
+    docs = tmp_path / 'benchmarks.md'
+    options = ['--device', 'cpu', '--model', 'vmamba_nano', '--precision', 'fp32', '--batch-size', '2']
+    options += ['--updates', '1', '--epochs', '2', '--processes', '2']
+    bench_scaling.main([*options, '--docs', str(docs)])
+    text = docs.read_text()
+    rows = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith(('| 1 |', '| 2 |'))]
+    assert [row[:2] for row in rows] == [['1', '2'], ['2', '4']]
+    assert rows[0][3] == '1.000' and float(rows[1][3]) > 0
+    assert all(float(row[4]) > 0 for row in rows)
+    assert f'`python tools/bench_scaling.py {" ".join(options)}`' in text
+    assert 'vmamba_nano' in capsys.readouterr().out
+
+
+def test_runs_alternate_and_their_epochs_are_pooled_without_the_first(monkeypatch):
+    order = []
+
+    def run(count, args):
+        order.append(count)
+        return [dict(images_per_second=str(rate * count), memory_mib='7') for rate in (len(order), 30)]
+
+    monkeypatch.setattr(bench_scaling, 'run', run)
+    args = bench_scaling.parse_args(['--device', 'cpu', '--repeats', '2'])
+    results = bench_scaling.measure([1, 2, 4], args)
+    assert order == [1, 2, 4, 4, 2, 1]
+    assert [result.rate for result in results] == [18, 2 * 17.5, 4 * 17]
+    assert bench_scaling.cells_of(results, 8)[2] == ['2', '16', '35', '0.972', '7']
+
+
+def test_command_lines():
+    args = bench_scaling.parse_args(['--device', 'cpu', '--shard', '--compile', '--updates', '10'])
+    single, several = (bench_scaling.command(count, args, 'out') for count in (1, 4))
+    assert '--shard' not in single and '--shard' in several
+    assert '--compile' in single and '--compile' in several
+    assert several[several.index('--nproc-per-node') + 1] == '4'
+    assert several[several.index('--synthetic-images') + 1] == str(128 * 10 * 4)
+
+
+def test_a_run_that_fails_is_one_line(monkeypatch, tmp_path, capsys):
+    script = tmp_path / 'train.py'
+    script.write_text("import sys; print('Warning'); sys.exit('train.py: error: there is no model')")
+    monkeypatch.setattr(bench_scaling, 'TRAIN', script)
+    with pytest.raises(SystemExit) as error:
+        bench_scaling.main(['--device', 'cpu', '--processes', '1'])
+    assert error.value.code == 2
+    assert 'training with 1 process(es) failed: train.py: error: there is no model' in capsys.readouterr().err

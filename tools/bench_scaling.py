@@ -1,0 +1,182 @@
+"""Measures how training with train.py scales with the number of processes: images a second on synthetic images.
+
+python tools/bench_scaling.py --docs docs/benchmarks.md
+python tools/bench_scaling.py --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import timm
+import torch
+from measure import device_name, pick_device
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sections import command_of, markdown_table, replace_section
+from timing import triton_version
+from user_errors import UserError, one_line_errors, positive
+
+TRAIN = Path(__file__).with_name('train.py')
+CONFIG = Path(__file__).parents[1] / 'configs/classification/synthetic.yaml'
+OUTPUTS = ('--docs',)
+HEADER = ('processes', 'images an update', 'images/s', 'efficiency', 'peak MiB a process')
+NOTES = """`train.py` with {model} in {precision}, {batch_size} images a process and update whatever their number, which
+lie on the device already; one process is without torchrun. {how} Medians of {epochs} epochs of {updates} updates in
+{repeats} run(s) of each, behind one epoch that does not count; the efficiency is the rate over that of one process
+times their number. The peak is that of the first process{memory}."""
+
+
+class Result(NamedTuple):
+    """Images a second, all processes together, and MiB that the first took at most."""
+
+    processes: int
+    rate: float
+    peak: float
+
+
+def measure(counts: Sequence[int], args: argparse.Namespace) -> List[Result]:
+    """Runs train.py with every number of processes, up and down in turn, so that a drift meets all alike."""
+    runs = [count for repeat in range(args.repeats) for count in (counts if repeat % 2 == 0 else counts[::-1])]
+    rows: Dict[int, List[Dict[str, str]]] = {count: [] for count in counts}
+    for count in track(runs, f'Training {args.model}'):
+        rows[count] += run(count, args)
+    return [summarise(count, rows[count]) for count in counts]
+
+
+def run(count: int, args: argparse.Namespace) -> List[Dict[str, str]]:
+    """The epochs of a run, without the first.
+
+    Raises:
+        UserError: If it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, 'run')
+        # As torchrun would set it, so that one process has no more of the processor than each of several.
+        env = {'OMP_NUM_THREADS': '1', **os.environ}
+        done = subprocess.run(command(count, args, output), env=env, capture_output=True, text=True)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if 'rror:' in line), done.stderr.strip()[-300:])
+            raise UserError(f'training with {count} process(es) failed: {reason}')
+        with (output / 'epochs.csv').open() as file:
+            return list(csv.DictReader(file))[1:]
+
+
+def command(count: int, args: argparse.Namespace, output: Path) -> List[str]:
+    """The command line of train.py for so many processes."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(count)] if count > 1 else []
+    options = {
+        'model': args.model,
+        'batch-size': args.batch_size,
+        'synthetic-images': args.batch_size * args.updates * count,
+        'epochs': 1 + args.epochs,
+        'log-every': args.updates,
+        'precision': args.precision,
+        'device': args.device.type,
+        'output': output,
+    }
+    switches = {'compile': args.compile, 'shard': args.shard and count > 1}
+    values = [str(part) for name, value in options.items() for part in (f'--{name}', value)]
+    return [
+        sys.executable,
+        *launcher,
+        str(TRAIN),
+        str(CONFIG),
+        *values,
+        *(f'--{name}' for name in switches if switches[name]),
+    ]
+
+
+def summarise(count: int, rows: Sequence[Dict[str, str]]) -> Result:
+    rate = statistics.median(float(row['images_per_second']) for row in rows)
+    return Result(count, rate, max(float(row['memory_mib']) for row in rows))
+
+
+def cells_of(results: Sequence[Result], batch_size: int) -> List[Sequence[str]]:
+    """The header and the rows of the table."""
+    single = results[0].rate
+    rows = [
+        [str(count), str(batch_size * count), f'{rate:.0f}', f'{rate / (count * single):.3f}', f'{peak:.0f}']
+        for count, rate, peak in results
+    ]
+    return [HEADER, *rows]
+
+
+def write_docs(results: Sequence[Result], args: argparse.Namespace, command: str) -> None:
+    """Writes the section of these figures, in the place of its old one."""
+    text = args.docs.read_text() if args.docs.is_file() else '# Benchmarks\n'
+    versions = f'torch {torch.__version__}, triton {triton_version()}, timm {timm.__version__}'
+    how = 'Several share the weights out by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
+    how += ' The model is compiled.' if args.compile else ''
+    memory = ", by PyTorch's allocator" if args.device.type == 'cuda' else ', with all that Python takes'
+    modes = [mode for mode in ('shard', 'compile') if getattr(args, mode)]
+    notes = NOTES.format(**vars(args), how=how, memory=memory)
+    gpus = f'{args.devices} x ' if args.device.type == 'cuda' else ''
+    parts = (
+        f'## Scaling of training{" with --" if modes else ""}{" --".join(modes)}',
+        f'- machine: {gpus}{device_name(args.device)}\n- versions: {versions}\n- command: `{command}`',
+        textwrap.fill(notes, width=120, break_on_hyphens=False),
+        markdown_table(cells_of(results, args.batch_size), left=1),
+    )
+    args.docs.write_text(replace_section(text, ' '.join(['bench_scaling', *modes]), '\n\n'.join(parts)))
+
+
+def process_counts(wanted: Optional[Sequence[int]], args: argparse.Namespace) -> List[int]:
+    """The numbers of processes to measure, from 1 on, which the others are compared with.
+
+    Raises:
+        UserError: If there are fewer GPUs.
+    """
+    if not wanted:
+        return [count for count in (1, 2, 4, 8) if count <= args.devices]
+    counts = sorted({1, *wanted})
+    if args.device.type == 'cuda' and counts[-1] > args.devices:
+        raise UserError(f'{counts[-1]} processes need as many GPUs, and there are {args.devices}')
+    return counts
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='vmamba_t', help='any timm model')
+    parser.add_argument(
+        '--processes', nargs='+', type=positive, help='default: 1, 2, 4 and 8, as far as there are GPUs'
+    )
+    parser.add_argument('--batch-size', type=positive, default=128, help='images a process')
+    parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='bf16')
+    parser.add_argument('--shard', action='store_true', help='share the weights out (FSDP2) among several processes')
+    parser.add_argument('--compile', action='store_true', help='compile the model')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    parser.add_argument('--updates', type=positive, default=50, help='updates an epoch')
+    parser.add_argument('--epochs', type=positive, default=5, help='epochs of which the median is taken')
+    parser.add_argument('--repeats', type=positive, default=1, help='runs with every number of processes')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table')
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    args.devices = torch.cuda.device_count() if args.device.type == 'cuda' else 1
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    with one_line_errors('bench_scaling.py'):
+        results = measure(process_counts(args.processes, args), args)
+        header, *rows = cells_of(results, args.batch_size)
+        table = Table(*header, title=f'Training {args.model}, {device_name(args.device)}')
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        if args.docs:
+            write_docs(results, args, command_of('bench_scaling', argv, OUTPUTS))
+
+
+if __name__ == '__main__':
+    main()
