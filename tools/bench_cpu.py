@@ -12,7 +12,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-from measure import device_name
+from benchmarks.measure import device_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

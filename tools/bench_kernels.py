@@ -17,7 +17,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from kernel_cases import (
+from benchmarks.kernel_cases import (
     BACKWARD,
     BOTH,
     FORWARD,
@@ -31,12 +31,12 @@ from kernel_cases import (
     scan_cases,
     ss2d_cases,
 )
-from kernel_report import Result, Run, write_csv, write_docs, write_report
-from measure import capture, device_name, is_out_of_memory, pick_device
+from benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
+from benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
+from benchmarks.sections import command_of
+from benchmarks.timing import measure_ceilings, median_ms, peak_mib, settled_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sections import command_of
-from timing import measure_ceilings, median_ms, peak_mib, settled_memory
 from torch import Tensor
 
 MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')

@@ -17,12 +17,12 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from measure import device_name, pick_device
+from benchmarks.measure import device_name, pick_device
+from benchmarks.sections import command_of, markdown_table, replace_section
+from benchmarks.timing import triton_version
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sections import command_of, markdown_table, replace_section
-from timing import triton_version
 from user_errors import UserError, one_line_errors, positive
 
 TRAIN = Path(__file__).with_name('train.py')

@@ -17,12 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
-from highres_report import Measurement, cells_of, print_report, record, write_docs, write_picture
-from measure import Case, Result, pick_device
+from benchmarks.highres_report import Measurement, cells_of, print_report, record, write_docs, write_picture
+from benchmarks.measure import Case, Result, pick_device
+from benchmarks.sections import command_of
+from benchmarks.worker import Worker
 from rich.console import Console
 from rich.progress import track
-from sections import command_of
-from worker import Worker
 
 MODELS = (
     'vmamba_t',

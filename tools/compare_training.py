@@ -15,14 +15,24 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import timm
 import train
-from measure import device_name, pick_device
-from packaged_data import DATASETS
+from benchmarks.measure import device_name, pick_device
+from benchmarks.run_queue import Result, Run, train_all
+from benchmarks.sections import command_of
+from benchmarks.training_report import (
+    NAME,
+    Setting,
+    cells_of,
+    ended,
+    ordered,
+    print_report,
+    record,
+    write_docs,
+    write_picture,
+)
+from images.packaged_data import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from run_queue import Result, Run, train_all
-from sections import command_of
 from training.config import Config, load_config
-from training_report import NAME, Setting, cells_of, ended, ordered, print_report, record, write_docs, write_picture
 from user_errors import UserError, nearest, one_line_errors, positive
 
 RECIPE = Path(__file__).parents[1] / 'configs' / 'classification' / 'compare.yaml'

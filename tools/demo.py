@@ -13,12 +13,12 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import torch
 import yaml
+from benchmarks.highres_report import print_report, record, write_picture
+from benchmarks.measure import Case, pick_device
 from compare_highres import MODELS, compare
-from digits import NUM_CLASSES, Digits, Epoch, load_digits, train
-from highres_report import print_report, record, write_picture
-from measure import Case, pick_device
-from packaged_data import HELD_OUT, stratified_split
-from plots import plot_training
+from figures.plots import plot_training
+from images.digits import NUM_CLASSES, Digits, Epoch, load_digits, train
+from images.packaged_data import HELD_OUT, stratified_split
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table

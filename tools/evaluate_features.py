@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from feature_store import read_features, read_index
+from features.store import read_features, read_index
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

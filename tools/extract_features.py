@@ -1,7 +1,7 @@
 """Features of a folder of images, or of a list of them: pooled vectors and maps of any stage or block.
 
 Images have the model's own size or --img-size, or with --native their own; --tile takes ones larger than memory apart.
-Every image that is done stays done: the same command goes on after a kill. `feature_store.py` says what is written;
+Every image that is done stays done: the same command goes on after a kill. `features/store.py` says what is written;
 tools/evaluate_features.py evaluates it.
 
     python tools/extract_features.py images/ --model vmamba_t
@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-import feature_store
 import numpy as np
 import timm
 import torch
-from feature_maps import (
+from benchmarks.measure import device_name, pick_device
+from features import store as feature_store
+from features.maps import (
     POOLED,
     check_tiles,
     extract,
@@ -31,8 +32,8 @@ from feature_maps import (
     patch_layout,
     tiled_maps,
 )
-from feature_store import FORMATS, Files, Store, Table
-from image_files import (
+from features.store import FORMATS, Files, Store, Table
+from images.image_files import (
     READ_ERRORS,
     UNREADABLE,
     Unreadable,
@@ -42,7 +43,6 @@ from image_files import (
     make_loader,
     read_pixels,
 )
-from measure import device_name, pick_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from user_errors import UserError, one_line_errors, positive

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
+from images.scenes import NAMES, PHOTOGRAPHS, Composer, Scene
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
-from scenes import NAMES, PHOTOGRAPHS, Composer, Scene
 
 
 def write_part(output: Path, part: str, composer: Composer, count: int) -> None:

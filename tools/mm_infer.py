@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
-from measure import pick_device
-from mm_errors import one_line_errors
-from mm_options import add_overrides
+from benchmarks.measure import pick_device
+from openmmlab.errors import one_line_errors
+from openmmlab.options import add_overrides
 from user_errors import UserError
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def infer(args: argparse.Namespace) -> str:
     """Writes the picture; returns what it shows."""
-    from mm_draw import draw  # here, so that a missing package is one line, too
-    from mm_runs import load_config
     from mmengine.registry import VISUALIZERS
+    from openmmlab.draw import draw  # here, so that a missing package is one line, too
+    from openmmlab.runs import load_config
 
     if not args.image.is_file():
         raise UserError(f'there is no image {args.image}')
@@ -36,9 +36,9 @@ def infer(args: argparse.Namespace) -> str:
 
 def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
     """The model with its weights, and what it predicts for the image."""
-    from mm_runs import load_weights, read_checkpoint
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS, MODELS
+    from openmmlab.runs import load_weights, read_checkpoint
 
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     load_weights(model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))

@@ -9,14 +9,20 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-from mm_errors import one_line_errors
-from mm_options import add_config_options
+from openmmlab.errors import one_line_errors
+from openmmlab.options import add_config_options
 from user_errors import UserError
 
 
 def test(args: argparse.Namespace) -> Dict[str, Any]:
     """The metrics of a checkpoint on the config's test data."""
-    from mm_runs import add_hook, build_runner, join_processes, load_config, set_work_dir  # reports a missing package
+    from openmmlab.runs import (  # reports a missing package
+        add_hook,
+        build_runner,
+        join_processes,
+        load_config,
+        set_work_dir,
+    )
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
@@ -25,7 +31,7 @@ def test(args: argparse.Namespace) -> Dict[str, Any]:
     cfg.load_from, cfg.resume = str(args.checkpoint), False
     join_processes(cfg, args.launcher)
     if args.draw:
-        import mm_draw  # noqa: F401 - registers the hook
+        import openmmlab.draw  # noqa: F401 - registers the hook
 
         add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
     return build_runner(cfg).test()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
 import torch
-from mm_errors import one_line_errors
-from mm_options import add_config_options
+from openmmlab.errors import one_line_errors
+from openmmlab.options import add_config_options
 from user_errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ FSDP_STRATEGY: Dict[str, Any] = dict(
 
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
-    from mm_resume import make_resumable  # here, so that a missing package is one line, too
-    from mm_runs import build_runner, join_processes, load_config, set_work_dir
+    from openmmlab.resume import make_resumable  # here, so that a missing package is one line, too
+    from openmmlab.runs import build_runner, join_processes, load_config, set_work_dir
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)

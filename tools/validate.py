@@ -19,16 +19,23 @@ from typing import FrozenSet, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
-from image_files import UNREADABLE, Unreadable, add_loader_options, make_loader
-from labelled_folders import Folder, class_indices, corruption_folders, read_class_map, read_folder, read_real_labels
-from measure import device_name, pick_device
+from benchmarks.measure import device_name, pick_device
+from figures.validate_figure import plot_resolutions
+from images.image_files import UNREADABLE, Unreadable, add_loader_options, make_loader
+from images.labelled_folders import (
+    Folder,
+    class_indices,
+    corruption_folders,
+    read_class_map,
+    read_folder,
+    read_real_labels,
+)
 from published import published
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 from user_errors import UserError, one_line_errors, positive
-from validate_figure import plot_resolutions
 from weights import (
     SPEC_HELP,
     Spec,

@@ -31,16 +31,16 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from feature_maps import POOLED, parse_wanted
-from image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
-from measure import pick_device
-from receptive_field import Field, receptive_fields
+from benchmarks.measure import pick_device
+from features.maps import POOLED, parse_wanted
+from features.receptive_field import Field, receptive_fields
+from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
+from figures.view_figures import Layer, plot_attention, plot_receptive_fields
+from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
 from rich.console import Console
 from rich.progress import Progress
-from scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from torch import Tensor, nn
 from user_errors import UserError, nearest, one_line_errors, positive
-from view_figures import Layer, plot_attention, plot_receptive_fields
 from weights import SPEC_HELP, Spec, add_model_options, at_size, data_config, load_model, own_size, parse_spec
 
 from vmamba.models.vim import Vim

@@ -2,14 +2,14 @@ import csv
 from dataclasses import replace
 
 import bench_kernels
-import kernel_report
 import pytest
 import torch
-from kernel_cases import Reference, ScanCase, SS2DCase, model_cases, scan_cases, ss2d_cases
-from kernel_report import Result, Run, number, records, write_docs
+from benchmarks import kernel_report
+from benchmarks.kernel_cases import Reference, ScanCase, SS2DCase, model_cases, scan_cases, ss2d_cases
+from benchmarks.kernel_report import Result, Run, number, records, write_docs
+from benchmarks.sections import replace_section
+from benchmarks.timing import Ceilings
 from rich.console import Console
-from sections import replace_section
-from timing import Ceilings
 
 CPU = ['--device', 'cpu', '--batch', '1', '--repeats', '1']
 SCAN = ScanCase('scan_tiny', 2, Reference('mamba_ssm', 1.0, 8.0), dim=8, length=10, dstate=3, groups=2)

@@ -3,15 +3,14 @@ import sys
 from dataclasses import replace
 
 import compare_highres
-import measure
 import pytest
 import torch
-import worker
+from benchmarks import measure, worker
+from benchmarks.highres_report import print_report, record, write_docs, write_picture
+from benchmarks.measure import Case, Result, build_model, is_out_of_memory
+from benchmarks.worker import Worker
 from compare_highres import compare, known_out_of_memory, parse_args
-from highres_report import print_report, record, write_docs, write_picture
-from measure import Case, Result, build_model, is_out_of_memory
 from rich.console import Console
-from worker import Worker
 
 GPU = torch.device('cuda')
 
@@ -107,8 +106,9 @@ def test_failing_is_a_result_and_the_process_starts_anew():
     ids=['too slow', 'killed', 'broken'],
 )
 def test_a_child_that_ends_badly_is_a_result(monkeypatch, tmp_path, program, status):
-    (tmp_path / 'measure.py').write_text(program)
-    monkeypatch.setattr(worker, '__file__', str(tmp_path / 'worker.py'))
+    (tmp_path / 'benchmarks').mkdir()
+    (tmp_path / 'benchmarks/measure.py').write_text(program)
+    monkeypatch.setattr(worker, 'TOOLS', tmp_path)
     assert Worker(timeout=2).measure(Case('vmamba_nano', 32)).status == status
 
 

@@ -10,10 +10,10 @@ import time
 import compare_training
 import psutil
 import pytest
-import run_queue
+from benchmarks import run_queue
+from benchmarks.run_queue import Process, Result, Run
+from benchmarks.training_report import spread
 from compare_training import Peer
-from run_queue import Process, Result, Run
-from training_report import spread
 from training_runs import signals_kept
 
 RUN = Run('lfw', 'a', 0, 'test_vit', {})

@@ -1,11 +1,11 @@
 import csv
 import importlib
 
-import digits
 import pytest
 import timm
 import torch
-from packaged_data import stratified_split
+from images import digits
+from images.packaged_data import stratified_split
 
 demo = importlib.import_module('demo')  # the folder of its results has the same name, which confuses import sorting
 

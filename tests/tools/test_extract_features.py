@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import extract_features
-import feature_maps
 import numpy as np
 import pytest
 import timm
 import torch
-from feature_store import read_features, read_index
+from features.maps import covering
+from features.store import read_features, read_index
 from folders import truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -236,5 +236,5 @@ def test_failures_are_one_line(digits, tmp_path, capsys, arguments, message):
 
 
 def test_what_covers_an_image():
-    assert [feature_maps.covering(side, 8, 4) for side in (1, 8, 9, 12, 13)] == [8, 8, 12, 12, 16]
-    assert feature_maps.covering(17, 1, 1) == 17
+    assert [covering(side, 8, 4) for side in (1, 8, 9, 12, 13)] == [8, 8, 12, 12, 16]
+    assert covering(17, 1, 1) == 17

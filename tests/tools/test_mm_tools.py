@@ -232,10 +232,10 @@ def assert_one_line(tool, main, arguments, messages, capsys):
 @pytest.fixture(scope='module')
 def other_checkpoint(scenes):
     """Random weights of a detector whose backbone is deeper than the config's."""
-    import mm_runs
     from mmengine.registry import MODELS
+    from openmmlab import runs
 
-    cfg = mm_runs.load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
+    cfg = runs.load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
     path = scenes / 'other.pth'
     torch.save({'state_dict': MODELS.build(cfg.model).state_dict(), 'meta': {}}, path)
     return path

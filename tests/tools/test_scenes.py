@@ -4,7 +4,7 @@ from itertools import combinations
 import make_scenes
 import numpy as np
 import pytest
-import scenes
+from images import scenes
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO

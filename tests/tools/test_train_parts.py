@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
-from scenes import Composer
+from images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
+from images.scenes import Composer
 from timm.data import create_transform
 from training.checkpoint import Checkpoints, write_atomically
 from training.order import BatchOrder

@@ -110,7 +110,7 @@ def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypat
 
 
 def test_folders_are_imagenets_synsets_or_numbers():
-    from labelled_folders import Folder, class_indices
+    from images.labelled_folders import Folder, class_indices
 
     assert class_indices(Folder('v2', [], ['0', '2', '10'], []), 1000) == [0, 2, 10]
     assert class_indices(Folder('few', [], ['n01440764', 'n01443537'], []), 1000) == [0, 1]

@@ -5,9 +5,9 @@ import pytest
 import timm
 import torch
 import visualize
+from features.receptive_field import sides_holding
+from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from folders import truncate, write_photographs
-from receptive_field import sides_holding
-from scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from vmamba.kernels import bidirectional_scan, ss2d_scan
 
 import vmamba  # noqa: F401

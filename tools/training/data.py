@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from image_files import READ_ERRORS
-from packaged_data import PREFIX, create_packaged_dataset
+from images.image_files import READ_ERRORS
+from images.packaged_data import PREFIX, create_packaged_dataset
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate

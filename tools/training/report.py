@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from plots import plot_run
+from figures.plots import plot_run
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Iterable, List, Sequence, Tuple
 
-from kernel_report import number
-from measure import Case, Result
-from plots import plot_comparison
+from figures.plots import plot_comparison
 from rich.console import Console
 from rich.table import Table
-from sections import markdown_table, replace_section
+
+from .kernel_report import number
+from .measure import Case, Result
+from .sections import markdown_table, replace_section
 
 Measurement = Tuple[Case, Result]
 

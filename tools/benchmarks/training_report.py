@@ -7,12 +7,13 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from plots import plot_accuracies
+from figures.plots import plot_accuracies
 from rich.console import Console
 from rich.table import Table
-from run_queue import Result
-from sections import markdown_table, replace_section
-from timing import triton_version
+
+from .run_queue import Result
+from .sections import markdown_table, replace_section
+from .timing import triton_version
 
 NAME = 'training'
 SECTION = 'compare_training'

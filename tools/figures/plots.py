@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 if TYPE_CHECKING:  # so that a comparison needs no digits
-    from digits import Epoch
-    from measure import Case, Result
+    from benchmarks.measure import Case, Result
+    from images.digits import Epoch
 
 MARKERS = 'osD^vPX*'
 

@@ -1,6 +1,7 @@
 """A process that measures feature extraction, one case after another."""
 
 import json
+import os
 import select
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import Case, Result
+from .measure import Case, Result
+
+TOOLS = Path(__file__).parents[1]
 
 
 class Worker:
@@ -50,10 +53,12 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
-        script = Path(__file__).with_name('measure.py')
+        path = os.pathsep.join(filter(None, (str(TOOLS), os.environ.get('PYTHONPATH'))))
         self._errors = tempfile.TemporaryFile('w+')
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        self._process = subprocess.Popen([sys.executable, str(script)], text=True, **pipes)
+        self._process = subprocess.Popen(
+            [sys.executable, '-m', 'benchmarks.measure'], text=True, env={**os.environ, 'PYTHONPATH': path}, **pipes
+        )
 
     def _died(self) -> Result:
         code = self._process.wait()

@@ -5,10 +5,11 @@ from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from packaged_data import DATASETS
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .packaged_data import DATASETS
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10

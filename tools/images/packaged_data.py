@@ -75,7 +75,7 @@ def _lfw() -> Arrays:
 @functools.cache
 def _clutter() -> Arrays:
     """Scenes of a single digit; their two parts share neither digits nor photographs."""
-    from scenes import Composer
+    from .scenes import Composer
 
     settings = dict(shape=(CLUTTER_SIZE, CLUTTER_SIZE), digits=range(10), seed=0, max_objects=1, scales=CLUTTER_SCALES)
     composers = {part: Composer(part, **settings) for part in CLUTTER_COUNTS}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Dict, List, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from plots import MARKERS
+
+from .plots import MARKERS
 
 if TYPE_CHECKING:
     from validate import Row

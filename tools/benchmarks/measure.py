@@ -19,11 +19,12 @@ from typing import Callable, ContextManager, Optional, Tuple
 import psutil
 import timm
 import torch
-from timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 from timm.layers import set_fused_attn
 from torch import nn
 
 from vmamba.models.vim import Vim
+
+from .timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
 MIN_REPEATS = 3

@@ -11,7 +11,7 @@ from typing import Callable, Dict, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from feature_maps import Wanted, extract, patch_layout, steps
+from .maps import Wanted, extract, patch_layout, steps
 from torch import Tensor, nn
 
 SHARES = (0.2, 0.5, 0.9)

@@ -8,11 +8,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from kernel_cases import REFERENCE_GPU, Case, Reference
 from rich.console import Console
 from rich.table import Table
-from sections import markdown_table, replace_section
-from timing import Ceilings, triton_version
+
+from .kernel_cases import REFERENCE_GPU, Case, Reference
+from .sections import markdown_table, replace_section
+from .timing import Ceilings, triton_version
 
 EARLIER = 'peer, H100, measured earlier, not in this run'
 TITLES = {'scan': 'Selective scan', 'ss2d': 'SS2D core', 'model': 'Models at 224x224, bf16 autocast'}

@@ -15,7 +15,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 
 from training.runtime import StopRequest
 
-SCRIPT = Path(__file__).with_name('train.py')
+SCRIPT = Path(__file__).parents[1] / 'train.py'
 POLL_SECONDS = 0.2
 _PARAMETERS = re.compile(r': ([\d.]+) M parameters')
 _ERROR = 'train.py: error: '

@@ -1,0 +1,1 @@
+"""Images that the tools read or compose."""

@@ -1,0 +1,1 @@
+"""What the tools for OpenMMLab's mmdet and mmseg share."""
