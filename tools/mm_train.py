@@ -9,7 +9,7 @@ A killed training goes on with --resume behind its last checkpoint, and ends wit
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import torch
 from openmmlab.errors import one_line_errors
@@ -18,15 +18,6 @@ from user_errors import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
-
-FSDP_STRATEGY: Dict[str, Any] = dict(
-    type='FSDPStrategy',
-    state_dict_cfg='full',
-    model_wrapper=dict(
-        use_orig_params=True,
-        auto_wrap_policy=dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=1_000_000),
-    ),
-)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -43,18 +34,21 @@ def train(args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         scale_lr(cfg, args.config)
     if args.fsdp:
-        use_fsdp(cfg)
+        use_shards(cfg)
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
     make_resumable(cfg)
     build_runner(cfg).train()
 
 
-def use_fsdp(cfg: 'Config') -> None:
-    """Shards weights, gradients and optimizer over the processes; its checkpoints hold the whole of them."""
-    if not torch.cuda.is_available():
-        raise UserError("PyTorch's FSDP needs GPUs, and there is none; without --fsdp the processes keep whole copies")
-    cfg.runner_type, cfg.strategy = 'FlexibleRunner', FSDP_STRATEGY
+def use_shards(cfg: 'Config') -> None:
+    """Shares weights, gradients and moments out among the processes."""
+    from training.parallel import check_version
+
+    check_version('cuda' if torch.cuda.is_available() else 'cpu')
+    import openmmlab.sharding  # noqa: F401 - registers the runner
+
+    cfg.runner_type = 'ShardedRunner'
 
 
 def add_tensorboard(cfg: 'Config') -> None:

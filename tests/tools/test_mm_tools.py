@@ -16,6 +16,8 @@ import mm_train
 import pytest
 import torch
 from PIL import Image
+from training.parallel import check_version
+from user_errors import UserError
 
 pytestmark = pytest.mark.skipif(
     find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
@@ -252,15 +254,45 @@ def test_a_checkpoint_of_another_variant_is_refused_by_every_tool(other_checkpoi
     assert_one_line('mm_train.py', mm_train.main, training, messages, capsys)
 
 
-def test_two_processes_train_together(tmp_path):
-    options = [*QUICK, *STEPS, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
+def run_two(work_dir, *arguments):
+    """What two processes say that train together four steps, with a checkpoint after two."""
+    options = [*QUICK, *STEPS, 'train_cfg.max_iters=4', 'default_hooks.checkpoint.interval=2', 'param_scheduler=[]']
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    tool = [str(ROOT / 'tools/mm_train.py'), SEGMENTATION, '--work-dir', str(tmp_path), '--launcher', 'pytorch']
-    arguments = [*launch, *tool, '--auto-scale-lr', '--cfg-options', *options]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    tool = [str(ROOT / 'tools/mm_train.py'), SEGMENTATION, '--work-dir', str(work_dir), '--launcher', 'pytorch']
+    command = [*launch, *tool, '--auto-scale-lr', *map(str, arguments), '--cfg-options', *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert 'Scaling the original LR by 0.5' in done.stdout + done.stderr  # 2 x 2 images instead of 8
-    assert weights(tmp_path / 'iter_2.pth')
+    return done.stdout + done.stderr
+
+
+def test_two_processes_train_together_and_with_shards_as_with_copies(tmp_path):
+    said = run_two(tmp_path / 'copies')
+    assert 'Scaling the original LR by 0.5' in said  # 2 x 2 images instead of 8
+    if sharding_runs():
+        run_two(tmp_path / 'shards', '--fsdp', '--resume', tmp_path / 'copies/iter_2.pth')
+        paths = 'copies/iter_2.pth', 'copies/iter_4.pth', 'shards/iter_4.pth'
+        early, copies, shards = (whole_state(tmp_path / path) for path in paths)
+        assert shards.keys() == copies.keys()
+        for name, tensor in shards.items():
+            assert torch.allclose(tensor.float(), copies[name].float(), rtol=1e-3, atol=1e-6), name
+        assert not all(torch.equal(tensor, early[name]) for name, tensor in copies.items())
+
+
+def whole_state(path):
+    """Weights and moments of a checkpoint by name, and what decides how they change."""
+    content = torch.load(path, weights_only=False)
+    state, groups = content['optimizer']['state'], content['optimizer']['param_groups']
+    moments = {f'{number} {key}': value for number, own in state.items() for key, value in own.items()}
+    rates = {f'{i} {key}': torch.tensor(group[key]) for i, group in enumerate(groups) for key in ('lr', 'weight_decay')}
+    return {**content['state_dict'], **moments, **rates}
+
+
+def sharding_runs():
+    try:
+        check_version('cpu')
+    except UserError:
+        return False
+    return True
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):

@@ -11,8 +11,9 @@ from typing import Callable, Dict, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from .maps import Wanted, extract, patch_layout, steps
 from torch import Tensor, nn
+
+from .maps import Wanted, extract, patch_layout, steps
 
 SHARES = (0.2, 0.5, 0.9)
 

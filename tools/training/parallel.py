@@ -142,10 +142,15 @@ def check_sharding(config: Config, runtime: Runtime) -> None:
         return
     if runtime.world == 1:
         raise UserError('shard shares the weights out among processes: start several by torchrun, or leave it out')
+    check_version(runtime.device.type)
+
+
+def check_version(device: str) -> None:
+    """Raises UserError if this PyTorch cannot shard on a type of device."""
     version = tuple(map(int, torch.__version__.split('.')[:2]))
-    if runtime.device.type == 'cpu' and version < CPU_VERSION:
+    if device == 'cpu' and version < CPU_VERSION:
         needed = '.'.join(map(str, CPU_VERSION))
-        raise UserError(f'shard needs GPUs, or PyTorch {needed} on a CPU; this is {torch.__version__}')
+        raise UserError(f'sharding needs GPUs, or PyTorch {needed} on a CPU; this is {torch.__version__}')
 
 
 def shard_units(model: nn.Module, recomputed: bool) -> List[List[nn.Module]]:
