@@ -141,12 +141,11 @@ def _plain(
         summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
     if residual is not None:
         summed = residual + summed
-    # int, since PyTorch 2.11 takes a symbolic size here for a number of its own.
-    shape, weight = (int(x.shape[-1]),), weight.to(wide)
     if bias is None:
-        normalised = F.rms_norm(summed, shape, weight, eps)
+        # Not F.rms_norm, whose shape PyTorch 2.11 mistakes in graphs of any batch size.
+        normalised = summed * torch.rsqrt(summed.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide)
     else:
-        normalised = F.layer_norm(summed, shape, weight, bias.to(wide), eps)
+        normalised = F.layer_norm(summed, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return normalised.to(out_dtype), summed
 
 

@@ -38,7 +38,7 @@ def gate(
     row, channel, mask = _places(rows, dim, ROWS, CHANNELS)
     place = row * dim + channel
     mean = tl.load(y_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    mean += tl.load(y_ptr + rows.to(tl.int64) * dim + place, mask=mask, other=0.0).to(tl.float32)
+    mean += tl.load(y_ptr + tl.cast(rows, tl.int64) * dim + place, mask=mask, other=0.0).to(tl.float32)
     mean *= 0.5
     z = tl.load(z_ptr + row * z_row + channel, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, (mean * z * sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
@@ -78,7 +78,8 @@ _gate_backward = Launcher(gate_backward)
 
 def _sizes(z: Tensor) -> tuple[int, tuple[int, int, int]]:
     rows, dim = z.shape[0] * z.shape[1], z.shape[2]
-    return parts(rows, _ROWS) * parts(dim, _CHANNELS), (rows, dim, z.stride(1))
+    row = z.stride(1) if z.shape[1] > 1 else z.stride(0)  # of one row a contiguous tensor may have any stride
+    return parts(rows, _ROWS) * parts(dim, _CHANNELS), (rows, dim, row)
 
 
 def gate_forward(y: Tensor, z: Tensor, keep: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ class Launcher:
     takes as long as the kernels on small maps. Here a launch whose arguments are alike finds it by one key.
 
     Args:
-        kernel: A function under `triton.jit` whose parameters are tensors, then integers, then constants.
+        kernel: A function under `triton.jit` whose parameters are tensors, then integers, then constants. Triton makes a
+            constant of an integer that is 1: the kernel converts its integers by `tl.cast`, not `.to`.
     """
 
     def __init__(self, kernel: triton.JITFunction) -> None:
@@ -30,14 +31,21 @@ class Launcher:
         registers: Optional[int] = None,
         stages: Optional[int] = None,
     ) -> None:
-        """Launches programs, a number or two of them, on the current device, which must be the tensors'."""
+        """Launches programs, a number or two of them, on the current device, which must be the tensors'.
+
+        Raises:
+            RuntimeError: If the tensors are on several devices, of which a kernel would read wild memory.
+        """
         grid = (*programs, 1) if isinstance(programs, tuple) else (programs, 1, 1)
         if 0 in grid:
             return
-        pointers = tuple(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+        pointers = tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0, t.get_device()) for t in tensors)
         key = tensors[0].device, pointers, sizes, constants, warps, registers, stages
         compiled = self._compiled.get(key)
         if compiled is None:
+            devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+            if len(devices) > 1:
+                raise RuntimeError(f'the tensors are on {" and ".join(devices)}; move them to one device')
             options = dict(num_warps=warps)
             if registers is not None:
                 options.update(maxnreg=registers)

@@ -9,6 +9,7 @@ column, so that scans over the first axis stay inside threads, and warps share t
 import triton
 import triton.language as tl
 
+from .elementwise import MAX_DECAY
 from .rows import pick_last
 
 
@@ -75,7 +76,7 @@ def _tile_start(tile, seqlen, line, step, magic, tiles, lines, T: tl.constexpr, 
     """Where a tile starts on the map and on its line, and the steps that follow on the line (with WRAP, on the map)."""
     if WRAP:
         first = tile * T
-        number = _divide(first, magic)
+        number = _quotient(first, line, magic)
         within = first - number * line
         limit = seqlen - first
     else:
@@ -91,7 +92,14 @@ def line_of(tile, magic, tiles):
 
     A division would take longer than all else that has to be known before a tile can be loaded.
     """
-    return tl.where(tiles == 1, tile, _divide(tile, magic))
+    return tl.where(tiles == 1, tile, _quotient(tile, tiles, magic))
+
+
+@triton.jit
+def _quotient(number, divisor, magic):
+    """number // divisor for magic = ceil(2**32 / divisor), exact for all that fits 31 bits: very long and narrow maps."""
+    quotient = _divide(number, magic)
+    return quotient - tl.where(quotient * divisor > number, 1, 0)
 
 
 @triton.jit
@@ -194,8 +202,9 @@ def arriving_state(a, ends, end_stride, sums, sum_stride, order, from_last, regi
     for before in range(0, regions - 1):
         region = tl.where(from_last == 0, before, regions - 1 - before)
         passed = has_channel & (before < order)
-        total = tl.load(sums + region * sum_stride, mask=passed, other=0.0)
-        state = tl.exp2(total * a) * state + tl.load(ends + region * end_stride, mask=passed, other=0.0)
+        total = tl.load(sums + region * sum_stride, mask=passed, other=0.0).to(tl.float32)
+        decay = tl.minimum(tl.exp2(total * a), MAX_DECAY)  # infinite, it would make NaN of a state of zero
+        state = decay * state + tl.load(ends + region * end_stride, mask=passed, other=0.0).to(tl.float32)
     return state
 
 
@@ -258,7 +267,10 @@ def projections_at(position, first, PROJECTIONS: tl.constexpr, SPLITS: tl.conste
 
 @triton.jit
 def load_pair(pointer, position, route, R: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """B and C of a route [COLUMNS] of one state at positions in fp32: behind the R of dt among a route's E."""
+    """B and C of a route [COLUMNS] of one state at positions in fp32: behind the R of dt among a route's E.
+
+    The tensor must begin where a word of 32 bits does.
+    """
     if R % 2 == 0 and pointer.dtype.element_ty == tl.bfloat16:
         # Then both are one word of 32 bits.
         words = pointer.to(tl.pointer_type(tl.int32), bitcast=True)

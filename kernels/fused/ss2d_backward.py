@@ -143,7 +143,7 @@ def scan_routes_backward(
         grad_y_batch = grad_y_ptr + batch * seqlen * dim
         grad_x_batch = (grad_x_rows_ptr if pair == 0 else grad_x_columns_ptr) + batch * seqlen * dim
         grad_x_dbl_batch = grad_x_dbl_ptr + (tl.cast(block, tl.int64) * batches + batch) * seqlen * (4 * E)
-        state_batch = state_ptr + scan * (states * N * dim) + channel
+        state_batch = state_ptr + scan * states * (N * dim) + channel
         carry_batch = carry_ptr + (scan * regions + region) * (N * dim) + channel
         end_batch = end_ptr + (scan * regions + region) * (N * dim) + channel
         carry = tl.zeros([SPLITS, 2 * DB], tl.float32)

@@ -100,7 +100,7 @@ def scan_routes(
     bias = tl.load(bias_ptr + parameter).to(tl.float32) * LOG2_E
 
     scan = batch * 4 + route
-    state_ptr += scan * (states * N * dim) + channel
+    state_ptr += scan * states * (N * dim) + channel
     carry_ptr += (scan * regions + region) * (N * dim) + channel
     order = tl.where(backward == 0, region, regions - 1 - region)
     split = tl.arange(0, SPLITS)[:, None]

@@ -45,9 +45,14 @@ def _forward(
 ss2d_fused = torch.library.custom_op('vmamba::ss2d_fused', _forward, mutates_args=())
 
 
+def _whole_words(x_dbl: Tensor) -> Tensor:
+    """x_dbl where words of 32 bits begin, as `load_pair` reads them: a view may begin anywhere."""
+    return x_dbl if x_dbl.data_ptr() % 4 == 0 else x_dbl.clone()
+
+
 def _project(x: Tensor, x_dbl: Optional[Tensor], x_proj_weight: Optional[Tensor]) -> Tensor:
     if x_dbl is not None:
-        return x_dbl.to(x.dtype).contiguous()
+        return _whole_words(x_dbl.to(x.dtype).contiguous())
     return F.linear(x, x_proj_weight.to(x.dtype)).to(x.dtype).unflatten(-1, (NUM_ROUTES, -1))
 
 
@@ -86,7 +91,7 @@ def _backward(
     dtype = x_dbl.dtype
     with device_of(x):
         x, dt_weight, dt_bias, A, D = (tensor.contiguous() for tensor in (x, dt_weight, dt_bias, A, D))
-        x_dbl = x_dbl.to(x.dtype).contiguous()
+        x_dbl = _whole_words(x_dbl.to(x.dtype).contiguous())
         norm_weight = None if norm_weight is None else norm_weight.contiguous()
         sizes = sizes_of(x, dt_weight, A)
         launches = plan(sizes, processors_of(x))

@@ -84,6 +84,7 @@ def check(tensors, dtype):
 SIZES = [
     pytest.param(dict(), id='small'),
     pytest.param(dict(seqlen=1, dstate=1, dt_rank=1), id='one-step'),
+    pytest.param(dict(batch=1, seqlen=1), id='one-step-of-one-sequence'),
     pytest.param(dict(seqlen=16, dstate=4, dt_rank=8), id='tile'),
     pytest.param(dict(seqlen=17, dstate=16, dt_rank=3, batch=1), id='n16'),
     pytest.param(dict(seqlen=2, width=2), id='two-taps'),
@@ -108,6 +109,16 @@ def test_chunks_of_the_sequence(chunks, triton_kernels, monkeypatch):
 
     monkeypatch.setattr(launch, 'CONFIG', launch.CONFIG._replace(chunks=chunks))
     check(arguments(seqlen=50, batch=1), torch.float32)
+
+
+def test_steps_that_lie_far_apart(backend):
+    """A tensor of one step counts as contiguous, whatever its stride along the sequence."""
+    tensors = on_device(arguments(batch=3, seqlen=1))
+    expected = run(bimamba_core, tensors)
+    apart = torch.full((1, 40, tensors['xz'].shape[-1]), float('nan'), device=DEVICE)
+    xz = apart[:, :3].transpose(0, 1)
+    xz.copy_(tensors['xz'])
+    assert torch.equal(bimamba_core(**{**tensors, 'xz': xz}).cpu(), expected['out'])
 
 
 def test_more_taps_than_the_kernels_take(backend):
@@ -194,6 +205,7 @@ gpu = pytest.mark.skipif(not HAS_GPU, reason='needs a GPU')
 @pytest.mark.parametrize(
     'sizes',
     [
+        dict(batch=1, seqlen=1, dim=16, dstate=4, dt_rank=2),
         dict(batch=2, seqlen=197, dim=384, dstate=16, dt_rank=12),
         dict(batch=1, seqlen=1025, dim=40, dstate=5, dt_rank=7),
         dict(batch=1, seqlen=6085, dim=96, dstate=16, dt_rank=12),

@@ -310,6 +310,8 @@ def compare_with_plain(tensors, dtype, **options):
         dict(batch=2, dim=96, seqlen=784, dstate=1, B=4, C=4),
         dict(batch=2, dim=40, seqlen=197, dstate=16, B=0, C=0),
         dict(batch=1, dim=24, seqlen=1023, dstate=5, B=2, C=1),
+        dict(batch=1, dim=24, seqlen=100, dstate=16, B=0, C=None),
+        dict(batch=1, dim=24, seqlen=100, dstate=4, B=None, C=2),
         dict(batch=2, dim=8, seqlen=100, dstate=256, B=0, C=0),
         dict(batch=1, dim=8, seqlen=65536, dstate=2, B=0, C=0),
     ],

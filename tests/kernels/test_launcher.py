@@ -75,6 +75,13 @@ def test_alignment_is_told_apart():
     assert len(kernel.searched) == 2 and len(kernel.launched) == 1
 
 
+def test_tensors_on_two_devices_are_an_error_that_names_them():
+    kernel = Kernel()
+    with pytest.raises(RuntimeError, match='cpu and meta'):
+        Launcher(kernel)(1, (torch.zeros(8), torch.zeros(8, device='meta')), (), (), warps=1)
+    assert not kernel.searched
+
+
 def test_an_interpreter_compiles_nothing():
     kernel = Kernel(interpreted=True)
     launch = Launcher(kernel)

@@ -83,15 +83,15 @@ def pack_kernel(
     position = position.to(tl.int64)
     if row < B_rows:
         B += (row // B_groups).to(tl.int64) * B_batch + (row % B_groups).to(tl.int64) * B_group
-        x = tl.load(B + state * B_state + position * B_step, mask=inside, other=0.0)
+        b = tl.load(B + state * B_state + position * B_step, mask=inside, other=0.0)
         target += row * size + _packed_place(step, packed_B)
-        tl.store(packed_B + target, x.to(packed_B.dtype.element_ty), mask=written)
+        tl.store(packed_B + target, b.to(packed_B.dtype.element_ty), mask=written)
     else:
         row -= B_rows
         C += (row // C_groups).to(tl.int64) * C_batch + (row % C_groups).to(tl.int64) * C_group
-        x = tl.load(C + state * C_state + position * C_step, mask=inside, other=0.0)
+        c = tl.load(C + state * C_state + position * C_step, mask=inside, other=0.0)
         target += row * size + _packed_place(step, packed_C)
-        tl.store(packed_C + target, x.to(packed_C.dtype.element_ty), mask=written)
+        tl.store(packed_C + target, c.to(packed_C.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -147,12 +147,12 @@ def unpack_kernel(
     position = position.to(tl.int64)
     if of_C:
         grad_C += (row // C_groups).to(tl.int64) * C_batch + (row % C_groups).to(tl.int64) * C_group
-        place = grad_C + state * C_state + position * C_step
-        tl.store(place, total.to(grad_C.dtype.element_ty), mask=inside)
+        place = state * C_state + position * C_step
+        tl.store(grad_C + place, total.to(grad_C.dtype.element_ty), mask=inside)
     else:
         grad_B += (row // B_groups).to(tl.int64) * B_batch + (row % B_groups).to(tl.int64) * B_group
-        place = grad_B + state * B_state + position * B_step
-        tl.store(place, total.to(grad_B.dtype.element_ty), mask=inside)
+        place = state * B_state + position * B_step
+        tl.store(grad_B + place, total.to(grad_B.dtype.element_ty), mask=inside)
 
 
 @triton.jit
