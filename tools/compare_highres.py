@@ -7,6 +7,7 @@ measures all cases of a model, on a CPU each case has its own.
     python tools/compare_highres.py --models vim_t deit_tiny_patch16_224:plain --sizes 224 1248 --batch-sizes 64 8
     python tools/compare_highres.py --models vmamba_t --dtype float16 bfloat16 --compile off on --cuda-graph off on
     python tools/compare_highres.py --paper
+    python tools/compare_highres.py --latency
     python tools/compare_highres.py --benchmarks --docs docs/benchmarks.md
 """
 
@@ -68,6 +69,8 @@ class Grid(NamedTuple):
 
 
 PAPER = Grid(('vim_t', 'deit_tiny_patch16_224:plain', 'deit_tiny_patch16_224:fused'), (512, 640, 738, 1024, 1248), (8,))
+LATENCY = Grid(FAST_MODELS, (224,), (1,), cuda_graph=(True,))
+PRESETS = {'paper': PAPER, 'latency': LATENCY}
 BENCHMARKS = (
     Grid(MODELS, (224, 1248, 2048, 4096), (128, 8, 4, 1)),
     Grid(FAST_MODELS, (224, 1248, 224), (128, 8, 1), cuda_graph=(True,)),
@@ -116,6 +119,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument('--paper', action='store_true', help="Vim's paper: DeiT-T and Vim-T, 512 to 1248, batch 8")
+    preset.add_argument('--latency', action='store_true', help='one image of 224 pixels in a CUDA graph')
     preset.add_argument('--benchmarks', action='store_true', help='all that docs/benchmarks.md shows; needs a GPU')
     parser.add_argument('--models', nargs='+', help='timm names; NAME:plain, NAME:fused for attention')
     parser.add_argument('--sizes', nargs='+', type=int, help='sides of the square images')
@@ -171,14 +175,20 @@ def cases_of(args: argparse.Namespace) -> List[Case]:
 
 
 def grid_of(args: argparse.Namespace) -> Grid:
-    """The grid of the options; what they leave open is the paper's or the default."""
-    sizes = args.sizes or (PAPER.sizes if args.paper else SIZES[args.device])
-    batch_sizes = args.batch_sizes or (PAPER.batch_sizes if args.paper else None)
+    """The grid of the options; what they leave open is the preset's or the default."""
+    preset = PRESETS.get(preset_of(args), Grid(MODELS, SIZES[args.device], ()))
+    sizes = args.sizes or preset.sizes
+    batch_sizes = args.batch_sizes or preset.batch_sizes
     batch_sizes = batch_sizes or tuple(default_batch_size(size, args.device) for size in sizes)
     if len(batch_sizes) not in (1, len(sizes)):
         raise ValueError(f'--batch-sizes must be one or as many as the {len(sizes)} sizes, got {len(batch_sizes)}')
-    switches = ([value == 'on' for value in values or ('off',)] for values in (args.compile, args.cuda_graph))
-    return Grid(args.models or (PAPER.models if args.paper else MODELS), sizes, batch_sizes, *switches)
+    chosen = (args.compile, preset.compile), (args.cuda_graph, preset.cuda_graph)
+    switches = ([value == 'on' for value in values] if values else default for values, default in chosen)
+    return Grid(args.models or preset.models, sizes, batch_sizes, *switches)
+
+
+def preset_of(args: argparse.Namespace) -> Optional[str]:
+    return next((name for name in PRESETS if getattr(args, name)), None)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -187,7 +197,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    name = 'highres_paper' if args.paper else 'highres'
+    preset = preset_of(args)
+    name = f'highres_{preset}' if preset else 'highres'
     command = command_of('compare_highres', argv, OUTPUTS)
     table, picture = args.output / f'{name}.csv', args.output / f'{name}.png'
     measurements = record(compare(args.cases, args.timeout, console), table, command)

@@ -96,6 +96,9 @@ def test_peers_of_earlier_are_compared_on_their_gpu_only():
     (record,) = records(run_of(result_of()))
     assert (record['forward_ratio'], record['backward_ratio'], record['forward_backward_ratio']) == (0.5, 2.0, None)
     assert record['peer_measured'] == 'earlier'
+    (record,) = records(run_of(result_of(forward_graph_ms=0.5, forward_backward_graph_ms=2.5)))
+    assert (record['forward_graph_ratio'], record['backward_graph_ratio']) == (2.0, 4.0)
+    assert '0.500 (2.00) / 2.00 (4.00)' in kernel_report.tables_of('scan', [record])[0][1]
     (record,) = records(run_of(result_of(), device='another'))
     assert record['peer_forward_ms'] == 1.0 and record['forward_ratio'] is None
 

@@ -233,6 +233,20 @@ def test_the_paper_and_what_replaces_parts_of_it():
     assert (case.model, case.size, case.batch_size) == ('vim_s', 512, 2)
 
 
+def test_the_latency_of_one_image(gpu):
+    cases = parse_args(['--latency']).cases
+    assert [case.model for case in cases] == list(compare_highres.FAST_MODELS)
+    assert {(case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases} == {(224, 1, False, True)}
+    assert not any(case.cuda_graph for case in parse_args(['--latency', '--cuda-graph', 'off']).cases)
+
+
+def test_docs_of_one_size_have_no_picture(tmp_path):
+    path = tmp_path / 'benchmarks.md'
+    write_docs([pair for pair in MIXED if pair[0].size == 224], path, 'highres_latency', 'a command')
+    assert '## Latency of one image' in path.read_text() and '![' not in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
     cases = parse_args(['--benchmarks']).cases
     models = [case.model for case in cases]

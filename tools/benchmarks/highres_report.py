@@ -18,6 +18,7 @@ Measurement = Tuple[Case, Result]
 TITLES = {
     'highres': 'Feature extraction at rising resolutions',
     'highres_paper': "Feature extraction in the setting of Vim's paper",
+    'highres_latency': 'Latency of one image',
 }
 HEADER = ('size', 'batch', 'run', 'model', 'images/s', 'ms/image', 'peak MiB')
 NOTES = """\
@@ -114,14 +115,16 @@ def write_picture(measurements: Sequence[Measurement], path: Path) -> None:
 
 
 def write_docs(measurements: Sequence[Measurement], path: Path, name: str, command: str) -> None:
-    """Writes the section of this name, in the place of its old one, and its picture beside the file."""
-    write_picture(measurements, path.with_name(f'{name}.png'))
+    """Writes the section of this name, in the place of its old one, and of several sizes a picture beside the file."""
+    several_sizes = len({case.size for case, _ in measurements}) > 1
+    if several_sizes:
+        write_picture(measurements, path.with_name(f'{name}.png'))
     text = path.read_text() if path.is_file() else '# Benchmarks\n'
     first = measurements[0][0]
     parts = (
         f'## {TITLES[name]}',
         f'- machine: {machine(measurements)}\n- versions: {versions(measurements)}\n- command: `{command}`',
-        f'![Images per second and peak memory against the size of the image]({name}.png)',
+        *([f'![Images per second and peak memory against the size of the image]({name}.png)'] * several_sizes),
         NOTES.format(repeats=first.repeats, seconds=first.seconds),
         markdown_table([HEADER, *(cells_of(*pair) for pair in by_workload(measurements))], left=4),
     )

@@ -19,8 +19,9 @@ EARLIER = 'peer, H100, measured earlier, not in this run'
 TITLES = {'scan': 'Selective scan', 'ss2d': 'SS2D core', 'model': 'Models at 224x224, bf16 autocast'}
 NOTES = """\
 Medians of CUDA events; in brackets, of replays of a CUDA graph. Peaks are those of PyTorch's allocator, inputs,
-parameters and gradients included. A ratio is the peer's time over ours, without graphs. What peers took earlier was
-measured with torch 2.11, CUDA 13.0 and mamba_ssm 2.3.2; for models of timm it is the same model."""
+parameters and gradients included. A ratio is the peer's time without graphs over ours without graphs; in brackets, over
+ours with, where the backward pass is forward + backward less forward. What peers took earlier was measured with torch 2.11, CUDA 13.0 and mamba_ssm 2.3.2; for models of timm it is
+the same model."""
 KERNEL_NOTES = """\
 Times are in milliseconds and bf16. The forward pass runs without gradients; the backward pass is timed alone, again and
 again after one forward pass, unless it says "difference" (forward + backward less forward). Inputs that fit the cache
@@ -67,6 +68,11 @@ class Run(NamedTuple):
 def over(a: Optional[float], b: Optional[float]) -> Optional[float]:
     """a / b, or None if one is unknown."""
     return a / b if a is not None and b else None
+
+
+def difference(a: Optional[float], b: Optional[float]) -> Optional[float]:
+    """a - b, or None if one is unknown."""
+    return None if a is None or b is None else a - b
 
 
 def records(run: Run) -> List[Record]:
@@ -128,6 +134,12 @@ def _peer(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
     for key in ('forward', 'backward', 'forward_backward'):
         ratio = over(record[f'peer_{key}_ms'], getattr(result, f'{key}_ms'))
         record[f'{key}_ratio'] = ratio if comparable else None
+    for key, ms in (
+        ('forward', result.forward_graph_ms),
+        ('backward', difference(result.forward_backward_graph_ms, result.forward_graph_ms)),
+        ('forward_backward', result.forward_backward_graph_ms),
+    ):
+        record[f'{key}_graph_ratio'] = over(record[f'peer_{key}_ms'], ms) if comparable else None
     ms = record['peer_forward_ms'] or record['peer_forward_backward_ms']
     record['peer_images_per_second'] = over(1e3 * case.batch, ms) if case.kind == 'model' else None
     return record
@@ -164,6 +176,11 @@ def _with_graph(header: str, key: str, graph_key: str) -> Column:
         return number(record[key]) + graph
 
     return Column(header, cell)
+
+
+def _ratios(*keys: str) -> Column:
+    columns = [_with_graph('', f'{key}_ratio', f'{key}_graph_ratio') for key in keys]
+    return Column('ratios' if len(keys) > 1 else 'ratio', lambda r: ' / '.join(column.cell(r) for column in columns))
 
 
 def _backward(record: Record) -> str:
@@ -205,19 +222,19 @@ def _peer_columns(kind: str, rows: Sequence[Record]) -> List[Column]:
             earlier = 'mamba_ssm, in this run'
         return [
             _numbers(f'{earlier}: forward / backward', 'peer_forward_ms', 'peer_backward_ms'),
-            _numbers('ratios', 'forward_ratio', 'backward_ratio'),
+            _ratios('forward', 'backward'),
         ]
     if kind == 'ss2d':
         return [
             _numbers(f'{earlier}: forward / forward + backward', 'peer_forward_ms', 'peer_forward_backward_ms'),
             _numbers('its peak MiB', 'peer_forward_peak_mib', 'peer_training_peak_mib'),
-            _numbers('ratios', 'forward_ratio', 'forward_backward_ratio'),
+            _ratios('forward', 'forward_backward'),
         ]
     return [
         _text('peer', 'peer'),
         _numbers(f'{earlier}: images/s', 'peer_images_per_second'),
         Column('its peak MiB', lambda r: number(r['peer_forward_peak_mib'] or r['peer_training_peak_mib'])),
-        Column('ratio', lambda r: number(r['forward_ratio'] or r['forward_backward_ratio'])),
+        Column('ratio', lambda r: _ratios('forward' if r['forward_ms'] else 'forward_backward').cell(r)),
     ]
 
 
