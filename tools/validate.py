@@ -33,7 +33,7 @@ from images.labelled_folders import (
 from published import published
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from user_errors import UserError, one_line_errors, positive
 from weights import (
@@ -117,14 +117,14 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    for spec in args.models:
+    for spec in dict.fromkeys(args.models):
         model = load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(
                 f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
             )
         labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
-        for size in args.img_size or [own_size(model)]:
+        for size in dict.fromkeys(args.img_size or [own_size(model)]):
             sized = at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):
                 yield measure(spec, sized, folder, right, size, args, progress)
@@ -190,12 +190,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Measured accuracies, with the published ones beside them."""
     title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
-    columns = ('model', 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
+    columns = ('model', Column('weights', overflow='fold'), 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
     table = Table(*columns, 'published top-1', 'published top-5', 'images/s', title=title)
     for row in rows:
         known = [f'{value:.2f}' if value else '' for value in (row.published_top1, row.published_top5)]
         cells = (
             row.model,
+            row.weights,
             row.data,
             row.labels,
             str(row.img_size),
@@ -212,15 +213,16 @@ def print_corruptions(rows: Sequence[Row], console: Console) -> None:
 
     These are plain errors; ImageNet-C's mCE divides them by those of AlexNet.
     """
-    table = Table('model', 'img_size', 'corruption', 'mean top-1 error', title='ImageNet-C, plain errors in %')
-    for model, size in dict.fromkeys((row.model, row.img_size) for row in rows):
+    columns = ('model', Column('weights', overflow='fold'), 'img_size', 'corruption', 'mean top-1 error')
+    table = Table(*columns, title='ImageNet-C, plain errors in %')
+    for model, weights, size in dict.fromkeys((row.model, row.weights, row.img_size) for row in rows):
         errors: dict[str, List[float]] = {}
         for row in rows:
-            if (row.model, row.img_size) == (model, size):
+            if (row.model, row.weights, row.img_size) == (model, weights, size):
                 errors.setdefault(row.data.split('/')[-2], []).append(100 - row.top1)
         means = {name: float(np.mean(found)) for name, found in errors.items()}
         for name, mean in [*means.items(), (f'mean of {len(means)}', float(np.mean(list(means.values()))))]:
-            table.add_row(model, str(size), name, f'{mean:.2f}')
+            table.add_row(model, weights, str(size), name, f'{mean:.2f}')
     console.print(table)
 
 

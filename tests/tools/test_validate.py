@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import validate
+from figures.validate_figure import resolution_lines
 from folders import truncate, write_digits
 
 TOOL = Path(validate.__file__)
@@ -138,6 +139,25 @@ def test_corruptions(tmp_path, capsys):
     assert {row['data'] for row in read(tmp_path)} == {'blur/defocus_blur/1', 'blur/defocus_blur/5', 'fog/3'}
     printed = capsys.readouterr().out
     assert 'defocus_blur' in printed and 'mean of 2' in printed
+
+
+def test_weights_of_one_model_are_told_apart(tmp_path, capsys):
+    write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
+    model = timm.create_model('vmamba_nano')
+    specs = []
+    for name, always in (('half', 0), ('wrong', 5)):
+        model.head.fc.bias.data = 1e6 * torch.nn.functional.one_hot(torch.tensor(always), 1000).float()
+        torch.save(model.state_dict(), tmp_path / f'{name}.pth')
+        specs.append(f'vmamba_nano={tmp_path / name}.pth')
+    sizes = '--img-size', 32, 36
+    run(tmp_path / 'c', '--models', *specs, specs[0], '--imagenet-c', *sizes, '--output', tmp_path)
+    printed = ''.join(capsys.readouterr().out.split())
+    assert printed.count('fog│50.00') == printed.count('fog│100.00') == 2
+    assert len(read(tmp_path)) == 4  # what is named twice is measured once
+    rows = [validate.Row(**{**row, 'img_size': int(row['img_size'])}) for row in read(tmp_path)]
+    lines = resolution_lines(rows)
+    assert list(lines) == [f'vmamba_nano, {tmp_path / name}.pth' for name in ('half', 'wrong')]
+    assert list(resolution_lines(rows[:2])) == ['vmamba_nano']
 
 
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
