@@ -62,6 +62,17 @@ def load(folder: Path, name: str) -> Labelled:
     return vectors.astype(np.float32), np.array([row['label'] for row in index])
 
 
+def left_out(folder: Path) -> str:
+    """'3 of 10 images left out: 2 todo, 1 unreadable', or nothing if all have features."""
+    states = [row['state'] for row in read_index(folder)]
+    counts = {state: states.count(state) for state in ('todo', 'unreadable') if state in states}
+    if not counts:
+        return ''
+    way_out = '; extract_features.py goes on with them' if 'todo' in counts else ''
+    parts = ', '.join(f'{count} {state}' for state, count in counts.items())
+    return f'{folder}: {sum(counts.values())} of {len(states)} images left out: {parts}{way_out}'
+
+
 def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
     """Nearest neighbours by cosine distance, and logistic regression on standardised features.
 
@@ -170,6 +181,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     with one_line_errors('evaluate_features.py'):
+        for folder in filter(None, (args.train, args.test)):
+            note = left_out(folder)
+            if note:
+                console.print(note, highlight=False, soft_wrap=True)
         count = 2 * len(args.features or _features_of(args.train))
         rows = list(track(evaluate(args), 'Evaluating', total=count, console=console, transient=True))
     report(rows, args.output or args.train / 'evaluation.csv', console)

@@ -1,7 +1,9 @@
 import csv
+import shutil
 
 import evaluate_features
 import extract_features
+import numpy as np
 import pytest
 from folders import write_digits, write_photographs
 
@@ -43,6 +45,16 @@ def test_cross_validation(features, capsys):
     rows = read(features / 'train' / 'evaluation.csv')
     assert [(row['folds'], row['dim']) for row in rows] == [('3', '256')] * 2
     assert '(3 folds)' in capsys.readouterr().out
+
+
+def test_images_without_features_are_counted(features, tmp_path, capsys):
+    shutil.copytree(features / 'train', tmp_path / 'killed')
+    progress = np.load(tmp_path / 'killed' / 'progress.npy')
+    progress[-3:] = 0, 0, 2  # the index still says that all are done
+    np.save(tmp_path / 'killed' / 'progress.npy', progress)
+    run(tmp_path / 'killed', '--features', 'pooled', '--folds', 3, '--neighbours', 5)
+    assert '3 of 120 images left out: 2 todo, 1 unreadable' in capsys.readouterr().out
+    assert {row['train_images'] for row in read(tmp_path / 'killed' / 'evaluation.csv')} == {'117'}
 
 
 @pytest.mark.parametrize(
