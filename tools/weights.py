@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import math
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -10,6 +11,9 @@ import torch
 import yaml
 from timm.data import resolve_data_config
 from torch import Tensor, nn
+from training.checkpoint import BROKEN
+from training.config import FIELDS, Config
+from training.setup import data_config_of
 from user_errors import UserError, nearest
 
 import vmamba  # noqa: F401
@@ -27,16 +31,18 @@ class Spec(NamedTuple):
     Attributes:
         name: timm name.
         weights: '' for the published weights, 'untrained', or a file.
+        like: Where untrained, a checkpoint: the model is built as for its weights.
     """
 
     name: str
     weights: str = ''
+    like: str = ''
 
     def __str__(self) -> str:
         return f'{self.name}={self.weights}' if self.weights else self.name
 
     def untrained(self) -> 'Spec':
-        return Spec(self.name, 'untrained')
+        return self if self.weights == 'untrained' else Spec(self.name, 'untrained', self.weights)
 
 
 def parse_spec(text: str) -> Spec:
@@ -66,6 +72,9 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
 
+    A checkpoint of tools/train.py tells the model's arguments and how its images are preprocessed, which goes into the
+    model's `pretrained_cfg`.
+
     Args:
         spec: What to load.
         args: With the options of `add_model_options`.
@@ -76,13 +85,46 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
-    arguments = {**_model_args(args.model_args), **extra}
+    training = _training_of(spec)
+    arguments = {**_trained_args(training), **_model_args(args.model_args), **extra}
     torch.manual_seed(args.seed)
     try:
-        return timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
+        model = timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
     except _EXPECTED as error:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
+    # train.py's own rules, also for weights from elsewhere, so that one model is never normalised in two ways.
+    training = dataclasses.replace(training, in_chans=arguments.get('in_chans', training.in_chans))
+    model.pretrained_cfg = {**model.pretrained_cfg, **data_config_of(training, model)}
+    return model
+
+
+def _training_of(spec: Spec) -> Config:
+    """The configuration in a checkpoint of tools/train.py; the defaults for all other weights.
+
+    Raises:
+        UserError: If the checkpoint is of another model.
+    """
+    try:
+        content = torch.load(spec.like or spec.weights, map_location='cpu', weights_only=True, mmap=True)
+        found = content['config']
+        config = Config(**{key: found[key] for key in FIELDS if key in found})
+    except (*BROKEN, TypeError):  # no file, or not one of train.py's: `read_checkpoint` judges it
+        return Config()
+    if not (config.model and isinstance(config.model, str) and isinstance(config.model_args, dict)):
+        return Config()
+    if config.model.split('.')[0] != spec.name.split('.')[0]:
+        raise UserError(f'{spec}: the checkpoint is of {config.model}: give {config.model}={spec.weights}')
+    return config
+
+
+def _trained_args(training: Config) -> Dict[str, Any]:
+    """The arguments with which tools/train.py built a model."""
+    if not training.model:
+        return {}
+    fixed = timm.get_pretrained_cfg(training.model).fixed_input_size
+    size = {'img_size': training.img_size} if training.img_size and fixed else {}
+    return {'in_chans': training.in_chans, **size, **training.model_args}
 
 
 def _model_args(texts: List[str]) -> Dict[str, Any]:
@@ -99,7 +141,7 @@ def _model_args(texts: List[str]) -> Dict[str, Any]:
 def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments and those that choose the weights."""
     if spec.weights == 'untrained':
-        return arguments
+        return {**_size_of(read_checkpoint(spec.like), spec.name, arguments), **arguments} if spec.like else arguments
     cfg = timm.get_pretrained_cfg(spec.name)
     if not spec.weights:
         if cfg is None or not cfg.has_weights:
@@ -138,16 +180,13 @@ def is_vim(name: str) -> bool:
 def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] = None) -> Dict[str, Any]:
     """The model's own preprocessing (timm's names) at a size, with what the options say otherwise."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    chans = getattr(model, 'in_chans', 3)
-    side = (size, size) if size else tuple(config['input_size'][1:])
-    config['input_size'] = (chans, *side)
+    chans, *side = config['input_size']
+    config['input_size'] = (chans, size, size) if size else (chans, *side)
     for key in ('mean', 'std'):
-        values = getattr(args, key) or config[key]
-        if len(values) not in (1, chans):
-            if getattr(args, key):
-                raise UserError(f'--{key} needs 1 or {chans} values, got {len(values)}')
-            values = [sum(values) / len(values)]
-        config[key] = tuple(values) * (chans // len(values))
+        values = getattr(args, key)
+        if values and len(values) not in (1, chans):
+            raise UserError(f'--{key} needs 1 or {chans} values, got {len(values)}')
+        config[key] = tuple(values) * (chans // len(values)) if values else config[key]
     for key in ('interpolation', 'crop_pct', 'crop_mode'):
         config[key] = getattr(args, key) or config[key]
     return config

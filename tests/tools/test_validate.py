@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -8,10 +9,14 @@ import pytest
 import timm
 import torch
 import validate
+import weights
 from figures.validate_figure import resolution_lines
 from folders import truncate, write_digits
+from timm.data import IMAGENET_DEFAULT_MEAN
+from training_runs import SMALL, signals_kept
 
 TOOL = Path(validate.__file__)
+train = importlib.import_module('train')  # the folders of training images have the same name
 
 
 @pytest.fixture(scope='module')
@@ -85,9 +90,46 @@ def test_greyscale_models_and_other_preprocessing(digits, tmp_path):
     assert (row['images'], row['crop_pct'], row['img_size']) == ('30', '0.875', '32')
 
 
-def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
-    import weights
+GREY = '--in-chans', '1', '--img-size', '48', '--crop-pct', '0.75'
 
+
+@pytest.mark.parametrize(
+    'model, options',
+    [
+        ('vmamba_nano', (*GREY, '--model-args', '{depths: [1, 1, 1, 1]}', '--ema-decay', '0.5')),
+        ('vim_nano', (*GREY, '--model-args', '{stride: 8}')),
+        ('vmamba_nano', ()),
+    ],
+)
+def test_a_checkpoint_is_validated_as_its_training_did(tmp_path, model, options):
+    for split, start in (('train', 0), ('validation', 20)):
+        write_digits(tmp_path / split, per_class=12, classes=3, start=start)
+    common = '--data', '', '--data-dir', tmp_path, '--output', tmp_path / 'run', '--batch-size', 12, '--lr', 2e-3
+    with signals_kept():
+        train.main([str(text) for text in (*SMALL, *common, '--model', model, *options)])
+    best = torch.load(tmp_path / 'run' / 'best.pt', weights_only=True)
+    logged = best['ema_top1'] if 'ema_top1' in best else best['val_top1']
+    run(tmp_path / 'validation', '--models', f'{model}={tmp_path}/run/best.pt', '--output', tmp_path)
+    (row,) = read(tmp_path)
+    assert float(row['top1']) == pytest.approx(logged, abs=1e-4)
+    assert (row['img_size'], row['crop_pct']) == (('48', '0.75') if options else ('32', '1.0'))
+    spec = weights.parse_spec(f'{model}={tmp_path}/run/best.pt')
+    args = validate.parse_args(['.', '--models', str(spec), '--std', '0.25'])
+    for one in (spec, spec.untrained()):
+        loaded = weights.load_model(one, args)
+        config = weights.data_config(loaded, args, weights.own_size(loaded))
+        expected = ((1, 48, 48), (0.5,), (0.25,)) if options else ((3, 32, 32), IMAGENET_DEFAULT_MEAN, (0.25,) * 3)
+        assert (config['input_size'], config['mean'], config['std']) == expected
+        loaded(torch.zeros(1, *config['input_size']))
+
+
+def test_a_checkpoint_of_another_model_is_named(digits, tmp_path, capsys):
+    torch.save({'state_dict': {}, 'config': {'model': 'vim_nano', 'model_args': {}}}, tmp_path / 'best.pt')
+    message = failure(capsys, digits, '--models', f'vmamba_nano={tmp_path}/best.pt', '--output', tmp_path)
+    assert f'the checkpoint is of vim_nano: give vim_nano={tmp_path}/best.pt' in message
+
+
+def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
     torch.manual_seed(0)
     trained = timm.create_model('vim_nano', img_size=64, num_classes=10)
     torch.save(trained.state_dict(), tmp_path / 'vim.pth')
