@@ -45,7 +45,7 @@ from images.image_files import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, at_least, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     add_dtype_option,
@@ -227,8 +227,7 @@ def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[6:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
     parser.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
     parser.add_argument(
@@ -241,7 +240,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
     parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
-    parser.add_argument('--overlap', type=int, default=256, help='pixels around a tile that are computed, too')
+    parser.add_argument('--overlap', type=at_least(0), default=256, help='pixels around a tile that are computed, too')
     parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
     add_loader_options(parser)
     add_model_options(parser)

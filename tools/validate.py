@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 from torch import nn
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     Spec,
@@ -242,8 +242,7 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[4:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
     parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
     parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")

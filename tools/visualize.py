@@ -40,7 +40,7 @@ from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from user_errors import UserError, nearest, one_line_errors, positive
+from user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
 from weights import SPEC_HELP, Spec, add_model_options, at_size, data_config, load_model, own_size, parse_spec
 
 from vmamba.models.vim import Vim
@@ -194,8 +194,7 @@ def shown_image(image: Tensor, config: dict) -> np.ndarray:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar='erf | attention')
     erf = commands.add_parser('erf', help='effective receptive fields, before and after loading weights')
     erf.set_defaults(draw=draw_receptive_fields)
@@ -211,7 +210,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     attention.add_argument('--class-token', action='store_true', help="of Vim's class token instead of a pixel")
     attention.add_argument('--channel', type=int, help='of this channel; default: the mean of all')
-    attention.add_argument('--gamma', type=float, default=0.5, help='draw (weight / largest) ** GAMMA')
+    attention.add_argument('--gamma', type=positive_float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
         command.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
         command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")

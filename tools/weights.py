@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.checkpoint import BROKEN
 from training.config import FIELDS, Config
 from training.setup import data_config_of
-from user_errors import UserError, nearest
+from user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
 from vmamba.models._pretrained import read_checkpoint
@@ -56,9 +56,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model')
     group.add_argument('--seed', type=int, default=0, help='of untrained weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
-    group.add_argument('--std', type=float, nargs='+', help="default: the model's own")
+    group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest'), help="default: the model's own")
-    group.add_argument('--crop-pct', type=float, help="side of the crop over the resized side; default: the model's")
+    group.add_argument(
+        '--crop-pct', type=positive_float, help="side of the crop over the resized side; default: the model's"
+    )
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'), help="default: the model's own")
     group.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
 

@@ -274,6 +274,12 @@ def test_failures_are_one_line(digits, tmp_path, capsys, arguments, message):
     assert message in failure(capsys, *arguments, '--output', tmp_path / 'f')
 
 
+def test_a_file_that_is_no_list_of_images(tmp_path, capsys):
+    np.save(tmp_path / 'x.npy', np.full((8, 8, 3), 200, np.uint8))
+    message = failure(capsys, tmp_path / 'x.npy', *NANO, '--output', tmp_path / 'f')
+    assert 'x.npy is neither an image (one of .npy is read with --native) nor a text file with a path' in message
+
+
 def test_what_covers_an_image():
     assert [covering(side, 8, 4) for side in (1, 8, 9, 12, 13)] == [8, 8, 12, 12, 16]
     assert covering(17, 1, 1) == 17

@@ -248,6 +248,20 @@ def test_failures_are_one_line(digits, checkpoint, tmp_path, capsys, arguments, 
     assert message in failure(capsys, *arguments, '--output', tmp_path)
 
 
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--imgsize', '32'], "unknown option '--imgsize'; did you mean --img-size"),
+        (['--workers', '-1'], "must be a whole number above -1, got '-1'"),
+        (['--std', '0'], "must be a number above 0, got '0'"),
+    ],
+)
+def test_wrong_options_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run('.', '--models', 'vmamba_nano', *arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_script_ends_without_a_traceback(tmp_path):
     command = [sys.executable, TOOL, tmp_path / 'absent', '--models', 'vmamba_nano=untrained']
     result = subprocess.run(command, capture_output=True, text=True)

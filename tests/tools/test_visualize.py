@@ -185,6 +185,12 @@ def test_failures_are_one_line(photographs, tmp_path, capsys, arguments, message
     assert error.value.code == 2 and message in printed and printed.count('\n') == 1
 
 
+def test_an_unknown_option_gets_the_nearest_of_its_command(capsys):
+    with pytest.raises(SystemExit):
+        run('attention', '.', '--model', 'vmamba_nano', '--layer', 'stages.0.blocks.0')
+    assert "unknown option '--layer'; did you mean --layers" in capsys.readouterr().err
+
+
 def test_unreadable_images_are_named(tmp_path, capsys):
     images = write_photographs(tmp_path / 'images')
     broken = truncate(images / 'astronaut.png')
