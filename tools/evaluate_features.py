@@ -9,12 +9,11 @@ on those; without, by stratified cross-validation. Maps are averaged over their 
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from features.store import read_features, read_index
+from features.store import check_comparable, read_features, read_index, read_settings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +23,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
 WIDTH = 120  # of the table where there is no terminal
 
@@ -115,6 +114,8 @@ def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -
 
 def evaluate(args: argparse.Namespace) -> Iterator[Row]:
     """Accuracy of every classifier on every feature."""
+    if args.test:
+        check_comparable(args.train, args.test)
     names = args.features or _features_of(args.train)
     for name in names:
         train = load(args.train, name)
@@ -140,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> Iterator[Row]:
 
 def _features_of(folder: Path) -> List[str]:
     read_index(folder)
-    return json.loads((folder / 'settings.json').read_text())['features']
+    return read_settings(folder)['features']
 
 
 def report(rows: Sequence[Row], output: Path, console: Console) -> None:
@@ -162,16 +163,17 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[5:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('train', type=Path, help='features, as extract_features.py writes them')
     parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
     parser.add_argument('--features', nargs='+', help='names; default: all')
     parser.add_argument('--neighbours', type=positive, default=20)
-    parser.add_argument('--C', type=float, nargs='+', default=[1.0], help='inverse regularisation of the linear probe')
+    parser.add_argument(
+        '--C', type=positive_float, nargs='+', default=[1.0], help='inverse regularisation of the probe'
+    )
     parser.add_argument('--max-iter', type=positive, default=1000, help='steps of the linear probe')
-    parser.add_argument('--folds', type=positive, default=5)
-    parser.add_argument('--seed', type=int, default=0, help='of the folds')
+    parser.add_argument('--folds', type=at_least(2), default=5)
+    parser.add_argument('--seed', type=at_least(0), default=0, help='of the folds')
     parser.add_argument('--output', type=Path, help='CSV file; default: evaluation.csv in the folder of the features')
     return parser.parse_args(argv)
 

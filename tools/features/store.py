@@ -27,6 +27,7 @@ TODO, DONE, UNREADABLE = 0, 1, 2
 STATES = ('todo', 'done', 'unreadable')
 FORMATS = ('npy', 'safetensors', 'npz')
 _CHUNK = 2**22  # bytes
+_OF_THE_RUN = {'features', 'format', 'dtype', 'save_dtype', 'images', 'images_sha256'}  # settings that differ freely
 
 
 class Store:
@@ -51,7 +52,7 @@ class Store:
             _remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if begun.is_file():
-            _check_same(json.loads(begun.read_text()), settings, folder)
+            _check_same(read_settings(folder), settings, folder)
         else:
             temporary.write_text(json.dumps(settings, indent=1))
             os.replace(temporary, begun)
@@ -136,7 +137,7 @@ def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -
 
 def _remove(folder: Path) -> None:
     """Removes features, and nothing else that may lie beside them."""
-    names = json.loads((folder / 'settings.json').read_text()).get('features', [])
+    names = read_settings(folder).get('features', [])
     shutil.rmtree(folder / 'files', ignore_errors=True)
     for name in ('index.csv', 'run.json', *(f'{name}.npy' for name in names), 'progress.npy', 'settings.json'):
         (folder / name).unlink(missing_ok=True)
@@ -198,13 +199,30 @@ def read_index(folder: Path) -> List[Dict[str, str]]:
         return [{**row, 'state': STATES[state]} for row, state in zip(csv.DictReader(file), progress)]
 
 
+def read_settings(folder: Path) -> Dict[str, Any]:
+    """What the features of a folder are of."""
+    return json.loads((folder / 'settings.json').read_text())
+
+
+def check_comparable(folder: Path, other: Path) -> None:
+    """Raises UserError unless the features of both folders are those of one model on images preprocessed alike."""
+    ours, theirs = read_settings(folder), read_settings(other)
+    for settings in (ours, theirs):
+        if settings['weights_sha256']:
+            settings['model'] = settings['model'].partition('=')[0]  # the same file may lie elsewhere
+    different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    pairs = [f'{key} {ours.get(key)!r} and {theirs.get(key)!r}' for key in sorted({*different} - _OF_THE_RUN)]
+    if pairs:
+        raise UserError(f'{folder} and {other} differ in {", ".join(pairs)}: extract both alike')
+
+
 def read_features(folder: Path, name: str, rows: Sequence[int]) -> List[np.ndarray]:
     """A feature of these rows; arrays are memory-mapped where they are of the format npy.
 
     Raises:
         UserError: If there is no such feature.
     """
-    settings = json.loads((folder / 'settings.json').read_text())
+    settings = read_settings(folder)
     if name not in settings['features']:
         raise UserError(f'{folder} has no feature {name!r}; it has {", ".join(settings["features"])}')
     if (folder / f'{name}.npy').is_file():
