@@ -21,7 +21,7 @@ import timm
 import torch
 from benchmarks.measure import device_name, pick_device
 from figures.validate_figure import plot_resolutions
-from images.image_files import UNREADABLE, Unreadable, add_loader_options, make_loader
+from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
 from images.labelled_folders import (
     Folder,
     class_indices,
@@ -231,6 +231,8 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
     for root in args.folders:
         if args.imagenet_c:
             folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
+        elif args.real_labels is not None:  # these go by the names of the images, however they lie
+            folders.append(Folder(root.name, [(path, 0) for path in find_images(root)], [], []))
         else:
             folders.append(read_folder(root))
     for folder in folders:
@@ -243,20 +245,24 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[4:])
     parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
-    parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
+    parser.add_argument(
+        'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
+    )
     parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
     parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
     parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
     parser.add_argument(
         '--real-labels', nargs='?', type=Path, const=False, help="score by ReaL's labels, of FILE or of timm's copy"
     )
-    parser.add_argument('--imagenet-c', action='store_true', help='folders hold CORRUPTION/SEVERITY/CLASS')
+    parser.add_argument('--imagenet-c', action='store_true', help='folders hold CORRUPTION/SEVERITY/CLASS; uncropped')
     parser.add_argument('--class-map', type=Path, help="text file of the class folders' names in the model's order")
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
     add_model_options(parser)
     add_dtype_option(parser)
     args = parser.parse_args(argv)
+    if args.imagenet_c and args.crop_pct is None:
+        args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize
     args.device = pick_device(args.device).type
     args.amp_dtype = amp_dtype(args)
     return args
@@ -269,11 +275,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors('validate.py'):
         folders = read_folders(args, console)
         args.output.mkdir(parents=True, exist_ok=True)
-        rows = []
-        with Progress(console=console, transient=True) as progress:
-            for row in validate(args, folders, progress):
-                rows.append(row)
-                write_csv(rows, args.output / 'validate.csv')  # each time, so that an interrupt keeps what is measured
+        rows: List[Row] = []
+        try:
+            with Progress(console=console, transient=True) as progress:
+                for row in validate(args, folders, progress):
+                    rows.append(row)
+                    write_csv(rows, args.output / 'validate.csv')  # each time, so that a kill keeps what is measured
+        finally:
+            if rows:
+                report(rows, args, console)
+
+
+def report(rows: Sequence[Row], args: argparse.Namespace, console: Console) -> None:
+    """Prints the tables and draws the figure."""
     print_table(rows, console)
     if args.imagenet_c:
         print_corruptions(rows, console)

@@ -169,15 +169,20 @@ def test_real_labels(tmp_path):
     run(*common, '--real-labels', tmp_path / 'real.json')
     (row,) = read(tmp_path)
     assert (row['images'], row['top1'], row['labels']) == ('2', '100.0', 'real')
+    for path in images.rglob('*.png'):
+        path.rename(images / path.name)  # as in the official archive of the validation images
+    for folder in [path for path in images.iterdir() if path.is_dir()]:
+        folder.rmdir()
     run(*common, '--real-labels')  # timm's copy
-    assert read(tmp_path)[0]['labels'] == 'real'
+    assert [read(tmp_path)[0][key] for key in ('labels', 'images')] == ['real', '3']  # one has none
 
 
 def test_corruptions(tmp_path, capsys):
     for severity in ('1', '5'):
         write_digits(tmp_path / 'c' / 'blur' / 'defocus_blur' / severity, per_class=1, classes=2)
     write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
-    run(tmp_path / 'c', '--models', 'vmamba_nano=untrained', '--imagenet-c', '--output', tmp_path)
+    run(tmp_path / 'c', '--models', 'test_vit=untrained', '--imagenet-c', '--output', tmp_path)
+    assert {row['crop_pct'] for row in read(tmp_path)} == {'1.0'}  # the benchmark does not resize its images
     assert {row['data'] for row in read(tmp_path)} == {'blur/defocus_blur/1', 'blur/defocus_blur/5', 'fog/3'}
     printed = capsys.readouterr().out
     assert 'defocus_blur' in printed and 'mean of 2' in printed
@@ -235,6 +240,7 @@ def test_an_empty_class_folder_is_named_and_keeps_its_index(tmp_path, capsys):
         (['.', '--models', 'vmamba_nano=untrained', '--imagenet-c'], 'has no folders CORRUPTION/SEVERITY'),
         (['.', '--models', 'vmamba_nano=untrained', '--real-labels'], 'has no real labels: names must be ILSVRC2012'),
         (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'absent'], 'there is no class map absent'),
+        (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'FILE'], 'digits.pth is no text file'),
         (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depths'], 'takes KEY=VALUE'),
         (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depth=3'], "unexpected keyword argument 'depth'"),
         (['.', '--models', 'vmamba_nano=README', '--num-classes', '10'], 'README is not a readable checkpoint'),
@@ -246,6 +252,15 @@ def test_failures_are_one_line(digits, checkpoint, tmp_path, capsys, arguments, 
     arguments = [replaced.get(text, text).replace('FILE', str(checkpoint)) for text in arguments]
     arguments = [text.replace('README', str(tmp_path / 'README')) for text in arguments]
     assert message in failure(capsys, *arguments, '--output', tmp_path)
+
+
+def test_what_was_measured_before_a_failure_is_shown(digits, tmp_path, capsys):
+    options = '--num-classes', 10, '--img-size', 32, 40, 34, '--output', tmp_path
+    with pytest.raises(SystemExit):
+        run(digits, '--models', 'vim_nano=untrained', *options)
+    printed = capsys.readouterr()
+    assert printed.out.count('vim_nano') == 2 and '--img-size 34: image size' in printed.err
+    assert len(read(tmp_path)) == 2 and (tmp_path / 'validate.png').is_file()
 
 
 @pytest.mark.parametrize(
