@@ -48,7 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from user_errors import Parser, UserError, at_least, one_line_errors, positive
 from weights import (
     SPEC_HELP,
-    add_dtype_option,
+    add_precision_option,
     add_model_options,
     amp_dtype,
     any_size_args,
@@ -83,7 +83,7 @@ class Extraction:
         self.config = data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
         self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
-        self.unreadable = Unreadable(args.skip_unreadable)
+        self.unreadable = Unreadable(args.skip_bad_images)
         self.pixels = 0
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
@@ -101,7 +101,7 @@ class Extraction:
             'tile': args.tile,
             'overlap': args.overlap if args.tile else None,
             'format': args.format,
-            'dtype': args.dtype,
+            'precision': args.precision,
             'save_dtype': args.save_dtype,
             'model_args': args.model_args,
             'seed': args.seed if args.model.weights == 'untrained' else None,
@@ -244,7 +244,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
     add_loader_options(parser)
     add_model_options(parser)
-    add_dtype_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args(argv)
     args.native |= args.tile is not None
     if args.native and args.img_size:

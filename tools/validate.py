@@ -39,7 +39,7 @@ from user_errors import Parser, UserError, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     Spec,
-    add_dtype_option,
+    add_precision_option,
     add_model_options,
     amp_dtype,
     at_size,
@@ -74,7 +74,7 @@ class Row:
     published_top1: Optional[float]
     published_top5: Optional[float]
     images_per_second: float
-    dtype: str
+    precision: str
     device: str
     torch: str = torch.__version__
     timm: str = timm.__version__
@@ -141,7 +141,7 @@ def measure(
 ) -> Row:
     """Measures a model that is ready for this size on a folder."""
     config = data_config(model, args, size)
-    unreadable = Unreadable(args.skip_unreadable)
+    unreadable = Unreadable(args.skip_bad_images)
     start = time.perf_counter()
     predictions = predict(model, folder, config, args, unreadable, progress)
     seconds = time.perf_counter() - start
@@ -163,7 +163,7 @@ def measure(
         published_top1=figures.top1 if figures else None,
         published_top5=figures.top5 if figures else None,
         images_per_second=len(predictions) / seconds,
-        dtype=args.dtype,
+        precision=args.precision,
         device=device_name(torch.device(args.device)),
     )
 
@@ -259,7 +259,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
     add_model_options(parser)
-    add_dtype_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args(argv)
     if args.imagenet_c and args.crop_pct is None:
         args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize

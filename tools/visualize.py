@@ -82,7 +82,7 @@ def read_images(
 def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     """Writes erf.png, erf.csv and erf.npz."""
     specs = list(dict.fromkeys([args.model.untrained(), args.model]))
-    unreadable = Unreadable(args.skip_unreadable)
+    unreadable = Unreadable(args.skip_bad_images)
     fields: Dict[str, Dict[str, Field]] = {}
     images: List[Tensor] = []
     paths = find_images(args.images)[: args.count]

@@ -4,7 +4,7 @@ import argparse
 import copy
 import dataclasses
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from vmamba.models.vim import Vim
 
 SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for fresh ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
+_PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -53,7 +54,7 @@ def parse_spec(text: str) -> Spec:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model')
+    group.add_argument('--model-args', type=_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
     group.add_argument('--seed', type=int, default=0, help='of untrained weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
     group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
@@ -65,10 +66,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
 
 
-def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
     """Adds the precision of a forward pass, which `amp_dtype` reads."""
-    names = 'float32', 'float16', 'bfloat16'
-    parser.add_argument('--dtype', choices=names, default='float32', help='the lower ones by autocast')
+    parser.add_argument('--precision', choices=_PRECISIONS, default='fp32', help='the lower ones by autocast')
 
 
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
@@ -88,7 +88,7 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
     training = _training_of(spec)
-    arguments = {**_trained_args(training), **_model_args(args.model_args), **extra}
+    arguments = {**_trained_args(training), **args.model_args, **extra}
     torch.manual_seed(args.seed)
     try:
         model = timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
@@ -129,15 +129,14 @@ def _trained_args(training: Config) -> Dict[str, Any]:
     return {'in_chans': training.in_chans, **size, **training.model_args}
 
 
-def _model_args(texts: List[str]) -> Dict[str, Any]:
-    pairs = [text.partition('=') for text in texts]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise UserError(f'--model-args takes KEY=VALUE, got {key!r}')
+def _model_args(text: str) -> Dict[str, Any]:
     try:
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError as error:
-        raise UserError(f'--model-args: {error}') from error
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be keys and values such as '{{stride: 6, in_chans: 1}}', got {text!r}")
+    return found
 
 
 def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
@@ -229,4 +228,4 @@ def any_size_args(name: str) -> Dict[str, Any]:
 
 def amp_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
     """What autocast lowers to; None for no autocast."""
-    return None if args.dtype == 'float32' else getattr(torch, args.dtype)
+    return _PRECISIONS[args.precision]

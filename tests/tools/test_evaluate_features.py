@@ -79,13 +79,13 @@ def test_failures_are_one_line(features, monkeypatch, capsys, arguments, message
 def test_features_of_other_weights_are_no_test(features, tmp_path, capsys):
     shutil.copytree(features / 'test', tmp_path / 'other')
     settings = json.loads((tmp_path / 'other' / 'settings.json').read_text())
-    settings.update(model='vmamba_nano=a.pth', weights_sha256='abc', seed=None, mean=[0, 0, 0], dtype='float16')
+    settings.update(model='vmamba_nano=a.pth', weights_sha256='abc', seed=None, mean=[0, 0, 0], precision='bf16')
     (tmp_path / 'other' / 'settings.json').write_text(json.dumps(settings))
     with pytest.raises(SystemExit):
         run(features / 'train', '--test', tmp_path / 'other')
     message = capsys.readouterr().err
     assert "other differ in mean [0.485, 0.456, 0.406] and [0, 0, 0], model 'vmamba_nano=untrained' and" in message
-    assert "weights_sha256 None and 'abc': extract both alike" in message and 'dtype' not in message
+    assert "weights_sha256 None and 'abc': extract both alike" in message and 'precision' not in message
     check_comparable(tmp_path / 'other', tmp_path / 'other')
 
 

@@ -84,10 +84,21 @@ def test_accuracy_against_resolution(digits, checkpoint, tmp_path, capsys):
 
 
 def test_greyscale_models_and_other_preprocessing(digits, tmp_path):
-    options = '--model-args', 'in_chans=1', 'depths=[1,1,1,1]', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
-    run(digits, '--models', 'vmamba_nano=untrained', *options, '--crop-pct', 0.875, '--output', tmp_path)
+    options = '--model-args', '{in_chans: 1, depths: [1, 1, 1, 1]}', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
+    run(
+        digits,
+        '--models',
+        'vmamba_nano=untrained',
+        *options,
+        '--crop-pct',
+        0.875,
+        '--precision',
+        'bf16',
+        '--output',
+        tmp_path,
+    )
     (row,) = read(tmp_path)
-    assert (row['images'], row['crop_pct'], row['img_size']) == ('30', '0.875', '32')
+    assert (row['images'], row['crop_pct'], row['img_size'], row['precision']) == ('30', '0.875', '32', 'bf16')
 
 
 GREY = '--in-chans', '1', '--img-size', '48', '--crop-pct', '0.75'
@@ -213,8 +224,8 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
     (images / '2' / '00.png').write_text('no image')
     common = images, '--models', 'vmamba_nano=untrained', '--output', tmp_path
     message = failure(capsys, *common)
-    assert str(broken) in message and '--skip-unreadable' in message
-    run(*common, '--skip-unreadable')
+    assert str(broken) in message and '--skip-bad-images' in message
+    run(*common, '--skip-bad-images')
     assert '2 unreadable images left out' in capsys.readouterr().out
     assert (read(tmp_path)[0]['images'], read(tmp_path)[0]['unreadable']) == ('4', '2')
 
@@ -241,8 +252,10 @@ def test_an_empty_class_folder_is_named_and_keeps_its_index(tmp_path, capsys):
         (['.', '--models', 'vmamba_nano=untrained', '--real-labels'], 'has no real labels: names must be ILSVRC2012'),
         (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'absent'], 'there is no class map absent'),
         (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'FILE'], 'digits.pth is no text file'),
-        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depths'], 'takes KEY=VALUE'),
-        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depth=3'], "unexpected keyword argument 'depth'"),
+        (
+            ['.', '--models', 'vmamba_nano=untrained', '--model-args', '{depth: 3}'],
+            "unexpected keyword argument 'depth'",
+        ),
         (['.', '--models', 'vmamba_nano=README', '--num-classes', '10'], 'README is not a readable checkpoint'),
     ],
 )
@@ -268,6 +281,7 @@ def test_what_was_measured_before_a_failure_is_shown(digits, tmp_path, capsys):
     [
         (['--imgsize', '32'], "unknown option '--imgsize'; did you mean --img-size"),
         (['--workers', '-1'], "must be a whole number above -1, got '-1'"),
+        (['--model-args', 'depths'], "must be keys and values such as '{stride: 6, in_chans: 1}', got 'depths'"),
         (['--std', '0'], "must be a number above 0, got '0'"),
     ],
 )

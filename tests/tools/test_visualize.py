@@ -198,5 +198,5 @@ def test_unreadable_images_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*common)
     assert str(broken) in capsys.readouterr().err
-    run(*common, '--skip-unreadable')
+    run(*common, '--skip-bad-images')
     assert '1 unreadable image left out' in capsys.readouterr().out

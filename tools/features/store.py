@@ -27,7 +27,7 @@ TODO, DONE, UNREADABLE = 0, 1, 2
 STATES = ('todo', 'done', 'unreadable')
 FORMATS = ('npy', 'safetensors', 'npz')
 _CHUNK = 2**22  # bytes
-_OF_THE_RUN = {'features', 'format', 'dtype', 'save_dtype', 'images', 'images_sha256'}  # settings that differ freely
+_FREE = {'features', 'format', 'precision', 'save_dtype', 'images', 'images_sha256'}  # may differ between two extractions
 
 
 class Store:

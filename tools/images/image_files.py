@@ -106,7 +106,7 @@ def add_loader_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--batch-size', type=positive, default=64)
     group.add_argument('--workers', type=at_least(0), default=4, help='processes that read images; 0 for none')
     group.add_argument(
-        '--skip-unreadable', action='store_true', help='leave unreadable images out and name them, instead of stopping'
+        '--skip-bad-images', action='store_true', help='leave unreadable images out and name them, instead of stopping'
     )
 
 
@@ -124,7 +124,7 @@ class Unreadable:
     def add(self, path: Path) -> None:
         self.paths.append(path)
         if not self.skip:
-            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-unreadable')
+            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-bad-images')
 
     def summary(self) -> str:
         """'2 unreadable images left out: a.png, b.png', or nothing."""
