@@ -27,7 +27,7 @@ TODO, DONE, UNREADABLE = 0, 1, 2
 STATES = ('todo', 'done', 'unreadable')
 FORMATS = ('npy', 'safetensors', 'npz')
 _CHUNK = 2**22  # bytes
-_FREE = {'features', 'format', 'precision', 'save_dtype', 'images', 'images_sha256'}  # may differ between two extractions
+_FREE = {'features', 'format', 'precision', 'save_dtype', 'images', 'images_sha256'}  # between two extractions
 
 
 class Store:
@@ -211,7 +211,7 @@ def check_comparable(folder: Path, other: Path) -> None:
         if settings['weights_sha256']:
             settings['model'] = settings['model'].partition('=')[0]  # the same file may lie elsewhere
     different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    pairs = [f'{key} {ours.get(key)!r} and {theirs.get(key)!r}' for key in sorted({*different} - _OF_THE_RUN)]
+    pairs = [f'{key} {ours.get(key)!r} and {theirs.get(key)!r}' for key in sorted({*different} - _FREE)]
     if pairs:
         raise UserError(f'{folder} and {other} differ in {", ".join(pairs)}: extract both alike')
 
