@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import dataclasses
 import math
 from typing import Any, Dict, NamedTuple, Optional
 
@@ -12,7 +11,7 @@ import yaml
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from training.checkpoint import BROKEN
-from training.config import FIELDS, Config
+from training.config import Config
 from training.setup import data_config_of
 from user_errors import UserError, nearest, positive_float
 
@@ -87,46 +86,55 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
-    training = _training_of(spec)
-    arguments = {**_trained_args(training), **args.model_args, **extra}
+    trained = _training_of(spec)
+    arguments = {**_trained_args(trained), **args.model_args, **extra}
     torch.manual_seed(args.seed)
     try:
         model = timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
     except _EXPECTED as error:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
-    # train.py's own rules, also for weights from elsewhere, so that one model is never normalised in two ways.
-    training = dataclasses.replace(training, in_chans=arguments.get('in_chans', training.in_chans))
-    model.pretrained_cfg = {**model.pretrained_cfg, **data_config_of(training, model)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **_preprocessing(model, arguments.get('in_chans', 3), trained)}
     return model
 
 
-def _training_of(spec: Spec) -> Config:
-    """The configuration in a checkpoint of tools/train.py; the defaults for all other weights.
+def _training_of(spec: Spec) -> Dict[str, Any]:
+    """The configuration in a checkpoint of tools/train.py; nothing for all other weights.
 
     Raises:
         UserError: If the checkpoint is of another model.
     """
     try:
         content = torch.load(spec.like or spec.weights, map_location='cpu', weights_only=True, mmap=True)
-        found = content['config']
-        config = Config(**{key: found[key] for key in FIELDS if key in found})
+        config = content['config']
+        model, _, _ = config['model'], config['model_args'], config['in_chans']
     except (*BROKEN, TypeError):  # no file, or not one of train.py's: `read_checkpoint` judges it
-        return Config()
-    if not (config.model and isinstance(config.model, str) and isinstance(config.model_args, dict)):
-        return Config()
-    if config.model.split('.')[0] != spec.name.split('.')[0]:
-        raise UserError(f'{spec}: the checkpoint is of {config.model}: give {config.model}={spec.weights}')
+        return {}
+    if model.split('.')[0] != spec.name.split('.')[0]:
+        raise UserError(f'{spec}: the checkpoint is of {model}: give {model}={spec.like or spec.weights}')
     return config
 
 
-def _trained_args(training: Config) -> Dict[str, Any]:
+def _trained_args(trained: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments with which tools/train.py built a model."""
-    if not training.model:
+    if not trained:
         return {}
-    fixed = timm.get_pretrained_cfg(training.model).fixed_input_size
-    size = {'img_size': training.img_size} if training.img_size and fixed else {}
-    return {'in_chans': training.in_chans, **size, **training.model_args}
+    sized = trained.get('img_size') and timm.get_pretrained_cfg(trained['model']).fixed_input_size
+    size = {'img_size': trained['img_size']} if sized else {}
+    return {'in_chans': trained['in_chans'], **size, **trained['model_args']}
+
+
+def _preprocessing(model: nn.Module, chans: int, trained: Dict[str, Any]) -> Dict[str, Any]:
+    """How tools/train.py preprocesses a model's images to validate: by the checkpoint's word, else by the same rules.
+
+    So one model is never normalised in two ways.
+    """
+    config = Config(in_chans=chans, img_size=trained.get('img_size'), crop_pct=trained.get('crop_pct'))
+    rules = data_config_of(config, model)
+    if 'mean' not in trained or chans != trained['in_chans']:
+        return rules
+    said = {key: trained[key] for key in ('interpolation', 'crop_mode') if key in trained}
+    return {**rules, **said, 'mean': tuple(trained['mean']), 'std': tuple(trained['std'])}
 
 
 def _model_args(text: str) -> Dict[str, Any]:

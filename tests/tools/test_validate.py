@@ -119,7 +119,7 @@ def test_a_checkpoint_is_validated_as_its_training_did(tmp_path, model, options)
     with signals_kept():
         train.main([str(text) for text in (*SMALL, *common, '--model', model, *options)])
     best = torch.load(tmp_path / 'run' / 'best.pt', weights_only=True)
-    logged = best['ema_top1'] if 'ema_top1' in best else best['val_top1']
+    logged = best['ema_top1'] if best.get('averaged', 'ema_top1' in best) else best['val_top1']
     run(tmp_path / 'validation', '--models', f'{model}={tmp_path}/run/best.pt', '--output', tmp_path)
     (row,) = read(tmp_path)
     assert float(row['top1']) == pytest.approx(logged, abs=1e-4)
@@ -134,8 +134,19 @@ def test_a_checkpoint_is_validated_as_its_training_did(tmp_path, model, options)
         loaded(torch.zeros(1, *config['input_size']))
 
 
+def test_a_checkpoint_may_tell_its_preprocessing(tmp_path):
+    told = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', crop_mode='squash', crop_pct=0.9)
+    config = {'model': 'vmamba_nano', 'model_args': {}, 'in_chans': 3, 'img_size': 40, **told}
+    torch.save({'state_dict': timm.create_model('vmamba_nano').state_dict(), 'config': config}, tmp_path / 'best.pt')
+    spec = weights.parse_spec(f'vmamba_nano={tmp_path}/best.pt')
+    args = validate.parse_args(['.', '--models', str(spec), '--crop-mode', 'border'])
+    expected = dict(told, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode='border', input_size=(3, 40, 40))
+    assert weights.data_config(weights.load_model(spec, args), args) == expected
+
+
 def test_a_checkpoint_of_another_model_is_named(digits, tmp_path, capsys):
-    torch.save({'state_dict': {}, 'config': {'model': 'vim_nano', 'model_args': {}}}, tmp_path / 'best.pt')
+    config = {'model': 'vim_nano', 'model_args': {}, 'in_chans': 3}
+    torch.save({'state_dict': {}, 'config': config}, tmp_path / 'best.pt')
     message = failure(capsys, digits, '--models', f'vmamba_nano={tmp_path}/best.pt', '--output', tmp_path)
     assert f'the checkpoint is of vim_nano: give vim_nano={tmp_path}/best.pt' in message
 
