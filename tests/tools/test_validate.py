@@ -159,6 +159,8 @@ def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
     model = weights.load_model(spec, validate.parse_args(['.', '--models', str(spec)]))
     assert weights.own_size(model) == 64 and model.num_classes == 10
     assert torch.equal(model.embed.pos_embed, trained.embed.pos_embed)
+    twin = weights.load_model(spec.untrained(), validate.parse_args(['.', '--models', str(spec)]))
+    assert weights.own_size(twin) == 64
     larger = weights.at_size(model, 96)
     assert larger.embed.img_size == (96, 96) and model.embed.img_size == (64, 64)
 
