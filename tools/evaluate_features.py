@@ -9,12 +9,11 @@ on those; without, by stratified cross-validation. Maps are averaged over their 
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from features.store import read_features, read_index
+from features.store import check_comparable, read_features, read_index, read_settings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +23,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
 WIDTH = 120  # of the table where there is no terminal
 
@@ -60,6 +59,17 @@ def load(folder: Path, name: str) -> Labelled:
     features = read_features(folder, name, [int(row['row']) for row in index])
     vectors = np.stack([f if f.ndim == 1 else f.mean(axis=(-2, -1), dtype=np.float32) for f in features])
     return vectors.astype(np.float32), np.array([row['label'] for row in index])
+
+
+def left_out(folder: Path) -> str:
+    """'3 of 10 images left out: 2 todo, 1 unreadable', or nothing if all have features."""
+    states = [row['state'] for row in read_index(folder)]
+    counts = {state: states.count(state) for state in ('todo', 'unreadable') if state in states}
+    if not counts:
+        return ''
+    way_out = '; extract_features.py goes on with them' if 'todo' in counts else ''
+    parts = ', '.join(f'{count} {state}' for state, count in counts.items())
+    return f'{folder}: {sum(counts.values())} of {len(states)} images left out: {parts}{way_out}'
 
 
 def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
@@ -104,6 +114,8 @@ def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -
 
 def evaluate(args: argparse.Namespace) -> Iterator[Row]:
     """Accuracy of every classifier on every feature."""
+    if args.test:
+        check_comparable(args.train, args.test)
     names = args.features or _features_of(args.train)
     for name in names:
         train = load(args.train, name)
@@ -129,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> Iterator[Row]:
 
 def _features_of(folder: Path) -> List[str]:
     read_index(folder)
-    return json.loads((folder / 'settings.json').read_text())['features']
+    return read_settings(folder)['features']
 
 
 def report(rows: Sequence[Row], output: Path, console: Console) -> None:
@@ -151,16 +163,17 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[5:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('train', type=Path, help='features, as extract_features.py writes them')
     parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
     parser.add_argument('--features', nargs='+', help='names; default: all')
     parser.add_argument('--neighbours', type=positive, default=20)
-    parser.add_argument('--C', type=float, nargs='+', default=[1.0], help='inverse regularisation of the linear probe')
+    parser.add_argument(
+        '--C', type=positive_float, nargs='+', default=[1.0], help='inverse regularisation of the probe'
+    )
     parser.add_argument('--max-iter', type=positive, default=1000, help='steps of the linear probe')
-    parser.add_argument('--folds', type=positive, default=5)
-    parser.add_argument('--seed', type=int, default=0, help='of the folds')
+    parser.add_argument('--folds', type=at_least(2), default=5)
+    parser.add_argument('--seed', type=at_least(0), default=0, help='of the folds')
     parser.add_argument('--output', type=Path, help='CSV file; default: evaluation.csv in the folder of the features')
     return parser.parse_args(argv)
 
@@ -170,6 +183,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     with one_line_errors('evaluate_features.py'):
+        for folder in filter(None, (args.train, args.test)):
+            note = left_out(folder)
+            if note:
+                console.print(note, highlight=False, soft_wrap=True)
         count = 2 * len(args.features or _features_of(args.train))
         rows = list(track(evaluate(args), 'Evaluating', total=count, console=console, transient=True))
     report(rows, args.output or args.train / 'evaluation.csv', console)

@@ -45,10 +45,10 @@ from images.image_files import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, at_least, one_line_errors, positive
 from weights import (
     SPEC_HELP,
-    add_dtype_option,
+    add_precision_option,
     add_model_options,
     amp_dtype,
     any_size_args,
@@ -83,7 +83,7 @@ class Extraction:
         self.config = data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
         self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
-        self.unreadable = Unreadable(args.skip_unreadable)
+        self.unreadable = Unreadable(args.skip_bad_images)
         self.pixels = 0
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
@@ -101,7 +101,7 @@ class Extraction:
             'tile': args.tile,
             'overlap': args.overlap if args.tile else None,
             'format': args.format,
-            'dtype': args.dtype,
+            'precision': args.precision,
             'save_dtype': args.save_dtype,
             'model_args': args.model_args,
             'seed': args.seed if args.model.weights == 'untrained' else None,
@@ -227,8 +227,7 @@ def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[6:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
     parser.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
     parser.add_argument(
@@ -241,11 +240,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
     parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
-    parser.add_argument('--overlap', type=int, default=256, help='pixels around a tile that are computed, too')
+    parser.add_argument('--overlap', type=at_least(0), default=256, help='pixels around a tile that are computed, too')
     parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
     add_loader_options(parser)
     add_model_options(parser)
-    add_dtype_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args(argv)
     args.native |= args.tile is not None
     if args.native and args.img_size:

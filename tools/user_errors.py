@@ -1,10 +1,11 @@
 """Errors that a person can mend: one line that says what is wrong and the way out, exit code 2, no traceback."""
 
 import argparse
+import math
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, List, Tuple
 
 
 class UserError(Exception):
@@ -27,8 +28,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'must be a whole number above 0, got {text!r}')
-    return int(text)
+class Parser(argparse.ArgumentParser):
+    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Tuple[argparse.Namespace, List[str]]:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        for text in unknown:
+            name = text.partition('=')[0]
+            if name.startswith('-'):
+                self.error(f'unknown option {name!r}{nearest(name, self._option_string_actions)}')
+        return namespace, unknown
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A whole number not below this one, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f'must be a whole number above {lowest - 1}, got {text!r}')
+        return int(text)
+
+    return parse
+
+
+positive = at_least(1)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
+    return value

@@ -21,7 +21,7 @@ import timm
 import torch
 from benchmarks.measure import device_name, pick_device
 from figures.validate_figure import plot_resolutions
-from images.image_files import UNREADABLE, Unreadable, add_loader_options, make_loader
+from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
 from images.labelled_folders import (
     Folder,
     class_indices,
@@ -33,13 +33,13 @@ from images.labelled_folders import (
 from published import published
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
-from user_errors import UserError, one_line_errors, positive
+from user_errors import Parser, UserError, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     Spec,
-    add_dtype_option,
+    add_precision_option,
     add_model_options,
     amp_dtype,
     at_size,
@@ -74,7 +74,7 @@ class Row:
     published_top1: Optional[float]
     published_top5: Optional[float]
     images_per_second: float
-    dtype: str
+    precision: str
     device: str
     torch: str = torch.__version__
     timm: str = timm.__version__
@@ -117,14 +117,14 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    for spec in args.models:
+    for spec in dict.fromkeys(args.models):
         model = load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(
                 f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
             )
         labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
-        for size in args.img_size or [own_size(model)]:
+        for size in dict.fromkeys(args.img_size or [own_size(model)]):
             sized = at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):
                 yield measure(spec, sized, folder, right, size, args, progress)
@@ -141,7 +141,7 @@ def measure(
 ) -> Row:
     """Measures a model that is ready for this size on a folder."""
     config = data_config(model, args, size)
-    unreadable = Unreadable(args.skip_unreadable)
+    unreadable = Unreadable(args.skip_bad_images)
     start = time.perf_counter()
     predictions = predict(model, folder, config, args, unreadable, progress)
     seconds = time.perf_counter() - start
@@ -163,7 +163,7 @@ def measure(
         published_top1=figures.top1 if figures else None,
         published_top5=figures.top5 if figures else None,
         images_per_second=len(predictions) / seconds,
-        dtype=args.dtype,
+        precision=args.precision,
         device=device_name(torch.device(args.device)),
     )
 
@@ -190,12 +190,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Measured accuracies, with the published ones beside them."""
     title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
-    columns = ('model', 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
+    columns = ('model', Column('weights', overflow='fold'), 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
     table = Table(*columns, 'published top-1', 'published top-5', 'images/s', title=title)
     for row in rows:
         known = [f'{value:.2f}' if value else '' for value in (row.published_top1, row.published_top5)]
         cells = (
             row.model,
+            row.weights,
             row.data,
             row.labels,
             str(row.img_size),
@@ -212,15 +213,16 @@ def print_corruptions(rows: Sequence[Row], console: Console) -> None:
 
     These are plain errors; ImageNet-C's mCE divides them by those of AlexNet.
     """
-    table = Table('model', 'img_size', 'corruption', 'mean top-1 error', title='ImageNet-C, plain errors in %')
-    for model, size in dict.fromkeys((row.model, row.img_size) for row in rows):
+    columns = ('model', Column('weights', overflow='fold'), 'img_size', 'corruption', 'mean top-1 error')
+    table = Table(*columns, title='ImageNet-C, plain errors in %')
+    for model, weights, size in dict.fromkeys((row.model, row.weights, row.img_size) for row in rows):
         errors: dict[str, List[float]] = {}
         for row in rows:
-            if (row.model, row.img_size) == (model, size):
+            if (row.model, row.weights, row.img_size) == (model, weights, size):
                 errors.setdefault(row.data.split('/')[-2], []).append(100 - row.top1)
         means = {name: float(np.mean(found)) for name, found in errors.items()}
         for name, mean in [*means.items(), (f'mean of {len(means)}', float(np.mean(list(means.values()))))]:
-            table.add_row(model, str(size), name, f'{mean:.2f}')
+            table.add_row(model, weights, str(size), name, f'{mean:.2f}')
     console.print(table)
 
 
@@ -229,6 +231,8 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
     for root in args.folders:
         if args.imagenet_c:
             folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
+        elif args.real_labels is not None:  # these go by the names of the images, however they lie
+            folders.append(Folder(root.name, [(path, 0) for path in find_images(root)], [], []))
         else:
             folders.append(read_folder(root))
     for folder in folders:
@@ -240,22 +244,25 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[4:])
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=examples, formatter_class=form)
-    parser.add_argument('folders', nargs='+', type=Path, help='folders of class folders of images')
+    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
+    parser.add_argument(
+        'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
+    )
     parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
     parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
     parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
     parser.add_argument(
         '--real-labels', nargs='?', type=Path, const=False, help="score by ReaL's labels, of FILE or of timm's copy"
     )
-    parser.add_argument('--imagenet-c', action='store_true', help='folders hold CORRUPTION/SEVERITY/CLASS')
+    parser.add_argument('--imagenet-c', action='store_true', help='folders hold CORRUPTION/SEVERITY/CLASS; uncropped')
     parser.add_argument('--class-map', type=Path, help="text file of the class folders' names in the model's order")
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
     add_model_options(parser)
-    add_dtype_option(parser)
+    add_precision_option(parser)
     args = parser.parse_args(argv)
+    if args.imagenet_c and args.crop_pct is None:
+        args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize
     args.device = pick_device(args.device).type
     args.amp_dtype = amp_dtype(args)
     return args
@@ -268,11 +275,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors('validate.py'):
         folders = read_folders(args, console)
         args.output.mkdir(parents=True, exist_ok=True)
-        rows = []
-        with Progress(console=console, transient=True) as progress:
-            for row in validate(args, folders, progress):
-                rows.append(row)
-                write_csv(rows, args.output / 'validate.csv')  # each time, so that an interrupt keeps what is measured
+        rows: List[Row] = []
+        try:
+            with Progress(console=console, transient=True) as progress:
+                for row in validate(args, folders, progress):
+                    rows.append(row)
+                    write_csv(rows, args.output / 'validate.csv')  # each time, so that a kill keeps what is measured
+        finally:
+            if rows:
+                report(rows, args, console)
+
+
+def report(rows: Sequence[Row], args: argparse.Namespace, console: Console) -> None:
+    """Prints the tables and draws the figure."""
     print_table(rows, console)
     if args.imagenet_c:
         print_corruptions(rows, console)

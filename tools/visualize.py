@@ -21,7 +21,7 @@ it, nor is D x, which is the pixel's own.
 
     python tools/visualize.py erf images/ --model vmamba_t --img-size 512 --count 50
     python tools/visualize.py attention photo.jpg --model vmamba_t --pixel 120 80 --layers stages.2.blocks.7
-    python tools/visualize.py attention photo.jpg --model vim_s=vim_s.pth --class-token
+    python tools/visualize.py attention photo.jpg --model vim_s=vim_s.pth --class-token --whole
 """
 
 import argparse
@@ -32,16 +32,36 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from benchmarks.measure import pick_device
-from features.maps import POOLED, parse_wanted
+from features.maps import POOLED, normalised, parse_wanted, patch_layout
 from features.receptive_field import Field, receptive_fields
 from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from figures.view_figures import Layer, plot_attention, plot_receptive_fields
-from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from images.image_files import (
+    READ_ERRORS,
+    UNREADABLE,
+    Unreadable,
+    add_loader_options,
+    find_images,
+    image_mode,
+    make_loader,
+    read_image,
+)
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from user_errors import UserError, nearest, one_line_errors, positive
-from weights import SPEC_HELP, Spec, add_model_options, at_size, data_config, load_model, own_size, parse_spec
+from user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
+from weights import (
+    SPEC_HELP,
+    Spec,
+    add_model_options,
+    any_size_args,
+    at_size,
+    data_config,
+    load_model,
+    own_size,
+    parse_spec,
+)
 
 from vmamba.models.vim import Vim
 
@@ -50,11 +70,11 @@ DIRECTIONS = ['forward', 'backward']
 SHOWN = 4  # of Vim's blocks, where none are named
 
 
-def sized_model(spec: Spec, args: argparse.Namespace) -> Tuple[nn.Module, int]:
-    """The model and the side of the images for it."""
-    model = load_model(spec, args, num_classes=0)
+def sized_model(spec: Spec, args: argparse.Namespace, whole: bool = False) -> Tuple[nn.Module, int]:
+    """The model and the side of the images for it, or the shorter one of whole images."""
+    model = load_model(spec, args, num_classes=0, **(any_size_args(spec.name) if whole else {}))
     size = args.img_size or own_size(model)
-    return at_size(model, size).to(args.device), size
+    return (model if whole else at_size(model, size)).to(args.device), size
 
 
 def spread(names: List[str], count: int) -> List[str]:
@@ -79,10 +99,24 @@ def read_images(
     return images
 
 
+def read_whole(path: Path, model: nn.Module, size: int, args: argparse.Namespace) -> Tensor:
+    """All of an image at its own proportions [1, C, H, W]: the shorter side has this size, Vim's whole patches."""
+    config = data_config(model, args, size)
+    try:
+        image = read_image(path, image_mode(config))
+    except READ_ERRORS as error:
+        raise UserError(f'cannot read the image {path}: {error}') from error
+    patch, stride = patch_layout(model)
+    scale = size / min(image.size)
+    sides = [patch + max(round((side * scale - patch) / stride), 0) * stride for side in image.size]
+    pixels = np.asarray(image.resize(sides, Image.Resampling[config['interpolation'].upper()]))
+    return normalised(pixels.reshape(*pixels.shape[:2], -1), config, args.device)
+
+
 def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     """Writes erf.png, erf.csv and erf.npz."""
     specs = list(dict.fromkeys([args.model.untrained(), args.model]))
-    unreadable = Unreadable(args.skip_unreadable)
+    unreadable = Unreadable(args.skip_bad_images)
     fields: Dict[str, Dict[str, Field]] = {}
     images: List[Tensor] = []
     paths = find_images(args.images)[: args.count]
@@ -117,12 +151,19 @@ def _label(spec: Spec, args: argparse.Namespace) -> str:
 
 def draw_attention(args: argparse.Namespace, console: Console) -> None:
     """Writes attention.png and attention.npz, the drawn maps by layer."""
-    model, size = sized_model(args.model, args)
+    paths = find_images(args.images)
+    if len(paths) > 1:
+        raise UserError(f'attention is of one image, {args.images} holds {len(paths)}: name one, such as {paths[0]}')
+    model, size = sized_model(args.model, args, args.whole)
     names = choose_layers(model, args.layers)
-    (image,) = read_images(find_images(args.images)[:1], model, size, args, Unreadable(skip=False))
-    pixel = tuple(args.pixel) if args.pixel else (size // 2, size // 2)
-    if not all(0 <= x < size for x in pixel):
-        raise UserError(f'--pixel {pixel[0]} {pixel[1]} lies outside of the {size} x {size} image')
+    if args.whole:
+        image = read_whole(paths[0], model, size, args)
+    else:
+        (image,) = read_images(paths, model, size, args, Unreadable(skip=False))
+    height, width = image.shape[-2:]
+    pixel = tuple(args.pixel) if args.pixel else (width // 2, height // 2)
+    if not all(0 <= x < side for x, side in zip(pixel, (width, height))):
+        raise UserError(f'--pixel {pixel[0]} {pixel[1]} lies outside of the {width} x {height} image')
     is_vim = isinstance(model, Vim)
     if args.class_token and not is_vim:
         raise UserError(f'--class-token is for Vim, {args.model.name} has none')
@@ -131,8 +172,9 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
     with torch.inference_mode():
         for name in names:
             routes = routes_of(mixers[name], inputs[name])
+            grid = model.embed.dynamic_feat_size((height, width)) if is_vim else inputs[name].shape[1:3]
             layer = _vim_layer if is_vim else _vmamba_layer
-            layers.append(layer(model, name, routes, inputs[name], pixel, args))
+            layers.append(layer(model, name, routes, grid, pixel, args))
     shown = shown_image(image, data_config(model, args, size))
     target = 'the class token' if args.class_token else f'pixel {pixel[0]}, {pixel[1]}'
     title = (
@@ -165,16 +207,16 @@ def shown_weights(rows: Tensor, args: argparse.Namespace) -> Tensor:
     return torch.cat([rows, rows.sum(dim=0, keepdim=True)]).abs().mean(dim=1)
 
 
-def _vmamba_layer(model, name, routes, hidden: Tensor, pixel: Tuple[int, int], args: argparse.Namespace) -> Layer:
-    height, width = hidden.shape[1:3]
+def _vmamba_layer(model, name, routes, grid: Sequence[int], pixel: Tuple[int, int], args: argparse.Namespace) -> Layer:
+    height, width = grid
     stride = next(info['reduction'] for info in model.feature_info if name.startswith(f'{info["module"]}.'))
     column, row = (x // stride for x in pixel)
     maps = shown_weights(scan_rows(routes, row * width + column), args).unflatten(-1, (height, width))
     return Layer(name, maps.cpu().numpy(), (-0.5, width * stride - 0.5, height * stride - 0.5, -0.5))
 
 
-def _vim_layer(model, name, routes, hidden: Tensor, pixel: Tuple[int, int], args: argparse.Namespace) -> Layer:
-    height, width = model.embed.grid_size
+def _vim_layer(model, name, routes, grid: Sequence[int], pixel: Tuple[int, int], args: argparse.Namespace) -> Layer:
+    height, width = grid
     patch, stride = model.embed.patch_size, model.embed.stride
     margin = (patch - stride) / 2  # the map's pixels are drawn around the centres of overlapping patches
     column, row = (min(max(int((x - margin) // stride), 0), n - 1) for x, n in zip(pixel, (width, height)))
@@ -194,8 +236,7 @@ def shown_image(image: Tensor, config: dict) -> np.ndarray:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar='erf | attention')
     erf = commands.add_parser('erf', help='effective receptive fields, before and after loading weights')
     erf.set_defaults(draw=draw_receptive_fields)
@@ -207,11 +248,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     attention.add_argument('images', type=Path, metavar='image', help='an image')
     attention.add_argument('--layers', nargs='+', help='blocks, such as stages.2.blocks.1 or blocks.11')
     attention.add_argument(
-        '--pixel', type=int, nargs=2, metavar=('X', 'Y'), help='of the cropped image; default: centre'
+        '--pixel', type=int, nargs=2, metavar=('X', 'Y'), help='of the image as it is drawn; default: centre'
+    )
+    attention.add_argument(
+        '--whole', action='store_true', help='all of the image, its shorter side of --img-size, instead of a crop'
     )
     attention.add_argument('--class-token', action='store_true', help="of Vim's class token instead of a pixel")
     attention.add_argument('--channel', type=int, help='of this channel; default: the mean of all')
-    attention.add_argument('--gamma', type=float, default=0.5, help='draw (weight / largest) ** GAMMA')
+    attention.add_argument('--gamma', type=positive_float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
         command.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
         command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")

@@ -3,14 +3,17 @@
 import argparse
 import copy
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import timm
 import torch
 import yaml
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from user_errors import UserError, nearest
+from training.checkpoint import BROKEN
+from training.config import Config
+from training.setup import data_config_of
+from user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
 from vmamba.models._pretrained import read_checkpoint
@@ -18,6 +21,7 @@ from vmamba.models.vim import Vim
 
 SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for fresh ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
+_PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -27,16 +31,18 @@ class Spec(NamedTuple):
     Attributes:
         name: timm name.
         weights: '' for the published weights, 'untrained', or a file.
+        like: Where untrained, a checkpoint: the model is built as for its weights.
     """
 
     name: str
     weights: str = ''
+    like: str = ''
 
     def __str__(self) -> str:
         return f'{self.name}={self.weights}' if self.weights else self.name
 
     def untrained(self) -> 'Spec':
-        return Spec(self.name, 'untrained')
+        return self if self.weights == 'untrained' else Spec(self.name, 'untrained', self.weights)
 
 
 def parse_spec(text: str) -> Spec:
@@ -47,24 +53,28 @@ def parse_spec(text: str) -> Spec:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model-args', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of the model')
+    group.add_argument('--model-args', type=_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
     group.add_argument('--seed', type=int, default=0, help='of untrained weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
-    group.add_argument('--std', type=float, nargs='+', help="default: the model's own")
+    group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest'), help="default: the model's own")
-    group.add_argument('--crop-pct', type=float, help="side of the crop over the resized side; default: the model's")
+    group.add_argument(
+        '--crop-pct', type=positive_float, help="side of the crop over the resized side; default: the model's"
+    )
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'), help="default: the model's own")
     group.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
 
 
-def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
     """Adds the precision of a forward pass, which `amp_dtype` reads."""
-    names = 'float32', 'float16', 'bfloat16'
-    parser.add_argument('--dtype', choices=names, default='float32', help='the lower ones by autocast')
+    parser.add_argument('--precision', choices=_PRECISIONS, default='fp32', help='the lower ones by autocast')
 
 
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
+
+    A checkpoint of tools/train.py tells the model's arguments and how its images are preprocessed, which goes into the
+    model's `pretrained_cfg`.
 
     Args:
         spec: What to load.
@@ -76,30 +86,71 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
-    arguments = {**_model_args(args.model_args), **extra}
+    trained = _training_of(spec)
+    arguments = {**_trained_args(trained), **args.model_args, **extra}
     torch.manual_seed(args.seed)
     try:
-        return timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
+        model = timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
     except _EXPECTED as error:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
+    model.pretrained_cfg = {**model.pretrained_cfg, **_preprocessing(model, arguments.get('in_chans', 3), trained)}
+    return model
 
 
-def _model_args(texts: List[str]) -> Dict[str, Any]:
-    pairs = [text.partition('=') for text in texts]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise UserError(f'--model-args takes KEY=VALUE, got {key!r}')
+def _training_of(spec: Spec) -> Dict[str, Any]:
+    """The configuration in a checkpoint of tools/train.py; nothing for all other weights.
+
+    Raises:
+        UserError: If the checkpoint is of another model.
+    """
     try:
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError as error:
-        raise UserError(f'--model-args: {error}') from error
+        content = torch.load(spec.like or spec.weights, map_location='cpu', weights_only=True, mmap=True)
+        config = content['config']
+        model, _, _ = config['model'], config['model_args'], config['in_chans']
+    except (*BROKEN, TypeError):  # no file, or not one of train.py's: `read_checkpoint` judges it
+        return {}
+    if model.split('.')[0] != spec.name.split('.')[0]:
+        raise UserError(f'{spec}: the checkpoint is of {model}: give {model}={spec.like or spec.weights}')
+    return config
+
+
+def _trained_args(trained: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments with which tools/train.py built a model."""
+    if not trained:
+        return {}
+    sized = trained.get('img_size') and timm.get_pretrained_cfg(trained['model']).fixed_input_size
+    size = {'img_size': trained['img_size']} if sized else {}
+    return {'in_chans': trained['in_chans'], **size, **trained['model_args']}
+
+
+def _preprocessing(model: nn.Module, chans: int, trained: Dict[str, Any]) -> Dict[str, Any]:
+    """How tools/train.py preprocesses a model's images to validate: by the checkpoint's word, else by the same rules.
+
+    So one model is never normalised in two ways.
+    """
+    config = Config(in_chans=chans, img_size=trained.get('img_size'), crop_pct=trained.get('crop_pct'))
+    rules = data_config_of(config, model)
+    if 'mean' not in trained or chans != trained['in_chans']:
+        return rules
+    said = {key: trained[key] for key in ('interpolation', 'crop_mode') if key in trained}
+    return {**rules, **said, 'mean': tuple(trained['mean']), 'std': tuple(trained['std'])}
+
+
+def _model_args(text: str) -> Dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be keys and values such as '{{stride: 6, in_chans: 1}}', got {text!r}")
+    return found
 
 
 def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments and those that choose the weights."""
     if spec.weights == 'untrained':
-        return arguments
+        return {**_size_of(read_checkpoint(spec.like), spec.name, arguments), **arguments} if spec.like else arguments
     cfg = timm.get_pretrained_cfg(spec.name)
     if not spec.weights:
         if cfg is None or not cfg.has_weights:
@@ -138,16 +189,13 @@ def is_vim(name: str) -> bool:
 def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] = None) -> Dict[str, Any]:
     """The model's own preprocessing (timm's names) at a size, with what the options say otherwise."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    chans = getattr(model, 'in_chans', 3)
-    side = (size, size) if size else tuple(config['input_size'][1:])
-    config['input_size'] = (chans, *side)
+    chans, *side = config['input_size']
+    config['input_size'] = (chans, size, size) if size else (chans, *side)
     for key in ('mean', 'std'):
-        values = getattr(args, key) or config[key]
-        if len(values) not in (1, chans):
-            if getattr(args, key):
-                raise UserError(f'--{key} needs 1 or {chans} values, got {len(values)}')
-            values = [sum(values) / len(values)]
-        config[key] = tuple(values) * (chans // len(values))
+        values = getattr(args, key)
+        if values and len(values) not in (1, chans):
+            raise UserError(f'--{key} needs 1 or {chans} values, got {len(values)}')
+        config[key] = tuple(values) * (chans // len(values)) if values else config[key]
     for key in ('interpolation', 'crop_pct', 'crop_mode'):
         config[key] = getattr(args, key) or config[key]
     return config
@@ -188,4 +236,4 @@ def any_size_args(name: str) -> Dict[str, Any]:
 
 def amp_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
     """What autocast lowers to; None for no autocast."""
-    return None if args.dtype == 'float32' else getattr(torch, args.dtype)
+    return _PRECISIONS[args.precision]

@@ -1,8 +1,12 @@
 import csv
+import json
+import shutil
 
 import evaluate_features
 import extract_features
+import numpy as np
 import pytest
+from features.store import check_comparable
 from folders import write_digits, write_photographs
 
 
@@ -45,6 +49,16 @@ def test_cross_validation(features, capsys):
     assert '(3 folds)' in capsys.readouterr().out
 
 
+def test_images_without_features_are_counted(features, tmp_path, capsys):
+    shutil.copytree(features / 'train', tmp_path / 'killed')
+    progress = np.load(tmp_path / 'killed' / 'progress.npy')
+    progress[-3:] = 0, 0, 2  # the index still says that all are done
+    np.save(tmp_path / 'killed' / 'progress.npy', progress)
+    run(tmp_path / 'killed', '--features', 'pooled', '--folds', 3, '--neighbours', 5)
+    assert '3 of 120 images left out: 2 todo, 1 unreadable' in capsys.readouterr().out
+    assert {row['train_images'] for row in read(tmp_path / 'killed' / 'evaluation.csv')} == {'117'}
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -60,6 +74,33 @@ def test_failures_are_one_line(features, monkeypatch, capsys, arguments, message
         run(*arguments)
     printed = capsys.readouterr().err
     assert error.value.code == 2 and message in printed and printed.count('\n') == 1
+
+
+def test_features_of_other_weights_are_no_test(features, tmp_path, capsys):
+    shutil.copytree(features / 'test', tmp_path / 'other')
+    settings = json.loads((tmp_path / 'other' / 'settings.json').read_text())
+    settings.update(model='vmamba_nano=a.pth', weights_sha256='abc', seed=None, mean=[0, 0, 0], precision='bf16')
+    (tmp_path / 'other' / 'settings.json').write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        run(features / 'train', '--test', tmp_path / 'other')
+    message = capsys.readouterr().err
+    assert "other differ in mean [0.485, 0.456, 0.406] and [0, 0, 0], model 'vmamba_nano=untrained' and" in message
+    assert "weights_sha256 None and 'abc': extract both alike" in message and 'precision' not in message
+    check_comparable(tmp_path / 'other', tmp_path / 'other')
+
+
+@pytest.mark.parametrize(
+    'option, value, message',
+    [
+        ('--C', '-1', "must be a number above 0, got '-1'"),
+        ('--folds', '1', "must be a whole number above 1, got '1'"),
+        ('--fold', '3', "unknown option '--fold'; did you mean --folds?"),
+    ],
+)
+def test_wrong_options_are_named(capsys, option, value, message):
+    with pytest.raises(SystemExit) as error:
+        run('train', option, value)
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_images_without_class_folders(tmp_path, capsys):

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import pytest
 import timm
 import torch
 from features.maps import covering
-from features.store import read_features, read_index
+from features.store import Table, read_features, read_index
 from folders import truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -172,6 +175,8 @@ def test_a_killed_run_goes_on(tmp_path):
     assert 5 <= written < 300
     before = np.load(tmp_path / 'killed' / 'pooled.npy')
     assert before[:written].any(axis=1).all() and not before[written + 1 :].any()  # a row may wait for its mark
+    states = [row['state'] for row in read_index(tmp_path / 'killed')]
+    assert states == ['done'] * written + ['todo'] * (300 - written)
     run(*arguments, '--output', tmp_path / 'killed')
     assert json.loads((tmp_path / 'killed' / 'run.json').read_text())['images'] == 300 - written
     run(*arguments, '--output', tmp_path / 'whole')
@@ -190,13 +195,47 @@ def done_in(progress):
         return 0
 
 
+def test_maps_have_their_room_on_the_disk_before_they_are_written(tmp_path, capsys, monkeypatch):
+    images = write_photographs(tmp_path / 'images')
+    common = images, *NANO, '--img-size', 512, '--features', 'stages.0'
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, 'write', lambda self, rows, features: self.array('stages.0', features['stages.0']))
+        run(*common, '--output', tmp_path / 'table')
+        patch.delattr(os, 'posix_fallocate')  # as on macOS
+        run(*common, '--output', tmp_path / 'other')
+    for name in ('table', 'other'):
+        path = tmp_path / name / 'stages.0.npy'
+        assert np.load(path).shape == (2, 32, 128, 128)
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 2**22
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    for options in ((), ('--native',)):
+        message = failure(capsys, images, *NANO, *options, '--output', tmp_path / f'full{len(options)}')
+        assert '.tmp: No space left on device; make room' in message
+        assert not list((tmp_path / f'full{len(options)}').rglob('*.npy.tmp'))
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'npz'])
+def test_a_full_disk_is_one_line(photographs, tmp_path, capsys, form):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        options = '--features', 'stages.0', '--img-size', 64, '--format', form, '--output', tmp_path
+        assert '00000000.tmp: File too large; make room' in failure(capsys, photographs, *NANO, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
     images = write_digits(tmp_path / 'images', per_class=1, classes=3)
     broken = truncate(images / '1' / '00.png')
     for options in ((), ('--native',)):
         common = images, *NANO, *options, '--output', tmp_path / f'f{len(options)}'
         assert str(broken) in failure(capsys, *common)
-        run(*common, '--skip-unreadable')
+        run(*common, '--skip-bad-images')
         assert f'1 unreadable image left out: {broken}' in capsys.readouterr().out.replace('\n', '')
         assert [row['state'] for row in read_index(common[-1])] == ['done', 'unreadable', 'done']
 
@@ -233,6 +272,12 @@ def test_other_features_need_another_folder(digits, tmp_path, capsys):
 def test_failures_are_one_line(digits, tmp_path, capsys, arguments, message):
     arguments = [str(digits) if text == '.' else text for text in arguments]
     assert message in failure(capsys, *arguments, '--output', tmp_path / 'f')
+
+
+def test_a_file_that_is_no_list_of_images(tmp_path, capsys):
+    np.save(tmp_path / 'x.npy', np.full((8, 8, 3), 200, np.uint8))
+    message = failure(capsys, tmp_path / 'x.npy', *NANO, '--output', tmp_path / 'f')
+    assert 'x.npy is neither an image (one of .npy is read with --native) nor a text file with a path' in message
 
 
 def test_what_covers_an_image():

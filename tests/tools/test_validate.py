@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -8,9 +9,14 @@ import pytest
 import timm
 import torch
 import validate
+import weights
+from figures.validate_figure import resolution_lines
 from folders import truncate, write_digits
+from timm.data import IMAGENET_DEFAULT_MEAN
+from training_runs import SMALL, signals_kept
 
 TOOL = Path(validate.__file__)
+train = importlib.import_module('train')  # the folders of training images have the same name
 
 
 @pytest.fixture(scope='module')
@@ -78,15 +84,74 @@ def test_accuracy_against_resolution(digits, checkpoint, tmp_path, capsys):
 
 
 def test_greyscale_models_and_other_preprocessing(digits, tmp_path):
-    options = '--model-args', 'in_chans=1', 'depths=[1,1,1,1]', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
-    run(digits, '--models', 'vmamba_nano=untrained', *options, '--crop-pct', 0.875, '--output', tmp_path)
+    options = '--model-args', '{in_chans: 1, depths: [1, 1, 1, 1]}', '--num-classes', 10, '--mean', 0.5, '--std', 0.25
+    run(
+        digits,
+        '--models',
+        'vmamba_nano=untrained',
+        *options,
+        '--crop-pct',
+        0.875,
+        '--precision',
+        'bf16',
+        '--output',
+        tmp_path,
+    )
     (row,) = read(tmp_path)
-    assert (row['images'], row['crop_pct'], row['img_size']) == ('30', '0.875', '32')
+    assert (row['images'], row['crop_pct'], row['img_size'], row['precision']) == ('30', '0.875', '32', 'bf16')
+
+
+GREY = '--in-chans', '1', '--img-size', '48', '--crop-pct', '0.75'
+
+
+@pytest.mark.parametrize(
+    'model, options',
+    [
+        ('vmamba_nano', (*GREY, '--model-args', '{depths: [1, 1, 1, 1]}', '--ema-decay', '0.5')),
+        ('vim_nano', (*GREY, '--model-args', '{stride: 8}')),
+        ('vmamba_nano', ()),
+    ],
+)
+def test_a_checkpoint_is_validated_as_its_training_did(tmp_path, model, options):
+    for split, start in (('train', 0), ('validation', 20)):
+        write_digits(tmp_path / split, per_class=12, classes=3, start=start)
+    common = '--data', '', '--data-dir', tmp_path, '--output', tmp_path / 'run', '--batch-size', 12, '--lr', 2e-3
+    with signals_kept():
+        train.main([str(text) for text in (*SMALL, *common, '--model', model, *options)])
+    best = torch.load(tmp_path / 'run' / 'best.pt', weights_only=True)
+    logged = best['ema_top1'] if best.get('averaged', 'ema_top1' in best) else best['val_top1']
+    run(tmp_path / 'validation', '--models', f'{model}={tmp_path}/run/best.pt', '--output', tmp_path)
+    (row,) = read(tmp_path)
+    assert float(row['top1']) == pytest.approx(logged, abs=1e-4)
+    assert (row['img_size'], row['crop_pct']) == (('48', '0.75') if options else ('32', '1.0'))
+    spec = weights.parse_spec(f'{model}={tmp_path}/run/best.pt')
+    args = validate.parse_args(['.', '--models', str(spec), '--std', '0.25'])
+    for one in (spec, spec.untrained()):
+        loaded = weights.load_model(one, args)
+        config = weights.data_config(loaded, args, weights.own_size(loaded))
+        expected = ((1, 48, 48), (0.5,), (0.25,)) if options else ((3, 32, 32), IMAGENET_DEFAULT_MEAN, (0.25,) * 3)
+        assert (config['input_size'], config['mean'], config['std']) == expected
+        loaded(torch.zeros(1, *config['input_size']))
+
+
+def test_a_checkpoint_may_tell_its_preprocessing(tmp_path):
+    told = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', crop_mode='squash', crop_pct=0.9)
+    config = {'model': 'vmamba_nano', 'model_args': {}, 'in_chans': 3, 'img_size': 40, **told}
+    torch.save({'state_dict': timm.create_model('vmamba_nano').state_dict(), 'config': config}, tmp_path / 'best.pt')
+    spec = weights.parse_spec(f'vmamba_nano={tmp_path}/best.pt')
+    args = validate.parse_args(['.', '--models', str(spec), '--crop-mode', 'border'])
+    expected = dict(told, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode='border', input_size=(3, 40, 40))
+    assert weights.data_config(weights.load_model(spec, args), args) == expected
+
+
+def test_a_checkpoint_of_another_model_is_named(digits, tmp_path, capsys):
+    config = {'model': 'vim_nano', 'model_args': {}, 'in_chans': 3}
+    torch.save({'state_dict': {}, 'config': config}, tmp_path / 'best.pt')
+    message = failure(capsys, digits, '--models', f'vmamba_nano={tmp_path}/best.pt', '--output', tmp_path)
+    assert f'the checkpoint is of vim_nano: give vim_nano={tmp_path}/best.pt' in message
 
 
 def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
-    import weights
-
     torch.manual_seed(0)
     trained = timm.create_model('vim_nano', img_size=64, num_classes=10)
     torch.save(trained.state_dict(), tmp_path / 'vim.pth')
@@ -94,6 +159,8 @@ def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
     model = weights.load_model(spec, validate.parse_args(['.', '--models', str(spec)]))
     assert weights.own_size(model) == 64 and model.num_classes == 10
     assert torch.equal(model.embed.pos_embed, trained.embed.pos_embed)
+    twin = weights.load_model(spec.untrained(), validate.parse_args(['.', '--models', str(spec)]))
+    assert weights.own_size(twin) == 64
     larger = weights.at_size(model, 96)
     assert larger.embed.img_size == (96, 96) and model.embed.img_size == (64, 64)
 
@@ -126,18 +193,42 @@ def test_real_labels(tmp_path):
     run(*common, '--real-labels', tmp_path / 'real.json')
     (row,) = read(tmp_path)
     assert (row['images'], row['top1'], row['labels']) == ('2', '100.0', 'real')
+    for path in images.rglob('*.png'):
+        path.rename(images / path.name)  # as in the official archive of the validation images
+    for folder in [path for path in images.iterdir() if path.is_dir()]:
+        folder.rmdir()
     run(*common, '--real-labels')  # timm's copy
-    assert read(tmp_path)[0]['labels'] == 'real'
+    assert [read(tmp_path)[0][key] for key in ('labels', 'images')] == ['real', '3']  # one has none
 
 
 def test_corruptions(tmp_path, capsys):
     for severity in ('1', '5'):
         write_digits(tmp_path / 'c' / 'blur' / 'defocus_blur' / severity, per_class=1, classes=2)
     write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
-    run(tmp_path / 'c', '--models', 'vmamba_nano=untrained', '--imagenet-c', '--output', tmp_path)
+    run(tmp_path / 'c', '--models', 'test_vit=untrained', '--imagenet-c', '--output', tmp_path)
+    assert {row['crop_pct'] for row in read(tmp_path)} == {'1.0'}  # the benchmark does not resize its images
     assert {row['data'] for row in read(tmp_path)} == {'blur/defocus_blur/1', 'blur/defocus_blur/5', 'fog/3'}
     printed = capsys.readouterr().out
     assert 'defocus_blur' in printed and 'mean of 2' in printed
+
+
+def test_weights_of_one_model_are_told_apart(tmp_path, capsys):
+    write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
+    model = timm.create_model('vmamba_nano')
+    specs = []
+    for name, always in (('half', 0), ('wrong', 5)):
+        model.head.fc.bias.data = 1e6 * torch.nn.functional.one_hot(torch.tensor(always), 1000).float()
+        torch.save(model.state_dict(), tmp_path / f'{name}.pth')
+        specs.append(f'vmamba_nano={tmp_path / name}.pth')
+    sizes = '--img-size', 32, 36
+    run(tmp_path / 'c', '--models', *specs, specs[0], '--imagenet-c', *sizes, '--output', tmp_path)
+    printed = ''.join(capsys.readouterr().out.split())
+    assert printed.count('fog│50.00') == printed.count('fog│100.00') == 2
+    assert len(read(tmp_path)) == 4  # what is named twice is measured once
+    rows = [validate.Row(**{**row, 'img_size': int(row['img_size'])}) for row in read(tmp_path)]
+    lines = resolution_lines(rows)
+    assert list(lines) == [f'vmamba_nano, {tmp_path / name}.pth' for name in ('half', 'wrong')]
+    assert list(resolution_lines(rows[:2])) == ['vmamba_nano']
 
 
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
@@ -146,8 +237,8 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
     (images / '2' / '00.png').write_text('no image')
     common = images, '--models', 'vmamba_nano=untrained', '--output', tmp_path
     message = failure(capsys, *common)
-    assert str(broken) in message and '--skip-unreadable' in message
-    run(*common, '--skip-unreadable')
+    assert str(broken) in message and '--skip-bad-images' in message
+    run(*common, '--skip-bad-images')
     assert '2 unreadable images left out' in capsys.readouterr().out
     assert (read(tmp_path)[0]['images'], read(tmp_path)[0]['unreadable']) == ('4', '2')
 
@@ -173,8 +264,11 @@ def test_an_empty_class_folder_is_named_and_keeps_its_index(tmp_path, capsys):
         (['.', '--models', 'vmamba_nano=untrained', '--imagenet-c'], 'has no folders CORRUPTION/SEVERITY'),
         (['.', '--models', 'vmamba_nano=untrained', '--real-labels'], 'has no real labels: names must be ILSVRC2012'),
         (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'absent'], 'there is no class map absent'),
-        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depths'], 'takes KEY=VALUE'),
-        (['.', '--models', 'vmamba_nano=untrained', '--model-args', 'depth=3'], "unexpected keyword argument 'depth'"),
+        (['.', '--models', 'vmamba_nano=untrained', '--class-map', 'FILE'], 'digits.pth is no text file'),
+        (
+            ['.', '--models', 'vmamba_nano=untrained', '--model-args', '{depth: 3}'],
+            "unexpected keyword argument 'depth'",
+        ),
         (['.', '--models', 'vmamba_nano=README', '--num-classes', '10'], 'README is not a readable checkpoint'),
     ],
 )
@@ -184,6 +278,30 @@ def test_failures_are_one_line(digits, checkpoint, tmp_path, capsys, arguments, 
     arguments = [replaced.get(text, text).replace('FILE', str(checkpoint)) for text in arguments]
     arguments = [text.replace('README', str(tmp_path / 'README')) for text in arguments]
     assert message in failure(capsys, *arguments, '--output', tmp_path)
+
+
+def test_what_was_measured_before_a_failure_is_shown(digits, tmp_path, capsys):
+    options = '--num-classes', 10, '--img-size', 32, 40, 34, '--output', tmp_path
+    with pytest.raises(SystemExit):
+        run(digits, '--models', 'vim_nano=untrained', *options)
+    printed = capsys.readouterr()
+    assert printed.out.count('vim_nano') == 2 and '--img-size 34: image size' in printed.err
+    assert len(read(tmp_path)) == 2 and (tmp_path / 'validate.png').is_file()
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--imgsize', '32'], "unknown option '--imgsize'; did you mean --img-size"),
+        (['--workers', '-1'], "must be a whole number above -1, got '-1'"),
+        (['--model-args', 'depths'], "must be keys and values such as '{stride: 6, in_chans: 1}', got 'depths'"),
+        (['--std', '0'], "must be a number above 0, got '0'"),
+    ],
+)
+def test_wrong_options_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run('.', '--models', 'vmamba_nano', *arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_script_ends_without_a_traceback(tmp_path):

@@ -155,7 +155,8 @@ def test_attention_of_vmamba(photographs, tmp_path):
 
 @pytest.mark.parametrize('options', [('--pixel', '31', '31'), ('--class-token',)])
 def test_attention_of_vim(photographs, tmp_path, options):
-    run('attention', photographs, '--model', 'vim_nano=untrained', *options, '--output', tmp_path)
+    image = photographs / 'astronaut.png'
+    run('attention', image, '--model', 'vim_nano=untrained', *options, '--output', tmp_path)
     maps = np.load(tmp_path / 'attention.npz')
     assert {name: maps[name].shape for name in maps} == {f'blocks.{i}': (3, 7, 7) for i in range(4)}
     forward, backward, _ = maps['blocks.0'].reshape(3, -1)
@@ -164,9 +165,23 @@ def test_attention_of_vim(photographs, tmp_path, options):
     assert (backward[min(position, 48) :] > 0).all() and (backward[: min(position, 48)] == 0).all()
 
 
+@pytest.mark.parametrize('model, layer, shape', [('vmamba', 'stages.1.blocks.0', (6, 4)), ('vim', 'blocks.1', (10, 7))])
+def test_attention_over_a_whole_image(photographs, tmp_path, model, layer, shape):
+    image = photographs / 'deep' / 'coffee.png'  # 100 rows of 70 pixels, reduced to 46 (Vim 44) of 32
+    common = 'attention', image, '--model', f'{model}_nano=untrained', '--layers', layer, '--output', tmp_path
+    run(*common, '--whole', '--pixel', 2, 43)
+    maps = np.load(tmp_path / 'attention.npz')[layer]
+    assert maps.shape[1:] == shape and maps.shape[0] == (5 if model == 'vmamba' else 3)
+    forward = maps[0].reshape(-1)
+    position = np.flatnonzero(forward)[-1]  # the pixel itself, the last that the first route has seen
+    assert position == (shape[0] - 1) * shape[1]
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
+        (['attention', 'folder', '--model', 'vmamba_nano=untrained'], 'images holds 2: name one, such as'),
+        (['attention', '.', '--model', 'vmamba_nano=untrained', '--whole', '--pixel', '5', '50'], 'of the 46 x 32 i'),
         (['erf', 'absent', '--model', 'vmamba_nano=untrained'], 'there is no folder or list of images absent'),
         (['erf', '.', '--model', 'vmamba_nano=untrained', '--features', 'stages.7'], "no feature 'stages.7'; did you"),
         (['erf', '.', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights'),
@@ -178,11 +193,18 @@ def test_attention_of_vim(photographs, tmp_path, options):
     ],
 )
 def test_failures_are_one_line(photographs, tmp_path, capsys, arguments, message):
-    arguments = [str(photographs) if text == '.' else text for text in arguments]
+    named = {'.': photographs / 'astronaut.png', 'folder': photographs}
+    arguments = [str(named.get(text, text)) for text in arguments]
     with pytest.raises(SystemExit) as error:
         run(*arguments, '--output', tmp_path)
     printed = capsys.readouterr().err
     assert error.value.code == 2 and message in printed and printed.count('\n') == 1
+
+
+def test_an_unknown_option_gets_the_nearest_of_its_command(capsys):
+    with pytest.raises(SystemExit):
+        run('attention', '.', '--model', 'vmamba_nano', '--layer', 'stages.0.blocks.0')
+    assert "unknown option '--layer'; did you mean --layers" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_named(tmp_path, capsys):
@@ -192,5 +214,5 @@ def test_unreadable_images_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*common)
     assert str(broken) in capsys.readouterr().err
-    run(*common, '--skip-unreadable')
+    run(*common, '--skip-bad-images')
     assert '1 unreadable image left out' in capsys.readouterr().out

@@ -4,7 +4,7 @@ A folder of features holds
 
 - settings.json: what the features are of; another run with the same goes on, with others it is an error,
 - progress.npy: a byte for each image, 1 once its features are written, 2 where it could not be read,
-- index.csv: row, image, class folder and state of each image,
+- index.csv: row, image, class folder, and state of each image when the last run began or ended,
 - features of one size (`Table`): NAME.npy [images, ...], to be memory-mapped, row by row as in the index,
 - else (`Files`): files/ROW.safetensors, files/ROW.npz, or files/ROW.NAME.npy.
 """
@@ -13,18 +13,21 @@ import csv
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from user_errors import UserError
 
 Features = Dict[str, np.ndarray]
 TODO, DONE, UNREADABLE = 0, 1, 2
 STATES = ('todo', 'done', 'unreadable')
 FORMATS = ('npy', 'safetensors', 'npz')
+_CHUNK = 2**22  # bytes
+_FREE = {'features', 'format', 'precision', 'save_dtype', 'images', 'images_sha256'}  # between two extractions
 
 
 class Store:
@@ -49,7 +52,7 @@ class Store:
             _remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if begun.is_file():
-            _check_same(json.loads(begun.read_text()), settings, folder)
+            _check_same(read_settings(folder), settings, folder)
         else:
             temporary.write_text(json.dumps(settings, indent=1))
             os.replace(temporary, begun)
@@ -81,10 +84,14 @@ class Table(Store):
     def write(self, rows: Sequence[int], features: Features) -> None:
         """Writes features [n, ...] of n rows."""
         for name, values in features.items():
-            array = _array(self.folder / f'{name}.npy', values.dtype, (len(self.paths), *values.shape[1:]))
+            array = self.array(name, values)
             array[list(rows)] = values
             array.flush()  # before the rows count as done
         self.mark(rows, DONE)
+
+    def array(self, name: str, values: np.ndarray) -> np.memmap:
+        """The array [images, ...] of a feature that has such values [n, ...]."""
+        return _array(self.folder / f'{name}.npy', values.dtype, (len(self.paths), *values.shape[1:]))
 
 
 class Files(Store):
@@ -99,7 +106,7 @@ class Files(Store):
         """An array to fill before `finish`: a memory-mapped file where the format is npy."""
         if self._format != 'npy':
             return np.empty(shape, dtype)
-        return open_memmap(self._path(row, f'.{name}.npy.tmp'), mode='w+', dtype=dtype, shape=tuple(shape))
+        return _new_array(self._path(row, f'.{name}.npy.tmp'), dtype, shape)
 
     def finish(self, row: int, features: Features) -> None:
         """Writes the arrays of one image, which are from `allocate`; each file appears whole or not at all."""
@@ -109,11 +116,11 @@ class Files(Store):
                 os.replace(self._path(row, f'.{name}.npy.tmp'), self._path(row, f'.{name}.npy'))
         else:
             temporary = self._path(row, '.tmp')
-            with temporary.open('wb') as file:
+            with _room_for(temporary), temporary.open('wb') as file:
                 if self._format == 'npz':
                     np.savez(file, **features)
-            if self._format == 'safetensors':
-                save_file(features, temporary)
+                else:
+                    file.write(save(features))
             os.replace(temporary, self._path(row, f'.{self._format}'))
         self.mark([row], DONE)
 
@@ -130,7 +137,7 @@ def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -
 
 def _remove(folder: Path) -> None:
     """Removes features, and nothing else that may lie beside them."""
-    names = json.loads((folder / 'settings.json').read_text()).get('features', [])
+    names = read_settings(folder).get('features', [])
     shutil.rmtree(folder / 'files', ignore_errors=True)
     for name in ('index.csv', 'run.json', *(f'{name}.npy' for name in names), 'progress.npy', 'settings.json'):
         (folder / name).unlink(missing_ok=True)
@@ -140,13 +147,46 @@ def _array(path: Path, dtype: np.dtype, shape: Sequence[int]) -> np.memmap:
     """A memory-mapped file to write to, of zeros if it is new; a kill leaves a whole file or none."""
     if not path.is_file():
         temporary = path.with_suffix('.tmp')
-        open_memmap(temporary, mode='w+', dtype=dtype, shape=tuple(shape)).flush()
+        _new_array(temporary, dtype, shape).flush()
         os.replace(temporary, path)
     return open_memmap(path, mode='r+')
 
 
+def _new_array(path: Path, dtype: np.dtype, shape: Sequence[int]) -> np.memmap:
+    """A memory-mapped file of zeros with all its room on the disk: writing to a page without kills the process."""
+    with _room_for(path):
+        array = open_memmap(path, mode='w+', dtype=dtype, shape=tuple(shape))
+        with path.open('r+b') as file:
+            _reserve(file, path.stat().st_size)
+    return array
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Turns a full disk, or whatever else prevents writing, into a UserError, and removes the part that is there."""
+    try:
+        yield
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f'cannot write {path}: {error.strerror}; make room, and the same command goes on, or give another --output'
+        ) from error
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Gives a sparse file its place on the disk."""
+    if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    file.seek(0, os.SEEK_SET)  # macOS has no such call: reading and writing the same makes the place
+    while chunk := file.read(_CHUNK):
+        file.seek(-len(chunk), os.SEEK_CUR)
+        file.write(chunk)
+    file.flush()
+
+
 def read_index(folder: Path) -> List[Dict[str, str]]:
-    """Rows of index.csv.
+    """Rows of index.csv, with the states of progress.npy: after a kill those of the index are of the run's start.
 
     Raises:
         UserError: If there is none.
@@ -154,8 +194,26 @@ def read_index(folder: Path) -> List[Dict[str, str]]:
     path = folder / 'index.csv'
     if not path.is_file():
         raise UserError(f'{folder} holds no features (no index.csv): tools/extract_features.py writes them')
+    progress = np.load(folder / 'progress.npy')
     with path.open(newline='') as file:
-        return list(csv.DictReader(file))
+        return [{**row, 'state': STATES[state]} for row, state in zip(csv.DictReader(file), progress)]
+
+
+def read_settings(folder: Path) -> Dict[str, Any]:
+    """What the features of a folder are of."""
+    return json.loads((folder / 'settings.json').read_text())
+
+
+def check_comparable(folder: Path, other: Path) -> None:
+    """Raises UserError unless the features of both folders are those of one model on images preprocessed alike."""
+    ours, theirs = read_settings(folder), read_settings(other)
+    for settings in (ours, theirs):
+        if settings['weights_sha256']:
+            settings['model'] = settings['model'].partition('=')[0]  # the same file may lie elsewhere
+    different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    pairs = [f'{key} {ours.get(key)!r} and {theirs.get(key)!r}' for key in sorted({*different} - _FREE)]
+    if pairs:
+        raise UserError(f'{folder} and {other} differ in {", ".join(pairs)}: extract both alike')
 
 
 def read_features(folder: Path, name: str, rows: Sequence[int]) -> List[np.ndarray]:
@@ -164,7 +222,7 @@ def read_features(folder: Path, name: str, rows: Sequence[int]) -> List[np.ndarr
     Raises:
         UserError: If there is no such feature.
     """
-    settings = json.loads((folder / 'settings.json').read_text())
+    settings = read_settings(folder)
     if name not in settings['features']:
         raise UserError(f'{folder} has no feature {name!r}; it has {", ".join(settings["features"])}')
     if (folder / f'{name}.npy').is_file():

@@ -11,7 +11,7 @@ from timm.data import ImageDataset, create_loader
 from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
-from user_errors import UserError, positive
+from user_errors import UserError, at_least, positive
 
 UNREADABLE = -1
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
@@ -104,9 +104,9 @@ def make_loader(samples: Sequence[Tuple[Path, int]], config: Dict[str, Any], arg
 def add_loader_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('images')
     group.add_argument('--batch-size', type=positive, default=64)
-    group.add_argument('--workers', type=int, default=4, help='processes that read images; 0 for none')
+    group.add_argument('--workers', type=at_least(0), default=4, help='processes that read images; 0 for none')
     group.add_argument(
-        '--skip-unreadable', action='store_true', help='leave unreadable images out and name them, instead of stopping'
+        '--skip-bad-images', action='store_true', help='leave unreadable images out and name them, instead of stopping'
     )
 
 
@@ -124,7 +124,7 @@ class Unreadable:
     def add(self, path: Path) -> None:
         self.paths.append(path)
         if not self.skip:
-            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-unreadable')
+            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-bad-images')
 
     def summary(self) -> str:
         """'2 unreadable images left out: a.png, b.png', or nothing."""
@@ -151,7 +151,12 @@ def find_images(source: Path, arrays: bool = False, without: Optional[Path] = No
     if source.is_file() and _is_image(source, arrays):
         return [source]
     if source.is_file():
-        paths = [source.parent / line.strip() for line in source.read_text().splitlines() if line.strip()]
+        try:
+            lines = source.read_text().splitlines()
+        except UnicodeDecodeError:
+            with_arrays = '' if arrays else ' (one of .npy is read with --native)'
+            raise UserError(f'{source} is neither an image{with_arrays} nor a text file with a path a line') from None
+        paths = [source.parent / line.strip() for line in lines if line.strip()]
     else:
         paths = [path for path in source.rglob('*') if _is_image(path, arrays)]
         paths = sorted((path for path in paths if without not in path.parents), key=lambda path: natural_key(str(path)))

@@ -73,7 +73,11 @@ def read_class_map(path: Path) -> Dict[str, int]:
     """Index of each class of a text file with the names of the model's classes, one a line."""
     if not path.is_file():
         raise UserError(f'there is no class map {path}: a text file with the names of class folders, one a line')
-    return {line.strip(): index for index, line in enumerate(path.read_text().splitlines()) if line.strip()}
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f'the class map {path} is no text file with the names of class folders, one a line') from None
+    return {line.strip(): index for index, line in enumerate(lines) if line.strip()}
 
 
 def class_indices(folder: Folder, num_classes: int, class_map: Optional[Dict[str, int]] = None) -> List[int]:
@@ -118,7 +122,7 @@ def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> List[Frozen
     if path is None:
         text = pkgutil.get_data('timm.data', '_info/imagenet_real_labels.json').decode()
     elif path.is_file():
-        text = path.read_text()
+        text = path.read_bytes()
     else:
         raise UserError(f'there is no file of real labels {path}')
     try:
