@@ -5,6 +5,7 @@ import re
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from mm_cases import ROOT, small_model
 from mmengine.registry import MODELS
@@ -74,6 +75,56 @@ def test_pretrained_vim(tmp_path):
     for i in range(4):
         assert torch.equal(weights[f'blocks.{i}.mixer.out_proj.weight'], state[f'layers.{i}.mixer.out_proj.weight'])
     assert weights['embed.pos_embed'].shape == (1, 5, 24)  # resized to the model's 2 x 2 patches
+
+
+OWN = {'vmamba': vmamba_backbone, 'vim': vim_backbone}
+
+
+def own_file(path, backbone, whole):
+    weights = backbone.state_dict()
+    if whole:
+        weights = {f'backbone.{key}': value for key, value in weights.items()} | {'neck.weight': torch.ones(2)}
+    return write(path, weights)
+
+
+@pytest.mark.parametrize('whole', [True, False], ids=['whole', 'backbone'])
+@pytest.mark.parametrize('family', OWN)
+def test_pretrained_from_own_dense_checkpoints(tmp_path, family, whole):
+    source = with_random_norms(OWN[family]())
+    backbone = OWN[family](pretrained=own_file(tmp_path / 'own.pth', source, whole))
+    backbone.init_weights()
+    for key, value in source.model.state_dict().items():
+        assert torch.equal(backbone.model.state_dict()[key], value), key
+    fresh = OWN[family]().state_dict()
+    assert torch.equal(backbone.outnorm0.weight, fresh['outnorm0.weight'])  # only the model's weights are taken
+
+
+def test_own_dense_checkpoints_give_a_classification_model(tmp_path):
+    source = with_random_norms(vmamba_backbone())
+    weights = checkpoint_filter_fn(torch.load(own_file(tmp_path / 'own.pth', source, True))['state_dict'], None)
+    assert torch.equal(weights['norm.weight'], source.outnorm3.weight)
+    assert torch.equal(weights['norm.bias'], source.outnorm3.bias)
+    assert len(weights) == len(source.model.state_dict()) + 2
+
+
+def test_own_dense_checkpoints_of_vim_have_no_final_norm(tmp_path, caplog):
+    source = vim_backbone()
+    overlay = dict(file=own_file(tmp_path / 'own.pth', source, True))
+    options = dict(source.model_options, pretrained=True, pretrained_cfg_overlay=overlay)
+    with caplog.at_level('WARNING'):
+        model = timm.create_model('vim_nano', num_classes=0, **options)
+    assert 'no final norm' in caplog.text and (model.norm.weight == 1).all()
+    assert torch.equal(model.embed.pos_embed, source.model.embed.pos_embed)
+    with pytest.raises(RuntimeError, match=r'missing: head\.weight'):
+        timm.create_model('vim_nano', **options)
+
+
+@pytest.mark.parametrize('family', OWN)
+def test_own_dense_checkpoints_of_another_variant(tmp_path, family):
+    source = OWN[family]()
+    weights = without(source.state_dict(), next(key for key in source.state_dict() if key.endswith('A_log')))
+    with pytest.raises(RuntimeError, match='missing: .*A_log'):
+        OWN[family](pretrained=write(tmp_path / 'own.pth', weights)).init_weights()
 
 
 def test_pretrained_inside_a_detector(tmp_path):
