@@ -1,11 +1,14 @@
 """Every config builds; made small, its model trains a step and predicts, on batches of any images."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from mm_cases import CLASSES, batch_for, config_files, load_config, losses, predictions, small_model
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
+from PIL import Image
 
 DETECTION, SEGMENTATION = config_files('detection'), config_files('segmentation')
 CONFIGS = [*DETECTION, *SEGMENTATION]
@@ -72,7 +75,7 @@ def test_the_optimizer(path):
     assert len(rates) == len(list(model.parameters()))
     block = next(p for name, p in model.backbone.named_parameters() if name.endswith('A_log'))
     assert decays[block] == 0 and max(decays.values()) == config.optim_wrapper.optimizer.weight_decay
-    decay = {'cascade-mask-rcnn_vim-t': 0.7, 'cascade-mask-rcnn_vim-s': 0.837, 'upernet_vim': 0.92}
+    decay = {'cascade-mask-rcnn_vim': 0.837, 'upernet_vim': 0.92}
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
@@ -113,6 +116,7 @@ def schedule(path):
     steps = config.train_cfg.get('max_epochs') or config.train_cfg.max_iters
     warmup = next((s.end for s in config.param_scheduler if s.type == 'LinearLR'), 0)
     decay = config.param_scheduler[-1]
+    assert decay.end == steps
     return (
         optimizer.lr,
         optimizer.weight_decay,
@@ -123,22 +127,75 @@ def schedule(path):
     )
 
 
+# Of each pattern the schedule, and the drop path rates by variant, which are not those of the classifiers.
 RECIPES = {
-    'mask-rcnn_vmamba-*_fpn_1x_coco': (1e-4, 0.05, 12, 1000, [8, 11], 16),
-    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (1e-4, 0.05, 36, 1000, [27, 33], 16),
-    'upernet_vmamba-*': (6e-5, 0.01, 160000, 1500, None, 16),
-    'upernet_vim-*_60k_*': (1e-4, 0.05, 60000, 1500, None, 32),
+    'mask-rcnn_vmamba-*_fpn_1x_coco': (
+        (1e-4, 0.05, 12, 1000, [8, 11], 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.2, 's_v0': 0.2, 'b_v0': 0.2},
+    ),
+    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (
+        (1e-4, 0.05, 36, 1000, [27, 33], 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2},
+    ),
+    'cascade-mask-rcnn_vim-*': ((1e-4, 0.1, 25, 250, [22, 24], 64), {'t': 0.1, 's': 0.1}),
+    'upernet_vmamba-*': (
+        (6e-5, 0.01, 160000, 1500, None, 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.3, 's_v0': 0.3, 'b_v0': 0.3},
+    ),
+    'upernet_vim-*_60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'t': 0.1, 's': 0.1}),
+    'upernet_vim-*_160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
 }
 
 
 @pytest.mark.parametrize('pattern', RECIPES)
 def test_the_recipes_are_the_published_ones(pattern):
     paths = [path for path in CONFIGS if path.match(f'{pattern}.py')]
-    assert paths
+    expected, drop_path = RECIPES[pattern]
+    found = set()
     for path in paths:
-        assert schedule(path) == RECIPES[pattern], path.stem
-        end = load_config(path).param_scheduler[-1].end
-        assert end == RECIPES[pattern][2], path.stem
+        assert schedule(path) == expected, path.stem
+        backbone = load_config(path).model.backbone
+        variant = backbone.variant.partition('_')[2]
+        assert backbone.drop_path_rate == drop_path[variant], path.stem
+        found.add(variant)
+    assert found == set(drop_path)
+
+
+VIM = [path for path in CONFIGS if 'vim' in path.stem]
+
+
+@pytest.mark.parametrize('path', VIM, ids=[path.stem for path in VIM])
+def test_the_position_embedding_of_vim_is_that_of_the_images(path, tmp_path):
+    """In training and in testing, so that it is never resized."""
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    with torch.device('meta'):
+        backbone = MODELS.build({**config.model.backbone, 'pretrained': None})
+    grid = backbone.model.embed.grid_size
+    if config.default_scope == 'mmseg':
+        assert config.model.test_cfg.mode == 'slide'
+        sizes = [config.model.test_cfg.crop_size, config.model.data_preprocessor['size']]
+    else:
+        sizes = [padded_size(config, tmp_path, size) for size in ((427, 640), (640, 359))]
+        preprocessor = MODELS.build(config.model.data_preprocessor)
+        crop = config.train_pipeline[3].crop_size
+        sizes += [preprocessor(batch_for(preprocessor, [size]), True)['inputs'].shape[-2:] for size in (crop, (99, 64))]
+    assert [tuple(side // 16 for side in size) for size in sizes] == [grid] * len(sizes)
+
+
+def padded_size(config, folder, size):
+    """Of an image file in testing. The padding is no part of the image: boxes are clipped to what it was resized to."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(image).save(folder / 'image.png')
+    steps = [
+        TRANSFORMS.build(step) for step in config.test_dataloader.dataset.pipeline if step.type != 'LoadAnnotations'
+    ]
+    sample = Compose(steps)(dict(img_path=str(folder / 'image.png'), img_id=0, instances=[]))
+    data = MODELS.build(config.model.data_preprocessor)(pseudo_collate([sample]), False)
+    height, width = data['data_samples'][0].img_shape
+    assert (height, width) == tuple(round(side * 1024 / max(size)) for side in size)
+    assert data['inputs'][..., height:, :].count_nonzero() == data['inputs'][..., width:].count_nonzero() == 0
+    return data['inputs'].shape[-2:]
 
 
 def test_every_published_model_has_a_config():
