@@ -357,6 +357,15 @@ REFUSED = [
     (dict(ssm_dt_rank=4), ValueError, 'ssm_dt_rank'),
     (dict(norm_layer='bn'), ValueError, 'norm_layer'),
     (dict(dims=[8, 16, 32, 48]), ValueError, r'dims must double .*48'),
+    (dict(patch_size=8), ValueError, 'patch_size must be one of 4, got 8'),
+    (dict(patch_norm=False), ValueError, 'patch_norm must be one of True, got False'),
+    (dict(ssm_act_layer='gelu'), ValueError, "ssm_act_layer must be one of silu, got 'gelu'"),
+    (dict(ssm_drop_rate=0.1), ValueError, 'ssm_drop_rate must be one of 0.0, got 0.1'),
+    (dict(ssm_init='v1'), ValueError, 'ssm_init'),
+    (dict(mlp_act_layer='relu'), ValueError, 'mlp_act_layer'),
+    (dict(mlp_drop_rate=0.1), ValueError, 'mlp_drop_rate'),
+    (dict(gmlp=True), ValueError, 'gmlp must be one of False, got True'),
+    (dict(posembed=True), ValueError, 'posembed'),
     (dict(ssm_rank=4), TypeError, 'ssm_rank'),
 ]
 
@@ -367,7 +376,23 @@ def test_official_arguments_of_other_models(change, error, message):
         MODELS.build({**OFFICIAL, **change})
 
 
-def test_the_official_drop_path_and_checkpointing():
-    backbone = MODELS.build({**OFFICIAL, 'use_checkpoint': True})
+def test_every_official_argument_at_its_default():
+    defaults = dict(
+        patch_size=4, in_chans=3, num_classes=1000, ssm_act_layer='silu', ssm_drop_rate=0.0, ssm_init='v0',
+        mlp_act_layer='gelu', mlp_drop_rate=0.0, gmlp=False, patch_norm=True, use_checkpoint=False, posembed=False,
+        imgsize=224,
+    )  # fmt: skip
+    backbone, plain = MODELS.build({**OFFICIAL, **defaults}), MODELS.build(OFFICIAL)
+    assert str(backbone) == str(plain)
+
+
+def test_the_official_image_channels():
+    backbone = MODELS.build({**OFFICIAL, 'in_chans': 4}).eval()
+    assert backbone(torch.randn(1, 4, 32, 32))[3].shape == (1, 64, 1, 1)
+
+
+@pytest.mark.parametrize('name', ['use_checkpoint', 'with_cp'])
+def test_the_official_drop_path_and_checkpointing(name):
+    backbone = MODELS.build({**OFFICIAL, name: True})
     assert all(stage.grad_checkpointing for stage in backbone.model.stages)
     assert backbone.model.stages[3].blocks[0].drop_path1.drop_prob == pytest.approx(0.2)
