@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mm_cases import CLASSES, batch_for, config_files, load_config, losses, predictions, small_model
+from mm_cases import CLASSES, ROOT, batch_for, config_files, load_config, losses, predictions, small_model
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
@@ -12,6 +12,7 @@ from PIL import Image
 
 DETECTION, SEGMENTATION = config_files('detection'), config_files('segmentation')
 CONFIGS = [*DETECTION, *SEGMENTATION]
+SCENES = sorted((ROOT / 'configs').glob('*/*_scenes.py'))
 ids = [path.stem for path in CONFIGS]
 # One of each kind of model.
 KINDS = [
@@ -79,6 +80,18 @@ def test_the_optimizer(path):
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
+
+
+@pytest.mark.parametrize('path', SCENES, ids=[path.stem for path in SCENES])
+def test_the_state_space_parameters_of_the_small_configs_do_not_decay(path):
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    decays = {p: group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(('.A_log', '.D', '.dt_proj_bias'))
+        assert (decays[parameter] == 0) == exempt, name
 
 
 # In millions: what the official repositories and papers state, to the digits that they give.
@@ -185,12 +198,11 @@ def test_the_position_embedding_of_vim_is_that_of_the_images(path, tmp_path):
 
 def padded_size(config, folder, size):
     """Of an image file in testing. The padding is no part of the image: boxes are clipped to what it was resized to."""
-    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(image).save(folder / 'image.png')
+    path = image_file(folder / 'image.png', (*size, 3))
     steps = [
         TRANSFORMS.build(step) for step in config.test_dataloader.dataset.pipeline if step.type != 'LoadAnnotations'
     ]
-    sample = Compose(steps)(dict(img_path=str(folder / 'image.png'), img_id=0, instances=[]))
+    sample = Compose(steps)(dict(img_path=path, img_id=0, instances=[]))
     data = MODELS.build(config.model.data_preprocessor)(pseudo_collate([sample]), False)
     height, width = data['data_samples'][0].img_shape
     assert (height, width) == tuple(round(side * 1024 / max(size)) for side in size)
@@ -218,8 +230,33 @@ def test_crop_sizes_reach_every_pipeline(side, longest):
     assert config.model.data_preprocessor.size == (side, side)
     for loader in (config.val_dataloader, config.test_dataloader):
         assert loader.dataset.pipeline[1].scale == (longest, side)
-    scales = [resize.scale for resize in config.tta_pipeline[1].transforms[0]]
-    assert [s[1] / side for s in scales] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75] and scales[2] == (longest, side)
+
+
+def image_file(path, size):
+    image = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(image).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize('path', [path for path in KINDS if path in SEGMENTATION], ids=lambda path: path.stem)
+def test_several_scales_of_an_image_and_its_mirror_image_are_averaged(path, tmp_path):
+    config, model = load_config(path), small_model(path).eval()
+    steps = [TRANSFORMS.build(step) for step in config.tta_pipeline]
+    files = dict(
+        img_path=image_file(tmp_path / 'a.png', (60, 90, 3)), seg_map_path=image_file(tmp_path / 'b.png', (60, 90))
+    )
+    sample = Compose(steps)(dict(files, reduce_zero_label=True, seg_fields=[]))
+    factors = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    sizes = [(int(60 * factor + 0.5), int(90 * factor + 0.5)) for factor in factors for _ in range(2)]
+    assert [image.shape[-2:] for image in sample['inputs']] == sizes
+    tta_model = MODELS.build({**config.tta_model, 'module': model})
+    with torch.no_grad():
+        (merged,) = tta_model.test_step(pseudo_collate([sample]))
+    logits = 0
+    for image, data in zip(sample['inputs'], sample['data_samples']):
+        (alone,) = predictions(model, dict(inputs=[image], data_samples=[data]))
+        logits = logits + alone.seg_logits.data.softmax(dim=0)
+    assert torch.equal(merged.pred_sem_seg.data[0], logits.argmax(dim=0))
 
 
 @pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
