@@ -276,6 +276,23 @@ def test_predictions_of_images_of_odd_sizes(path, size):
     check_prediction(sample, size)
 
 
+@pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
+def test_bf16_changes_the_losses_little(path):
+    model, totals = small_model(path).train(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = batch_for(model)
+    for amp in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            _, total = losses(model, batch)
+        totals.append(total)
+    assert totals[1].item() == pytest.approx(totals[0].item(), rel=0.1)
+    totals[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize('path', KINDS[:2], ids=[path.stem for path in KINDS[:2]])
 def test_regions_stay_exact_in_bf16(path, monkeypatch):
     model, taken = small_model(path).train(), []
