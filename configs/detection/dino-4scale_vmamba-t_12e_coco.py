@@ -1,6 +1,6 @@
 """DINO with VMamba-T, as a start: no figures are published.
 
-In fp32, since mmcv's compiled deformable attention does not take bf16.
+In fp32: for bf16 mmcv has deformable attention only in plain PyTorch, not compiled.
 """
 
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'

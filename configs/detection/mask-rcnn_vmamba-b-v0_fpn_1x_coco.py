@@ -1,6 +1,6 @@
 _base_ = './_base_/mask-rcnn_1x.py'
 
 model = dict(
-    backbone=dict(variant='vmamba_b_v0', drop_path_rate=0.6),
+    backbone=dict(variant='vmamba_b_v0', drop_path_rate=0.2),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -1,7 +1,7 @@
 _base_ = './_base_/upernet_vim.py'
 
 model = dict(
-    backbone=dict(variant='vim_s', drop_path_rate=0.05),
+    backbone=dict(variant='vim_s'),
     decode_head=dict(in_channels=[384, 384, 384, 384], channels=384),
     auxiliary_head=dict(in_channels=384),
 )

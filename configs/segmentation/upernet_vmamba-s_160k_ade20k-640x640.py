@@ -9,9 +9,6 @@ train_pipeline[2].update(scale=scale)
 train_pipeline[3].update(crop_size=crop_size)
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].update(scale=scale)
-tta_pipeline = _base_.tta_pipeline
-scales = [(int(2560 * ratio), int(640 * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
-tta_pipeline[1].transforms[0] = [dict(type='Resize', scale=scale, keep_ratio=True) for scale in scales]
 
 model = dict(data_preprocessor=dict(size=crop_size))
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

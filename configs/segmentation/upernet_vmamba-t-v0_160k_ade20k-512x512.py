@@ -1,7 +1,7 @@
 _base_ = './_base_/upernet_vmamba.py'
 
 model = dict(
-    backbone=dict(variant='vmamba_t_v0', drop_path_rate=0.2),
+    backbone=dict(variant='vmamba_t_v0', drop_path_rate=0.3),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

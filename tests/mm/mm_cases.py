@@ -66,6 +66,8 @@ def _shrink_two_stage(model, channels):
     roi.bbox_roi_extractor.out_channels = roi.mask_roi_extractor.out_channels = 8
     for head in roi.bbox_head if isinstance(roi.bbox_head, list) else [roi.bbox_head]:
         head.update(in_channels=8, fc_out_channels=16, num_classes=CLASSES)
+        if 'conv_out_channels' in head:
+            head.conv_out_channels = 8
     roi.mask_head.update(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=CLASSES)
     model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
     rcnn = model.train_cfg.rcnn
@@ -73,7 +75,8 @@ def _shrink_two_stage(model, channels):
         stage.sampler.num = 16
     model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
     model.test_cfg.rcnn.update(max_per_img=5, score_thr=0.0)
-    model.data_preprocessor.pop('batch_augments', None)  # to 1024 x 1024
+    if model.data_preprocessor.pad_size_divisor > 128:
+        model.data_preprocessor.pad_size_divisor = 128
 
 
 def _shrink_dino(model, channels):

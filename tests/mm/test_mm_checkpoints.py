@@ -5,6 +5,7 @@ import re
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from mm_cases import ROOT, small_model
 from mmengine.registry import MODELS
@@ -74,6 +75,56 @@ def test_pretrained_vim(tmp_path):
     for i in range(4):
         assert torch.equal(weights[f'blocks.{i}.mixer.out_proj.weight'], state[f'layers.{i}.mixer.out_proj.weight'])
     assert weights['embed.pos_embed'].shape == (1, 5, 24)  # resized to the model's 2 x 2 patches
+
+
+OWN = {'vmamba': vmamba_backbone, 'vim': vim_backbone}
+
+
+def own_file(path, backbone, whole):
+    weights = backbone.state_dict()
+    if whole:
+        weights = {f'backbone.{key}': value for key, value in weights.items()} | {'neck.weight': torch.ones(2)}
+    return write(path, weights)
+
+
+@pytest.mark.parametrize('whole', [True, False], ids=['whole', 'backbone'])
+@pytest.mark.parametrize('family', OWN)
+def test_pretrained_from_own_dense_checkpoints(tmp_path, family, whole):
+    source = with_random_norms(OWN[family]())
+    backbone = OWN[family](pretrained=own_file(tmp_path / 'own.pth', source, whole))
+    backbone.init_weights()
+    for key, value in source.model.state_dict().items():
+        assert torch.equal(backbone.model.state_dict()[key], value), key
+    fresh = OWN[family]().state_dict()
+    assert torch.equal(backbone.outnorm0.weight, fresh['outnorm0.weight'])  # only the model's weights are taken
+
+
+def test_own_dense_checkpoints_give_a_classification_model(tmp_path):
+    source = with_random_norms(vmamba_backbone())
+    weights = checkpoint_filter_fn(torch.load(own_file(tmp_path / 'own.pth', source, True))['state_dict'], None)
+    assert torch.equal(weights['norm.weight'], source.outnorm3.weight)
+    assert torch.equal(weights['norm.bias'], source.outnorm3.bias)
+    assert len(weights) == len(source.model.state_dict()) + 2
+
+
+def test_own_dense_checkpoints_of_vim_have_no_final_norm(tmp_path, caplog):
+    source = vim_backbone()
+    overlay = dict(file=own_file(tmp_path / 'own.pth', source, True))
+    options = dict(source.model_options, pretrained=True, pretrained_cfg_overlay=overlay)
+    with caplog.at_level('WARNING'):
+        model = timm.create_model('vim_nano', num_classes=0, **options)
+    assert 'no final norm' in caplog.text and (model.norm.weight == 1).all()
+    assert torch.equal(model.embed.pos_embed, source.model.embed.pos_embed)
+    with pytest.raises(RuntimeError, match=r'missing: head\.weight'):
+        timm.create_model('vim_nano', **options)
+
+
+@pytest.mark.parametrize('family', OWN)
+def test_own_dense_checkpoints_of_another_variant(tmp_path, family):
+    source = OWN[family]()
+    weights = without(source.state_dict(), next(key for key in source.state_dict() if key.endswith('A_log')))
+    with pytest.raises(RuntimeError, match='missing: .*A_log'):
+        OWN[family](pretrained=write(tmp_path / 'own.pth', weights)).init_weights()
 
 
 def test_pretrained_inside_a_detector(tmp_path):
@@ -306,6 +357,15 @@ REFUSED = [
     (dict(ssm_dt_rank=4), ValueError, 'ssm_dt_rank'),
     (dict(norm_layer='bn'), ValueError, 'norm_layer'),
     (dict(dims=[8, 16, 32, 48]), ValueError, r'dims must double .*48'),
+    (dict(patch_size=8), ValueError, 'patch_size must be one of 4, got 8'),
+    (dict(patch_norm=False), ValueError, 'patch_norm must be one of True, got False'),
+    (dict(ssm_act_layer='gelu'), ValueError, "ssm_act_layer must be one of silu, got 'gelu'"),
+    (dict(ssm_drop_rate=0.1), ValueError, 'ssm_drop_rate must be one of 0.0, got 0.1'),
+    (dict(ssm_init='v1'), ValueError, 'ssm_init'),
+    (dict(mlp_act_layer='relu'), ValueError, 'mlp_act_layer'),
+    (dict(mlp_drop_rate=0.1), ValueError, 'mlp_drop_rate'),
+    (dict(gmlp=True), ValueError, 'gmlp must be one of False, got True'),
+    (dict(posembed=True), ValueError, 'posembed'),
     (dict(ssm_rank=4), TypeError, 'ssm_rank'),
 ]
 
@@ -316,7 +376,23 @@ def test_official_arguments_of_other_models(change, error, message):
         MODELS.build({**OFFICIAL, **change})
 
 
-def test_the_official_drop_path_and_checkpointing():
-    backbone = MODELS.build({**OFFICIAL, 'use_checkpoint': True})
+def test_every_official_argument_at_its_default():
+    defaults = dict(
+        patch_size=4, in_chans=3, num_classes=1000, ssm_act_layer='silu', ssm_drop_rate=0.0, ssm_init='v0',
+        mlp_act_layer='gelu', mlp_drop_rate=0.0, gmlp=False, patch_norm=True, use_checkpoint=False, posembed=False,
+        imgsize=224,
+    )  # fmt: skip
+    backbone, plain = MODELS.build({**OFFICIAL, **defaults}), MODELS.build(OFFICIAL)
+    assert str(backbone) == str(plain)
+
+
+def test_the_official_image_channels():
+    backbone = MODELS.build({**OFFICIAL, 'in_chans': 4}).eval()
+    assert backbone(torch.randn(1, 4, 32, 32))[3].shape == (1, 64, 1, 1)
+
+
+@pytest.mark.parametrize('name', ['use_checkpoint', 'with_cp'])
+def test_the_official_drop_path_and_checkpointing(name):
+    backbone = MODELS.build({**OFFICIAL, name: True})
     assert all(stage.grad_checkpointing for stage in backbone.model.stages)
     assert backbone.model.stages[3].blocks[0].drop_path1.drop_prob == pytest.approx(0.2)

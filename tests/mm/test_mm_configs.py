@@ -1,14 +1,18 @@
 """Every config builds; made small, its model trains a step and predicts, on batches of any images."""
 
+import numpy as np
 import pytest
 import timm
 import torch
-from mm_cases import CLASSES, batch_for, config_files, load_config, losses, predictions, small_model
+from mm_cases import CLASSES, ROOT, batch_for, config_files, load_config, losses, predictions, small_model
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
+from PIL import Image
 
 DETECTION, SEGMENTATION = config_files('detection'), config_files('segmentation')
 CONFIGS = [*DETECTION, *SEGMENTATION]
+SCENES = sorted((ROOT / 'configs').glob('*/*_scenes.py'))
 ids = [path.stem for path in CONFIGS]
 # One of each kind of model.
 KINDS = [
@@ -72,10 +76,22 @@ def test_the_optimizer(path):
     assert len(rates) == len(list(model.parameters()))
     block = next(p for name, p in model.backbone.named_parameters() if name.endswith('A_log'))
     assert decays[block] == 0 and max(decays.values()) == config.optim_wrapper.optimizer.weight_decay
-    decay = {'cascade-mask-rcnn_vim-t': 0.7, 'cascade-mask-rcnn_vim-s': 0.837, 'upernet_vim': 0.92}
+    decay = {'cascade-mask-rcnn_vim': 0.837, 'upernet_vim': 0.92}
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
+
+
+@pytest.mark.parametrize('path', SCENES, ids=[path.stem for path in SCENES])
+def test_the_state_space_parameters_of_the_small_configs_do_not_decay(path):
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    decays = {p: group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(('.A_log', '.D', '.dt_proj_bias'))
+        assert (decays[parameter] == 0) == exempt, name
 
 
 # In millions: what the official repositories and papers state, to the digits that they give.
@@ -113,6 +129,7 @@ def schedule(path):
     steps = config.train_cfg.get('max_epochs') or config.train_cfg.max_iters
     warmup = next((s.end for s in config.param_scheduler if s.type == 'LinearLR'), 0)
     decay = config.param_scheduler[-1]
+    assert decay.end == steps
     return (
         optimizer.lr,
         optimizer.weight_decay,
@@ -123,22 +140,74 @@ def schedule(path):
     )
 
 
+# Of each pattern the schedule, and the drop path rates by variant, which are not those of the classifiers.
 RECIPES = {
-    'mask-rcnn_vmamba-*_fpn_1x_coco': (1e-4, 0.05, 12, 1000, [8, 11], 16),
-    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (1e-4, 0.05, 36, 1000, [27, 33], 16),
-    'upernet_vmamba-*': (6e-5, 0.01, 160000, 1500, None, 16),
-    'upernet_vim-*_60k_*': (1e-4, 0.05, 60000, 1500, None, 32),
+    'mask-rcnn_vmamba-*_fpn_1x_coco': (
+        (1e-4, 0.05, 12, 1000, [8, 11], 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.2, 's_v0': 0.2, 'b_v0': 0.2},
+    ),
+    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (
+        (1e-4, 0.05, 36, 1000, [27, 33], 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2},
+    ),
+    'cascade-mask-rcnn_vim-*': ((1e-4, 0.1, 25, 250, [22, 24], 64), {'t': 0.1, 's': 0.1}),
+    'upernet_vmamba-*': (
+        (6e-5, 0.01, 160000, 1500, None, 16),
+        {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.3, 's_v0': 0.3, 'b_v0': 0.3},
+    ),
+    'upernet_vim-*_60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'t': 0.1, 's': 0.1}),
+    'upernet_vim-*_160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
 }
 
 
 @pytest.mark.parametrize('pattern', RECIPES)
 def test_the_recipes_are_the_published_ones(pattern):
     paths = [path for path in CONFIGS if path.match(f'{pattern}.py')]
-    assert paths
+    expected, drop_path = RECIPES[pattern]
+    found = set()
     for path in paths:
-        assert schedule(path) == RECIPES[pattern], path.stem
-        end = load_config(path).param_scheduler[-1].end
-        assert end == RECIPES[pattern][2], path.stem
+        assert schedule(path) == expected, path.stem
+        backbone = load_config(path).model.backbone
+        variant = backbone.variant.partition('_')[2]
+        assert backbone.drop_path_rate == drop_path[variant], path.stem
+        found.add(variant)
+    assert found == set(drop_path)
+
+
+VIM = [path for path in CONFIGS if 'vim' in path.stem]
+
+
+@pytest.mark.parametrize('path', VIM, ids=[path.stem for path in VIM])
+def test_the_position_embedding_of_vim_is_that_of_the_images(path, tmp_path):
+    """In training and in testing, so that it is never resized."""
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    with torch.device('meta'):
+        backbone = MODELS.build({**config.model.backbone, 'pretrained': None})
+    grid = backbone.model.embed.grid_size
+    if config.default_scope == 'mmseg':
+        assert config.model.test_cfg.mode == 'slide'
+        sizes = [config.model.test_cfg.crop_size, config.model.data_preprocessor['size']]
+    else:
+        sizes = [padded_size(config, tmp_path, size) for size in ((427, 640), (640, 359))]
+        preprocessor = MODELS.build(config.model.data_preprocessor)
+        crop = config.train_pipeline[3].crop_size
+        sizes += [preprocessor(batch_for(preprocessor, [size]), True)['inputs'].shape[-2:] for size in (crop, (99, 64))]
+    assert [tuple(side // 16 for side in size) for size in sizes] == [grid] * len(sizes)
+
+
+def padded_size(config, folder, size):
+    """Of an image file in testing. The padding is no part of the image: boxes are clipped to what it was resized to."""
+    path = image_file(folder / 'image.png', (*size, 3))
+    steps = [
+        TRANSFORMS.build(step) for step in config.test_dataloader.dataset.pipeline if step.type != 'LoadAnnotations'
+    ]
+    sample = Compose(steps)(dict(img_path=path, img_id=0, instances=[]))
+    data = MODELS.build(config.model.data_preprocessor)(pseudo_collate([sample]), False)
+    height, width = data['data_samples'][0].img_shape
+    assert (height, width) == tuple(round(side * 1024 / max(size)) for side in size)
+    assert data['inputs'][..., height:, :].count_nonzero() == data['inputs'][..., width:].count_nonzero() == 0
+    return data['inputs'].shape[-2:]
 
 
 def test_every_published_model_has_a_config():
@@ -161,8 +230,33 @@ def test_crop_sizes_reach_every_pipeline(side, longest):
     assert config.model.data_preprocessor.size == (side, side)
     for loader in (config.val_dataloader, config.test_dataloader):
         assert loader.dataset.pipeline[1].scale == (longest, side)
-    scales = [resize.scale for resize in config.tta_pipeline[1].transforms[0]]
-    assert [s[1] / side for s in scales] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75] and scales[2] == (longest, side)
+
+
+def image_file(path, size):
+    image = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(image).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize('path', [path for path in KINDS if path in SEGMENTATION], ids=lambda path: path.stem)
+def test_several_scales_of_an_image_and_its_mirror_image_are_averaged(path, tmp_path):
+    config, model = load_config(path), small_model(path).eval()
+    steps = [TRANSFORMS.build(step) for step in config.tta_pipeline]
+    files = dict(
+        img_path=image_file(tmp_path / 'a.png', (60, 90, 3)), seg_map_path=image_file(tmp_path / 'b.png', (60, 90))
+    )
+    sample = Compose(steps)(dict(files, reduce_zero_label=True, seg_fields=[]))
+    factors = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    sizes = [(int(60 * factor + 0.5), int(90 * factor + 0.5)) for factor in factors for _ in range(2)]
+    assert [image.shape[-2:] for image in sample['inputs']] == sizes
+    tta_model = MODELS.build({**config.tta_model, 'module': model})
+    with torch.no_grad():
+        (merged,) = tta_model.test_step(pseudo_collate([sample]))
+    logits = 0
+    for image, data in zip(sample['inputs'], sample['data_samples']):
+        (alone,) = predictions(model, dict(inputs=[image], data_samples=[data]))
+        logits = logits + alone.seg_logits.data.softmax(dim=0)
+    assert torch.equal(merged.pred_sem_seg.data[0], logits.argmax(dim=0))
 
 
 @pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
@@ -180,6 +274,23 @@ def test_predictions_of_images_of_odd_sizes(path, size):
     model = small_model(path)
     (sample,) = predictions(model, batch_for(model, [size]))
     check_prediction(sample, size)
+
+
+@pytest.mark.parametrize('path', KINDS, ids=[path.stem for path in KINDS])
+def test_bf16_changes_the_losses_little(path):
+    model, totals = small_model(path).train(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = batch_for(model)
+    for amp in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            _, total = losses(model, batch)
+        totals.append(total)
+    assert totals[1].item() == pytest.approx(totals[0].item(), rel=0.1)
+    totals[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize('path', KINDS[:2], ids=[path.stem for path in KINDS[:2]])

@@ -124,3 +124,13 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name, tmp_path)
     at_three = torch.load(tmp_path / 'parts' / 'iter_3.pth', weights_only=False)['state_dict']
     changed = [key for key in weights if not torch.equal(at_three[key], weights[key])]
     assert len(changed) > len(weights) / 2
+
+
+def test_a_runners_checkpoint_is_a_pretrained_one(tmp_path):
+    config = plain_config('vmamba')
+    trained = train(config, tmp_path, 3).model.backbone
+    config.model.backbone.pretrained = str(tmp_path / 'iter_3.pth')
+    backbone = MODELS.build(config.model.backbone)
+    backbone.init_weights()
+    for key, value in trained.model.state_dict().items():
+        assert torch.equal(backbone.model.state_dict()[key], value), key

@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import sys
-import types
 from urllib.error import HTTPError, URLError
 
 import huggingface_hub.errors
@@ -264,20 +263,10 @@ def test_a_variant_without_published_weights_is_an_error(variant):
         timm.create_model(variant, pretrained=True)
 
 
-def histories(monkeypatch):
-    """What mmengine's runner stores of a run: objects of a class that only an installed mmengine could make again."""
-
-    class HistoryBuffer:
-        pass
-
-    module = types.ModuleType('mmengine.logging.history_buffer')
-    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, 'HistoryBuffer'
-    module.HistoryBuffer = HistoryBuffer
-    for name in ('mmengine', 'mmengine.logging'):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    loss = HistoryBuffer()
-    loss._log_history, loss._max_length = numpy.array([0.5, 0.25]), 1000000
+def histories():
+    """What mmengine's runner stores of a run, its statistics by name included."""
+    logging = pytest.importorskip('mmengine.logging')
+    loss = logging.HistoryBuffer([0.5, 0.25], [1, 1])
     return {'log_scalars': {'train/loss': loss}, 'runtime_info': {'epoch': 12}}
 
 
@@ -288,13 +277,32 @@ def test_a_checkpoint_of_a_detectors_training_run_loads(tmp_path, monkeypatch):
     backbone = {f'backbone.{key}': value for key, value in state.items() if not key.startswith('classifier.')}
     backbone.update({f'backbone.outnorm3.{name}': state[f'classifier.norm.{name}'] for name in ('weight', 'bias')})
     meta = {'cfg': 'model = dict()', 'epoch': 12, 'iter': 3, 'dataset_meta': {'classes': ('a', 'b')}}
-    with monkeypatch.context() as patch:
-        checkpoint = {'meta': meta, 'state_dict': backbone, 'message_hub': histories(patch), 'optimizer': {}}
-        torch.save(checkpoint, tmp_path / 'epoch_12.pth')
+    checkpoint = {'meta': meta, 'state_dict': backbone, 'message_hub': histories(), 'optimizer': {}}
+    torch.save(checkpoint, tmp_path / 'epoch_12.pth')
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'mmengine']:
+        monkeypatch.setitem(sys.modules, name, None)  # the file is read without mmengine
     model = load(tmp_path / 'epoch_12.pth', 'vmamba_s', depths=(1, 1, 1, 1), features_only=True)
     images = torch.randn(1, 3, 32, 32)
     for feature, expected in zip(model(images), official.vmamba_maps(state, images), strict=True):
         assert oracles.relative_error(feature.permute(0, 2, 3, 1), expected) < 1e-4
+
+
+class CallsAMethod:
+    """Unpickled, calls the method of an object that a checkpoint may hold: the method is fetched by getattr."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return numpy.zeros(3).tofile, (self.marker,)
+
+
+def test_no_method_of_what_a_file_holds_is_called(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save({'model': official.vim_state(1, 16, 4), 'args': CallsAMethod(tmp_path / 'ran')}, path)
+    with pytest.raises(RuntimeError, match=r'weights\.pth'):
+        load(path)
+    assert not (tmp_path / 'ran').exists(), 'the file ran code'
 
 
 @torch.no_grad()

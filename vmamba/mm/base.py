@@ -28,8 +28,8 @@ class TimmBackbone(BaseModule):
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
         frozen_stages: Stages or blocks that are not trained, from the first on, with the stem; -1 for none.
         with_cp: Recompute each block's activations in the backward pass.
-        pretrained: Classification checkpoint, loaded by `init_weights`: a file, a URL, or True for the variant's
-            published weights.
+        pretrained: Checkpoint of a classifier, or of a detector or segmentor, whose backbone is taken without the norms
+            of its outputs; loaded by `init_weights`: a file, a URL, or True for the variant's published weights.
         init_cfg: The same as dict(type='Pretrained', checkpoint=...).
         model_options: Further arguments of the timm model.
     """

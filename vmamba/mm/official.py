@@ -17,11 +17,16 @@ _DOWNSAMPLES = {'v1': MergeDownsample, 'v3': ConvDownsample}
 # Names of one computation in several implementations: with and without the gate.
 _GATED = ('v0', 'v2', 'v3', 'v4', 'v5', 'v05')
 _UNGATED = tuple(f'{name}{mark}' for name in _GATED[1:] for mark in ('noz', '_noz'))
-# What official configs inherit from those of Swin Transformer; the official model ignores it.
-_OF_SWIN = {
-    'init_cfg', 'attn_drop_rate', 'convert_weights', 'drop_rate', 'embed_dims', 'num_heads', 'patch_norm', 'qk_scale',
-    'qkv_bias', 'window_size', 'pretrain_img_size', 'strides', 'use_abs_pos_embed', 'act_cfg', 'norm_cfg', 'with_cp',
-    'patch_size',
+# Official arguments that have one value here.
+_FIXED = {
+    'patch_size': 4, 'patch_norm': True, 'ssm_dt_rank': 'auto', 'ssm_conv': 3, 'ssm_act_layer': 'silu',
+    'ssm_drop_rate': 0.0, 'ssm_init': 'v0', 'mlp_act_layer': 'gelu', 'mlp_drop_rate': 0.0, 'gmlp': False,
+    'posembed': False,
+}  # fmt: skip
+# What official configs inherit from those of Swin Transformer, or the official backbone makes no use of.
+_IGNORED = {
+    'init_cfg', 'attn_drop_rate', 'convert_weights', 'drop_rate', 'embed_dims', 'num_heads', 'qk_scale', 'qkv_bias',
+    'window_size', 'pretrain_img_size', 'strides', 'use_abs_pos_embed', 'act_cfg', 'norm_cfg', 'num_classes', 'imgsize',
 }  # fmt: skip
 
 
@@ -30,7 +35,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
     """`VMambaBackbone` from the official arguments; of those, values that change the model otherwise are errors.
 
     What the official configs inherit from Swin Transformer's is ignored, as there; its `init_cfg` too: weights are
-    loaded from `pretrained` only.
+    loaded from `pretrained` only. But `with_cp` saves memory as `use_checkpoint` does.
 
     Args:
         dims: Channels of the first stage, or of all.
@@ -38,9 +43,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
         out_indices: Stages whose outputs are returned.
         pretrained: Classification checkpoint, '' or None for none.
         ssm_d_state: State dimension N.
-        ssm_dt_rank: 'auto' is the only one.
         ssm_ratio: Inner channels of SS2D over the stage's channels.
-        ssm_conv: 3 is the only size.
         ssm_conv_bias: Give SS2D's convolutions a bias.
         forward_type: Name of the scan's implementation, which here decides only whether there is a gate.
         mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
@@ -50,7 +53,13 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
         norm_layer: 'ln' or 'ln2d', which here are the same.
         use_checkpoint: Recompute each block's activations in the backward pass.
         frozen_stages: See `VMambaBackbone`.
-        **inherited: Arguments of Swin Transformer.
+        in_chans: Image channels.
+        with_cp: As `use_checkpoint`.
+        **others: Further official arguments, of the one value that there is here, and arguments of Swin Transformer.
+
+    Raises:
+        ValueError: If an argument has a value that there is not here.
+        TypeError: If there is no such argument.
     """
 
     def __init__(
@@ -60,9 +69,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: Optional[str] = None,
         ssm_d_state: int = 16,
-        ssm_dt_rank: str = 'auto',
         ssm_ratio: float = 2.0,
-        ssm_conv: int = 3,
         ssm_conv_bias: bool = True,
         forward_type: str = 'v2',
         mlp_ratio: float = 4.0,
@@ -72,16 +79,20 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
         norm_layer: str = 'ln',
         use_checkpoint: bool = False,
         frozen_stages: int = -1,
-        **inherited: Any,
+        in_chans: int = 3,
+        with_cp: bool = False,
+        **others: Any,
     ) -> None:
-        if set(inherited) - _OF_SWIN:
-            raise TypeError(f'MM_VSSM got unknown arguments: {", ".join(sorted(set(inherited) - _OF_SWIN))}')
-        if inherited.get('init_cfg') and not pretrained:
-            print_log(f'MM_VSSM ignores init_cfg ({inherited["init_cfg"]})', logger='current', level=logging.WARNING)
-        _choose('ssm_dt_rank', ssm_dt_rank, {'auto': None})
-        _choose('ssm_conv', ssm_conv, {3: None})
+        unknown = sorted(set(others) - _IGNORED - set(_FIXED))
+        if unknown:
+            raise TypeError(f'MM_VSSM got unknown arguments: {", ".join(unknown)}')
+        for name in set(others) & set(_FIXED):
+            _choose(name, others[name], {_FIXED[name]: None})
+        if others.get('init_cfg') and not pretrained:
+            print_log(f'MM_VSSM ignores init_cfg ({others["init_cfg"]})', logger='current', level=logging.WARNING)
         _choose('norm_layer', norm_layer.lower(), {'ln': None, 'ln2d': None})
         options = dict(
+            in_chans=in_chans,
             depths=tuple(depths),
             embed_dim=_embed_dim(dims, len(depths)),
             ssm_ratio=ssm_ratio,
@@ -99,7 +110,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
             out_indices,
             drop_path_rate=drop_path_rate,
             frozen_stages=frozen_stages,
-            with_cp=use_checkpoint,
+            with_cp=use_checkpoint or with_cp,
             pretrained=pretrained,
             model_options=options,
         )

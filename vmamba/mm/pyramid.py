@@ -1,8 +1,11 @@
 """The simple feature pyramid of ViTDet, https://arxiv.org/abs/2203.16527: maps of one stride brought to others."""
 
+from mmengine.registry import MODELS
 from torch import nn
 
 from ..layers import NORM_EPS, FusedLayerNorm2d
+
+MODELS.register_module(module=FusedLayerNorm2d)  # for the norm_cfg of necks and heads, as in ViTDet
 
 
 def make_resample(dim: int, stride: int, out_stride: int) -> nn.Module:

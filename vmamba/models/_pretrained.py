@@ -101,6 +101,7 @@ class _Inert:
 _RECORDS = {
     'yacs.config.CfgNode': OrderedDict,
     'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
+    'builtins.getattr': _Inert,  # names the buffer's statistics; the real one would hand out any function
     'numpy.dtype': _Inert,
     'numpy.ndarray': _Inert,
     'numpy.core.multiarray._reconstruct': _Inert,

@@ -5,6 +5,8 @@ from typing import Dict, Tuple
 
 from torch import Tensor
 
+from ._dense_layouts import split_backbone
+
 _LEGACY_NAMES = (
     (r'^patch_embed\.proj\.', 'patch_embed.0.'),
     (r'^patch_embed\.norm\.', 'patch_embed.2.'),
@@ -32,20 +34,17 @@ def convert_layout(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Renames and reshapes any official layout of VMamba to this library's, which itself passes unchanged.
 
     Known layouts: the release's, its legacy names, the one-file code's, linear layers as 1x1 convolutions, and the
-    backbone of a detection or segmentation checkpoint, whose `outnorm3` becomes the final norm.
+    backbone of a detection or segmentation checkpoint, official or of this library, whose `outnorm3` becomes the final
+    norm.
     """
-    if any(key.startswith('backbone.') for key in state_dict):
-        state_dict = {key[len('backbone.') :]: v for key, v in state_dict.items() if key.startswith('backbone.')}
+    state_dict, norms = split_backbone(state_dict)
+    norms = {key.replace('outnorm3.', 'norm.'): value for key, value in norms.items() if key.startswith('outnorm3.')}
     if not any(key.startswith(('layers.', 'patch_embed.')) for key in state_dict):
-        return dict(state_dict)
-    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in state_dict.items()}
-    if not any(key.startswith('classifier.norm.') for key in state_dict):
-        state_dict = {key.replace('outnorm3.', 'classifier.norm.'): value for key, value in state_dict.items()}
+        return {**norms, **state_dict}
+    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in {**norms, **state_dict}.items()}
     names = _sequential_names(state_dict)
     out = {}
     for key, value in state_dict.items():
-        if key.startswith('outnorm'):
-            continue
         module, _, parameter = key.rpartition('.')
         key = f'{names[module]}.{parameter}' if module in names else _rename(key, _RENAMES)
         out[key] = _reshape(key, value)

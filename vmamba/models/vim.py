@@ -31,6 +31,7 @@ from ..layers import (
     start_stream,
     total,
 )
+from ._dense_layouts import split_backbone
 from ._pretrained import build_model, load_pretrained
 from ._vim_layouts import convert_layout, is_official
 
@@ -293,13 +294,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     """Renames the official layout to this module's and fits the position embedding to the model's image size.
 
     The official layout keeps the two directions' parameters apart, the backward one's marked `_b`. A `mixer.gamma`
-    scales the mixer's output, so for a model without layer scale it goes into out_proj.
+    scales the mixer's output, so for a model without layer scale it goes into out_proj. Of a detector, a segmentor or
+    their backbone only the model is taken, which has no final norm: it starts as a fresh one.
     """
-    out = dict(state_dict)
-    official = is_official(state_dict)
+    out, output_norms = split_backbone(state_dict)
+    official = is_official(out)
     if official:
-        out = convert_layout(state_dict)
+        out = convert_layout(out)
     own = model.state_dict()
+    if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
+        _logger.warning('a checkpoint of dense prediction has no final norm: it starts freshly initialised')
+        out['norm.weight'] = torch.ones_like(own['norm.weight'])
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         out[weight] = out[weight] * out.pop(key).unsqueeze(-1)

@@ -7,12 +7,42 @@ _base_ = [
 custom_imports = dict(imports=['vmamba.mm', 'vmamba.mm.roi_extractor'], allow_failed_imports=False)
 
 image_size = (1024, 1024)
+norm_cfg = dict(type='FusedLayerNorm2d', eps=1e-6, autocast=True)
+bbox_heads = [
+    dict(
+        type='Shared4Conv1FCBBoxHead',
+        in_channels=256,
+        conv_out_channels=256,
+        fc_out_channels=1024,
+        norm_cfg=norm_cfg,
+        roi_feat_size=7,
+        num_classes=80,
+        reg_class_agnostic=True,
+        bbox_coder=dict(
+            type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1 / n, 0.1 / n, 0.2 / n, 0.2 / n]
+        ),
+        loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_bbox=dict(type='SmoothL1Loss', beta=1.0, loss_weight=1.0),
+    )
+    for n in (1, 2, 3)  # the stage
+]
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=image_size, pad_mask=True)]),
-    backbone=dict(_delete_=True, type='VimBackbone', pretrained=True),
+    # In training and in testing every image is padded to 1024 x 1024, the size of the position embedding.
+    data_preprocessor=dict(pad_size_divisor=1024),
+    backbone=dict(
+        _delete_=True,
+        type='VimBackbone',
+        drop_path_rate=0.1,
+        pretrained=True,
+        model_options=dict(img_size=1024),
+    ),
+    neck=dict(norm_cfg=norm_cfg),
+    rpn_head=dict(num_convs=2),
     roi_head=dict(
         bbox_roi_extractor=dict(type='Fp32RoIExtractor'),
+        bbox_head=bbox_heads,
         mask_roi_extractor=dict(type='Fp32RoIExtractor'),
+        mask_head=dict(norm_cfg=norm_cfg),
     ),
 )
 
@@ -32,6 +62,7 @@ optim_wrapper = dict(
     dtype='bfloat16',
     loss_scale=1.0,
     constructor='LayerDecayConstructor',
+    paramwise_cfg=dict(layer_decay_rate=0.837),
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
 )
 param_scheduler = [

@@ -18,14 +18,13 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),  # after resizing: the truth keeps its size
     dict(type='PackSegInputs'),
 ]
-# For the multi-scale figures.
-scales = [(int(scale[0] * ratio), int(scale[1] * ratio)) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+# For the multi-scale figures: every image at multiples of its own size, and mirrored.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=scale, keep_ratio=True) for scale in scales],
+            [dict(type='Resize', scale_factor=factor, keep_ratio=True) for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)],
             [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
             [dict(type='LoadAnnotations', reduce_zero_label=True)],
             [dict(type='PackSegInputs')],

@@ -3,7 +3,7 @@
 _base_ = './upernet.py'
 
 model = dict(
-    backbone=dict(type='VimBackbone', pretrained=True),
+    backbone=dict(type='VimBackbone', drop_path_rate=0.1, pretrained=True, model_options=dict(img_size=512)),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),
 )
 
