@@ -18,7 +18,7 @@ BLOCK_ELEMENTS = 2048  # rows times channels that a program holds at a time, mor
 PROGRAMS_PER_PROCESSOR = 8  # of the backward pass, each of which leaves a partial sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # images of any size run on the same kernel
 def add_norm(
     x_ptr,
     residual_ptr,
@@ -69,7 +69,7 @@ def add_norm(
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample', 'rows_per_program'])
 def add_norm_backward(
     grad_out_ptr,
     grad_summed_ptr,

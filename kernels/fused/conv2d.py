@@ -68,7 +68,7 @@ def _convolve(window, taps, bias, KERNEL: tl.constexpr):
     return pre
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['height', 'width'])  # maps of any size run on the same compiled kernel
 def depthwise_conv2d(
     x_ptr,
     taps_ptr,
@@ -135,7 +135,7 @@ def _add_products(sums, grad, window, KERNEL: tl.constexpr):
     return added + (sums[KERNEL * KERNEL] + grad,)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['batch_size', 'height', 'width', 'strips_of_program'])
 def depthwise_conv2d_backward(
     grad_ptr,
     x_ptr,

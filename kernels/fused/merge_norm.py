@@ -6,7 +6,7 @@ import triton.language as tl
 from .elementwise import LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['pixels'])  # maps of any size run on the same compiled kernel
 def merge_norm(
     y_rows_ptr,
     y_columns_ptr,
@@ -56,7 +56,7 @@ def merge_norm(
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=['pixels', 'rows_per_program'])
 def merge_norm_backward(
     grad_out_ptr,
     merged_ptr,

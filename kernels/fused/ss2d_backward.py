@@ -22,6 +22,8 @@ from .routes import (
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'grad_y_ptr', 'grad_x_rows_ptr', 'grad_x_columns_ptr', 'grad_x_dbl_ptr', 'dim']
+# Whether these are multiples of 16 changes nothing: maps of any size are to run on the same compiled kernel.
+_UNALIGNED += ['batches', 'height', 'width', 'magic', 'regions', 'region_tiles', 'batches_per_program', 'states']
 
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)

@@ -22,6 +22,8 @@ from .routes import (
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
 _UNALIGNED = ['x_ptr', 'x_dbl_ptr', 'y_rows_ptr', 'y_columns_ptr', 'dim']
+# Whether these are multiples of 16 changes nothing: maps of any size are to run on the same compiled kernel.
+_UNALIGNED += ['height', 'width', 'magic', 'regions', 'region_tiles', 'states']
 
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
