@@ -27,7 +27,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from openmmlab.runs import load_config  # lets mmdet do without mmcv's compiled operators
+from openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
