@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_variant_is_refused_by_every_tool(other_checkpoi
     drawing = [IMAGE, '--config', DETECTION, '--checkpoint', str(other_checkpoint), '--device', 'cpu']
     assert_one_line('mm_infer.py', mm_infer.main, drawing, messages, capsys)
     training = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, f'load_from={other_checkpoint}']
-    assert_one_line('mm_train.py', mm_train.main, training, messages, capsys)
+    assert_one_line('mm_train.py', mm_train.main, training, [*messages, '--fresh MODULE'], capsys)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
@@ -283,3 +283,8 @@ def test_a_rate_to_scale_without_its_batch_size_is_refused():
 
     with pytest.raises(UserError, match='config.py has no auto_scale_lr.base_batch_size'):
         mm_train.scale_lr(Config(dict(auto_scale_lr=None)), 'config.py')
+
+
+def test_variants_of_images_need_a_config_that_says_which(capsys):
+    message = 'has no tta_model, which --tta needs'
+    assert_one_line('mm_test.py', mm_test.main, [DETECTION, 'absent.pth', '--tta'], [message], capsys)

@@ -131,7 +131,8 @@ def test_a_killed_training_resumes_to_the_same_weights(kind, tmp_path):
     mm_train.main([config, '--work-dir', str(tmp_path / 'whole'), *overrides])
     kill_behind(tmp_path / 'killed' / f'{first}.pth', config, '--work-dir', tmp_path / 'killed', *overrides)
     assert not (tmp_path / 'killed' / f'{last}.pth').exists()
-    mm_train.main([config, '--work-dir', str(tmp_path / 'killed'), '--resume', *overrides])
+    replaced = 'model.backbone.pretrained=absent.pth'  # which a resumed training does not need
+    mm_train.main([config, '--work-dir', str(tmp_path / 'killed'), '--resume', *overrides, replaced])
     whole, resumed = (weights(tmp_path / name / f'{last}.pth') for name in ('whole', 'killed'))
     early = weights(tmp_path / 'whole' / f'{first}.pth')
     assert whole.keys() == resumed.keys()
@@ -196,3 +197,53 @@ def sharding_runs():
     except UserError:
         return False
     return True
+
+
+@pytest.fixture(scope='module')
+def segmentor(scenes):
+    """A checkpoint of random weights."""
+    from mmengine.registry import MODELS
+    from openmmlab.configs import load_config
+
+    path = scenes / 'segmentor.pth'
+    torch.save({'state_dict': MODELS.build(load_config(Path(SEGMENTATION)).model).state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def tested(segmentor, tmp_path):
+    """The metrics that mm_test.py writes in a process like this or in two of them."""
+
+    def metrics(*arguments, launch=()):
+        output = tmp_path / 'metrics.json'
+        options = [SEGMENTATION, segmentor, '--work-dir', tmp_path, '--output', output, *arguments]
+        if launch:
+            done = subprocess.run([*launch, ROOT / 'tools/mm_test.py', *options], env=environment(), timeout=120)
+            assert done.returncode == 0
+        else:
+            mm_test.main(list(map(str, options)))
+        return json.loads(output.read_text())
+
+    return metrics
+
+
+def test_two_processes_measure_what_one_does(tested):
+    alone = tested('--cfg-options', *QUICK)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    assert tested('--launcher', 'pytorch', '--cfg-options', *QUICK, launch=launch) == pytest.approx(alone)
+
+
+VARIANTS = "tta_pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'TestTimeAug', 'transforms': [[%s], [%s], [%s]]}]"
+FLIP = "{'type': 'RandomFlip', 'direction': 'horizontal', 'prob': %s}"
+LOAD = "{'type': 'LoadAnnotations', 'reduce_zero_label': True}"
+PACK = "{'type': 'PackSegInputs'}"
+
+
+def test_variants_of_an_image_are_merged(tested):
+    plain = tested('--cfg-options', *QUICK)
+    same, mirrored = (
+        tested('--tta', '--cfg-options', *QUICK, VARIANTS % (f'{FLIP % 0.0}, {FLIP % flip}', LOAD, PACK))
+        for flip in (0.0, 1.0)
+    )
+    assert same == pytest.approx(plain)
+    assert mirrored != pytest.approx(plain)
