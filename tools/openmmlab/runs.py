@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 from user_errors import UserError
@@ -84,7 +84,14 @@ class StrictRunner(Runner):
         checkpoint = read_checkpoint(filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         fresh = () if self._resume else self.cfg.get('fresh', ())
-        load_weights(unwrap(self.model), checkpoint, filename, fresh)
+        try:
+            load_weights(unwrap(self.model), checkpoint, filename, fresh)
+        except UserError as error:
+            if self._resume or not isinstance(self._train_loop, BaseLoop):  # for a test, it is not built
+                raise
+            raise UserError(
+                f'{error}; --fresh MODULE lets a module begin anew, such as a head of other classes'
+            ) from error
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
