@@ -40,13 +40,15 @@ def augment(cfg: 'Config', path: Path) -> None:
     """Lets the model see each image in the variants of the config's `tta_pipeline`, and merges what it predicts.
 
     Raises:
-        UserError: If the config does not say how.
+        UserError: If the config does not say how, or its model has what cannot be merged.
     """
     from openmmlab.configs import leaf_configs
 
     for key in ('tta_model', 'tta_pipeline'):
         if cfg.get(key) is None:
             raise UserError(f'{path} has no {key}, which --tta needs')
+    if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
+        raise UserError(f'the DetTTAModel of {path} merges boxes, not masks: --tta needs a detector without mask_head')
     for dataset in leaf_configs(cfg.test_dataloader.dataset):
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

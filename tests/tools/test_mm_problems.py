@@ -286,5 +286,7 @@ def test_a_rate_to_scale_without_its_batch_size_is_refused():
 
 
 def test_variants_of_images_need_a_config_that_says_which(capsys):
-    message = 'has no tta_model, which --tta needs'
-    assert_one_line('mm_test.py', mm_test.main, [DETECTION, 'absent.pth', '--tta'], [message], capsys)
+    arguments = [DETECTION, 'absent.pth', '--tta']
+    assert_one_line('mm_test.py', mm_test.main, arguments, ['has no tta_model, which --tta needs'], capsys)
+    merged = ['--cfg-options', "tta_model={'type': 'DetTTAModel'}", 'tta_pipeline=[]']
+    assert_one_line('mm_test.py', mm_test.main, [*arguments, *merged], ['merges boxes, not masks'], capsys)
