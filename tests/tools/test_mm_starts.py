@@ -81,16 +81,23 @@ def test_a_training_begins_with_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'load_from, resume, fresh, loaded',
-    [(None, False, (), True), ('a.pth', True, ('head',), False), ('a.pth', False, (), False)]
-    + [('a.pth', False, ('head',), True)],
+    'load_from, resume, fresh, initialised',
+    [
+        (None, False, (), {'backbone', 'head'}),
+        ('a.pth', True, ('head',), set()),
+        ('a.pth', False, (), set()),
+        ('a.pth', False, ('head',), {'head'}),
+        ('a.pth', False, ('backbone',), {'backbone', 'head'}),
+    ],
 )
-def test_weights_that_are_replaced_are_not_initialised(load_from, resume, fresh, loaded):
-    runner, calls = StrictRunner.__new__(StrictRunner), []
-    runner._load_from, runner._resume, runner.cfg = load_from, resume, Config(dict(fresh=fresh))
-    runner.model = SimpleNamespace(init_weights=lambda: calls.append(1), state_dict=dict)
+def test_weights_that_are_replaced_are_not_fetched(load_from, resume, fresh, initialised):
+    model, done = torch.nn.Module(), set()
+    model.backbone = MODELS.build(dict(type='VMambaBackbone', variant='vmamba_nano', pretrained='imagenet.pth'))
+    model.init_weights = lambda: done.update({'head', 'backbone'} if model.backbone.pretrained else {'head'})
+    runner = StrictRunner.__new__(StrictRunner)
+    runner._load_from, runner._resume, runner.cfg, runner.model = load_from, resume, Config(dict(fresh=fresh)), model
     runner._init_model_weights()
-    assert bool(calls) == loaded
+    assert done == initialised
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from user_errors import UserError
 
-from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint
+from vmamba.mm.base import TimmBackbone
+
+from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint, within
 from .checks import absent, check_maps, unwrap
 from .configs import leaf_configs
 
@@ -97,9 +99,14 @@ class StrictRunner(Runner):
         return checkpoint
 
     def _init_model_weights(self) -> None:
-        """Initialises the weights, from a pretrained backbone if the config names one, unless all are to be loaded."""
-        if self._load_from is not None and (self._resume or not self.cfg.get('fresh')):
-            return
+        """Initialises the weights that are not to be loaded, from a pretrained backbone if the config names one."""
+        if self._load_from is not None:
+            fresh = self.cfg.get('fresh', ())
+            if self._resume or not fresh:
+                return
+            for name, module in unwrap(self.model).named_modules():
+                if isinstance(module, TimmBackbone) and not within(name, fresh):
+                    module.pretrained = False
         try:
             super()._init_model_weights()
         except RuntimeError as error:  # the backbone's, which says what it could not fetch or what does not fit
