@@ -11,26 +11,29 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import mmcv
-import mmdet
-import mmengine
-import mmseg
-import timm
-import torch
-from benchmarks.measure import device_name, is_out_of_memory, pick_device
-from benchmarks.sections import command_of, markdown_table, replace_section
-from benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
-from images.scenes import BACKGROUND, NAMES, Composer
-from make_scenes import write_part
-from mmengine.logging import MMLogger
-from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS
-from mmengine.runner import Runner
-from openmmlab.runs import load_config  # lets mmdet do without mmcv's compiled operators
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from user_errors import one_line_errors
+
+with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
+    import mmcv
+    import mmdet
+    import mmengine
+    import mmseg
+    import timm
+    import torch
+    from benchmarks.measure import device_name, is_out_of_memory, pick_device
+    from benchmarks.sections import command_of, markdown_table, replace_section
+    from benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
+    from images.scene_files import write_part
+    from images.scenes import BACKGROUND, NAMES, Composer
+    from mmengine.logging import MMLogger
+    from mmengine.model import BaseModel, revert_sync_batchnorm
+    from mmengine.optim import OptimWrapper, build_optim_wrapper
+    from mmengine.registry import MODELS
+    from mmengine.runner import Runner
+    from openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 OUTPUTS = ('--docs',)

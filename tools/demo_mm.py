@@ -1,7 +1,7 @@
 """Trains Mask R-CNN and UPerNet with vmamba_nano from scratch on scenes of real images, and tests and draws them.
 
-Makes data/scenes if it is not there; writes checkpoints, metrics and pictures. Exits with an error below the required
-box mAP, mask mAP and mIoU.
+Makes data/scenes if it is not there, and refuses other scenes; writes checkpoints, metrics and pictures. Exits with an
+error below the required box mAP, mask mAP and mIoU.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from rich.console import Console
-from rich.table import Table
+import make_scenes
+from user_errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 SCENES = Path('data/scenes')  # where the configs look for them
@@ -41,6 +41,21 @@ def run(tool: str, *arguments: object) -> None:
         sys.exit(status)
 
 
+def provide_scenes() -> None:
+    """Makes the scenes if they are not there.
+
+    Raises:
+        UserError: If there are others, with which the figures would not be comparable.
+    """
+    if not SCENES.is_dir() or not any(SCENES.iterdir()):
+        return run('make_scenes.py', '--output', SCENES)
+    expected = make_scenes.settings_of(make_scenes.parse_args(['--output', str(SCENES / 'new')]))
+    record = SCENES / make_scenes.RECORD
+    found = record.read_text() if record.is_file() else 'an unknown make'
+    if not record.is_file() or json.loads(found) != expected:
+        raise UserError(f'{SCENES} has scenes of {found.strip()} instead of {json.dumps(expected)}: move them away')
+
+
 def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
     config, folder = ROOT / 'configs' / training.config, output / Path(training.config).parent
@@ -62,9 +77,17 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    with one_line_errors('demo_mm.py'):
+        demo(args)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Trains and tests by both configs, and compares with what is required."""
+    from rich.console import Console  # here, so that a missing package is one line
+    from rich.table import Table
+
     start = time.perf_counter()
-    if not SCENES.exists():
-        run('make_scenes.py', '--output', SCENES)
+    provide_scenes()
     table = Table('config', 'metric', 'value', 'required', 'seconds', title='Scenes, trained from scratch')
     low: List[str] = []
     for training in TRAININGS:

@@ -48,8 +48,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from user_errors import Parser, UserError, at_least, one_line_errors, positive
 from weights import (
     SPEC_HELP,
-    add_precision_option,
     add_model_options,
+    add_precision_option,
     amp_dtype,
     any_size_args,
     at_size,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
 from benchmarks.measure import pick_device
-from openmmlab.errors import one_line_errors
-from openmmlab.options import add_overrides
-from user_errors import UserError
+from openmmlab.options import add_overrides, file_name
+from user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
 
 def infer(args: argparse.Namespace) -> str:
     """Writes the picture; returns what it shows."""
-    from mmengine.registry import VISUALIZERS
-    from openmmlab.draw import draw  # here, so that a missing package is one line, too
-    from openmmlab.runs import load_config
+    from mmengine.registry import VISUALIZERS  # here, so that a missing package is one line, too
+    from openmmlab.configs import load_config
+    from openmmlab.draw import draw
 
-    if not args.image.is_file():
-        raise UserError(f'there is no image {args.image}')
+    check_image(args.image)
     cfg = load_config(args.config, args.cfg_options)
     model, sample = predict(cfg, args)
     visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
@@ -34,16 +32,32 @@ def infer(args: argparse.Namespace) -> str:
     return summary(sample, model.dataset_meta['classes'], args.threshold)
 
 
+def check_image(path: Path) -> None:
+    """Raises a UserError if there is no image that can be read."""
+    import mmcv
+
+    if not path.is_file():
+        raise UserError(f'there is no image {path}')
+    if mmcv.imread(str(path)) is None:
+        raise UserError(f'{path} is no image that can be read')
+
+
 def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
     """The model with its weights, and what it predicts for the image."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS, MODELS
-    from openmmlab.runs import load_weights, read_checkpoint
+    from openmmlab.checkpoints import load_weights, read_checkpoint
+    from openmmlab.checks import check_classes, check_maps
+    from openmmlab.runs import building
 
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    with building('model'):
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    check_maps(model)
+    dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
+    check_classes(dataset, model)
     load_weights(model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))
     model.cfg = cfg
-    model.dataset_meta = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
+    model.dataset_meta = dataset.metainfo
     model = model.to(args.device).eval()
     if cfg.default_scope == 'mmdet':
         from mmdet.apis import inference_detector as run
@@ -71,7 +85,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('image', type=Path)
     parser.add_argument('--config', type=Path, required=True, help='config file of mmdet or mmseg')
     parser.add_argument('--checkpoint', type=Path, required=True)
-    parser.add_argument('--output', type=Path, default=Path('drawn.png'), help='PNG to write')
+    parser.add_argument(
+        '--output', type=file_name('.png', '.jpg'), default=Path('drawn.png'), help='PNG or JPEG to write'
+    )
     parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
     add_overrides(parser)

@@ -7,34 +7,51 @@ torchrun --nproc-per-node 8 tools/mm_test.py CONFIG CHECKPOINT --launcher pytorc
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
-from openmmlab.errors import one_line_errors
-from openmmlab.options import add_config_options
-from user_errors import UserError
+from openmmlab.options import add_config_options, file_name
+from user_errors import UserError, one_line_errors, positive
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def test(args: argparse.Namespace) -> Dict[str, Any]:
     """The metrics of a checkpoint on the config's test data."""
-    from openmmlab.runs import (  # reports a missing package
-        add_hook,
-        build_runner,
-        join_processes,
-        load_config,
-        set_work_dir,
-    )
+    from openmmlab.configs import join_processes, load_config, set_work_dir  # here: a missing package is one line, too
+    from openmmlab.runs import add_hook, build_runner
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         raise UserError(f'{args.config} has no test_dataloader or no test_evaluator')
-    cfg.load_from, cfg.resume = str(args.checkpoint), False
+    cfg.load_from, cfg.resume, cfg.fresh = str(args.checkpoint), False, ()
+    if args.tta:
+        augment(cfg, args.config)
     join_processes(cfg, args.launcher)
     if args.draw:
         import openmmlab.draw  # noqa: F401 - registers the hook
 
         add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
     return build_runner(cfg).test()
+
+
+def augment(cfg: 'Config', path: Path) -> None:
+    """Lets the model see each image in the variants of the config's `tta_pipeline`, and merges what it predicts.
+
+    Raises:
+        UserError: If the config does not say how, or its model has what cannot be merged.
+    """
+    from openmmlab.configs import leaf_configs
+
+    for key in ('tta_model', 'tta_pipeline'):
+        if cfg.get(key) is None:
+            raise UserError(f'{path} has no {key}, which --tta needs')
+    if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
+        raise UserError(f'the DetTTAModel of {path} merges boxes, not masks: --tta needs a detector without mask_head')
+    for dataset in leaf_configs(cfg.test_dataloader.dataset):
+        dataset['pipeline'] = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
 def write_metrics(metrics: Dict[str, Any], path: Path) -> None:
@@ -48,10 +65,17 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add_config_options(parser)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('--work-dir', type=Path, help='folder of logs; default: work_dirs/CONFIG')
-    parser.add_argument('--output', type=Path, default=Path('metrics.json'), help='JSON file of the metrics')
+    parser.add_argument(
+        '--output', type=file_name('.json'), default=Path('metrics.json'), help='JSON file of the metrics'
+    )
     parser.add_argument('--draw', type=Path, metavar='FOLDER', help='draw predictions as FOLDER/IMAGE.png')
-    parser.add_argument('--limit', type=int, help='most images to draw')
+    parser.add_argument('--limit', type=positive, help='most images to draw')
     parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help="test-time augmentation, such as several scales, by the config's tta_pipeline",
+    )
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     return parser.parse_args(argv)
 

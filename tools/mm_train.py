@@ -1,20 +1,19 @@
 """Trains a detector of mmdet or a segmentor of mmseg from its config, on a CPU, a GPU or, under torchrun, several.
 
-    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --amp
-    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --amp --resume
-    torchrun --nproc-per-node 8 tools/mm_train.py CONFIG --launcher pytorch --amp --auto-scale-lr
+    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py
+    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --resume
+    torchrun --nproc-per-node 8 tools/mm_train.py CONFIG --launcher pytorch --auto-scale-lr
 
 A killed training goes on with --resume behind its last checkpoint, and ends with the weights that it would have had.
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
-from openmmlab.errors import one_line_errors
 from openmmlab.options import add_config_options
-from user_errors import UserError
+from user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
-    from openmmlab.resume import make_resumable  # here, so that a missing package is one line, too
-    from openmmlab.runs import build_runner, join_processes, load_config, set_work_dir
+    from openmmlab.configs import join_processes, load_config, set_work_dir  # here: a missing package is one line, too
+    from openmmlab.resume import make_resumable
+    from openmmlab.runs import build_runner
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
@@ -35,10 +35,33 @@ def train(args: argparse.Namespace) -> None:
         scale_lr(cfg, args.config)
     if args.fsdp:
         use_shards(cfg)
-    if args.resume:
-        cfg.resume, cfg.load_from = True, None if args.resume is True else args.resume
+    choose_start(cfg, args.resume, args.fresh)
     make_resumable(cfg)
     build_runner(cfg).train()
+
+
+def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[str]) -> None:
+    """Settles which checkpoint the training goes on from or begins with, if any.
+
+    Args:
+        cfg: Of the training.
+        resume: A checkpoint to go on from, or whether to do so from the last in the work folder, if there is one.
+        fresh: Modules that keep their initial weights when a training begins with a checkpoint.
+
+    Raises:
+        UserError: If there are such modules, but no checkpoint.
+    """
+    from mmengine.runner import find_latest_checkpoint
+
+    if isinstance(resume, str):
+        cfg.resume, cfg.load_from = True, resume
+    elif resume or cfg.get('resume') and cfg.get('load_from') is None:
+        last = find_latest_checkpoint(cfg.work_dir)
+        cfg.resume, cfg.load_from = last is not None, last or cfg.get('load_from')
+    if fresh:
+        cfg.fresh = fresh
+        if cfg.get('load_from') is None:
+            raise UserError('--fresh says what not to load: name a checkpoint by --cfg-options load_from=CHECKPOINT')
 
 
 def use_shards(cfg: 'Config') -> None:
@@ -77,7 +100,7 @@ def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
 
 def scale_lr(cfg: 'Config', path: Path) -> None:
     """The learning rate in proportion to the images a step, against those that the config's rate is for."""
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UserError(f'{path} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
     cfg.auto_scale_lr.enable = True
 
@@ -92,6 +115,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         const=True,
         metavar='CHECKPOINT',
         help='go on from this checkpoint, by default the last in the work folder, if there is one',
+    )
+    parser.add_argument(
+        '--fresh',
+        nargs='+',
+        default=(),
+        metavar='MODULE',
+        help='modules or weights that begin anew, such as heads for other classes, where load_from has all the others',
     )
     parser.add_argument(
         '--amp',

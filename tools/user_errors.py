@@ -5,7 +5,7 @@ import math
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Callable, Iterable, Iterator, List, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 
 class UserError(Exception):
@@ -14,12 +14,38 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors(tool: str) -> Iterator[None]:
-    """Ends the process with code 2 and one line on a UserError or OSError, for the tool of this name."""
+    """Ends the process with code 2 and one line on what a person can mend, for the tool of this name.
+
+    That is a UserError, an OSError or a missing package; other errors keep their traceback.
+    """
     try:
         yield
-    except (UserError, OSError) as error:
-        print(f'{tool}: error: {" ".join(str(error).split())}', file=sys.stderr)
+    except (UserError, OSError, ImportError) as error:
+        print(f'{tool}: error: {describe(error)}', file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def describe(error: Exception) -> str:
+    """One line for an error."""
+    if isinstance(error, ImportError):
+        package = missing_package(error)
+        what = f'the package {package} is missing' if package else ' '.join(str(error).split())
+        return f"{what}; install what the tools need by `pip install -e '.[mm,tools]'`"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith('Caught '):  # a DataLoader's worker sends its whole traceback as the message
+        return lines[-1]
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f'there is no {error.filename}'
+    return ' '.join(str(error).split())
+
+
+def missing_package(error: Optional[BaseException]) -> Optional[str]:
+    """The package whose absence caused the error, directly or through the errors before it."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition('.')[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

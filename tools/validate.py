@@ -39,8 +39,8 @@ from user_errors import Parser, UserError, one_line_errors, positive
 from weights import (
     SPEC_HELP,
     Spec,
-    add_precision_option,
     add_model_options,
+    add_precision_option,
     amp_dtype,
     at_size,
     data_config,

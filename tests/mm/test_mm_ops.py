@@ -17,10 +17,19 @@ if not ops.install():
 
 from mmcv.ops import batched_nms, nms, roi_align, soft_nms  # noqa: E402
 
+HAS_GPU = torch.cuda.is_available()
+GPU_MARKS = pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason='needs a CUDA device')
 
-def boxes_and_scores(n=60):
+
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU_MARKS)])
+def device(request):
+    return request.param
+
+
+def boxes_and_scores(device, n=60):
     corners = torch.rand(n, 2) * 20
-    return torch.cat([corners, corners + 12 + torch.rand(n, 2) * 5], dim=1), torch.rand(n)
+    boxes = torch.cat([corners, corners + 12 + torch.rand(n, 2) * 5], dim=1)
+    return boxes.to(device), torch.rand(n).to(device)
 
 
 def overlap(a, b, offset):
@@ -57,8 +66,8 @@ def plain_soft_nms(boxes, scores, threshold, sigma, min_score, method):
 
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('threshold', [0.1, 0.3, 0.7])
-def test_nms(threshold, offset):
-    boxes, scores = boxes_and_scores()
+def test_nms(threshold, offset, device):
+    boxes, scores = boxes_and_scores(device)
     dets, kept = nms(boxes, scores, threshold, offset)
     assert kept.tolist() == plain_nms(boxes.tolist(), scores.tolist(), threshold, offset)
     assert torch.equal(dets, torch.cat([boxes, scores[:, None]], dim=1)[kept])
@@ -71,20 +80,20 @@ def test_the_offset_decides():
     assert len(nms(boxes, torch.tensor([0.9, 0.8]), 0.4, offset=1)[1]) == 1
 
 
-def test_nms_of_no_boxes():
-    dets, kept = nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+def test_nms_of_no_boxes(device):
+    dets, kept = nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5)
     assert dets.shape == (0, 5) and kept.shape == (0,)
 
 
-def test_nms_in_bf16_is_that_of_the_rounded_boxes():
-    boxes, scores = (x.bfloat16() for x in boxes_and_scores())
+def test_nms_in_bf16_is_that_of_the_rounded_boxes(device):
+    boxes, scores = (x.bfloat16() for x in boxes_and_scores(device))
     assert torch.equal(nms(boxes, scores, 0.4)[1], nms(boxes.float(), scores.float(), 0.4)[1])
 
 
 @pytest.mark.parametrize('split_thr', [10, 1000])
-def test_batched_nms_keeps_classes_apart(split_thr):
-    boxes, scores = boxes_and_scores()
-    classes = torch.arange(len(boxes)) % 3
+def test_batched_nms_keeps_classes_apart(split_thr, device):
+    boxes, scores = boxes_and_scores(device)
+    classes = torch.arange(len(boxes), device=device) % 3
     dets, kept = batched_nms(boxes, scores, classes, dict(type='nms', iou_threshold=0.3, split_thr=split_thr))
     expected = []
     for label in range(3):
@@ -96,18 +105,18 @@ def test_batched_nms_keeps_classes_apart(split_thr):
 
 @pytest.mark.parametrize('method', ['naive', 'linear', 'gaussian'])
 @pytest.mark.parametrize('min_score', [1e-3, 0.2])
-def test_soft_nms(method, min_score):
-    boxes, scores = boxes_and_scores()
+def test_soft_nms(method, min_score, device):
+    boxes, scores = boxes_and_scores(device)
     dets, kept = soft_nms(boxes, scores, 0.3, 0.5, min_score, method)
     expected = plain_soft_nms(boxes.tolist(), scores.tolist(), 0.3, 0.5, min_score, method)
     assert kept.tolist() == [i for i, _ in expected]
-    torch.testing.assert_close(dets[:, 4], torch.tensor([score for _, score in expected]))
+    torch.testing.assert_close(dets[:, 4], torch.tensor([score for _, score in expected], device=device))
     torch.testing.assert_close(dets[:, :4], boxes[kept])
     assert len(kept) < len(boxes)
 
 
-def test_soft_nms_of_no_boxes():
-    dets, kept = soft_nms(torch.zeros(0, 4), torch.zeros(0))
+def test_soft_nms_of_no_boxes(device):
+    dets, kept = soft_nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device))
     assert dets.shape == (0, 5) and kept.shape == (0,)
 
 
@@ -153,13 +162,13 @@ ROIS = torch.tensor([[0, 2.0, 3, 17, 21], [1, -3.0, 0, 9, 30], [1, 5.5, 6.25, 6,
 
 @pytest.mark.parametrize('aligned', [True, False])
 @pytest.mark.parametrize('sampling', [0, 2])
-def test_roi_align_and_its_gradient(sampling, aligned):
-    x, weights = torch.randn(2, 3, 11, 13), torch.randn(3, 3, 4, 4)
+def test_roi_align_and_its_gradient(sampling, aligned, device):
+    x, weights, rois = (t.to(device) for t in (torch.randn(2, 3, 11, 13), torch.randn(3, 3, 4, 4), ROIS))
     results = []
     for function in (roi_align, plain_roi_align):
         leaf = x.clone().requires_grad_()
         args = (4, 0.5, sampling, 'avg', aligned) if function is roi_align else (4, 0.5, sampling, aligned)
-        out = function(leaf, ROIS, *args)
+        out = function(leaf, rois, *args)
         (out * weights).sum().backward()
         results.append((out.detach(), leaf.grad))
     for actual, expected in zip(*results):
@@ -167,11 +176,11 @@ def test_roi_align_and_its_gradient(sampling, aligned):
     assert results[0][1].count_nonzero() > 20
 
 
-def test_roi_align_in_bf16():
-    x = torch.randn(2, 3, 11, 13).bfloat16().requires_grad_()
-    out = roi_align(x, ROIS.bfloat16(), 4, 0.5, 2, 'avg', True)
+def test_roi_align_in_bf16(device):
+    x, rois = torch.randn(2, 3, 11, 13, device=device).bfloat16().requires_grad_(), ROIS.to(device).bfloat16()
+    out = roi_align(x, rois, 4, 0.5, 2, 'avg', True)
     out.float().square().sum().backward()
-    expected = roi_align(x.detach().float(), ROIS.bfloat16().float(), 4, 0.5, 2, 'avg', True)
+    expected = roi_align(x.detach().float(), rois.float(), 4, 0.5, 2, 'avg', True)
     assert out.dtype == x.grad.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
@@ -182,29 +191,31 @@ def test_roi_align_by_maximum_is_refused():
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-def test_sigmoid_focal_loss(weighted):
+def test_sigmoid_focal_loss(weighted, device):
     from mmcv.ops import sigmoid_focal_loss
 
-    logits, target = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, 3, 3, 1])  # 3 is background
-    weight = torch.tensor([0.5, 2.0, 3.0]) if weighted else None
-    p, y = logits.sigmoid(), torch.eye(4)[target, :3]
+    logits = torch.randn(6, 3).to(device).requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 3, 1], device=device)  # 3 is background
+    weights = torch.tensor([0.5, 2.0, 3.0, 1.0], device=device)
+    weight = weights[:3] if weighted else None
+    p, y = logits.sigmoid(), torch.eye(4, device=device)[target, :3]
     p_t, alpha_t = p * y + (1 - p) * (1 - y), 0.25 * y + 0.75 * (1 - y)
     expected = -alpha_t * (1 - p_t) ** 2 * p_t.log()
     if weighted:
-        expected = expected * torch.tensor([0.5, 2.0, 3.0, 1.0])[target, None]
+        expected = expected * weights[target, None]
     loss = sigmoid_focal_loss(logits, target, 2.0, 0.25, weight, 'sum')
     torch.testing.assert_close(loss, expected.sum())
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected)))
 
 
-def test_deformable_attention_has_the_gradients_of_the_plain_version():
+def test_deformable_attention_has_the_gradients_of_the_plain_version(device):
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
-    shapes = torch.tensor([[4, 5], [2, 3]])
+    shapes, starts = torch.tensor([[4, 5], [2, 3]], device=device), torch.tensor([0, 20], device=device)
     inputs = [torch.randn(2, 26, 2, 4), torch.rand(2, 3, 2, 2, 2, 2), torch.rand(2, 3, 2, 2, 2)]
-    inputs = [x.requires_grad_() for x in inputs]
+    inputs = [x.to(device).requires_grad_() for x in inputs]
     value, locations, weights = inputs
-    actual = MultiScaleDeformableAttnFunction.apply(value, shapes, torch.tensor([0, 20]), locations, weights, 64)
+    actual = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
     expected = multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
     torch.testing.assert_close(actual, expected)
     grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (actual, expected)]

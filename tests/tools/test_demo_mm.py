@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import demo_mm
+import make_scenes
 import pytest
 
 
@@ -35,11 +36,22 @@ def test_demo_makes_trains_and_tests(tools, capsys):
     assert '0.350' in capsys.readouterr().out
 
 
-def test_demo_keeps_scenes_that_are_there(tools, tmp_path):
+@pytest.mark.parametrize('made', [[], ['--seed', '1'], None], ids=['as by default', 'otherwise', 'in part'])
+def test_demo_keeps_the_scenes_that_it_would_make_and_refuses_others(made, tools, tmp_path, capsys):
     calls, _ = tools
-    (tmp_path / 'data/scenes').mkdir(parents=True)
-    demo_mm.main([])
-    assert calls[0][0] == 'mm_train.py'
+    folder = tmp_path / 'data/scenes'
+    arguments = make_scenes.parse_args(['--output', str(folder), *(made or [])])
+    (folder / 'images').mkdir(parents=True)
+    if made is not None:
+        (folder / make_scenes.RECORD).write_text(json.dumps(make_scenes.settings_of(arguments)))
+    if made == []:
+        demo_mm.main([])
+        assert calls[0][0] == 'mm_train.py'
+    else:
+        with pytest.raises(SystemExit) as error:
+            demo_mm.main([])
+        assert error.value.code == 2 and not calls
+        assert capsys.readouterr().err.startswith('demo_mm.py: error: data/scenes has scenes of ')
 
 
 @pytest.mark.parametrize('value', [0.29, float('nan')])

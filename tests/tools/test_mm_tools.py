@@ -15,6 +15,7 @@ import mm_test
 import mm_train
 import pytest
 import torch
+from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, command, environment
 from PIL import Image
 from training.parallel import check_version
 from user_errors import UserError
@@ -22,12 +23,6 @@ from user_errors import UserError
 pytestmark = pytest.mark.skipif(
     find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
 )
-
-ROOT = Path(__file__).parents[2]
-DETECTION = str(ROOT / 'configs/detection/mask-rcnn_vmamba-nano_fpn_scenes.py')
-SEGMENTATION = str(ROOT / 'configs/segmentation/upernet_vmamba-nano_scenes.py')
-QUICK = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
-QUICK += [option.replace('train', part) for part in ('val', 'test') for option in QUICK[:2]]
 
 
 @pytest.fixture(scope='module')
@@ -42,14 +37,6 @@ def scenes(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_scenes(scenes, monkeypatch):
     monkeypatch.chdir(scenes)
-
-
-def command(tool, *arguments):
-    return [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
-
-
-def environment():
-    return dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(ROOT))
 
 
 def weights(path):
@@ -144,7 +131,8 @@ def test_a_killed_training_resumes_to_the_same_weights(kind, tmp_path):
     mm_train.main([config, '--work-dir', str(tmp_path / 'whole'), *overrides])
     kill_behind(tmp_path / 'killed' / f'{first}.pth', config, '--work-dir', tmp_path / 'killed', *overrides)
     assert not (tmp_path / 'killed' / f'{last}.pth').exists()
-    mm_train.main([config, '--work-dir', str(tmp_path / 'killed'), '--resume', *overrides])
+    replaced = 'model.backbone.pretrained=absent.pth'  # which a resumed training does not need
+    mm_train.main([config, '--work-dir', str(tmp_path / 'killed'), '--resume', *overrides, replaced])
     whole, resumed = (weights(tmp_path / name / f'{last}.pth') for name in ('whole', 'killed'))
     early = weights(tmp_path / 'whole' / f'{first}.pth')
     assert whole.keys() == resumed.keys()
@@ -168,90 +156,6 @@ def kill_behind(checkpoint, *arguments):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert Path(named.read_text()).name == checkpoint.name
-
-
-PROBLEMS = {
-    'no annotations': (DETECTION, ['train_dataloader.dataset.ann_file=absent.json'], 'there is no', 'absent.json'),
-    'no images': (SEGMENTATION, ['train_dataloader.dataset.data_prefix.img_path=absent'], 'there is no', 'absent'),
-    'head of other classes': (
-        DETECTION,
-        ['model.roi_head.bbox_head.num_classes=7'],
-        'roi_head.bbox_head has num_classes 7, but the data have 3 classes',
-    ),
-    'segmentor of other classes': (
-        SEGMENTATION,
-        ['model.decode_head.num_classes=9', 'model.decode_head.loss_decode.class_weight=None'],
-        'decode_head has num_classes 9, but the data have 4 classes',
-    ),
-    'labels of other classes': (
-        SEGMENTATION,
-        [
-            "train_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
-            "val_dataloader.dataset.metainfo.classes=('photograph','zero','one')",
-            *(f'model.{head}.num_classes=3' for head in ('decode_head', 'auxiliary_head')),
-            *(f'model.{head}.loss_decode.class_weight=None' for head in ('decode_head', 'auxiliary_head')),
-        ],
-        'has label 3, but the config has 3 classes',
-    ),
-    'annotations of other classes': (
-        DETECTION,
-        ["train_dataloader.dataset.metainfo.classes=('zero','one','cat')"],
-        'has 2 of the 3 classes',
-    ),
-    'no GPU': (DETECTION, ['optim_wrapper.type=AmpOptimWrapper'], 'needs a GPU'),
-    'nothing to resume': (DETECTION, ['resume=True', 'load_from=absent.pth'], 'there is no checkpoint absent.pth'),
-    'no pretrained weights': (DETECTION, ['model.backbone.pretrained=absent.pth'], 'absent.pth'),
-    'unknown model': (DETECTION, ['model.backbone.type=NoSuchBackbone'], 'NoSuchBackbone'),
-    'unknown variant': (DETECTION, ['model.backbone.variant=vmamba_x'], 'vmamba_x'),
-}
-
-
-@pytest.mark.parametrize('case', PROBLEMS)
-def test_what_the_user_can_mend_is_one_line(case, tmp_path, capsys):
-    if case == 'no GPU' and torch.cuda.is_available():
-        pytest.skip('there is a GPU')
-    config, options, *messages = PROBLEMS[case]
-    arguments = [config, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, *options]
-    assert_one_line('mm_train.py', mm_train.main, arguments, messages, capsys)
-
-
-def test_a_package_that_a_config_imports_is_named(tmp_path, capsys):
-    config = tmp_path / 'config.py'
-    config.write_text(f"_base_ = {DETECTION!r}\ncustom_imports = dict(imports=['no_such_package'])\n")
-    assert_one_line('mm_train.py', mm_train.main, [str(config)], ['no_such_package is missing'], capsys)
-
-
-def assert_one_line(tool, main, arguments, messages, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    assert error.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f'{tool}: ')]
-    assert len(lines) == 1
-    assert all(message in lines[0] for message in messages), lines
-    assert len(lines[0]) < 1200
-
-
-@pytest.fixture(scope='module')
-def other_checkpoint(scenes):
-    """Random weights of a detector whose backbone is deeper than the config's."""
-    from mmengine.registry import MODELS
-    from openmmlab import runs
-
-    cfg = runs.load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
-    path = scenes / 'other.pth'
-    torch.save({'state_dict': MODELS.build(cfg.model).state_dict(), 'meta': {}}, path)
-    return path
-
-
-def test_a_checkpoint_of_another_variant_is_refused_by_every_tool(other_checkpoint, tmp_path, capsys):
-    messages = ['other.pth does not fit the config', 'stages.2.blocks.2.']
-    testing = [DETECTION, str(other_checkpoint), '--work-dir', str(tmp_path), '--cfg-options', *QUICK]
-    assert_one_line('mm_test.py', mm_test.main, testing, messages, capsys)
-    image = 'data/scenes/images/training/training_00000.jpg'
-    drawing = [image, '--config', DETECTION, '--checkpoint', str(other_checkpoint), '--device', 'cpu']
-    assert_one_line('mm_infer.py', mm_infer.main, drawing, messages, capsys)
-    training = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, f'load_from={other_checkpoint}']
-    assert_one_line('mm_train.py', mm_train.main, training, messages, capsys)
 
 
 def run_two(work_dir, *arguments):
@@ -295,19 +199,51 @@ def sharding_runs():
     return True
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
-    (tmp_path / 'text.pth').write_text('no weights')
-    arguments = [DETECTION, str(tmp_path / 'text.pth'), '--work-dir', str(tmp_path), '--cfg-options', *QUICK]
-    assert_one_line('mm_test.py', mm_test.main, arguments, ['text.pth is no checkpoint'], capsys)
+@pytest.fixture(scope='module')
+def segmentor(scenes):
+    """A checkpoint of random weights."""
+    from mmengine.registry import MODELS
+    from openmmlab.configs import load_config
+
+    path = scenes / 'segmentor.pth'
+    torch.save({'state_dict': MODELS.build(load_config(Path(SEGMENTATION)).model).state_dict()}, path)
+    return path
 
 
-def test_without_mmengine_the_tools_say_what_to_install():
-    hide = 'import runpy, sys; sys.modules["mmengine"] = None; sys.argv = sys.argv[1:]; '
-    script = ROOT / 'tools/mm_train.py'
-    code = f'{hide}sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name="__main__")'
-    done = subprocess.run([sys.executable, '-c', code, script, DETECTION], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith(
-        "mmengine is missing; install what the tools need by `pip install -e '.[mm,tools]'`"
+@pytest.fixture
+def tested(segmentor, tmp_path):
+    """The metrics that mm_test.py writes in a process like this or in two of them."""
+
+    def metrics(*arguments, launch=()):
+        output = tmp_path / 'metrics.json'
+        options = [SEGMENTATION, segmentor, '--work-dir', tmp_path, '--output', output, *arguments]
+        if launch:
+            done = subprocess.run([*launch, ROOT / 'tools/mm_test.py', *options], env=environment(), timeout=120)
+            assert done.returncode == 0
+        else:
+            mm_test.main(list(map(str, options)))
+        return json.loads(output.read_text())
+
+    return metrics
+
+
+def test_two_processes_measure_what_one_does(tested):
+    alone = tested('--cfg-options', *QUICK)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    assert tested('--launcher', 'pytorch', '--cfg-options', *QUICK, launch=launch) == pytest.approx(alone)
+
+
+VARIANTS = "tta_pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'TestTimeAug', 'transforms': [[%s], [%s], [%s]]}]"
+FLIP = "{'type': 'RandomFlip', 'direction': 'horizontal', 'prob': %s}"
+LOAD = "{'type': 'LoadAnnotations', 'reduce_zero_label': True}"
+PACK = "{'type': 'PackSegInputs'}"
+
+
+def test_variants_of_an_image_are_merged(tested):
+    plain = tested('--cfg-options', *QUICK)
+    same, mirrored = (
+        tested('--tta', '--cfg-options', *QUICK, VARIANTS % (f'{FLIP % 0.0}, {FLIP % flip}', LOAD, PACK))
+        for flip in (0.0, 1.0)
     )
-    assert 'Traceback' not in done.stderr
+    assert same == pytest.approx(plain)
+    assert mirrored != pytest.approx(plain)

@@ -1,14 +1,18 @@
 import json
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import make_scenes
 import numpy as np
 import pytest
-from images import scenes
+from images import scene_files, scenes
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+ADVICE = "install what the tools need by `pip install -e '.[mm,tools]'`"
 SMALL = ['--training', '6', '--validation', '3', '--digits', '2', '0']
 
 
@@ -93,6 +97,32 @@ def test_wrong_options_are_refused(tmp_path, capsys, options, message):
         make(tmp_path / 'new', *options)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_scenes_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scene_files, 'annotations_of', fail)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / 'new')
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_scenes_were_made_with_is_recorded(folder):
+    expected = {'training': 6, 'validation': 3, 'size': 96, 'seed': 0, 'digits': [0, 2]}
+    assert json.loads((folder / make_scenes.RECORD).read_text()) == expected
+
+
+@pytest.mark.parametrize('tool, package', [('make_scenes', 'mlxtend'), ('bench_mm', 'mmengine'), ('demo_mm', 'rich')])
+def test_a_missing_package_is_named(tool, package, tmp_path):
+    script = Path(make_scenes.__file__).with_name(f'{tool}.py')
+    code = f'import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(script.parent)!r})'
+    code += f'; runpy.run_path({str(script)!r}, run_name="__main__")'
+    arguments = ['--output', 'new'] if tool != 'bench_mm' else []
+    done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f'{tool}.py: error: the package {package} is missing; {ADVICE}\n'
 
 
 def test_nothing_is_overwritten(folder, capsys):

@@ -20,8 +20,8 @@ TITLES = {'scan': 'Selective scan', 'ss2d': 'SS2D core', 'model': 'Models at 224
 NOTES = """\
 Medians of CUDA events; in brackets, of replays of a CUDA graph. Peaks are those of PyTorch's allocator, inputs,
 parameters and gradients included. A ratio is the peer's time without graphs over ours without graphs; in brackets, over
-ours with, where the backward pass is forward + backward less forward. What peers took earlier was measured with torch 2.11, CUDA 13.0 and mamba_ssm 2.3.2; for models of timm it is
-the same model."""
+ours with, where the backward pass is forward + backward less forward. What peers took earlier was measured with torch
+2.11, CUDA 13.0 and mamba_ssm 2.3.2; for models of timm it is the same model."""
 KERNEL_NOTES = """\
 Times are in milliseconds and bf16. The forward pass runs without gradients; the backward pass is timed alone, again and
 again after one forward pass, unless it says "difference" (forward + backward less forward). Inputs that fit the cache

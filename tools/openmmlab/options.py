@@ -3,7 +3,7 @@
 import argparse
 import ast
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,27 @@ def override(text: str) -> Tuple[str, Any]:
     if not key or not equals:
         raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text!r}')
     try:
-        return key, ast.literal_eval(value)
+        return key, ast.literal_eval(Words().visit(ast.parse(value, mode='eval')))
     except (SyntaxError, ValueError):
         return key, value
+
+
+class Words(ast.NodeTransformer):
+    """Makes literals of words without quotes: true, false and none in any case, as in mmengine's tools, and text."""
+
+    KNOWN = {'true': True, 'false': False, 'none': None}
+
+    def visit_Name(self, node: ast.Name) -> ast.Constant:
+        return ast.Constant(self.KNOWN.get(node.id.lower(), node.id))
+
+
+def file_name(*suffixes: str) -> Callable[[str], Path]:
+    """A reader, for argparse, of the name of a file to write that has one of these suffixes."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes or path.is_dir():
+            raise argparse.ArgumentTypeError(f'must be a file that ends with {" or ".join(suffixes)}, got {text!r}')
+        return path
+
+    return read

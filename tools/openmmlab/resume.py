@@ -62,9 +62,14 @@ class SeededBatches:
         )
         self._start = 0
 
-    def skip(self, count: int) -> None:
-        """Lets the next iteration begin behind so many batches."""
+    def skip(self, count: int) -> int:
+        """Lets the next iteration begin behind so many batches; returns the number of its epoch."""
+        epoch = 0
+        if hasattr(self.sampler, 'epoch'):  # others never end
+            epoch, count = divmod(count, len(self))
+            self.sampler.set_epoch(epoch)
         self._start = count
+        return epoch
 
     def __iter__(self) -> Iterator[List[int]]:
         start, self._start = self._start, 0
@@ -86,7 +91,12 @@ class SeedHook(Hook):
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
-            loop.dataloader_iterator.skip_iter = loop.dataloader.batch_sampler.skip
+            iterator = loop.dataloader_iterator
+
+            def skip(count: int) -> None:
+                iterator._epoch = loop.dataloader.batch_sampler.skip(count)
+
+            iterator.skip_iter = skip
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(runner.seed, get_rank(), _STEP, runner.iter)

@@ -1,0 +1,115 @@
+"""Configs of mmdet and mmseg with the options of a command line."""
+
+import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, Optional, Set
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from user_errors import UserError, nearest
+
+import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
+
+SCOPES = ('mmdet', 'mmseg')
+# What mmengine and the tools read from a config beside the arguments of the runner.
+FURTHER_KEYS = {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'fresh',
+    'model_wrapper_cfg',
+    'runner_type',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+}
+
+
+def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
+    """A config of mmdet or mmseg with the options of the command line.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If its library is not installed.
+        UserError: If it cannot be read, is of neither library, or lacks what an option changes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, 'no such file', str(path))
+    try:
+        cfg = Config.fromfile(path)
+        check_keys(cfg, options or {})
+        cfg.merge_from_dict(options or {})
+    except (SyntaxError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f'{path} with these --cfg-options is no config: {error}') from error
+    if cfg.get('default_scope') not in SCOPES:
+        raise UserError(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
+    import_module(cfg.default_scope)  # else a missing package shows as a name that no registry knows
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def check_keys(cfg: Config, options: Iterable[str]) -> None:
+    """Refuses options for keys that nothing reads, and points at others that look misspelt.
+
+    Below the top level, new keys are common: what a class does not take is its error, but plain dictionaries take all.
+    """
+    read = keys_read()
+    for key in options:
+        name = key.partition('.')[0]
+        if name not in read and name not in cfg.keys():
+            raise UserError(f'--cfg-options {key}: the config has no {name!r}{nearest(name, read)}')
+        if name not in read:
+            say(f'{key} has no effect where the config file has used {name} already: override these places')
+        elif hint := hint_for(cfg, key):
+            say(f'{key} is new in the config{hint}')
+
+
+def keys_read() -> Set[str]:
+    """Names at a config's top level that mmengine and the tools read."""
+    return {*inspect.signature(Runner.__init__).parameters, *FURTHER_KEYS} - {'self', 'cfg'}
+
+
+def hint_for(cfg: Config, key: str) -> str:
+    """What to ask about a key whose name is not in the config but near others there."""
+    node: Any = cfg
+    for name in key.split('.'):
+        if isinstance(node, (list, tuple)):
+            node = node[int(name)] if name.isdigit() and int(name) < len(node) else None
+        elif isinstance(node, (dict, Config)):
+            if name not in node.keys():
+                return nearest(name, node.keys())
+            node = node[name]
+    return ''
+
+
+def say(warning: str) -> None:
+    print(f'--cfg-options {warning}', file=sys.stderr)
+
+
+def leaf_configs(dataset: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The configs of the data sets under wrappers that repeat or join them."""
+    inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
+    if not inner:
+        yield dataset
+    for part in inner:
+        yield from leaf_configs(part)
+
+
+def set_work_dir(cfg: Config, config: Path, work_dir: Optional[Path]) -> None:
+    """The folder of logs and checkpoints: the option's, else the config's, else work_dirs/NAME."""
+    if work_dir is not None or cfg.get('work_dir') is None:
+        cfg.work_dir = str(work_dir or Path('work_dirs') / config.stem)
+
+
+def join_processes(cfg: Config, launcher: str) -> None:
+    """Lets the processes of a launcher work together, on CPUs where there are no GPUs."""
+    cfg.launcher = launcher
+    if launcher == 'pytorch' and not torch.cuda.is_available():  # mmengine's own start and wrapping need GPUs
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
