@@ -117,7 +117,7 @@ def train(argv: Optional[List[str]] = None) -> None:
     try:
         trainer.run()
     except (RuntimeError, OSError):
-        if trainer.stop.signal:  # the first process has saved and gone
+        if trainer.stop.signal and not runtime.is_primary:  # the first process has saved and gone
             trainer.stop.exit(trainer.stop.signal)
         raise
     finally:

@@ -2,23 +2,23 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from images.image_files import READ_ERRORS
 from images.packaged_data import PREFIX, create_packaged_dataset
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_loader, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from user_errors import UserError
 
 from .config import Config
 from .order import BatchOrder, Key
-from .runtime import Runtime
-from .seeding import seeded
+from .runtime import Runtime, leave_stopping_to_main
+from .seeding import derive_seed, seeded
 
 SYNTHETIC = 'synthetic'
 _NAMES_SHOWN = 10
@@ -192,28 +192,62 @@ class IndexedData:
         return self.samples.report()
 
 
+class Stream(IterableDataset):
+    """The transformed images of a dataset that can only be read in its own order.
+
+    The augmentation of an image follows its place among those of its loading process.
+
+    Args:
+        dataset: With images and labels.
+        transform: Of the images.
+        seeds: Of the augmentation: the run's, and this process's number.
+        workers: Number of loading processes, by which readers share the images out.
+    """
+
+    def __init__(self, dataset: IterableDataset, transform: Callable, seeds: Tuple[int, int], workers: int) -> None:
+        self.dataset, self.transform, self.seeds = dataset, transform, seeds
+        self.epoch = 0
+        dataset.set_loader_cfg(num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        worker = get_worker_info()
+        seeds = *self.seeds, self.epoch, worker.id if worker else 0
+        for place, (image, target) in enumerate(self.dataset):
+            with seeded(derive_seed(*seeds, place)):
+                image = self.transform(image)
+            yield image, target
+
+
 class StreamedData:
     """Batches of a dataset that can only be read in its own order (TFDS, WebDataset, streamed Hugging Face data).
 
-    A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order.
+    A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order. Its
+    loading processes start anew with each epoch, seeded by it, so that what readers shuffle follows from nothing else.
     """
 
     def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
         if config.aug_repeats > 1:
             raise UserError(f'{config.data} is read as a stream, which cannot repeat images: set aug_repeats to 1')
-        transform = _train_transform(config, data_config)
-        self.accumulate, self.dataset = config.accumulate, dataset
-        self.loader = create_loader(
-            dataset,
-            batch_size=config.batch_size,
-            num_workers=config.workers,
-            device=runtime.device,
-            **transform,
-        )
+        if config.skip_bad_images:
+            raise UserError(
+                f'{config.data} is read as a stream, whose reader deals with unreadable images: leave skip_bad_images out'
+            )
+        transform = create_transform(**_train_transform(config, data_config), use_prefetcher=True)
+        self.seeds = config.seed, runtime.rank
+        self.stream = Stream(dataset, transform, self.seeds, config.workers)
+        self.generator = torch.Generator()  # of what PyTorch seeds the loading processes by
+        args = dict(batch_size=config.batch_size, drop_last=True, generator=self.generator, persistent_workers=False)
+        self.loader = _prefetch(self.stream, config, data_config, runtime, **args)
+        self.accumulate = config.accumulate
         self.updates_per_epoch = len(self.loader) // config.accumulate
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        self.dataset.set_epoch(epoch)
+        self.stream.dataset.set_epoch(epoch)
+        self.stream.epoch = epoch
+        self.generator.manual_seed(derive_seed(*self.seeds, epoch))
         steps = slice(update * self.accumulate, self.updates_per_epoch * self.accumulate)
         for images, targets in itertools.islice(self.loader, steps.start, steps.stop):
             yield Batch(images, targets, len(images), 1 / self.accumulate)
@@ -246,12 +280,12 @@ class Validation:
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
         batch_size = config.val_batch_size or config.batch_size
+        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
         if isinstance(dataset, IterableDataset):
             self.samples = None
-            args = dict(batch_size=batch_size, num_workers=config.workers, device=runtime.device)
-            self.loader = create_loader(dataset, is_training=False, **args, **data_config)
+            stream = Stream(dataset, transform, (config.seed, runtime.rank), config.workers)
+            self.loader = _prefetch(stream, config, data_config, runtime, batch_size=batch_size)
             return
-        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
         self.samples = Samples(dataset, transform, config)
         keys = [(0, index) for index in range(runtime.rank, len(dataset), runtime.world)]
         args = dict(sampler=keys, batch_size=batch_size)
@@ -276,7 +310,7 @@ def _train_transform(config: Config, data_config: Dict[str, Any]) -> Dict[str, A
 
 
 def _prefetch(
-    samples: Samples, config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
+    samples: Union[Samples, Stream], config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
 ) -> PrefetchLoader:
     """Batches that are copied to the device, and normalised there, while the model is at work on the one before."""
     loader = DataLoader(
@@ -284,8 +318,8 @@ def _prefetch(
         num_workers=config.workers,
         collate_fn=fast_collate,
         pin_memory=runtime.device.type == 'cuda',
-        persistent_workers=config.workers > 0,
-        **loader_args,
+        worker_init_fn=leave_stopping_to_main,
+        **{'persistent_workers': config.workers > 0, **loader_args},
     )
     normalisation = {name: data_config[name] for name in ('mean', 'std')}
     return PrefetchLoader(loader, channels=config.in_chans, device=runtime.device, **normalisation)
