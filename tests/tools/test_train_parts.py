@@ -128,6 +128,17 @@ def test_a_broken_checkpoint_is_skipped_and_only_broken_ones_are_an_error(tmp_pa
         checkpoints.load_newest(warnings.append)
 
 
+def test_broken_checkpoints_do_not_take_the_place_of_good_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for update in (5, 10):
+        checkpoints.save({'update': update}, update)
+    (tmp_path / 'checkpoint-00000010.pt').write_bytes(b'')
+    checkpoints.load_newest(lambda text: None)
+    checkpoints.save({'update': 7}, 7)  # stopped before the place of the broken one
+    assert [path.name for path in checkpoints.paths()] == ['checkpoint-00000007.pt', 'checkpoint-00000005.pt']
+    assert checkpoints.load_newest(pytest.fail)[0] == {'update': 7}
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(b'before')
