@@ -1,5 +1,6 @@
 """Whole runs of train.py on tiny data, through its command line."""
 
+import functools
 import importlib
 import re
 import resource
@@ -13,6 +14,7 @@ from user_errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
 
+torch_compile = torch.compile  # a test puts another in its place
 train = importlib.import_module('train')  # the folders of training images have the same name
 
 
@@ -369,3 +371,24 @@ def test_the_commands_of_the_page_are_commands(monkeypatch):
     for command in commands:
         path, _, values = train.parse_args(shlex.split(command))
         load_config(path, values)
+
+
+def test_compiled_training_goes_on_and_leaves_ordinary_weights(run, monkeypatch, tmp_path):
+    # The graphs are captured and differentiated as ever; only the C++ compiler, which takes minutes, is left out.
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: compiled.append(model) or captured(model))
+    captured = functools.partial(torch_compile, backend='aot_eager')
+    args = *SMALL, '--model', 'vim_nano', '--model-args', '{depth: 1, embed_dim: 16}', '--batch-size', 40
+    for name, options in (('eager', ()), ('compiled', ('--compile', '--ema-decay', 0.9))):
+        assert run(*args, *options, '--output', tmp_path / name)[2] == 0
+    assert [type(model).__name__ for model in compiled] == ['Vim']
+    max((tmp_path / 'compiled').glob('checkpoint-*.pt')).unlink()
+    before = rows(tmp_path / 'compiled')
+    out, err, _ = run(*args, '--compile', '--ema-decay', 0.9, '--resume', '--output', tmp_path / 'compiled')
+    assert 'epoch 2, update 4' in out, err
+    assert rows(tmp_path / 'compiled') == before
+    ours, theirs = newest(tmp_path / 'compiled'), newest(tmp_path / 'eager')
+    for key in ('state_dict', 'state_dict_ema'):
+        assert ours[key].keys() == theirs['state_dict'].keys()
+    for name, value in ours['state_dict'].items():
+        assert torch.allclose(value, theirs['state_dict'][name], rtol=1e-3, atol=1e-4), name
