@@ -296,6 +296,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
+        (['--ema-warmup'], 'there is none: set ema_decay'),
         (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
         (['--shard', '--clip-grad', '1', '--clip-mode', 'agc'], 'clip_mode agc takes norms of whole rows'),
         (['--device', 'tpu'], "cannot run on device 'tpu'"),
@@ -358,6 +359,7 @@ def test_every_model_has_a_configuration_that_fits(monkeypatch):
         if name in ours:
             assert config.model == name
             assert config.drop_path is not None
+            assert config.warmup_prefix is name.startswith('vmamba')
         args = {'drop_path_rate': config.drop_path} if config.drop_path is not None else {}
         create_model(config.model, **args, **config.model_args, device='meta')
 

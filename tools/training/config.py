@@ -181,6 +181,8 @@ def _check(config: Config) -> None:
         raise UserError('mixup and cutmix need whole batches: set drop_last to true, or mixup and cutmix to 0')
     if config.shard and config.clip_grad is not None and config.clip_mode == 'agc':
         raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
+    if config.ema_warmup and config.ema_decay is None:
+        raise UserError('ema_warmup is of a moving average, but there is none: set ema_decay, such as 0.999')
     if config.pretrained and config.checkpoint:
         raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
 
