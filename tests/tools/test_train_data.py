@@ -14,9 +14,9 @@ from PIL import Image
 from test_train_interrupted import assert_same
 from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from training.config import Config
-from training.data import StreamedData
+from training.data import IndexedData, StreamedData, Validation
 from training.runtime import Runtime
 from training_runs import ROOT, SMALL, newest, rows, signals_kept
 from user_errors import UserError
@@ -67,6 +67,27 @@ def test_what_streams_cannot_do_is_an_error():
         stream(aug_repeats=3)
     with pytest.raises(UserError, match='can skip no images'):
         stream(skip_bad_images=True)
+
+
+class SomeBroken(Dataset):
+    """Images of which some cannot be read."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        if index in (1, 4, 5):
+            raise OSError('truncated')
+        return Image.new('RGB', (20, 20)), index
+
+
+def test_a_validation_does_without_unreadable_images_and_training_takes_their_neighbours():
+    config, runtime = Config(batch_size=2, workers=0, skip_bad_images=True), Runtime(torch.device('cpu'))
+    validation = Validation(SomeBroken(), config, DATA_CONFIG, runtime)
+    assert [targets.tolist() for _, targets in validation] == [[0], [2, 3], [6]]
+    assert validation.report() == 'skipped 3 unreadable image(s): image 1, image 4, image 5'
+    train = IndexedData(SomeBroken(), replace(config, drop_last=False), DATA_CONFIG, runtime)
+    assert sorted(torch.cat([batch.targets for batch in train.batches(0, 0)]).tolist()) == [0, 2, 2, 3, 6, 6, 6]
 
 
 def write_shard(path, labels):

@@ -57,8 +57,7 @@ def _way_out(config: Config, error: Exception) -> str:
     if config.checkpoint and not config.new_head and isinstance(classifier, str) and classifier in str(error):
         return ' Or, if only the classifier differs: --new-head'
     if isinstance(error, TypeError):
-        with torch.device('meta'):
-            return _guess_argument(error, type(timm.create_model(config.model)))
+        return _guess_argument(error, type(timm.create_model(config.model)))
     return ''
 
 
