@@ -67,7 +67,7 @@ def runs_of(args: argparse.Namespace) -> List[Run]:
     """All runs, the first seed of each model and task first, so that an interrupt leaves something of each."""
     for model in args.models:
         if model not in MODELS and not timm.is_model(model):
-            raise UserError(f'there is no model {model!r}{nearest(model, [*MODELS, *timm.list_models()])}')
+            raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
     for task in args.tasks:
         if task not in DATASETS:
             raise UserError(f'there is no task {task!r}; there are {", ".join(DATASETS)}')

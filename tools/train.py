@@ -15,15 +15,16 @@ import torch.distributed as dist
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from training.checkpoint import Checkpoints
-from training.config import FIELDS, Config, add_options, load_config, nearest
-from training.data import SYNTHETIC, check_classes, class_names, create_data, load_dataset
+from training.config import FIELDS, Config, add_options, load_config
+from training.data import create_data
 from training.engine import Trainer
 from training.parallel import check_sharding, distribute
 from training.report import Report
 from training.runtime import Runtime, start
 from training.seeding import seed_all
-from training.setup import create_model, create_optimizer, create_task, data_config_of
-from user_errors import UserError
+from training.setup import create_model, create_optimizer, create_task, data_config_of, describe, starts_from_scratch
+from training.splits import class_names, load_datasets
+from user_errors import UserError, nearest
 
 import vmamba  # noqa: F401
 
@@ -51,23 +52,15 @@ def check_output(config: Config, resume: bool) -> None:
         )
 
 
-def prepare_output(config: Config) -> None:
-    """Makes the folder of the run and writes the configuration into it."""
+def prepare_output(config: Config, checkpoints: Checkpoints) -> None:
+    """Makes the folder of the run, rids it of what a killed one left half written, and writes the configuration."""
     output = Path(config.output)
     try:
+        checkpoints.remove_parts()
         output.mkdir(parents=True, exist_ok=True)
         (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
     except OSError as error:
         raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
-
-
-def load_datasets(config: Config) -> List[Any]:
-    """Training and validation split, none of synthetic data."""
-    if config.data == SYNTHETIC:
-        return []
-    datasets = [load_dataset(config, config.train_split, True), load_dataset(config, config.val_split, False)]
-    check_classes(*datasets)
-    return datasets
 
 
 def count_classes(config: Config, datasets: List[Any]) -> int:
@@ -91,14 +84,16 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     model = create_model(config, num_classes).to(runtime.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    train, validation = create_data(config, data_config_of(config, model), datasets, num_classes, runtime)
+    data_config = data_config_of(config, model)
+    train, validation = create_data(config, data_config, datasets, num_classes, runtime)
+    facts = describe(config, data_config, num_classes, class_names(datasets[0]) if datasets else None)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     task = create_task(config, model, runtime.device)
     parallel = distribute(config, task, runtime)
     optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
     processes = f'{runtime.world} process(es) on {runtime.device.type}'
     report.say(f'{config.model}: {params:.2f} M parameters, {num_classes} classes, {processes}, {config.precision}')
-    return Trainer(config, runtime, task, parallel, optimizer, train, validation, num_classes, report)
+    return Trainer(config, runtime, task, parallel, optimizer, train, validation, facts, report)
 
 
 def train(argv: Optional[List[str]] = None) -> None:
@@ -109,15 +104,19 @@ def train(argv: Optional[List[str]] = None) -> None:
     check_sharding(config, runtime)
     report = Report(Path(config.output), runtime)
     trainer = create_trainer(config, runtime, report)
-    if resume:
-        trainer.resume()
+    resumed = resume and trainer.resume()
     if runtime.is_primary:
-        prepare_output(config)
+        prepare_output(config, trainer.checkpoints)
+        if starts_from_scratch(config) and not resumed:
+            report.warn(
+                'new_head and layer_decay are for fine-tuning, but this run starts without weights: '
+                'give --pretrained or --checkpoint FILE'
+            )
     report.open_records(trainer.update, trainer.epoch)
     try:
         trainer.run()
     except (RuntimeError, OSError):
-        if trainer.stop.signal:  # the first process has saved and gone
+        if trainer.stop.signal and not runtime.is_primary:  # the first process has saved and gone
             trainer.stop.exit(trainer.stop.signal)
         raise
     finally:

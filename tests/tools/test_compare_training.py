@@ -138,14 +138,14 @@ def test_the_spread_tells_of_what_is_missing():
 @pytest.mark.parametrize(
     'options, expected',
     [
-        (['--models', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano"),
+        (['--models', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or vmamba_t or vmamba_s?"),
         (['--tasks', 'mnist'], "there is no task 'mnist'; there are mnist5k, digits, lfw, clutter"),
         (['--seeds', '1', '1'], '--seeds names something twice'),
         (['--seed', '1'], '--seed cannot be given to the runs; --models, --tasks and --seeds'),
         (['--model-args', '{stride: 6}'], '--model-args cannot be given to the runs'),
         (['--resume'], '--resume cannot be given to the runs'),
         (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
-        (['--weight-dekay', '0'], "unknown option '--weight-dekay'; did you mean '--weight-decay'?"),
+        (['--weight-dekay', '0'], "unknown option '--weight-dekay'; did you mean --weight-decay"),
         (['--jobs', '0'], "must be a whole number above 0, got '0'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else '',

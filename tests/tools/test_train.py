@@ -1,5 +1,6 @@
 """Whole runs of train.py on tiny data, through its command line."""
 
+import functools
 import importlib
 import re
 import resource
@@ -9,9 +10,11 @@ import pytest
 import torch
 import yaml
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
+from user_errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
 
+torch_compile = torch.compile  # a test puts another in its place
 train = importlib.import_module('train')  # the folders of training images have the same name
 
 
@@ -65,7 +68,8 @@ def test_a_run_leaves_its_records_and_learns(run, tmp_path):
     assert list((tmp_path / 'tensorboard').rglob('events*'))
     assert yaml.safe_load((tmp_path / 'config.yaml').read_text())['epochs'] == 4
     best = torch.load(tmp_path / 'best.pt', weights_only=True)
-    assert best['ema_top1'] == max(row['ema_top1'] for row in table)
+    assert max(best['val_top1'], best['ema_top1']) == max(max(row['val_top1'], row['ema_top1']) for row in table)
+    assert best['averaged'] is (best['ema_top1'] >= best['val_top1'])
     assert len(list(tmp_path.glob('checkpoint-*.pt'))) == 2
 
 
@@ -104,6 +108,7 @@ def test_fine_tuning_from_a_run_with_another_head(run, fails, folder, tmp_path):
     run(*data, '--data-dir', big, '--output', tmp_path / 'first')
     start = *data, '--data-dir', folder, '--checkpoint', tmp_path / 'first/best.pt', '--layer-decay', 0.7
     message = fails(*start, '--output', tmp_path / 'second')
+    assert message.endswith('if only the classifier differs: --new-head')
     assert 'head.fc.weight (3, 256) instead of (2, 256)' in message or 'of another shape' in message
     assert run(*start, '--new-head', '--lr', 1e-9, '--output', tmp_path / 'second')[2] == 0
     ours, theirs = newest(tmp_path / 'second')['state_dict'], newest(tmp_path / 'first')['state_dict']
@@ -121,6 +126,25 @@ def test_distillation_from_a_teacher(run, tmp_path):
     assert status == 0, err
     assert rows(tmp_path / 'student')[0]['train_loss'] != rows(tmp_path / 'teacher')[0]['train_loss']
     assert newest(tmp_path / 'student')['state_dict'].keys() == newest(tmp_path / 'teacher')['state_dict'].keys()
+
+
+def test_the_best_weights_are_the_average_only_where_it_scores_better(run, tmp_path):
+    args = *SMALL, '--epochs', 5, '--ema-decay', 0.9999
+    out, _, _ = run(*args, '--output', tmp_path / 'slow')
+    best, last = torch.load(tmp_path / 'slow/best.pt', weights_only=True), rows(tmp_path / 'slow')[-1]
+    assert last['val_top1'] > last['ema_top1'] + 10  # the average is still at the first weights
+    assert best['averaged'] is False and 'state_dict_ema' not in best
+    assert 'best.pt has the weights themselves' in out
+    run(*args, '--ema-warmup', '--output', tmp_path / 'warm')
+    assert rows(tmp_path / 'warm')[-1]['ema_top1'] > last['ema_top1'] + 10
+    assert rows(tmp_path / 'warm')[-1]['val_top1'] == last['val_top1']
+
+
+def test_fine_tuning_without_weights_is_told(run, tmp_path):
+    args = *SMALL, '--epochs', 1, '--layer-decay', 0.8, '--output', tmp_path
+    told = 'this run starts without weights: give --pretrained or --checkpoint FILE'
+    assert told in run(*args)[1]
+    assert told not in run(*args, '--resume', '--epochs', 2)[1]
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fails, tmp_path):
@@ -145,16 +169,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
         message = fails(*args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert 'cannot write' in message and 'what was saved before is intact' in message
+    assert 'cannot write' in message and ': File too large; what was saved before is intact' in message
     assert {path: path.read_bytes() for path in tmp_path.glob('*.pt')} == before
     assert not list(tmp_path.glob('.*.part'))
+    (tmp_path / '.checkpoint-00000009.pt.part').write_bytes(b'of a run that was killed')
     assert run(*args)[2] == 0
+    assert not list(tmp_path.glob('.*.part'))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(fails, tmp_path):
     diverging = *SMALL, '--lr', '1e30', '--warmup-epochs', 0, '--clip-grad', 'null', '--checkpoint-every', 1
     message = fails(*diverging, '--output', tmp_path)
     assert 'is not a finite number at or before update' in message
+    assert message.endswith('; lower lr, set clip_grad')  # it is fp32 already
     assert f'the last good checkpoint is {tmp_path}/checkpoint-0000000' in message
     state = newest(tmp_path)
     assert all(value.isfinite().all() for value in state['state_dict'].values())
@@ -190,21 +217,65 @@ def test_folders_that_do_not_fit(fails, tmp_path):
     (other / 'validation/dog').rename(other / 'validation/emu')
     assert 'different classes: dog, emu' in message(other)
     single = image_folder(tmp_path / 'single') / 'train'
-    assert 'for training and for validation' in message(single)
+    assert f"{single} has no 'train'; it has cat, dog: --train-split names the folder in it" in message(single)
     assert 'there is no folder' in message(tmp_path / 'nowhere')
     (tmp_path / 'bare').mkdir()
-    assert 'cannot open the folder' in message(tmp_path / 'bare')
+    assert "has no 'train'; it has nothing" in message(tmp_path / 'bare')
+
+
+def test_nothing_is_validated_on_what_it_is_trained_on(run, fails, tmp_path):
+    data = image_folder(tmp_path / 'data')
+    args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1, '--output', tmp_path / 'run'
+    wrong = fails(*args, '--train-split', 'trian')
+    assert "has no 'trian'; it has train, validation: --train-split names the folder in it; did you mean train" in wrong
+    (data / 'validation').rename(data / 'test')
+    assert "has no 'validation'; it has test, train: --val-split names" in fails(*args)
+    assert f'must not be trained on: part {data}/train and {data}/train/cat' in fails(*args, '--val-split', 'train/cat')
+    assert run(*args, '--val-split', 'test')[2] == 0
+    (data / 'test').rename(data / 'val')
+    assert run(*args, '--output', tmp_path / 'synonym')[2] == 0
+
+
+def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
+    data = image_folder(tmp_path / 'data')
+    args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--output', tmp_path / 'run', '--resume'
+    assert run(*args, '--epochs', 1)[2] == 0
+    best = torch.load(tmp_path / 'run/best.pt', weights_only=True)
+    assert best['config']['class_names'] == ['cat', 'dog']
+    for split in ('train', 'validation'):
+        (data / split / 'dog').rename(data / split / 'cow')
+    assert 'is of a run with other classes: now without dog and with cow; give the data' in fails(*args)
+    (data / 'train/cat/0.png').unlink()
+    assert 'is of a run with images 12, now 11; give what it had' in fails(*args)
 
 
 @pytest.mark.parametrize(
     'options, expected',
     [
-        (['--weight-dekay', '0.1'], "unknown option '--weight-dekay'; did you mean '--weight-decay'?"),
+        (['--weight-dekay', '0.1'], "unknown option '--weight-dekay'; did you mean --weight-decay"),
         (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
         (['--precision', 'fp8'], "precision must be one of fp32, bf16, fp16, got 'fp8'"),
-        (['--model', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean 'vmamba_nano'?"),
-        (['--opt', 'adamv'], "there is no optimizer 'adamv'; did you mean 'adam'?"),
-        (['--sched', 'cosin'], "Unknown scheduler 'cosin'"),
+        (['--model', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or vmamba_t"),
+        (['--opt', 'adamv'], "there is no optimizer 'adamv'; did you mean adam"),
+        (['--opt', 'lookahead_adamv'], "there is no optimizer 'lookahead_adamv'"),
+        (['--opt-args', '{beta: [0.9, 0.95]}'], "unexpected keyword argument 'beta'; did you mean betas?"),
+        (['--opt-args', '{betas: [0.9, 2.0]}'], 'do not fit adamw: Invalid beta parameter at index 1: 2.0'),
+        (['--sched', 'cosin'], "got 'cosin'; did you mean cosine?"),
+        (['--interpolation', 'bicubik'], "got 'bicubik'; did you mean bicubic?"),
+        (['--auto-augment', 'rnd-m9'], "auto_augment 'rnd-m9' is none of timm's policies"),
+        (['--lr', '-1'], 'lr must be above 0, got -1'),
+        (['--lr', '.inf'], 'lr must be above 0, got inf'),
+        (['--workers', '-1'], 'workers must be at least 0, got -1'),
+        (['--img-size', '-3'], 'img_size must be at least 1, got -3'),
+        (['--drop-path', '1.5'], 'drop_path must be at least 0 and below 1, got 1.5'),
+        (['--crop-pct', '0'], 'crop_pct must be above 0 and at most 1, got 0'),
+        (['--scale', '[1.0, 0.5]'], 'scale must be two numbers, the lower first, got [1.0, 0.5]'),
+        (['--warmup-epochs', '2'], 'warmup_epochs 2 must be below epochs 2'),
+        (['--data', 'hfd/foo'], "data 'hfd/foo' is none of packaged/..., hfds/..."),
+        (['--data', 'hfd/foo'], 'for the folder data_dir; did you mean hfds/'),
+        (['--data', 'synthetik'], 'did you mean synthetic?'),
+        (['--val-split', 'train'], "train_split and val_split are both 'train'"),
+        (['--train-split', 'all'], "packaged/lfw has the images of both other splits in 'all'"),
         (['--data', 'packaged/mnist'], 'there are packaged/mnist5k, packaged/digits, packaged/lfw'),
         (['--train-split', 'test'], "packaged/lfw has no split 'test', only train, validation, all"),
         (['--data', ''], 'no data: give --data-dir FOLDER'),
@@ -214,8 +285,16 @@ def test_folders_that_do_not_fit(fails, tmp_path):
         (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
         (['--batch-size', '500', '--drop-last'], 'fewer images than an update of 500'),
         (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
+        (['--pretrained', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights: leave pretrained out'),
+        (
+            ['--teacher', 'test_vit'],
+            'the teacher test_vit have 1000 classes, the data 2; give --teacher-checkpoint FILE',
+        ),
+        (['--teacher', 'test_vitt'], "there is no teacher 'test_vitt'; did you mean test_vit"),
+        (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
-        (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'"),
+        (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
+        (['--ema-warmup'], 'there is none: set ema_decay'),
         (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
         (['--shard', '--clip-grad', '1', '--clip-mode', 'agc'], 'clip_mode agc takes norms of whole rows'),
         (['--device', 'tpu'], "cannot run on device 'tpu'"),
@@ -232,12 +311,27 @@ def test_wrong_configurations_are_one_line(fails, tmp_path):
         path.write_text(text)
         return fails(path)
 
-    assert f"{path} has an unknown key 'weight_dekay'; did you mean 'weight_decay'?" in message('weight_dekay: 0.1')
+    assert f"{path} has an unknown key 'weight_dekay'; did you mean weight_decay?" in message('weight_dekay: 0.1')
     assert 'is not valid YAML' in message('lr: [')
     assert 'must hold keys and values' in message('- lr')
     assert 'builds on itself' in message('_base_: config.yaml')
     assert 'names no model' in message('lr: 0.1')
     assert 'there is no configuration' in message('_base_: nothing.yaml')
+    assert '_base_ must name a file, got 3' in message('_base_: 3')
+
+
+def test_numbers_that_no_run_has_a_use_for_are_refused_and_null_takes_a_text_back():
+    from training.config import load_config
+
+    path = ROOT / CONFIGS / 'vim_t.yaml'
+    wrong = dict(ema_decay=[1.5, 1, -1], clip_grad=[0], mixup=[-1], weight_decay=[-1], val_batch_size=[0], reprob=[1.1])
+    wrong.update(ratio=[[0.0, 1.0]], seed=[-1], checkpoint_every=[-5], layer_decay=[0])
+    for key, value in ((key, value) for key, values in wrong.items() for value in values):
+        with pytest.raises(UserError, match=f'^{key} must be '):
+            load_config(path, {key: value})
+    _, _, values = train.parse_args([str(path), '--auto-augment', 'null', '--teacher', 'null', '--checkpoint', 'a.pt'])
+    config = load_config(path, values)
+    assert (config.auto_augment, config.teacher, config.checkpoint) == (None, None, 'a.pt')
 
 
 def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, tmp_path):
@@ -245,6 +339,9 @@ def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, t
     monkeypatch.setenv('TERM', 'xterm')
     out, _, _ = run(*SMALL, '--output', tmp_path, '--log-every', 1, '--in-chans', 1)
     assert 'epoch 2/2' in out and 'epoch 2 update' not in out
+    kept = torch.load(tmp_path / 'best.pt', weights_only=True)['config']
+    assert (kept['in_chans'], kept['mean'], kept['std'], kept['img_size']) == (1, [0.5], [0.5], 32)
+    assert {'model', 'model_args', 'num_classes', 'crop_pct', 'crop_mode', 'interpolation', 'class_names'} < kept.keys()
     assert {value.shape[1] for value in newest(tmp_path)['state_dict'].values() if value.shape[2:] == (16, 16)} == {1}
 
 
@@ -260,6 +357,7 @@ def test_every_model_has_a_configuration_that_fits(monkeypatch):
         if name in ours:
             assert config.model == name
             assert config.drop_path is not None
+            assert config.warmup_prefix is name.startswith('vmamba')
         args = {'drop_path_rate': config.drop_path} if config.drop_path is not None else {}
         create_model(config.model, **args, **config.model_args, device='meta')
 
@@ -273,3 +371,24 @@ def test_the_commands_of_the_page_are_commands(monkeypatch):
     for command in commands:
         path, _, values = train.parse_args(shlex.split(command))
         load_config(path, values)
+
+
+def test_compiled_training_goes_on_and_leaves_ordinary_weights(run, monkeypatch, tmp_path):
+    # The graphs are captured and differentiated as ever; only the C++ compiler, which takes minutes, is left out.
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: compiled.append(model) or captured(model))
+    captured = functools.partial(torch_compile, backend='aot_eager')
+    args = *SMALL, '--model', 'vim_nano', '--model-args', '{depth: 1, embed_dim: 16}', '--batch-size', 40
+    for name, options in (('eager', ()), ('compiled', ('--compile', '--ema-decay', 0.9))):
+        assert run(*args, *options, '--output', tmp_path / name)[2] == 0
+    assert [type(model).__name__ for model in compiled] == ['Vim']
+    max((tmp_path / 'compiled').glob('checkpoint-*.pt')).unlink()
+    before = rows(tmp_path / 'compiled')
+    out, err, _ = run(*args, '--compile', '--ema-decay', 0.9, '--resume', '--output', tmp_path / 'compiled')
+    assert 'epoch 2, update 4' in out, err
+    assert rows(tmp_path / 'compiled') == before
+    ours, theirs = newest(tmp_path / 'compiled'), newest(tmp_path / 'eager')
+    for key in ('state_dict', 'state_dict_ema'):
+        assert ours[key].keys() == theirs['state_dict'].keys()
+    for name, value in ours['state_dict'].items():
+        assert torch.allclose(value, theirs['state_dict'][name], rtol=1e-3, atol=1e-4), name

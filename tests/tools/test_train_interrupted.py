@@ -1,9 +1,11 @@
 """Runs of train.py that are killed and resumed, in processes of their own."""
 
+import os
 import random
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from training_runs import CONFIGS, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
@@ -39,13 +41,20 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     finish(start(*STATEFUL, '--output', whole))
     chance = random.Random(0)
     for number, kill in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = start(*STATEFUL, '--output', broken, '--resume', '--workers', number % 2)
+        options = '--output', broken, '--resume', '--workers', number % 2
+        process = start(*STATEFUL, *options, start_new_session=True)
         wait_for(process, f'epoch {number + 1} update {chance.randint(3, 7)}/10')
         time.sleep(chance.random() / 4)
-        process.send_signal(kill)
-        out, _ = finish(process, 128 + kill if kill == signal.SIGTERM else -kill)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) >= number % 2
         if kill == signal.SIGTERM:
+            os.killpg(process.pid, kill)  # the loading processes too, as torchrun and job schedulers do
+            out, _ = finish(process, 128 + kill)
             assert 'stopped by signal 15' in out
+        else:
+            process.send_signal(kill)
+            finish(process, -kill)
+        assert not psutil.wait_procs(workers, timeout=30)[1]
     damaged = max(broken.glob('checkpoint-*.pt'))
     damaged.write_bytes(damaged.read_bytes()[:100_000])
     out, err = finish(start(*STATEFUL, '--output', broken, '--resume'))
@@ -59,7 +68,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
 
 def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(tmp_path):
     # 1,437 images are 7 updates of 200 and one of 37, which the two processes share as 19 and 18.
-    args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 0
+    args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 1
     args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
     one, two = tmp_path / 'one', tmp_path / 'two'
     joined = start(*args, '--batch-size', 200, '--output', one)

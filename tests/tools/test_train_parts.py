@@ -1,5 +1,7 @@
 """The order of the images, the packaged data and the checkpoints of train.py."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_datas
 from images.scenes import Composer
 from timm.data import create_transform
 from training.checkpoint import Checkpoints, write_atomically
+from training.config import Config
 from training.order import BatchOrder
 from training.seeding import derive_seed, seed_all, seeded
+from training.setup import create_optimizer, create_scheduler
+from training.splits import load_datasets
 from user_errors import UserError
 
 
@@ -64,6 +69,33 @@ def test_repeated_augmentation_brings_an_image_again_with_another_seed():
     assert len({seed for seed, _ in update}) == 12
     first, second = (BatchOrder(range(12), 6, world=2, rank=rank, repeats=3) for rank in (0, 1))
     assert {index for _, index in updates(first)[0]} == {index for _, index in updates(second)[0]}
+
+
+def test_the_cosine_begins_after_the_warm_up_or_at_the_first_epoch():
+    def rates(**settings):
+        config = Config(epochs=10, warmup_epochs=2, warmup_lr=0, min_lr=0, **settings)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = create_scheduler(config, optimizer, updates_per_epoch=5)
+        return [scheduler._get_lr(update)[0] for update in (5, 10, 30, 50)]
+
+    assert rates(warmup_prefix=True) == pytest.approx([0.5, 1, 0.5, 0])
+    assert rates() == pytest.approx([0.5, (1 + np.cos(0.2 * np.pi)) / 2, (1 + np.cos(0.6 * np.pi)) / 2, 0])
+
+
+def test_optimizers_of_timm_are_known_with_its_lookahead():
+    optimizer = create_optimizer(Config(opt='lookahead_adamw'), torch.nn.Linear(2, 2), 512)
+    assert type(optimizer).__name__ == 'Lookahead'
+
+
+@pytest.mark.parametrize('splits, wrong', [(('trian', 'test'), 'train_split'), (('train', 'training'), 'val_split')])
+def test_a_split_that_timm_takes_for_the_other_part_is_an_error(monkeypatch, splits, wrong):
+    def create_dataset(name, split, **kwargs):  # as timm of torchvision's
+        return SimpleNamespace(train=split in ('train', 'training'))
+
+    monkeypatch.setattr('training.splits.create_dataset', create_dataset)
+    with pytest.raises(UserError, match=f'^{wrong} .* of torch/cifar10 are the'):
+        load_datasets(Config(data='torch/cifar10', train_split=splits[0], val_split=splits[1]))
+    assert load_datasets(Config(data='torch/cifar10', val_split='test'))
 
 
 def test_seeds_leave_the_other_random_numbers_alone():
@@ -126,6 +158,17 @@ def test_a_broken_checkpoint_is_skipped_and_only_broken_ones_are_an_error(tmp_pa
     older.write_bytes(b'')
     with pytest.raises(UserError, match='all 2 checkpoints'):
         checkpoints.load_newest(warnings.append)
+
+
+def test_broken_checkpoints_do_not_take_the_place_of_good_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for update in (5, 10):
+        checkpoints.save({'update': update}, update)
+    (tmp_path / 'checkpoint-00000010.pt').write_bytes(b'')
+    checkpoints.load_newest(lambda text: None)
+    checkpoints.save({'update': 7}, 7)  # stopped before the place of the broken one
+    assert [path.name for path in checkpoints.paths()] == ['checkpoint-00000007.pt', 'checkpoint-00000005.pt']
+    assert checkpoints.load_newest(pytest.fail)[0] == {'update': 7}
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):

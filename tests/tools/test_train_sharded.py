@@ -62,7 +62,21 @@ def test_shards_learn_as_one_process_and_resume_exactly(run_alone, tmp_path, cap
     # 160 images are three updates of 48 and one of 16, of which each process has 8 in two steps.
     shape = dict(depths=[1, 1], embed_dim=16)
     args = f'{CONFIGS}/lfw_vmamba_nano.yaml', '--model-args', shape, '--workers', 0, '--device', 'cpu', '--epochs', 1
-    args = *args, '--opt', 'sgd', '--lr', 0.05, '--clip-grad', 1.0, '--ema-decay', 0.5, '--layer-decay', 0.9
+    args = (
+        *args,
+        '--warmup-epochs',
+        0.5,
+        '--opt',
+        'sgd',
+        '--lr',
+        0.05,
+        '--clip-grad',
+        1.0,
+        '--ema-decay',
+        0.5,
+        '--layer-decay',
+        0.9,
+    )
     args = *args, '--precision', 'fp32', '--channels-last'
     shards = *args, '--batch-size', 12, '--accumulate', 2, '--shard', '--log-every', 1
     one, two, broken = (tmp_path / name for name in ('one', 'two', 'broken'))
@@ -91,13 +105,15 @@ def test_shards_learn_as_one_process_and_resume_exactly(run_alone, tmp_path, cap
 
     assert rows(two) == [pytest.approx(row, rel=1e-4) for row in rows(one)]
     ours, theirs = (torch.load(folder / 'best.pt', weights_only=True) for folder in (two, one))
-    for key in ('state_dict', 'state_dict_ema'):
-        for (name, value), (expected_name, expected) in zip(ours[key].items(), theirs[key].items(), strict=True):
-            assert name == expected_name and type(value) is torch.Tensor
-            assert torch.allclose(value, expected, rtol=1e-3, atol=1e-4), name
+    assert ours['averaged'] is theirs['averaged']
+    for (name, value), (expected_name, expected) in zip(
+        ours['state_dict'].items(), theirs['state_dict'].items(), strict=True
+    ):
+        assert name == expected_name and type(value) is torch.Tensor
+        assert torch.allclose(value, expected, rtol=1e-3, atol=1e-4), name
     overlay = dict(file=str(two / 'best.pt'))
     model = timm.create_model('vmamba_nano', num_classes=2, pretrained=True, pretrained_cfg_overlay=overlay, **shape)
-    assert torch.equal(model.head.fc.weight, ours['state_dict_ema']['head.fc.weight'])
+    assert torch.equal(model.head.fc.weight, ours['state_dict']['head.fc.weight'])
 
     with pytest.raises(SystemExit):
         run_alone(*args, '--batch-size', 48, '--output', two, '--resume')
@@ -169,6 +185,9 @@ def test_a_broken_checkpoint_is_skipped_and_the_two_newest_are_kept(checkpoints,
     state, path = checkpoints.load_newest(warnings.append)
     assert path.name == names[1] and len(warnings) == 1 and names[0] in warnings[0]
     assert_same(whole(state), whole(state_of(15, checkpoints.mesh)))
+    path = checkpoints.save(state_of(16, checkpoints.mesh), 16)
+    assert [path.name for path in checkpoints.paths()] == ['checkpoint-00000016', names[1]]
+    (tmp_path / names[1] / 'whole.pt').write_bytes(b'')
     (path / 'whole.pt').write_bytes(b'')
     with pytest.raises(UserError, match='all 2 checkpoints'):
         checkpoints.load_newest(warnings.append)
@@ -180,7 +199,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(checkpoints, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match='cannot write .*checkpoint-00000010.*saved before is intact'):
+        with pytest.raises(
+            UserError,
+            match='cannot write .*checkpoint-00000010: the disk took only a part of it; what was saved before',
+        ):
             checkpoints.save(state_of(10, checkpoints.mesh), 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

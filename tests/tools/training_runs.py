@@ -16,7 +16,10 @@ SCRIPT = 'tools/train.py'
 CONFIGS = 'configs/classification'
 
 # A run of a small model on 160 images of 32x32.
-SMALL = (f'{CONFIGS}/lfw_vmamba_nano.yaml', '--model', 'test_vit', '--workers', '0', '--epochs', '2', '--device', 'cpu')
+SMALL = (
+    *(f'{CONFIGS}/lfw_vmamba_nano.yaml', '--model', 'test_vit', '--workers', '0', '--epochs', '2', '--device', 'cpu'),
+    *('--warmup-epochs', '0.5'),
+)
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port')
 
 

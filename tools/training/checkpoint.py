@@ -13,6 +13,7 @@ from user_errors import UserError
 
 _PATTERN = re.compile(r'checkpoint-(\d{8,})(?:_(\d+))?(\.pt)?')
 WHOLE = 'whole.pt'  # in the folder of a sharded checkpoint: what is not in shards
+_SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
 BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -41,7 +42,18 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 def not_written(path: Path, error: BaseException) -> UserError:
     """What to raise where a write failed."""
-    return UserError(f'cannot write {path}: {" ".join(str(error).split())}; what was saved before is intact')
+    return UserError(f'cannot write {path}: {cause_of(error)}; what was saved before is intact')
+
+
+def cause_of(error: BaseException) -> str:
+    """What the system said, which PyTorch's writer hides behind an error of its own."""
+    cause = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__context__
+    if cause:
+        return f'{cause.strerror}: {cause.filename}' if cause.filename else cause.strerror
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return 'the disk took only a part of it' if _SHORT_WRITE in text else text
 
 
 def sync_folder(path: Path) -> None:
@@ -64,17 +76,29 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self.broken: List[Path] = []  # newer than what was loaded; they would be kept in the place of good ones
 
     def paths(self) -> List[Path]:
         """From the newest to the oldest."""
         return sorted(filter(_age, self.folder.glob('checkpoint-*')), key=_age, reverse=True)
 
     def save(self, state: Dict[str, Any], update: int) -> Path:
-        """Writes a checkpoint, then removes what is too old."""
+        """Writes a checkpoint, then removes what is broken or too old."""
         path = self.folder / f'checkpoint-{update:08d}.pt'
         write_atomically(path, lambda file: torch.save(state, file))
-        remove(self.paths()[self.keep :])
+        remove(self.superseded(path))
         return path
+
+    def superseded(self, newest: Path) -> List[Path]:
+        """The checkpoints that are of no use once there is this one."""
+        paths = self.paths()
+        broken = [path for path in paths if path in self.broken and path != newest]
+        self.broken = []
+        return [*broken, *[path for path in paths if path not in broken][self.keep :]]
+
+    def remove_parts(self) -> None:
+        """Removes what killed runs had begun to write."""
+        remove(list(self.folder.glob('.*.part')))
 
     def save_best(self, state: Dict[str, Any]) -> None:
         """Writes the weights of the best score; they are all that is needed of it."""
@@ -93,12 +117,15 @@ class Checkpoints:
             UserError: If there are only broken ones.
         """
         paths = self.paths()
-        for path in paths:
+        for number, path in enumerate(paths):
             try:
-                return self.read(path), path
+                state = self.read(path)
             except BROKEN as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                warn(f'skipped the broken checkpoint {path}: {reason}')
+                warn(f'skipped the broken checkpoint {path}, to be removed when the next one is written: {reason}')
+            else:
+                self.broken = paths[:number]
+                return state, path
         if paths:
             raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start anew in another --output')
         return None

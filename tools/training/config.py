@@ -2,14 +2,15 @@
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import yaml
-from user_errors import UserError
+from user_errors import UserError, nearest
+
+from .limits import check_values
 
 BASE_KEY = '_base_'
 
@@ -85,9 +86,11 @@ class Config:
     epochs: int = _key(300, 'passes over the data')
     sched: str = _key('cosine', "name of timm's schedule")
     warmup_epochs: float = _key(20.0, 'epochs of rising learning rate, among the epochs')
+    warmup_prefix: bool = _key(False, 'begin the schedule after the warm-up, instead of at the first epoch')
     warmup_lr: float = _key(1e-6, 'learning rate at the start')
     min_lr: float = _key(5e-6, 'learning rate at the end')
     ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average')
+    ema_warmup: bool = _key(False, 'let the decay of the average rise to ema_decay, for short runs')
     # How it runs
     precision: str = _key('bf16', 'fp32, bf16 or fp16 (with loss scaling)')
     compile: bool = _key(False, 'compile the model')
@@ -105,14 +108,6 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _HINTS = typing.get_type_hints(Config)
-_CHOICES = {
-    'precision': ('fp32', 'bf16', 'fp16'),
-    'remode': ('const', 'rand', 'pixel'),
-    'mixup_mode': ('batch', 'pair', 'elem'),
-    'clip_mode': ('norm', 'value', 'agc'),
-    'in_chans': (1, 3),
-}
-_POSITIVE = ('batch_size', 'epochs', 'accumulate', 'aug_repeats', 'log_every', 'keep_checkpoints', 'synthetic_images')
 
 
 def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
@@ -144,18 +139,14 @@ def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{path} must hold keys and values, found a {type(content).__name__}')
     base = content.pop(BASE_KEY, None)
+    if not isinstance(base, (str, type(None))):
+        raise UserError(f'{path}: {BASE_KEY} must name a file, got {base!r}')
     values = _read(path.parent / base, [*seen, path.resolve()]) if base else {}
     for key, value in content.items():
         if key not in FIELDS:
-            raise UserError(f'{path} has an unknown key {key!r}{nearest(key, FIELDS)}')
+            raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), FIELDS)}')
         values[key] = _convert(key, value, path)
     return values
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question for the known name that is most like a wrong one; nothing if none is."""
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f'; did you mean {found[0]!r}?' if found else ''
 
 
 def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
@@ -180,15 +171,7 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
 def _check(config: Config) -> None:
     if not config.model:
         raise UserError("the configuration names no model; add 'model: vmamba_t'")
-    for key, choices in _CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise UserError(f'{key} must be one of {", ".join(map(str, choices))}, got {getattr(config, key)!r}')
-    for key in _POSITIVE:
-        if getattr(config, key) < 1:
-            raise UserError(f'{key} must be at least 1, got {getattr(config, key)}')
-    for key in ('scale', 'ratio'):
-        if len(getattr(config, key)) != 2:
-            raise UserError(f'{key} must be two numbers, got {getattr(config, key)}')
+    check_values(config)
     mixes = config.mixup > 0 or config.cutmix > 0
     if mixes and config.batch_size % 2:
         raise UserError(
@@ -198,6 +181,8 @@ def _check(config: Config) -> None:
         raise UserError('mixup and cutmix need whole batches: set drop_last to true, or mixup and cutmix to 0')
     if config.shard and config.clip_grad is not None and config.clip_mode == 'agc':
         raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
+    if config.ema_warmup and config.ema_decay is None:
+        raise UserError('ema_warmup is of a moving average, but there is none: set ema_decay, such as 0.999')
     if config.pretrained and config.checkpoint:
         raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
 
@@ -210,8 +195,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=argparse.SUPPRESS, help=help_text)
         else:
-            kind = str if field.type in (str, Optional[str]) else _parse_value
+            kind = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
             parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
+
+
+def _parse_text(text: str) -> Optional[str]:
+    return None if text == 'null' else text
 
 
 def _parse_value(text: str) -> Any:

@@ -1,27 +1,24 @@
 """Training and validation data: timm's datasets and transforms, in an order that a run can continue."""
 
 import itertools
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from images.image_files import READ_ERRORS
-from images.packaged_data import PREFIX, create_packaged_dataset
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_loader, create_transform
+from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from user_errors import UserError
 
 from .config import Config
 from .order import BatchOrder, Key
-from .runtime import Runtime
-from .seeding import seeded
+from .runtime import Runtime, leave_stopping_to_main
+from .seeding import derive_seed, seeded
+from .splits import NAMES_SHOWN, SYNTHETIC, image_mode
 
-SYNTHETIC = 'synthetic'
-_NAMES_SHOWN = 10
+LEFT_OUT = -1  # label of an image that could not be read
 
 
 class Batch(NamedTuple):
@@ -36,16 +33,22 @@ class Batch(NamedTuple):
 class Samples(Dataset):
     """A dataset's transformed images, by pairs of the augmentation's seed and the index.
 
-    An unreadable image is marked in `bad`, which loading processes share, and replaced by the next readable one if they
-    are to be skipped; otherwise `check` ends the run.
+    An unreadable image is marked in `bad`, which loading processes share. If they are to be skipped, the next readable
+    one takes its place, or its label is LEFT_OUT; otherwise `check` ends the run.
+
+    Args:
+        dataset: With images and labels.
+        transform: Of the images.
+        config: Settings.
+        replace: Whether another image may take the place of one that is skipped.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], config: Config) -> None:
+    def __init__(self, dataset: Dataset, transform: Callable, config: Config, replace: bool = True) -> None:
         dataset.transform = None  # of torchvision's and timm's datasets alike
         self.dataset, self.transform = dataset, transform
-        self.mode = _mode(config)
+        self.mode = image_mode(config)
         self.skip_bad = config.skip_bad_images
-        self.tries = len(dataset) if self.skip_bad else 1
+        self.tries = len(dataset) if self.skip_bad and replace else 1
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._reported = 0
 
@@ -54,7 +57,7 @@ class Samples(Dataset):
 
     def __getitem__(self, key: Key) -> Tuple[Any, int]:
         seed, index = key
-        image, target = Image.new(self.mode, (1, 1)), 0  # never trained on: `check` ends the run
+        image, target = Image.new(self.mode, (1, 1)), LEFT_OUT
         for offset in range(self.tries):
             candidate = (index + offset) % len(self)
             try:
@@ -88,8 +91,8 @@ class Samples(Dataset):
         if len(indices) == self._reported:
             return None
         self._reported = len(indices)
-        names = ', '.join(map(self._name, indices[:_NAMES_SHOWN]))
-        more = f' and {len(indices) - _NAMES_SHOWN} more' if len(indices) > _NAMES_SHOWN else ''
+        names = ', '.join(map(self._name, indices[:NAMES_SHOWN]))
+        more = f' and {len(indices) - NAMES_SHOWN} more' if len(indices) > NAMES_SHOWN else ''
         return f'skipped {len(indices)} unreadable image(s): {names}{more}'
 
     def _name(self, index: int, **kwargs: bool) -> str:
@@ -104,69 +107,11 @@ class Samples(Dataset):
         return f'{path} could not be read as an image'
 
 
-def _mode(config: Config) -> str:
-    """Pillow's mode of images with so many channels."""
-    return 'L' if config.in_chans == 1 else 'RGB'
-
-
-def load_dataset(config: Config, split: str, training: bool) -> Dataset:
-    """A split of the configured data.
-
-    Raises:
-        UserError: If it is not there.
-    """
-    mode = _mode(config)
-    if config.data.startswith(PREFIX):
-        try:
-            return create_packaged_dataset(config.data, split, mode)
-        except (ValueError, ImportError) as error:
-            raise UserError(str(error)) from error
-    if config.data_dir is not None and not config.data.strip('/') and not Path(config.data_dir).exists():
-        raise UserError(f'there is no folder {config.data_dir}; --data-dir names the folder of the data')
-    if not config.data and config.data_dir is None:
-        raise UserError('no data: give --data-dir FOLDER, or --data packaged/mnist5k, or --data synthetic')
-    extra: Dict[str, Any] = {'input_img_mode': mode, 'seed': config.seed, 'batch_size': config.batch_size}
-    if config.data.startswith('torch/'):
-        extra = {}
-    try:
-        return create_dataset(
-            config.data, root=config.data_dir, split=split, is_training=training, **{**extra, **config.data_args}
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
-        where = f'{config.data or "the folder"} {config.data_dir or ""}'.strip()
-        raise UserError(f'cannot open {where}, split {split!r}: {" ".join(str(error).split())}') from error
-
-
-def class_names(dataset: Dataset) -> Optional[Dict[str, int]]:
-    """Index of every class, where the dataset knows it."""
-    return getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-
-
-def check_classes(train: Dataset, validation: Dataset) -> None:
-    """Raises UserError for folders of classes without images, and for splits with different classes."""
-    readers = [getattr(dataset, 'reader', None) for dataset in (train, validation)]
-    roots = [Path(reader.root) for reader in readers if isinstance(reader, ReaderImageFolder)]
-    for root, reader in zip(roots, readers):
-        leaves = [path for path in root.rglob('*') if path.is_dir() and path.name not in reader.class_to_idx]
-        empty = [str(path) for path in leaves if not any(child.is_dir() for child in path.iterdir())]
-        if empty:
-            shown = ', '.join(sorted(empty)[:_NAMES_SHOWN])
-            raise UserError(f'{len(empty)} class folder(s) without an image: {shown}; fill or remove them')
-    if len(roots) == 2 and roots[0] == roots[1]:
-        raise UserError(
-            f'{roots[0]} would serve for training and for validation; give it folders train/ and validation/'
-        )
-    ours, theirs = class_names(train), class_names(validation)
-    if ours and theirs and ours != theirs:
-        differ = sorted(map(str, ours.keys() ^ theirs.keys())) or ['their order']
-        raise UserError(f'training and validation have different classes: {", ".join(differ[:_NAMES_SHOWN])}')
-
-
 class IndexedData:
     """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
-        transform = create_transform(**_train_transform(config, data_config), use_prefetcher=True)
+        transform = _create_train_transform(config, data_config)
         self.samples = Samples(dataset, transform, config)
         self.order = BatchOrder(
             dataset,
@@ -181,6 +126,9 @@ class IndexedData:
         self.updates_per_epoch = self.order.updates_per_epoch
         self.loader = _prefetch(self.samples, config, data_config, runtime, batch_sampler=self.order)
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
         """The rest of an epoch, from an update on."""
         self.order.go_to(epoch, update)
@@ -192,28 +140,63 @@ class IndexedData:
         return self.samples.report()
 
 
+class Stream(IterableDataset):
+    """The transformed images of a dataset that can only be read in its own order.
+
+    The augmentation of an image follows its place among those of its loading process.
+
+    Args:
+        dataset: With images and labels.
+        transform: Of the images.
+        seeds: Of the augmentation: the run's, and this process's number.
+        workers: Number of loading processes, by which readers share the images out.
+    """
+
+    def __init__(self, dataset: IterableDataset, transform: Callable, seeds: Tuple[int, int], workers: int) -> None:
+        self.dataset, self.transform, self.seeds = dataset, transform, seeds
+        self.epoch = 0
+        dataset.set_loader_cfg(num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        worker = get_worker_info()
+        seeds = *self.seeds, self.epoch, worker.id if worker else 0
+        for place, (image, target) in enumerate(self.dataset):
+            with seeded(derive_seed(*seeds, place)):
+                image = self.transform(image)
+            yield image, target
+
+
 class StreamedData:
     """Batches of a dataset that can only be read in its own order (TFDS, WebDataset, streamed Hugging Face data).
 
-    A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order.
+    A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order. Its
+    loading processes start anew with each epoch, seeded by it, so that what readers shuffle follows from nothing else.
     """
 
     def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
         if config.aug_repeats > 1:
             raise UserError(f'{config.data} is read as a stream, which cannot repeat images: set aug_repeats to 1')
-        transform = _train_transform(config, data_config)
-        self.accumulate, self.dataset = config.accumulate, dataset
-        self.loader = create_loader(
-            dataset,
-            batch_size=config.batch_size,
-            num_workers=config.workers,
-            device=runtime.device,
-            **transform,
-        )
+        if config.skip_bad_images:
+            raise UserError(f'{config.data} is read as a stream, which can skip no images: leave skip_bad_images out')
+        transform = _create_train_transform(config, data_config)
+        self.seeds = config.seed, runtime.rank
+        self.stream = Stream(dataset, transform, self.seeds, config.workers)
+        self.generator = torch.Generator()  # of what PyTorch seeds the loading processes by
+        args = dict(batch_size=config.batch_size, drop_last=True, generator=self.generator, persistent_workers=False)
+        self.loader = _prefetch(self.stream, config, data_config, runtime, **args)
+        self.accumulate = config.accumulate
         self.updates_per_epoch = len(self.loader) // config.accumulate
 
+    def __len__(self) -> int:
+        return len(self.stream)
+
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        self.dataset.set_epoch(epoch)
+        self.stream.dataset.set_epoch(epoch)
+        self.stream.epoch = epoch
+        self.generator.manual_seed(derive_seed(*self.seeds, epoch))
         steps = slice(update * self.accumulate, self.updates_per_epoch * self.accumulate)
         for images, targets in itertools.islice(self.loader, steps.start, steps.stop):
             yield Batch(images, targets, len(images), 1 / self.accumulate)
@@ -231,7 +214,11 @@ class SyntheticData:
         targets = torch.randint(num_classes, (config.batch_size,), generator=generator)
         self.batch = Batch(images.to(runtime.device), targets.to(runtime.device), len(images), 1 / config.accumulate)
         self.accumulate = config.accumulate
-        self.updates_per_epoch = config.synthetic_images // (config.batch_size * config.accumulate * runtime.world)
+        self.images = config.synthetic_images
+        self.updates_per_epoch = self.images // (config.batch_size * config.accumulate * runtime.world)
+
+    def __len__(self) -> int:
+        return self.images
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
         for _ in range((self.updates_per_epoch - update) * self.accumulate):
@@ -242,26 +229,34 @@ class SyntheticData:
 
 
 class Validation:
-    """All images of the validation split, each once, shared out among the processes."""
+    """All readable images of the validation split, each once, shared out among the processes."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
+        self.dataset = dataset
         batch_size = config.val_batch_size or config.batch_size
+        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
         if isinstance(dataset, IterableDataset):
             self.samples = None
-            args = dict(batch_size=batch_size, num_workers=config.workers, device=runtime.device)
-            self.loader = create_loader(dataset, is_training=False, **args, **data_config)
+            stream = Stream(dataset, transform, (config.seed, runtime.rank), config.workers)
+            self.loader = _prefetch(stream, config, data_config, runtime, batch_size=batch_size)
             return
-        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
-        self.samples = Samples(dataset, transform, config)
+        self.samples = Samples(dataset, transform, config, replace=False)
         keys = [(0, index) for index in range(runtime.rank, len(dataset), runtime.world)]
         args = dict(sampler=keys, batch_size=batch_size)
         self.loader = _prefetch(self.samples, config, data_config, runtime, **args)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
         for images, targets in self.loader:
             if self.samples:
                 self.samples.check()
-            yield images, targets
+                if self.samples.skip_bad:
+                    readable = targets != LEFT_OUT
+                    images, targets = images[readable], targets[readable]
+            if len(targets):
+                yield images, targets
 
     def report(self) -> Optional[str]:
         return self.samples.report() if self.samples else None
@@ -275,8 +270,18 @@ def _train_transform(config: Config, data_config: Dict[str, Any]) -> Dict[str, A
     return {**own, **augmentation, 'is_training': True} if config.augment else {**data_config, 'is_training': False}
 
 
+def _create_train_transform(config: Config, data_config: Dict[str, Any]) -> Callable:
+    try:
+        return create_transform(**_train_transform(config, data_config), use_prefetcher=True)
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"auto_augment {config.auto_augment!r} is none of timm's policies: {error}; take one such as "
+            f'rand-m9-mstd0.5-inc1, augmix-m3 or original, or null for none'
+        ) from error
+
+
 def _prefetch(
-    samples: Samples, config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
+    samples: Union[Samples, Stream], config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
 ) -> PrefetchLoader:
     """Batches that are copied to the device, and normalised there, while the model is at work on the one before."""
     loader = DataLoader(
@@ -284,8 +289,8 @@ def _prefetch(
         num_workers=config.workers,
         collate_fn=fast_collate,
         pin_memory=runtime.device.type == 'cuda',
-        persistent_workers=config.workers > 0,
-        **loader_args,
+        worker_init_fn=leave_stopping_to_main,
+        **{'persistent_workers': config.workers > 0, **loader_args},
     )
     normalisation = {name: data_config[name] for name in ('mean', 'std')}
     return PrefetchLoader(loader, channels=config.in_chans, device=runtime.device, **normalisation)

@@ -20,16 +20,11 @@ from .data import Batch, Validation
 from .parallel import Parallel, whole
 from .report import Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
+from .same_run import check_same_run
 from .seeding import derive_seed, seed_all
 from .setup import create_scheduler
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# What may differ when a run goes on: where and how it runs, and how long. The size of an update is checked by itself.
-FREE_KEYS = {
-    *('output', 'workers', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
-    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing'),
-    *('pretrained', 'checkpoint', 'new_head', 'teacher_checkpoint'),
-}
 
 
 class Trainer:
@@ -43,7 +38,7 @@ class Trainer:
         optimizer: Of the model's parameters.
         data: Training batches.
         validation: Images to validate on, if there are any.
-        num_classes: Of the model.
+        facts: What it takes to evaluate the weights, of `setup.describe`.
         report: Takes what there is to tell.
     """
 
@@ -56,15 +51,16 @@ class Trainer:
         optimizer: Optimizer,
         data: Any,
         validation: Optional[Validation],
-        num_classes: int,
+        facts: Dict[str, Any],
         report: Report,
     ) -> None:
         self.config, self.runtime, self.task, self.parallel, self.optimizer = config, runtime, task, parallel, optimizer
-        self.data, self.validation, self.num_classes, self.report = data, validation, num_classes, report
+        self.data, self.validation, self.facts, self.report = data, validation, facts, report
+        self.num_classes = facts['num_classes']
         self.update_size = config.batch_size * config.accumulate * runtime.world
         self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
-        self.mix = _mixup(config, num_classes)
+        self.mix = _mixup(config, self.num_classes)
         self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
         self.checkpoints = parallel.checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
@@ -111,7 +107,9 @@ class Trainer:
     def _update(self, batches: Iterator[Batch]) -> None:
         """One update of the weights, from as many batches as the configuration says."""
         for step in range(self.config.accumulate):
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise UserError(f'the data ended after update {self.update}: it has fewer images than it tells of')
             seed_all(derive_seed(self.config.seed, self.runtime.rank, self.update, step))
             if step < self.config.accumulate - 1:
                 with self.parallel.no_sync():
@@ -175,9 +173,11 @@ class Trainer:
             return
         what = 'gradient' if self.sums[0].isfinite() else 'loss'
         saved = f'the last good checkpoint is {self.last_saved}' if self.last_saved else 'there is no checkpoint yet'
+        others = {'fp16': ' or choose precision bf16 or fp32', 'bf16': ' or choose precision fp32', 'fp32': ''}
+        clip = 'set clip_grad' if self.config.clip_grad is None else f'lower clip_grad ({self.config.clip_grad:g})'
         raise UserError(
             f'the {what} is not a finite number at or before update {self.update} (epoch {self.epoch + 1}); {saved}; '
-            f'lower lr, set clip_grad, or choose precision bf16 or fp32'
+            f'lower lr, {clip}{others[self.config.precision]}'
         )
 
     def _lr(self) -> float:
@@ -198,6 +198,8 @@ class Trainer:
             if self.parallel.saves_alone:  # else all would have to stop at once, and not all have as many batches
                 self._stop_if_asked()
         (loss, top1, top5, count), *averaged = self.runtime.sum(scores)
+        if not count:
+            raise UserError('none of the images to validate on can be read; mend them')
         row = dict(val_loss=loss / count, val_top1=top1 / count, val_top5=top5 / count)
         for _, top1, top5, _ in averaged:
             row.update(ema_top1=top1 / count, ema_top5=top5 / count)
@@ -221,13 +223,14 @@ class Trainer:
             note = part.report() if part else None
             if note:
                 self.report.warn(note)
-        score = row.get('ema_top1', row.get('val_top1', -row['train_loss']))
+        averaged = row.get('ema_top1', -math.inf) >= row.get('val_top1', math.inf)
+        score = row['ema_top1'] if averaged else row.get('val_top1', -row['train_loss'])
         improved = score > self.best
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
         # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
         if improved:
-            self._save_best(row)
+            self._save_best(row, averaged)
         self._save()
 
     def _stop_if_asked(self) -> None:
@@ -242,10 +245,14 @@ class Trainer:
         state = self.task.get_checkpoint_state()
         return {**state, **self.task.get_checkpoint_state(ema=True)} if self.task.has_ema() else state
 
-    def _save_best(self, row: Dict[str, float]) -> None:
-        weights = whole(self._weights())
+    def _save_best(self, row: Dict[str, float], averaged: bool) -> None:
+        """Writes the weights that scored best, and only them, since whoever loads both takes the average."""
+        weights = whole(self.task.get_checkpoint_state(ema=averaged))
+        state = weights['state_dict_ema' if averaged else 'state_dict']
         if self.runtime.is_primary:
-            self.checkpoints.save_best({**weights, 'config': dataclasses.asdict(self.config), **row})
+            self.checkpoints.save_best({'state_dict': state, 'averaged': averaged, 'config': self.facts, **row})
+            if self.task.has_ema():
+                self.report.say(f'best.pt has {"the moving average" if averaged else "the weights themselves"}')
 
     def _save(self, alone: bool = False) -> None:
         """Writes a checkpoint, unless what it would hold is broken.
@@ -267,14 +274,15 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             config=dataclasses.asdict(self.config),
             num_classes=self.num_classes,
+            data=self._data_facts(),
             update_size=self.update_size,
             sums=sums,
             **{key: getattr(self, key) for key in ('update', 'epoch', 'position', 'history', 'best')},
         )
         self.last_saved = self.checkpoints.save(state, self.update)
 
-    def resume(self) -> None:
-        """Goes to the place of the newest readable checkpoint; stays at the start if there is none.
+    def resume(self) -> bool:
+        """Goes to the place of the newest readable checkpoint; stays at the start, and says so, if there is none.
 
         Raises:
             UserError: If the checkpoint belongs to another run.
@@ -282,9 +290,10 @@ class Trainer:
         found = self.checkpoints.load_newest(self.report.warn)
         if found is None:
             self.report.say(f'nothing to resume in {self.config.output}: starting anew')
-            return
+            return False
         state, path = found
-        self._check_same_run(state, path)
+        ours = dict(num_classes=self.num_classes, update_size=self.update_size, data=self._data_facts())
+        check_same_run(state, {**ours, 'config': dataclasses.asdict(self.config)}, path)
         self.task.load_checkpoint_state(state['state_dict'])
         if self.task.has_ema():
             self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
@@ -295,18 +304,12 @@ class Trainer:
             setattr(self, key, state[key])
         self.last_saved = path
         self.report.say(f'resumed from {path}: epoch {self.epoch + 1}, update {self.update}')
+        return True
 
-    def _check_same_run(self, state: Dict[str, Any], path: Path) -> None:
-        facts = {'num_classes': self.num_classes, 'images an update': self.update_size}
-        theirs = {'num_classes': state['num_classes'], 'images an update': state['update_size']}
-        ours, old = dataclasses.asdict(self.config), {**dataclasses.asdict(Config()), **state['config']}
-        for key in ours.keys() - FREE_KEYS - {'num_classes'}:
-            facts[key], theirs[key] = ours[key], old[key]
-        differences = [
-            f'{key} {theirs[key]!r}, now {facts[key]!r}' for key in sorted(facts) if facts[key] != theirs[key]
-        ]
-        if differences:
-            raise UserError(f'{path} is of a run with {"; ".join(differences)}; give what it had, or another --output')
+    def _data_facts(self) -> Dict[str, Any]:
+        """What tells other data from these."""
+        validated = len(self.validation) if self.validation else 0
+        return {'images': len(self.data), 'validation images': validated, 'classes': self.facts['class_names']}
 
 
 def _mixup(config: Config, num_classes: int) -> Optional[Mixup]:

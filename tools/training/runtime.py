@@ -12,6 +12,8 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from user_errors import UserError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -53,6 +55,18 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def leave_stopping_to_main(worker: int) -> None:
+    """For loading processes, which a signal to the whole job reaches too: the main process still needs their images.
+
+    They end with it, for PyTorch's look every few seconds whether it is there.
+
+    Args:
+        worker: Number among the loading processes.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Remembers SIGTERM or SIGINT (of the terminal), to stop between two updates; a second one takes its usual course.
 
@@ -62,7 +76,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:

@@ -1,21 +1,23 @@
 """The model and its optimizer, as a configuration describes them."""
 
+import inspect
+import re
 from typing import Any, Dict, Optional
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
-from user_errors import UserError
+from user_errors import UserError, nearest
 
-from .config import Config, nearest
+from .config import Config
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
@@ -24,8 +26,7 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     Raises:
         UserError: If the name, an argument or the weights do not fit.
     """
-    if not timm.is_model(config.model):
-        raise UserError(f'there is no model {config.model!r}{nearest(config.model, timm.list_models())}')
+    _check_model('model', config.model)
     args = {**_weights(config, num_classes), 'num_classes': num_classes, 'in_chans': config.in_chans}
     if config.drop_path is not None:
         args['drop_path_rate'] = config.drop_path
@@ -33,11 +34,37 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
         args['img_size'] = config.img_size
     try:
         model = timm.create_model(config.model, **{**args, **config.model_args})
-    except (RuntimeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error
+    except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f'cannot build {config.model}: {_one_line(error)}{_way_out(config, error)}') from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def _check_model(key: str, name: str) -> None:
+    if not timm.is_model(name):
+        known = timm.list_models() if '.' not in name else timm.list_pretrained()
+        raise UserError(f'there is no {key} {name!r}{nearest(name, known)}')
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def _way_out(config: Config, error: Exception) -> str:
+    """What the error of building a model leaves for the person to guess."""
+    classifier = get_pretrained_cfg(config.model).classifier
+    if config.checkpoint and not config.new_head and isinstance(classifier, str) and classifier in str(error):
+        return ' Or, if only the classifier differs: --new-head'
+    if isinstance(error, TypeError):
+        return _guess_argument(error, type(timm.create_model(config.model)))
+    return ''
+
+
+def _guess_argument(error: Exception, kind: type) -> str:
+    """A question for the argument of a class that is most like the one it does not know."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return nearest(found[1], inspect.signature(kind).parameters) if found else ''
 
 
 def _weights(config: Config, num_classes: int) -> Dict[str, Any]:
@@ -46,13 +73,31 @@ def _weights(config: Config, num_classes: int) -> Dict[str, Any]:
         # No number of classes is -1: then weights with another classifier are those of a backbone.
         overlay = dict(file=config.checkpoint, num_classes=-1 if config.new_head else num_classes)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
-    published = get_pretrained_cfg(config.model).num_classes
-    if config.pretrained and published != num_classes and not config.new_head:
-        raise UserError(
-            f'the published weights of {config.model} have {published} classes, the data {num_classes}; '
-            f'--new-head starts a new classifier'
-        )
+    if config.pretrained:
+        published = _published(config.model, 'leave pretrained out, or give --checkpoint FILE')
+        if published.num_classes != num_classes and not config.new_head:
+            raise UserError(
+                f'the published weights of {config.model} have {published.num_classes} classes, the data '
+                f'{num_classes}; --new-head starts a new classifier'
+            )
     return dict(pretrained=config.pretrained)
+
+
+def _published(name: str, advice: str) -> PretrainedCfg:
+    """The configuration of published weights.
+
+    Raises:
+        UserError: If there are none, with the advice.
+    """
+    published = get_pretrained_cfg(name)
+    if not published.has_weights:
+        raise UserError(f'{name} has no published weights: {advice}')
+    return published
+
+
+def starts_from_scratch(config: Config) -> bool:
+    """Whether settings of fine-tuning are there, but no weights to fine-tune."""
+    return (config.new_head or config.layer_decay is not None) and not (config.pretrained or config.checkpoint)
 
 
 def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
@@ -66,43 +111,84 @@ def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
     return resolve_data_config(wanted, pretrained_cfg=cfg)
 
 
+def describe(
+    config: Config, data_config: Dict[str, Any], num_classes: int, classes: Optional[Dict[str, int]]
+) -> Dict[str, Any]:
+    """What it takes to evaluate the weights of a run as the run does: plain values, which best.pt keeps.
+
+    Args:
+        config: Settings.
+        data_config: Of `data_config_of`.
+        num_classes: Of the model.
+        classes: Index of every class, where the data tells.
+    """
+    kept = {key: data_config[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
+    return dict(
+        model=config.model,
+        model_args=config.model_args,
+        num_classes=num_classes,
+        in_chans=config.in_chans,
+        img_size=data_config['input_size'][-1],
+        mean=list(data_config['mean']),
+        std=list(data_config['std']),
+        class_names=classes and sorted(classes, key=classes.get),
+        **kept,
+    )
+
+
 def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
     """The model with its loss and moving average, by timm's task."""
     soft = config.mixup > 0 or config.cutmix > 0
     criterion = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(config.smoothing)
     args = dict(criterion=criterion, device=device, verbose=False)
     if config.teacher:
+        _check_teacher(config, model.num_classes)
         weights = dict(distill_loss_weight=config.distill_weight, temperature=config.distill_temperature)
         teacher = dict(teacher_model=config.teacher, teacher_pretrained_path=config.teacher_checkpoint)
         try:
             task = LogitDistillationTask(model, **teacher, **weights, **args)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f'cannot build the teacher {config.teacher}: {" ".join(str(error).split())}') from error
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f'cannot build the teacher {config.teacher}: {_one_line(error)}') from error
     else:
         task = ClassificationTask(model, **args)
     if config.ema_decay is not None:
-        task.setup_ema(decay=config.ema_decay)
+        task.setup_ema(decay=config.ema_decay, use_warmup=config.ema_warmup)
     return task
+
+
+def _check_teacher(config: Config, num_classes: int) -> None:
+    """Raises UserError for a teacher whose classifier timm would make anew, so that it taught at random."""
+    _check_model('teacher', config.teacher)
+    if config.teacher_checkpoint:
+        return
+    classes = _published(config.teacher, 'give --teacher-checkpoint FILE').num_classes
+    if classes != num_classes:
+        raise UserError(
+            f'the published weights of the teacher {config.teacher} have {classes} classes, the data {num_classes}; '
+            f'give --teacher-checkpoint FILE with those classes'
+        )
 
 
 def create_optimizer(config: Config, model: nn.Module, update_size: int) -> Optimizer:
     """The optimizer, with weight and layer decay as the model asks for."""
-    if config.opt.lower() not in list_optimizers():
+    name = config.opt.lower().removeprefix('lookahead_')
+    if name not in list_optimizers():
         raise UserError(f'there is no optimizer {config.opt!r}{nearest(config.opt, list_optimizers())}')
     lr = config.lr if config.lr is not None else config.lr_base * update_size / 512
     decays = dict(weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=lr, **decays, **config.opt_args)
-    except TypeError as error:
-        raise UserError(f'opt_args do not fit {config.opt}: {error}') from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        guess = _guess_argument(error, get_optimizer_class(name, bind_defaults=False))
+        raise UserError(f'opt_args {config.opt_args} do not fit {config.opt}: {_one_line(error)}{guess}') from error
 
 
 def create_scheduler(config: Config, optimizer: Optimizer, updates_per_epoch: int) -> Optional[Scheduler]:
     """The learning rate as a function of the number of updates."""
-    if config.sched == 'plateau':
-        raise UserError('the schedule plateau looks at scores, not at updates; choose another, such as cosine')
-    lengths = dict(num_epochs=config.epochs, warmup_epochs=config.warmup_epochs, updates_per_epoch=updates_per_epoch)
-    rates = dict(warmup_lr=config.warmup_lr, min_lr=config.min_lr)
+    # timm's schedule takes all of its epochs after a warm-up that stands before it: the run's epochs include both.
+    epochs = config.epochs - config.warmup_epochs * config.warmup_prefix
+    lengths = dict(num_epochs=epochs, warmup_epochs=config.warmup_epochs, updates_per_epoch=updates_per_epoch)
+    rates = dict(warmup_lr=config.warmup_lr, min_lr=config.min_lr, warmup_prefix=config.warmup_prefix)
     try:
         return create_scheduler_v2(optimizer, config.sched, **lengths, **rates, step_on_epochs=False)[0]
     except ValueError as error:

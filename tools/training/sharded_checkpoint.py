@@ -3,7 +3,6 @@
 import itertools
 import os
 import pickle
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, TypeVar
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
 
-from .checkpoint import BROKEN, WHOLE, Checkpoints, not_written, read_file, remove, sync_folder
+from .checkpoint import BROKEN, WHOLE, Checkpoints, cause_of, not_written, read_file, remove, sync_folder
 
 T = TypeVar('T')
 _METADATA = '.metadata'  # DCP's index
@@ -56,20 +55,20 @@ class ShardedCheckpoints(Checkpoints):
         return self._together(super().paths)[0]
 
     def save(self, state: Dict[str, Any], update: int) -> Path:
-        """Writes a checkpoint, then removes what is too old."""
+        """Writes a checkpoint, then removes what is broken or too old."""
         path = self._unused(update)
         part = path.with_name(f'.{path.name}.part')
         shards, whole = _split(state)
         try:
-            self._first(self._remove_parts)
+            self._first(self.remove_parts)
             _dcp(lambda: self._write_shards(part, shards))
             sums = self._together(lambda: {file.name: _checksum(file) for file in self._share(part)})
             self._first(lambda: self._complete(part, path, dict(state=whole, files=_merge(sums))))
         except (OSError, RuntimeError) as error:
             if self.rank == 0:
-                self._remove_parts()
+                self.remove_parts()
             raise not_written(path, error) from error
-        old = self.paths()[self.keep :]
+        old = self.superseded(path)
         self._first(lambda: remove(old))
         return path
 
@@ -105,11 +104,6 @@ class ShardedCheckpoints(Checkpoints):
         part.rename(path)
         sync_folder(self.folder)
 
-    def _remove_parts(self) -> None:
-        """Removes what failed or was interrupted."""
-        for part in self.folder.glob('.checkpoint-*.part'):
-            shutil.rmtree(part, ignore_errors=True)
-
     def _share(self, path: Path) -> List[Path]:
         """The files of DCP that this process checks."""
         files = sorted(file for file in path.iterdir() if file.name != WHOLE)
@@ -137,7 +131,7 @@ class ShardedCheckpoints(Checkpoints):
         try:
             result = act()
         except BROKEN as caught:
-            error = str(caught) or type(caught).__name__
+            error = cause_of(caught)
         found: List[Tuple[Any, Any]] = [(None, None)] * self.world
         dist.all_gather_object(found, (result, error), group=self.group)
         errors = [text for _, text in found if text]
@@ -174,7 +168,7 @@ def _dcp(act: Callable[[], None]) -> None:
         act()
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        raise OSError(str(first) or type(first).__name__) from error
+        raise OSError(cause_of(first)) from error
 
 
 def _split(state: Dict[str, Any]) -> Tuple[Dict[str, DTensor], Dict[str, Any]]:

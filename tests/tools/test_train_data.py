@@ -1,0 +1,123 @@
+"""Streams and their loading processes, as train.py reads them."""
+
+import importlib
+import io
+import random
+import shutil
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train_interrupted import assert_same
+from timm.data import IterableImageDataset
+from timm.data.readers.reader import Reader
+from torch.utils.data import Dataset, get_worker_info
+from training.config import Config
+from training.data import IndexedData, StreamedData, Validation
+from training.runtime import Runtime
+from training_runs import ROOT, SMALL, newest, rows, signals_kept
+from user_errors import UserError
+
+DATA_CONFIG = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
+
+
+class Shuffled(Reader):
+    """Grey squares in an order that follows the loading process's seed, as of WebDataset's samples."""
+
+    def __init__(self, count=24):
+        super().__init__()
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        worker = get_worker_info()
+        labels = list(range(worker.id, self.count, worker.num_workers))
+        random.Random(worker.seed).shuffle(labels)
+        for label in labels:
+            pixels = np.random.default_rng(label).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+            yield Image.fromarray(pixels), label
+
+
+def stream(**settings):
+    config = replace(Config(), model='test_vit', data='wds/', batch_size=4, workers=2, **settings)
+    return StreamedData(
+        IterableImageDataset(None, reader=Shuffled()), config, DATA_CONFIG, Runtime(torch.device('cpu'))
+    )
+
+
+def test_a_stream_continues_where_it_stopped():
+    whole = stream()
+    first, second = list(whole.batches(0, 0)), list(whole.batches(1, 0))
+    assert len(first) == whole.updates_per_epoch == 6
+    assert sorted(torch.cat([batch.targets for batch in first]).tolist()) == list(range(24))
+    torch.rand(7)  # random numbers of the main process are of no consequence
+    assert_same([list(batch) for batch in stream().batches(1, 2)], [list(batch) for batch in second[2:]])
+    assert [batch.targets.tolist() for batch in first] != [batch.targets.tolist() for batch in second]
+    other = next(stream(seed=1).batches(0, 0))
+    assert other.targets.tolist() != first[0].targets.tolist()
+
+
+def test_what_streams_cannot_do_is_an_error():
+    with pytest.raises(UserError, match='cannot repeat images'):
+        stream(aug_repeats=3)
+    with pytest.raises(UserError, match='can skip no images'):
+        stream(skip_bad_images=True)
+
+
+class SomeBroken(Dataset):
+    """Images of which some cannot be read."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        if index in (1, 4, 5):
+            raise OSError('truncated')
+        return Image.new('RGB', (20, 20)), index
+
+
+def test_a_validation_does_without_unreadable_images_and_training_takes_their_neighbours():
+    config, runtime = Config(batch_size=2, workers=0, skip_bad_images=True), Runtime(torch.device('cpu'))
+    validation = Validation(SomeBroken(), config, DATA_CONFIG, runtime)
+    assert [targets.tolist() for _, targets in validation] == [[0], [2, 3], [6]]
+    assert validation.report() == 'skipped 3 unreadable image(s): image 1, image 4, image 5'
+    train = IndexedData(SomeBroken(), replace(config, drop_last=False), DATA_CONFIG, runtime)
+    assert sorted(torch.cat([batch.targets for batch in train.batches(0, 0)]).tolist()) == [0, 2, 2, 3, 6, 6, 6]
+
+
+def write_shard(path, labels):
+    """A tar file of WebDataset."""
+    with tarfile.open(path, 'w') as archive:
+        for label in labels:
+            image = io.BytesIO()
+            Image.new('RGB', (40, 40), (10 * label, 99, 0)).save(image, 'png')
+            for name, content in (('png', image.getvalue()), ('cls', str(label % 2).encode())):
+                info = tarfile.TarInfo(f'{label:04d}.{name}')
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def test_a_webdataset_run_goes_on_exactly(monkeypatch, tmp_path):
+    pytest.importorskip('webdataset')
+    monkeypatch.chdir(ROOT)
+    for number in range(2):
+        write_shard(tmp_path / f'train-{number}.tar', range(12 * number, 12 * number + 12))
+    write_shard(tmp_path / 'val-0.tar', range(8))
+    splits = '--train-split', 'train-{0..1}.tar|24', '--val-split', 'val-0.tar|8', '--num-classes', 2
+    args = *SMALL, '--data', 'wds/', '--data-dir', tmp_path, *splits, '--batch-size', 4, '--workers', 1
+    args = *args, '--hflip', 0.5, '--checkpoint-every', 1, '--keep-checkpoints', 99
+    for name, options in (('whole', ()), ('again', ('--resume',))):
+        if options:
+            shutil.copytree(tmp_path / 'whole', tmp_path / name)
+            for path in (tmp_path / name).glob('checkpoint-*'):
+                if path.name > 'checkpoint-00000008.pt':
+                    path.unlink()
+        with signals_kept():
+            importlib.import_module('train').main([*map(str, args), *options, '--output', str(tmp_path / name)])
+    assert rows(tmp_path / 'whole')[-1]['updates'] == 12
+    assert_same(newest(tmp_path / 'again')['state_dict'], newest(tmp_path / 'whole')['state_dict'])
