@@ -13,8 +13,8 @@ class Launcher:
     takes as long as the kernels on small maps. Here a launch whose arguments are alike finds it by one key.
 
     Args:
-        kernel: A function under `triton.jit` whose parameters are tensors, then integers, then constants. Triton makes a
-            constant of an integer that is 1: the kernel converts its integers by `tl.cast`, not `.to`.
+        kernel: A function under `triton.jit` whose parameters are tensors, then integers, then constants. Triton makes
+            a constant of an integer that is 1: the kernel converts its integers by `tl.cast`, not `.to`.
     """
 
     def __init__(self, kernel: triton.JITFunction) -> None:

@@ -97,7 +97,7 @@ def line_of(tile, magic, tiles):
 
 @triton.jit
 def _quotient(number, divisor, magic):
-    """number // divisor for magic = ceil(2**32 / divisor), exact for all that fits 31 bits: very long and narrow maps."""
+    """number // divisor for magic = ceil(2**32 / divisor), exact for all of 31 bits: very long and narrow maps."""
     quotient = _divide(number, magic)
     return quotient - tl.where(quotient * divisor > number, 1, 0)
 
