@@ -9,6 +9,7 @@ from .conv2d import depthwise_conv2d
 from .cross import cross_merge, cross_scan
 from .scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
+from .state_update import selective_state_update
 
 __all__ = [
     'NUM_DIRECTIONS',
@@ -25,6 +26,7 @@ __all__ = [
     'flops',
     'layer_norm',
     'selective_scan',
+    'selective_state_update',
     'ss2d_core',
     'ss2d_scan',
     'use_triton',

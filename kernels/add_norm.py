@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .routed import check_shape
 
 if triton is not None:
@@ -31,9 +31,9 @@ def add_rms_norm(
 
         summed = residual + scale * x,    normalised = weight * summed / sqrt(mean(summed^2) + eps)
 
-    Where Triton runs one kernel does it, and one its backward pass, for up to 8192 channels. While torch.compile,
-    torch.export or torch.jit capture, the operations are PyTorch's own, for the compiler to fuse with their neighbours.
-    Differentiable in x, residual and weight; scale is a constant.
+    Where Triton runs one kernel does it, and one its backward pass, for up to 8192 channels; so too in the graphs of
+    torch.compile and torch.export. While torch.jit traces, the operations are PyTorch's own. Differentiable in reverse
+    mode in x, residual and weight; scale is a constant.
 
     Args:
         x: What is added, [B, ..., d], in any floating dtype.
@@ -48,8 +48,9 @@ def add_rms_norm(
         added to it and it has that dtype.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors('add_rms_norm', x=x, residual=residual, weight=weight, scale=scale)
     _check(x, residual, weight, scale, out_dtype)
     return _add_norm(x, residual, weight, None, eps, scale, out_dtype or weight.dtype)
 
@@ -69,6 +70,7 @@ def add_layer_norm(
 
     The rest is as of `add_rms_norm`; bias is [d], and differentiable too.
     """
+    check_tensors('add_layer_norm', x=x, residual=residual, weight=weight, bias=bias, scale=scale)
     _check(x, residual, weight, scale, out_dtype)
     check_shape('bias', bias, x.shape[-1:])
     return _add_norm(x, residual, weight, bias, eps, scale, out_dtype or weight.dtype)
@@ -84,6 +86,7 @@ def layer_norm(
     Returns:
         [B, ..., d] in out_dtype, the weight's by default.
     """
+    check_tensors('layer_norm', x=x, weight=weight, bias=bias)
     _check(x, None, weight, None, out_dtype)
     check_shape('bias', bias, x.shape[-1:])
     return _norm(x, None, weight, bias, eps, None, out_dtype or weight.dtype)[0]

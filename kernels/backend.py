@@ -7,6 +7,7 @@ from typing import ContextManager, Iterator, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
@@ -55,6 +56,31 @@ def runs_on_triton(tensor: Tensor) -> bool:
             'the package triton, fp32, fp16 or bf16, and a GPU (or TRITON_INTERPRET=1 before the first import)'
         )
     return possible
+
+
+def check_tensors(function: str, **tensors: Optional[Tensor]) -> None:
+    """Raises an error unless the tensors of a public function, the first of which is given, may go to its operators.
+
+    An operator with a backward pass of its own has no forward mode: PyTorch silently takes its result for constant.
+
+    Raises:
+        ValueError: If the tensors are on several devices.
+        NotImplementedError: If one has a tangent of forward-mode differentiation.
+    """
+    main = next(iter(tensors))
+    device = tensors[main].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            found = f'{main} on {device} and {name} on {tensor.device}'
+            raise ValueError(f'{function} needs all tensors on one device, got {found}')
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f'{function} is differentiable in reverse mode only, got {name} with a tangent of forward mode '
+                '(torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad)'
+            )
 
 
 def device_of(tensor: Tensor) -> ContextManager[None]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .conv import NUM_DIRECTIONS, bidirectional_conv1d
 from .routed import check_parameters, check_shape, routed_scan, routed_scan_backward
 
@@ -34,8 +34,8 @@ def bimamba_core(
         u_k = silu(conv_k(x)),    y = sum_k scan(u_k, x_proj_weight[k] @ u_k),    out = y / 2 * silu(z)
 
     with the convolutions of `bidirectional_conv1d` and the scans of `bidirectional_scan`. State, A, D and dt_bias are
-    kept in fp32 (fp64 if xz is fp64). Differentiable in every argument. On Triton one operator, for at most 4 taps:
-    it keeps xz, the projections, the mean of y and states, and makes the rest again.
+    kept in fp32 (fp64 if xz is fp64). Differentiable in reverse mode in every argument. On Triton one operator, for at
+    most 4 taps: it keeps xz, the projections, the mean of y and states, and makes the rest again.
 
     Args:
         xz: [B, L, 2 * D], in any floating dtype.
@@ -51,8 +51,19 @@ def bimamba_core(
         out [B, L, D] in xz's dtype, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors(
+        'bimamba_core',
+        xz=xz,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        x_proj_weight=x_proj_weight,
+        dt_weight=dt_weight,
+        dt_bias=dt_bias,
+        A=A,
+        D=D,
+    )
     _check_core(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
     if runs_on_triton(xz) and conv_weight.shape[-1] <= MAX_TAPS and xz.numel():
         return run_bimamba(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)[0]
@@ -92,7 +103,7 @@ def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Ten
         delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * u_l,    y_l = <C_l, h_l> + D[k] * u_l
 
-    State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in every argument.
+    State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse mode in every argument.
 
     Args:
         u: Input of each direction, both in the sequence's order [B, L, 2, D], in any floating dtype.
@@ -106,8 +117,9 @@ def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Ten
         y [B, L, D] in u's dtype, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors('bidirectional_scan', u=u, x_dbl=x_dbl, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
     _check(u, x_dbl, dt_weight, dt_bias, A, D)
     return torch.ops.vmamba.bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A, D)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .fused.conv1d_plan import MAX_TAPS, empty_outputs
 
 if triton is not None:
@@ -24,7 +24,7 @@ def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = F
         u_{l,0} = bias[0] + sum_t weight[0, :, t] * x_{l - (w - 1) + t}
         u_{l,1} = bias[1] + sum_t weight[1, :, t] * x_{l + (w - 1) - t}
 
-    Computed in fp32 (fp64 if x is fp64), by Triton for at most 4 taps. Differentiable in every tensor.
+    Computed in fp32 (fp64 if x is fp64), by Triton for at most 4 taps. Differentiable in reverse mode in every tensor.
 
     Args:
         x: [B, L, D], in any floating dtype and with any strides.
@@ -36,8 +36,9 @@ def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = F
         u [B, L, 2, D] in x's dtype, both directions in the sequence's order, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors('bidirectional_conv1d', x=x, weight=weight, bias=bias)
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f'x must be a floating [B, L, D] tensor, got {tuple(x.shape)} {x.dtype}')
     dim = x.shape[-1]
@@ -65,7 +66,7 @@ def causal_conv1d(
         out_l = activation(bias + sum_t weight[:, t] * x_{l - (w - 1) + t})
 
     Computed in fp32 (fp64 if x is fp64), by Triton for at most 4 taps; with seq_idx in plain PyTorch. Differentiable in
-    every floating tensor.
+    reverse mode in every floating tensor.
 
     Args:
         x: [B, D, L], in any floating dtype and with any strides.
@@ -83,8 +84,17 @@ def causal_conv1d(
         states [B, D, w - 1] in x's dtype.
 
     Raises:
-        ValueError: If shapes, dtypes or options do not fit together.
+        ValueError: If shapes, dtypes, devices or options do not fit together.
     """
+    check_tensors(
+        'causal_conv1d',
+        x=x,
+        weight=weight,
+        bias=bias,
+        seq_idx=seq_idx,
+        initial_states=initial_states,
+        final_states_out=final_states_out,
+    )
     _check_causal(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
     silu = activation is not None
     if seq_idx is not None:

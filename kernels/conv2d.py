@@ -5,7 +5,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .routed import check_shape
 
 if triton is not None:
@@ -21,7 +21,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
         out_{h,w} = bias + sum_{i,j} weight[:, i, j] * x_{h + i - c, w + j - c}
 
     By Triton for k up to 5, computed in fp32; otherwise by PyTorch's convolution in x's dtype, to which it rounds the
-    weight, and before SiLU the result. Differentiable in every tensor.
+    weight, and before SiLU the result. Differentiable in reverse mode in every tensor.
 
     Args:
         x: [B, H, W, D], in any floating dtype and with any strides; fast where channels are neighbours in memory.
@@ -33,8 +33,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
         out [B, H, W, D] in x's dtype, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors('depthwise_conv2d', x=x, weight=weight, bias=bias)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f'x must be a floating [B, H, W, D] tensor, got {tuple(x.shape)} {x.dtype}')
     dim, kernel = x.shape[-1], weight.shape[-1] if weight.ndim else 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .chunked import scan_backward, scan_forward
 
 if triton is not None:
@@ -37,7 +37,8 @@ def selective_scan(
 
         h_l = exp(delta'_l * A) * h_{l-1} + delta'_l * B_l * u_l,    y_l = (<C_l, h_l> + D * u_l) * silu(z_l)
 
-    The state, A, D and delta_bias are kept in fp32 (fp64 if u is fp64). Differentiable in every tensor argument.
+    The state, A, D and delta_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse mode in every
+    tensor argument.
 
     Args:
         u: Input [batch, dim, L], in any floating dtype.
@@ -59,8 +60,20 @@ def selective_scan(
         [batch, dim, N] in fp32.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors(
+        'selective_scan',
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
+        initial_state=initial_state,
+    )
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, out_dtype)
     B, C = (tensor[:, None] if tensor.ndim == 3 else tensor for tensor in (B, C))
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)

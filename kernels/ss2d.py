@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_on_triton, triton
+from .backend import check_tensors, runs_on_triton, triton
 from .routed import check_parameters, check_shape, routed_scan, routed_scan_backward
 from .scratch import scratch
 
@@ -26,7 +26,7 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * x_l,    y_l = <C_l, h_l> + D[k] * x_l
 
     The projections x_dbl are made at the pixels' own places: a linear layer commutes with the order of pixels.
-    State, A, D and dt_bias are kept in fp32 (fp64 if x is fp64). Differentiable in every argument.
+    State, A, D and dt_bias are kept in fp32 (fp64 if x is fp64). Differentiable in reverse mode in every argument.
 
     Args:
         x: Activated map [B, H, W, D], in any floating dtype.
@@ -40,8 +40,9 @@ def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
         The merged map [B, H, W, D] in x's dtype, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors('ss2d_scan', x=x, x_dbl=x_dbl, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
     _check_map(x)
     check_parameters(NUM_ROUTES, x.shape[-1], dt_weight, dt_bias, A, D)
     check_shape('x_dbl', x_dbl, (*x.shape[:3], NUM_ROUTES, dt_weight.shape[-1] + 2 * A.shape[-1]))
@@ -78,8 +79,19 @@ def ss2d_core(
         The normalised map [B, H, W, D] in x's dtype, contiguous.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    check_tensors(
+        'ss2d_core',
+        x=x,
+        x_proj_weight=x_proj_weight,
+        dt_weight=dt_weight,
+        dt_bias=dt_bias,
+        A=A,
+        D=D,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
     dim = x.shape[-1]
     _check_map(x)
     check_parameters(NUM_ROUTES, dim, dt_weight, dt_bias, A, D)
