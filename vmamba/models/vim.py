@@ -7,7 +7,6 @@ The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this c
 """
 
 import logging
-import math
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -32,8 +31,13 @@ from ..layers import (
     total,
 )
 from ._dense_layouts import split_backbone
-from ._pretrained import build_model, load_pretrained
-from ._vim_layouts import convert_layout, is_official
+from ._pretrained import build_model, load_pretrained, reset_parameters
+from ._vim_layouts import convert_layout, fit_pos_embed, fold_layer_scale, is_official
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # older versions keep no account of a model's input size
+    update_model_input_size = None
 
 __all__ = ['Vim']
 
@@ -305,27 +309,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
         _logger.warning('a checkpoint of dense prediction has no final norm: it starts freshly initialised')
         out['norm.weight'] = torch.ones_like(own['norm.weight'])
-    for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
-        weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
-        out[weight] = out[weight] * out.pop(key).unsqueeze(-1)
+    out = fold_layer_scale(out, own)
     pos_embed = out.get('embed.pos_embed')
-    if pos_embed is not None and (official or pos_embed.shape != own['embed.pos_embed'].shape):
-        out['embed.pos_embed'] = _fit_pos_embed(pos_embed, model.embed.grid_size)
+    if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] > 1:
+        out['embed.pos_embed'] = fit_pos_embed(pos_embed, model, official)
     return out
-
-
-def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
-    """Resizes the position embedding of a square image to another grid; one of just that grid's length stays."""
-    patches = pos_embed.shape[1] - 1
-    side = math.isqrt(patches)
-    if side * side != patches and patches == math.prod(grid_size):
-        return pos_embed
-    if side * side != patches:
-        shape = tuple(pos_embed.shape)
-        raise RuntimeError(f'pos_embed {shape} is not that of a square image: create the model with its img_size')
-    if (side, side) != grid_size:
-        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', side, side, *grid_size)
-    return resize_pos_embed(pos_embed, (side, side), grid_size)
 
 
 def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:
