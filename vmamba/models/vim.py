@@ -20,16 +20,11 @@ from ..layers import (
     AddRmsNorm,
     BiMamba,
     ResidualStream,
-    TensorOrStream,
     TokenEmbed,
-    add_branch,
-    adds,
-    resize_pos_embed,
-    run_block,
     split_class_token,
-    start_stream,
-    total,
 )
+from ..layers.options import check_counts, check_rates
+from ..layers.residual import TensorOrStream, add_branch, adds, run_block, start_stream, total
 from ._dense_layouts import split_backbone
 from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vim_layouts import convert_layout, fit_pos_embed, fold_layer_scale, is_official

@@ -23,14 +23,11 @@ from ..layers import (
     FusedLayerNorm2d,
     MergeDownsample,
     PatchStem,
-    TensorOrStream,
-    add_branch,
     check_images,
-    run_block,
-    start_stream,
-    total,
 )
-from ._pretrained import build_model, load_pretrained
+from ..layers.options import check_counts, check_rates, scaled_channels
+from ..layers.residual import TensorOrStream, add_branch, run_block, start_stream, total
+from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vmamba_layouts import convert_layout
 
 __all__ = ['VMamba']
