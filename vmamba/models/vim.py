@@ -88,7 +88,7 @@ class Vim(nn.Module):
     Args:
         img_size: Image size, or the size of the position embedding where `dynamic_img_size`.
         patch_size: Side of a patch.
-        stride: Distance between patches, patch_size by default; smaller for overlapping patches.
+        stride: Distance between patches, patch_size by default; smaller for overlapping patches, larger for gaps.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: 'token' for the class token, 'avg' for the mean of the patch tokens, '' for all tokens.
@@ -127,7 +127,10 @@ class Vim(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        stride = stride or patch_size
+        stride = patch_size if stride is None else stride
+        check_counts(depth=depth)
+        check_counts(0, num_classes=num_classes)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = _check_global_pool(global_pool)
@@ -190,6 +193,7 @@ class Vim(nn.Module):
         self.num_classes = num_classes
         weight = self.norm.weight if hasattr(self.norm, 'weight') else self.embed.cls_token
         dd = {'device': weight.device, 'dtype': weight.dtype}
+        check_counts(0, num_classes=num_classes)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self._init_head()
 

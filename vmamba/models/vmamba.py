@@ -65,10 +65,10 @@ class VMambaBlock(nn.Module):
         self.norm1 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.has_mlp = mlp_ratio > 0
+        self.has_mlp = mlp_ratio != 0
         if self.has_mlp:
             self.norm2 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+            self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: TensorOrStream) -> TensorOrStream:
@@ -144,6 +144,12 @@ class VMamba(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        if not isinstance(depths, (tuple, list)) or not depths:
+            raise ValueError(f'depths must be the numbers of blocks of at least one stage, got {depths!r}')
+        check_counts(0, num_classes=num_classes, **{f'depths[{i}]': depth for i, depth in enumerate(depths)})
+        check_counts(in_chans=in_chans)
+        check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with half of them
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.stem = stem(in_chans, embed_dim, **dd)
@@ -208,6 +214,7 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        check_counts(0, num_classes=num_classes)
         self.num_classes = num_classes
         parameter = next(self.stem.parameters())
         self.head = ClassifierHead(
