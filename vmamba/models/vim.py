@@ -135,7 +135,7 @@ class Vim(nn.Module):
         self.num_classes = num_classes
         self.global_pool = _check_global_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens = 0  # the class token is in the middle: a reader that cuts off the first would err
         self.grad_checkpointing = False
         self.embed = TokenEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
@@ -145,12 +145,17 @@ class Vim(nn.Module):
         self.norm = AddRmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_weights()
+        self._init_head()
+        self._init_out_proj()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Classifier from a truncated normal of 0.02, out_proj over sqrt(depth); the rest keep their own."""
+        """Draws all weights anew: classifier from a truncated normal of 0.02, out_proj over sqrt(depth), others as made."""
+        reset_parameters(self)
         self._init_head()
+        self._init_out_proj()
+
+    def _init_out_proj(self) -> None:
         for block in self.blocks:
             bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
             nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
@@ -188,18 +193,22 @@ class Vim(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _check_global_pool(global_pool)
         self.num_classes = num_classes
         weight = self.norm.weight if hasattr(self.norm, 'weight') else self.embed.cls_token
         dd = {'device': weight.device, 'dtype': weight.dtype}
-        check_counts(0, num_classes=num_classes)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = head.train(self.training)
         self._init_head()
 
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Changes the image size, resizing the position embedding around its class token."""
-        self.embed.set_input_size(img_size)
+    def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
+        """Changes the image size, if one is given, resizing the position embedding around its class token."""
+        if img_size is not None:
+            self.embed.set_input_size(img_size)
+            if update_model_input_size is not None:
+                update_model_input_size(self, self.embed.img_size)
 
     def forward_intermediates(
         self,
@@ -252,9 +261,9 @@ class Vim(nn.Module):
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these blocks; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
+        del self.blocks[max_index + 1 :]
         if prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
