@@ -84,5 +84,10 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     weights, whose class is another, and all modules while there are hooks of all modules.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    watched = any(hooks) or 'forward' in module.__dict__ or torch_module._has_any_global_hook()
-    return type(module) is kind and not watched
+    hooks_of_all = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return type(module) is kind and 'forward' not in module.__dict__ and not any(hooks) and not any(hooks_of_all)
