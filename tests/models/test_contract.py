@@ -96,11 +96,8 @@ def test_the_width_of_joined_poolings(family):
     assert joined.head_hidden_size == joined.num_features == joined.get_classifier().in_features
 
 
-@pytest.mark.parametrize('options', [{}, dict(init_values=0.5)], ids=['plain', 'layer-scale'])
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family,options', [*((family, {}) for family in SMALL), ('vim', dict(init_values=0.5))])
 def test_a_model_from_the_meta_device_is_initialised_whole(family, options):
-    if options and family != 'vim':
-        pytest.skip('only Vim has a layer scale')
     model = small(family, device='meta', **options).to_empty(device='cpu')
     with torch.no_grad():
         for tensor in model.state_dict().values():
