@@ -26,7 +26,7 @@ class SS2D(nn.Module):
     routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
     multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
 
-    The modules `conv2d`, `x_proj` and `out_norm` are not called where they are plain: the kernels take their parameters.
+    The modules `conv2d`, `x_proj` and `out_norm` are not called where they are plain: kernels take their parameters.
     Where one has hooks, is parametrised or is another module (an adapter, a quantised layer), it is called.
 
     Args:

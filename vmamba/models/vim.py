@@ -150,7 +150,7 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draws all weights anew: classifier from a truncated normal of 0.02, out_proj over sqrt(depth), others as made."""
+        """Draws all weights anew: classifier from a truncated normal of 0.02, out_proj over sqrt(depth)."""
         reset_parameters(self)
         self._init_head()
         self._init_out_proj()
