@@ -10,9 +10,10 @@ import test_selective_scan
 import test_ss2d
 import torch
 from torch.autograd import forward_ad
-from vmamba import kernels
 from vmamba.kernels import use_triton
 from vmamba.kernels.backend import triton
+
+from vmamba import kernels
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FP32 = dict(dtype=torch.float32)

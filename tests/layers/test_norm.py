@@ -6,7 +6,8 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from vmamba.layers import AddLayerNorm, AddRmsNorm, FusedLayerNorm2d, ResidualStream, add_branch, drop_path_scale
+from vmamba.layers import AddLayerNorm, AddRmsNorm, FusedLayerNorm2d, ResidualStream
+from vmamba.layers.residual import add_branch, drop_path_scale
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 NORMS = [pytest.param(AddRmsNorm, id='rms'), pytest.param(AddLayerNorm, id='layer')]

@@ -28,6 +28,8 @@ def test_the_class_token_stands_at_half_of_the_patches(patches):
         pytest.param((40, 32), 16, 8, (4, 3), id='overlapping'),
         pytest.param((9, 9), 3, 3, (3, 3), id='odd-number'),
         pytest.param((5, 5), 5, 5, (1, 1), id='one-patch'),
+        pytest.param((32, 8), 8, 24, (2, 1), id='gaps'),
+        pytest.param((8, 20), 4, 4, (2, 5), id='several'),
     ],
 )
 def test_tokens_are_patches_with_the_class_token_among_them_plus_positions(size, patch, stride, grid):

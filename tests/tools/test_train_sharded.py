@@ -22,7 +22,8 @@ from training_runs import CONFIGS, ROOT, TORCHRUN, finish, rows, signals_kept, s
 from user_errors import UserError
 
 import vmamba  # noqa: F401
-from vmamba.layers import ResidualStream, start_stream
+from vmamba.layers import ResidualStream
+from vmamba.layers.residual import start_stream
 
 pytestmark = [
     pytest.mark.skipif(

@@ -12,6 +12,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import NUM_DIRECTIONS, bimamba_core
+from .options import check_counts, scaled_channels
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -43,8 +44,9 @@ class BiMamba(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        inner = int(expand * dim)
-        dt_rank = dt_rank or math.ceil(dim / 16)
+        dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        check_counts(dim=dim, d_state=d_state, dt_rank=dt_rank, d_conv=d_conv)
+        inner = scaled_channels(dim, expand=expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv1d_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, d_conv, **dd))
         self.conv1d_bias = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, **dd))

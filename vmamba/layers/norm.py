@@ -57,9 +57,10 @@ class _AddNorm(_AutocastNorm):
 
     def forward(self, x: Union[Tensor, ResidualStream]) -> Union[Tensor, Tuple[Tensor, Tensor]]:
         """x [B, ..., d] -> normalised [B, ..., d]; of a ResidualStream also its sum"""
-        stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
+        is_stream = isinstance(x, ResidualStream)
+        stream = x if is_stream else ResidualStream(x)
         normalised, summed = self._add_norm(*stream, self._out_dtype(stream.hidden.device.type))
-        return (normalised, summed) if stream is x else normalised
+        return (normalised, summed) if is_stream else normalised
 
     def _add_norm(
         self, hidden: Tensor, residual: Optional[Tensor], scale: Optional[Tensor], dtype: torch.dtype

@@ -10,6 +10,7 @@ import torch
 from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from .norm import AddLayerNorm, AddRmsNorm, ResidualStream
 
@@ -77,6 +78,16 @@ def adds(norm: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is just of that class, without hooks."""
+    """Whether a module is just of that class and computes as such, and nothing looks at its calls.
+
+    Not plain are modules with hooks, a `forward` of their own (as some libraries put in its place) or parametrised
+    weights, whose class is another, and all modules while there are hooks of all modules.
+    """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
+    hooks_of_all = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return type(module) is kind and 'forward' not in module.__dict__ and not any(hooks) and not any(hooks_of_all)

@@ -12,7 +12,9 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_ROUTES, depthwise_conv2d, ss2d_core
+from ..kernels import NUM_ROUTES, depthwise_conv2d, ss2d_core, ss2d_scan
+from .options import check_counts, scaled_channels
+from .residual import is_plain
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -22,8 +24,10 @@ class SS2D(nn.Module):
 
     y = out_proj(LayerNorm(scan(silu(conv2d(in_proj(x)))))), where scan sums a selective scan along each of the four
     routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
-    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast. The module `conv2d` holds parameters
-    only: it is never called, so hooks on it see nothing.
+    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
+
+    The modules `conv2d`, `x_proj` and `out_norm` are not called where they are plain: kernels take their parameters.
+    Where one has hooks, is parametrised or is another module (an adapter, a quantised layer), it is called.
 
     Args:
         dim: Channels d of the map.
@@ -51,10 +55,11 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        check_counts(dim=dim, d_state=d_state, dt_rank=dt_rank, d_conv=d_conv)
         if d_conv % 2 == 0:
             raise ValueError(f'd_conv must be odd, got {d_conv}')
-        inner = int(ssm_ratio * dim)
-        dt_rank = dt_rank or math.ceil(dim / 16)
+        inner = scaled_channels(dim, ssm_ratio=ssm_ratio)
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
@@ -79,10 +84,22 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
-        A = negative_exp(self.A_log)
-        dt_proj, norm = (self.dt_proj_weight, self.dt_proj_bias), self.out_norm
-        y = ss2d_core(x, self.x_proj.weight, *dt_proj, A, self.D, norm.weight, norm.bias, norm.eps)
+        y = self._scan(self._convolve(x))
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """silu(conv2d(x)): [B, H, W, D] -> [B, H, W, D]"""
+        if is_plain(self.conv2d, nn.Conv2d):
+            return depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
+        return F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # in an NCHW view
+
+    def _scan(self, x: Tensor) -> Tensor:
+        """LayerNorm(scan(x)): [B, H, W, D] -> [B, H, W, D]"""
+        parameters = self.dt_proj_weight, self.dt_proj_bias, negative_exp(self.A_log), self.D
+        x_proj, norm = self.x_proj, self.out_norm
+        if is_plain(x_proj, nn.Linear) and x_proj.bias is None and is_plain(norm, LayerNorm):
+            return ss2d_core(x, x_proj.weight, *parameters, norm.weight, norm.bias, norm.eps)
+        x_dbl = x_proj(x).unflatten(-1, (NUM_ROUTES, -1))  # [B, H, W, 4, R + 2N]
+        return norm(ss2d_scan(x, x_dbl, *parameters)).to(x.dtype)

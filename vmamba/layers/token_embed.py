@@ -9,6 +9,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .image import check_images
+from .options import check_counts
+from .residual import is_plain
 
 
 def split_class_token(tokens: Tensor) -> Tuple[Tensor, Tensor]:
@@ -48,10 +50,13 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
 class TokenEmbed(nn.Module):
     """Embeds (overlapping) patches, inserts a class token in the middle and adds the position embedding.
 
+    Where patches touch without overlap the module `proj` is not called, unless it has hooks, is parametrised or is
+    another module than a convolution: its parameters are those of a matrix product.
+
     Args:
         img_size: Image size that the position embedding is made for.
         patch_size: Side of a patch.
-        stride: Distance between patches; smaller than patch_size for overlapping ones.
+        stride: Distance between patches; smaller than patch_size for overlapping ones, larger for gaps between them.
         in_chans: Image channels.
         embed_dim: Token channels d.
         dynamic_img_size: Accept any image size and resize the position embedding to it at each call.
@@ -70,6 +75,7 @@ class TokenEmbed(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        check_counts(patch_size=patch_size, stride=stride, in_chans=in_chans, embed_dim=embed_dim)
         self.img_size = to_2tuple(img_size)
         self.patch_size = patch_size
         self.stride = stride
@@ -124,12 +130,10 @@ class TokenEmbed(nn.Module):
 
     def _embed(self, images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
         """[B, in_chans, H, W] -> [B, h * w, d]"""
-        if self.stride < self.patch_size:
+        if self.stride != self.patch_size or not is_plain(self.proj, nn.Conv2d):
             return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
-        # Patches that do not overlap are rows of a matrix, whose product is faster than convolutions of 3 channels.
-        height, width = grid_size
-        side = self.patch_size
-        x = images.reshape(-1, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(
-            x.reshape(-1, height * width, self.in_chans * side**2), self.proj.weight.flatten(1), self.proj.bias
-        )
+        # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
+        batch, side, (height, width) = images.shape[0], self.patch_size, grid_size
+        x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(batch, height * width, self.in_chans * side**2)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)

@@ -19,10 +19,6 @@ StateDict = Dict[str, Tensor]
 FilterFn = Callable[[StateDict, nn.Module], StateDict]
 
 _NAMES_SHOWN = 12
-_ADVICE = (
-    'Check the variant; for weights without this classifier pass num_classes=0, another num_classes or '
-    'features_only=True'
-)
 
 
 def build_model(
@@ -224,23 +220,55 @@ def check_fit(
     model: nn.Module,
     source: Union[str, Path],
     fresh: Iterable[str] = (),
-    advice: str = _ADVICE,
+    advice: Optional[str] = None,
 ) -> None:
-    """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes."""
+    """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes.
+
+    Args:
+        state_dict: Weights under the model's names.
+        model: Module; one made by timm's builder where no advice is given.
+        source: Where the weights are from.
+        fresh: Keys that may be missing, unexpected or of any shape.
+        advice: What to do about it.
+    """
     own = model.state_dict()
     fresh = set(fresh)
-    problems = {
-        'missing': [key for key in own if key not in state_dict and key not in fresh],
-        'unexpected': [key for key in state_dict if key not in own and key not in fresh],
-        'of another shape': [
-            f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
-            for key in own
-            if key in state_dict and key not in fresh and state_dict[key].shape != own[key].shape
-        ],
-    }
+    missing = [key for key in own if key not in state_dict and key not in fresh]
+    unexpected = [key for key in state_dict if key not in own and key not in fresh]
+    reshaped = [
+        key for key in own if key in state_dict and key not in fresh and state_dict[key].shape != own[key].shape
+    ]
+    shapes = [f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}' for key in reshaped]
+    problems = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
     report = '; '.join(f'{kind}: {_shorten(keys)}' for kind, keys in problems.items() if keys)
     if report:
+        advice = advice or _advice(state_dict, model, {*missing, *unexpected, *reshaped})
         raise RuntimeError(f'{source} does not fit {type(model).__name__}: {report}. {advice}')
+
+
+def _advice(state_dict: StateDict, model: nn.Module, keys: set[str]) -> str:
+    """What to do about keys that do not fit."""
+    classifier, input_key = _classifier_keys(model), _input_key(model)
+    advice = []
+    if input_key in keys and getattr(state_dict.get(input_key), 'ndim', 0) == 4:
+        channels = state_dict[input_key].shape[1]
+        if channels != model.in_chans:
+            advice.append(f'for images of its {channels} channels pass in_chans={channels}')
+            keys = keys - {input_key}
+    if keys & set(classifier):
+        others = 'num_classes=0, another num_classes or features_only=True'
+        advice.append(f'for weights without this classifier pass {others}')
+    if keys - set(classifier):
+        advice.insert(0, 'check the variant and its options')
+    sentence = '; '.join(advice)
+    return sentence[0].upper() + sentence[1:]
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Lets the modules of the model draw their parameters anew, children before what may set theirs otherwise."""
+    for module in reversed(list(model.modules())):
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
 
 
 def _shorten(keys: list[str]) -> str:

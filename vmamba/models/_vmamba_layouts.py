@@ -82,6 +82,14 @@ def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
 
 
 def _reshape(key: str, value: Tensor) -> Tensor:
+    """One parameter in this library's shape; unchanged where its own cannot be brought to that, so does not fit."""
+    try:
+        return _own_shape(key, value)
+    except (RuntimeError, IndexError):
+        return value
+
+
+def _own_shape(key: str, value: Tensor) -> Tensor:
     if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1)]
         return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else value.flatten(1)
     if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1)]

@@ -7,7 +7,6 @@ The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this c
 """
 
 import logging
-import math
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -21,19 +20,19 @@ from ..layers import (
     AddRmsNorm,
     BiMamba,
     ResidualStream,
-    TensorOrStream,
     TokenEmbed,
-    add_branch,
-    adds,
-    resize_pos_embed,
-    run_block,
     split_class_token,
-    start_stream,
-    total,
 )
+from ..layers.options import check_counts, check_rates
+from ..layers.residual import TensorOrStream, add_branch, adds, run_block, start_stream, total
 from ._dense_layouts import split_backbone
-from ._pretrained import build_model, load_pretrained
-from ._vim_layouts import convert_layout, is_official
+from ._pretrained import build_model, load_pretrained, reset_parameters
+from ._vim_layouts import convert_layout, fit_pos_embed, fold_layer_scale, is_official
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # older versions keep no account of a model's input size
+    update_model_input_size = None
 
 __all__ = ['Vim']
 
@@ -89,7 +88,7 @@ class Vim(nn.Module):
     Args:
         img_size: Image size, or the size of the position embedding where `dynamic_img_size`.
         patch_size: Side of a patch.
-        stride: Distance between patches, patch_size by default; smaller for overlapping patches.
+        stride: Distance between patches, patch_size by default; smaller for overlapping patches, larger for gaps.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: 'token' for the class token, 'avg' for the mean of the patch tokens, '' for all tokens.
@@ -128,12 +127,15 @@ class Vim(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        stride = stride or patch_size
+        stride = patch_size if stride is None else stride
+        check_counts(depth=depth)
+        check_counts(0, num_classes=num_classes)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = _check_global_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens = 0  # the class token is in the middle: a reader that cuts off the first would err
         self.grad_checkpointing = False
         self.embed = TokenEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
@@ -143,12 +145,17 @@ class Vim(nn.Module):
         self.norm = AddRmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_weights()
+        self._init_head()
+        self._init_out_proj()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Classifier from a truncated normal of 0.02, out_proj over sqrt(depth); the rest keep their own."""
+        """Draws all weights anew: classifier from a truncated normal of 0.02, out_proj over sqrt(depth)."""
+        reset_parameters(self)
         self._init_head()
+        self._init_out_proj()
+
+    def _init_out_proj(self) -> None:
         for block in self.blocks:
             bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
             nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
@@ -186,17 +193,22 @@ class Vim(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _check_global_pool(global_pool)
         self.num_classes = num_classes
         weight = self.norm.weight if hasattr(self.norm, 'weight') else self.embed.cls_token
         dd = {'device': weight.device, 'dtype': weight.dtype}
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = head.train(self.training)
         self._init_head()
 
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Changes the image size, resizing the position embedding around its class token."""
-        self.embed.set_input_size(img_size)
+    def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
+        """Changes the image size, if one is given, resizing the position embedding around its class token."""
+        if img_size is not None:
+            self.embed.set_input_size(img_size)
+            if update_model_input_size is not None:
+                update_model_input_size(self, self.embed.img_size)
 
     def forward_intermediates(
         self,
@@ -249,9 +261,9 @@ class Vim(nn.Module):
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these blocks; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
+        del self.blocks[max_index + 1 :]
         if prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
@@ -305,27 +317,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
         _logger.warning('a checkpoint of dense prediction has no final norm: it starts freshly initialised')
         out['norm.weight'] = torch.ones_like(own['norm.weight'])
-    for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
-        weight = key.replace('.ls.gamma', '.mixer.out_proj.weight')
-        out[weight] = out[weight] * out.pop(key).unsqueeze(-1)
+    out = fold_layer_scale(out, own)
     pos_embed = out.get('embed.pos_embed')
-    if pos_embed is not None and (official or pos_embed.shape != own['embed.pos_embed'].shape):
-        out['embed.pos_embed'] = _fit_pos_embed(pos_embed, model.embed.grid_size)
+    if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] > 1:
+        out['embed.pos_embed'] = fit_pos_embed(pos_embed, model, official)
     return out
-
-
-def _fit_pos_embed(pos_embed: Tensor, grid_size: Tuple[int, int]) -> Tensor:
-    """Resizes the position embedding of a square image to another grid; one of just that grid's length stays."""
-    patches = pos_embed.shape[1] - 1
-    side = math.isqrt(patches)
-    if side * side != patches and patches == math.prod(grid_size):
-        return pos_embed
-    if side * side != patches:
-        shape = tuple(pos_embed.shape)
-        raise RuntimeError(f'pos_embed {shape} is not that of a square image: create the model with its img_size')
-    if (side, side) != grid_size:
-        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', side, side, *grid_size)
-    return resize_pos_embed(pos_embed, (side, side), grid_size)
 
 
 def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:

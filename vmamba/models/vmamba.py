@@ -23,14 +23,11 @@ from ..layers import (
     FusedLayerNorm2d,
     MergeDownsample,
     PatchStem,
-    TensorOrStream,
-    add_branch,
     check_images,
-    run_block,
-    start_stream,
-    total,
 )
-from ._pretrained import build_model, load_pretrained
+from ..layers.options import check_counts, check_rates, scaled_channels
+from ..layers.residual import TensorOrStream, add_branch, run_block, start_stream, total
+from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vmamba_layouts import convert_layout
 
 __all__ = ['VMamba']
@@ -68,10 +65,10 @@ class VMambaBlock(nn.Module):
         self.norm1 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.has_mlp = mlp_ratio > 0
+        self.has_mlp = mlp_ratio != 0
         if self.has_mlp:
             self.norm2 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+            self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: TensorOrStream) -> TensorOrStream:
@@ -147,8 +144,13 @@ class VMamba(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        if not isinstance(depths, (tuple, list)) or not depths:
+            raise ValueError(f'depths must be the numbers of blocks of at least one stage, got {depths!r}')
+        check_counts(0, num_classes=num_classes, **{f'depths[{i}]': depth for i, depth in enumerate(depths)})
+        check_counts(in_chans=in_chans)
+        check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with half of them
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.in_chans = in_chans
-        self.num_classes = num_classes
         self.stem = stem(in_chans, embed_dim, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block = dict(ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio)
@@ -161,15 +163,16 @@ class VMamba(nn.Module):
             stages.append(VMambaStage(between, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.norm = FusedLayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
         self.drop_rate = drop_rate
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.init_weights()
+        self._set_head(num_classes, global_pool, **dd)
+        self._init_linear(self)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Linear layers from a truncated normal of 0.02; x_proj, convolutions and the SSM keep their own."""
+        """Draws all weights anew: linear layers from a truncated normal of 0.02, all else but x_proj as it is made."""
+        reset_parameters(self)
         self._init_linear(self)
 
     @staticmethod
@@ -211,17 +214,18 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
-        self.num_classes = num_classes
+        check_counts(0, num_classes=num_classes)
         parameter = next(self.stem.parameters())
-        self.head = ClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
-            drop_rate=self.drop_rate,
-            device=parameter.device,
-            dtype=parameter.dtype,
-        )
+        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
+        self._set_head(num_classes, pool_type, parameter.device, parameter.dtype)
         self._init_linear(self.head)
+
+    def _set_head(self, num_classes: int, pool_type: str, device=None, dtype=None) -> None:
+        drop_rate, dd = self.drop_rate, {'device': device, 'dtype': dtype}
+        head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
+        self.head = head.train(self.training)
+        self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()  # some poolings are joined
 
     def forward_intermediates(
         self,
@@ -265,11 +269,11 @@ class VMamba(nn.Module):
         """Removes what is not needed for the intermediates of these stages; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        del self.stages[max_index + 1 :]
         if prune_norm or pruned:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+            self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
@@ -327,7 +331,7 @@ default_cfgs = generate_default_cfgs(
         'vmamba_t_v0.in1k': _cfg('%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth', first_conv='stem.conv'),
         'vmamba_s_v0.in1k': _cfg('%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth', first_conv='stem.conv'),
         'vmamba_b_v0.in1k': _cfg('%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth', first_conv='stem.conv'),
-        'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+        'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
 
