@@ -31,7 +31,7 @@ strides 4 to 32 and with 32 to 256 channels, and `vit` has the step between toke
 and 225 of overlapping patches)."""
 TASKS = {
     'mnist5k': '`mnist5k` is 4,000 handwritten digits to learn from and 1,000 to validate on, of 28x28 enlarged.',
-    'clutter': '`clutter` is 6,000 digits of random size, place and colour over photographs to learn from, and 1,500 '
+    'clutter': '`clutter` is 6,000 digits of random size, place and colour over photographs to learn from, and 1,500\n'
     'of other digits over other photographs to validate on.',
 }
 
