@@ -1,22 +1,23 @@
 """Trains models from scratch on packaged images, all by one recipe and with several seeds, and compares accuracies.
 
-A run that fails is a result, not an error; an interrupt reports what has been done. Options that are not listed here go
-to train.py.
+A run that fails is a result, not an error; an interrupt reports what has been done, and --resume trains what is
+missing. Options that are not listed here go to train.py.
 
     python tools/compare_training.py --device cuda --jobs 15 --docs docs/benchmarks.md
     python tools/compare_training.py --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
 """
 
 import argparse
+import dataclasses
 import sys
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import train
 from benchmarks.measure import device_name, pick_device
-from benchmarks.run_queue import Result, Run, train_all
+from benchmarks.run_queue import Result, Run, keep, kept, train_all
 from benchmarks.sections import command_of
 from benchmarks.training_report import (
     NAME,
@@ -86,34 +87,50 @@ def shared_config(extra: Sequence[str]) -> Config:
     Raises:
         UserError: If one of them is wrong, or is what the comparison itself sets.
     """
-    path, resume, values = train.parse_args([str(RECIPE), *extra])
+    path, _, values = train.parse_args([str(RECIPE), *extra])
     own = [key for key in OWN_KEYS if key in values]
-    if resume or path != RECIPE or own:
-        what = own[0].replace('_', '-') if own else 'resume'
+    if path != RECIPE or own:
+        what = own[0].replace('_', '-') if own else 'config'
         raise UserError(f'--{what} cannot be given to the runs; --models, --tasks and --seeds say what is trained')
     return load_config(RECIPE, values)
 
 
-def check_output(output: Path, runs: Sequence[Run]) -> None:
-    """Raises UserError rather than mix new runs with those that are there."""
-    if any((output / run.name).exists() for run in runs):
-        raise UserError(f'{output} holds such runs already; remove it or choose another --output')
+def earlier_results(args: argparse.Namespace, runs: Sequence[Run], settings: Dict[str, Any]) -> List[Result]:
+    """Those that an interrupted comparison left, if it is to go on.
+
+    Raises:
+        UserError: If there are such runs and they are not to go on, or had other settings.
+    """
+    if args.resume:
+        return kept(runs, settings, args.output)
+    if any((args.output / run.name).exists() for run in runs):
+        raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
+    return []
 
 
 def compare(
-    runs: Sequence[Run], args: argparse.Namespace, options: Sequence[str], epochs: int, console: Console
+    runs: Sequence[Run],
+    earlier: Sequence[Result],
+    args: argparse.Namespace,
+    options: Sequence[str],
+    settings: Dict[str, Any],
+    console: Console,
 ) -> Iterator[Result]:
-    """Trains, and prints a line for each run, under a progress bar."""
+    """Trains what is missing of the runs, and prints a line for each, under a progress bar."""
+    finished = [result.run for result in earlier]
+    missing = [run for run in runs if run not in finished]
     columns = TextColumn('Training'), BarColumn(), TextColumn('{task.fields[status]}')
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task('', total=len(runs) * epochs, status='')
+        bar = progress.add_task('', total=len(missing) * settings['epochs'], status='')
         done = 0
 
         def tell(going: int, epochs_done: int) -> None:
             progress.update(bar, completed=epochs_done, status=f'{done} of {len(runs)} runs done, {going} going on')
 
-        for result in train_all(runs, options, args.output, args.jobs, args.timeout, tell):
+        for result in chain(earlier, train_all(missing, options, args.output, args.jobs, args.timeout, tell)):
             done += 1
+            if result.status == 'ok':
+                keep(result, settings, args.output)
             console.print('  '.join([*cells_of(result), result.message]), markup=False, highlight=False)
             yield result
 
@@ -140,6 +157,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     parser.add_argument(
         '--output', type=Path, default=Path('runs/compare'), help='folder of the CSV file, the picture and the runs'
     )
+    parser.add_argument('--resume', action='store_true', help='keep the runs in --output that came to their end')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
     return parser.parse_known_args(argv)
 
@@ -147,7 +165,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 def run(argv: Sequence[str]) -> None:
     args, extra = parse_args(argv)
     config, runs = shared_config(extra), runs_of(args)
-    check_output(args.output, runs)
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in OWN_KEYS}
+    earlier = earlier_results(args, runs, settings)
     args.output.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     command = command_of('compare_training', argv, OUTPUTS)
@@ -158,7 +177,7 @@ def run(argv: Sequence[str]) -> None:
         console.width = WIDTH
     table, picture = args.output / f'{NAME}.csv', args.output / f'{NAME}.png'
     options = [str(RECIPE), *extra, '--device', device.type]
-    results = record(compare(runs, args, options, config.epochs, console), table, setting)
+    results = record(compare(runs, earlier, args, options, settings, console), table, setting)
     if ended(results) < len(runs):
         console.print(f'Interrupted: {ended(results)} of {len(runs)} runs came to an end')
     if not results:

@@ -93,6 +93,25 @@ def test_an_interrupt_reports_what_is_there_and_ends_the_runs(compare, program, 
     assert not (folder / 'best.pt').exists()
 
 
+def test_what_an_interrupt_left_out_is_trained_later(compare, program, capsys, tmp_path):
+    seeds = ['--models', 'test_vit', '--seeds', '0', '1']
+    program(
+        'if sys.argv[sys.argv.index("--seed") + 1] == "1":\n'
+        '    os.kill(os.getppid(), signal.SIGINT)\n'
+        '    time.sleep(60)'
+    )
+    _, rows, _ = compare(*seeds)
+    assert [(row['seed'], row['status']) for row in rows] == [('0', 'ok'), ('1', 'interrupted')]
+    program('(folder / "epochs.csv").write_text("epoch,val_top1\\n1,75\\n")')
+    out, rows, docs = compare(*seeds, '--resume')
+    assert [(row['seed'], row['status'], row['accuracy']) for row in rows] == [('0', 'ok', '50.0'), ('1', 'ok', '75.0')]
+    assert '2 of 2 runs done' in out and 'Interrupted' not in out and '| 62.50 ± 17.68 |' in docs
+    with pytest.raises(SystemExit):
+        compare(*seeds, '--resume', '--lr', '0.5')
+    assert 'lfw_test_vit_0 is of a run with lr 0.001, now 0.5; choose another --output' in capsys.readouterr().err
+    assert compare(*seeds, '--resume')[1] == rows  # nothing was removed
+
+
 @pytest.mark.parametrize(
     'text, options, status, message',
     [
@@ -146,7 +165,6 @@ def test_the_spread_tells_of_what_is_missing():
         (['--seeds', '1', '1'], '--seeds names something twice'),
         (['--seed', '1'], '--seed cannot be given to the runs; --models, --tasks and --seeds'),
         (['--model-args', '{stride: 6}'], '--model-args cannot be given to the runs'),
-        (['--resume'], '--resume cannot be given to the runs'),
         (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
         (['--weight-dekay', '0'], "unknown option '--weight-dekay'; did you mean --weight-decay"),
         (['--jobs', '0'], "must be a whole number above 0, got '0'"),
@@ -165,4 +183,4 @@ def test_runs_are_not_mixed_with_those_that_are_there(capsys, tmp_path):
     (tmp_path / 'lfw_test_vit_0').mkdir()
     with pytest.raises(SystemExit):
         compare_training.main([*FAST, '--models', 'test_vit', '--output', str(tmp_path)])
-    assert 'holds such runs already' in capsys.readouterr().err
+    assert 'holds such runs already; give --resume, or choose another --output' in capsys.readouterr().err

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from training.runtime import StopRequest
+from user_errors import UserError
 
+RESULT = 'result.json'  # in the folder of a run that came to its end
 SCRIPT = Path(__file__).parents[1] / 'train.py'
 POLL_SECONDS = 0.2
 _PARAMETERS = re.compile(r': ([\d.]+) M parameters')
@@ -142,6 +145,46 @@ def _last_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
     return (errors or lines or [''])[-1]
+
+
+def keep(result: Result, settings: Dict[str, Any], output: Path) -> None:
+    """Writes what came of a run that came to its end into its folder."""
+    content = dict(
+        settings=settings,
+        run=result.run._asdict(),
+        minutes=result.minutes,
+        accuracies=result.accuracies,
+        parameters=result.parameters,
+    )
+    path = output / result.run.name / RESULT
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(content))
+    part.replace(path)
+
+
+def kept(runs: Sequence[Run], settings: Dict[str, Any], output: Path) -> List[Result]:
+    """What came of those of the runs that came to their end; the folders of the others are removed.
+
+    Raises:
+        UserError: If one of them had other settings.
+    """
+    results = []
+    for run in runs:
+        path = output / run.name / RESULT
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text())
+        was = {**content['settings'], **content['run']}
+        now = json.loads(json.dumps({**settings, **run._asdict()}))
+        differences = [f'{key} {was.get(key)!r}, now {now[key]!r}' for key in sorted(now) if was.get(key) != now[key]]
+        if differences:
+            raise UserError(f'{path.parent} is of a run with {"; ".join(differences)}; choose another --output')
+        results.append(Result(run, 'ok', content['minutes'], content['accuracies'], content['parameters'], ''))
+    finished = [result.run.name for result in results]
+    for run in runs:
+        if run.name not in finished:
+            shutil.rmtree(output / run.name, ignore_errors=True)
+    return results
 
 
 def train_all(
