@@ -208,7 +208,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     write_picture(measurements, picture)
     console.print(f'Wrote {table} and {picture}')
     if args.docs:
-        write_docs(measurements, args.docs, name, command)
+        write_docs(measurements, len(args.cases), args.docs, name, command)
         console.print(f'Wrote its section of {args.docs}, and its picture beside it')
 
 

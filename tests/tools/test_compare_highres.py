@@ -191,7 +191,7 @@ def test_docs_get_a_section_each_and_a_picture(tmp_path):
     path = tmp_path / 'benchmarks.md'
     path.write_text('# Benchmarks\n\nBefore.\n')
     for name in ('highres', 'highres_paper', 'highres'):
-        write_docs(MIXED, path, name, f'a command of {name}')
+        write_docs(MIXED, len(MIXED) + 2, path, name, f'a command of {name}')
         assert (tmp_path / f'{name}.png').is_file()
     text = path.read_text()
     assert text.startswith('# Benchmarks\n\nBefore.\n')
@@ -199,6 +199,7 @@ def test_docs_get_a_section_each_and_a_picture(tmp_path):
     assert text.count('| 448 | 1 | float32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
     assert text.count('](highres.png)') == text.count('](highres_paper.png)') == 1
     assert '- machine: a device\n' in text and '`a command of highres_paper`' in text
+    assert text.count(f'- cases measured: {len(MIXED)} of {len(MIXED) + 2}\n') == 2
 
 
 def test_paired_batch_sizes_and_all_ways_to_run(gpu):
@@ -242,7 +243,7 @@ def test_the_latency_of_one_image(gpu):
 
 def test_docs_of_one_size_have_no_picture(tmp_path):
     path = tmp_path / 'benchmarks.md'
-    write_docs([pair for pair in MIXED if pair[0].size == 224], path, 'highres_latency', 'a command')
+    write_docs([pair for pair in MIXED if pair[0].size == 224], 1, path, 'highres_latency', 'a command')
     assert '## Latency of one image' in path.read_text() and '![' not in path.read_text()
     assert list(tmp_path.iterdir()) == [path]
 

@@ -114,16 +114,30 @@ def write_picture(measurements: Sequence[Measurement], path: Path) -> None:
     plot_comparison(labelled, title, path)
 
 
-def write_docs(measurements: Sequence[Measurement], path: Path, name: str, command: str) -> None:
-    """Writes the section of this name, in the place of its old one, and of several sizes a picture beside the file."""
+def write_docs(measurements: Sequence[Measurement], cases: int, path: Path, name: str, command: str) -> None:
+    """Writes the section of this name, in the place of its old one, and of several sizes a picture beside the file.
+
+    Args:
+        measurements: What was measured.
+        cases: How many were asked for: an interrupt leaves some out.
+        path: Markdown file.
+        name: Key of TITLES.
+        command: The command line.
+    """
     several_sizes = len({case.size for case, _ in measurements}) > 1
     if several_sizes:
         write_picture(measurements, path.with_name(f'{name}.png'))
     text = path.read_text() if path.is_file() else '# Benchmarks\n'
     first = measurements[0][0]
+    facts = (
+        f'- machine: {machine(measurements)}',
+        f'- versions: {versions(measurements)}',
+        f'- command: `{command}`',
+        f'- cases measured: {len(measurements)} of {cases}',
+    )
     parts = (
         f'## {TITLES[name]}',
-        f'- machine: {machine(measurements)}\n- versions: {versions(measurements)}\n- command: `{command}`',
+        '\n'.join(facts),
         *([f'![Images per second and peak memory against the size of the image]({name}.png)'] * several_sizes),
         NOTES.format(repeats=first.repeats, seconds=first.seconds),
         markdown_table([HEADER, *(cells_of(*pair) for pair in by_workload(measurements))], left=4),
