@@ -33,15 +33,14 @@ from features.maps import (
     tiled_maps,
 )
 from features.store import FORMATS, Files, Store, Table
+from images.decoding import READ_ERRORS, read_pixels
 from images.image_files import (
-    READ_ERRORS,
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
     image_mode,
     make_loader,
-    read_pixels,
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -12,6 +12,7 @@ Each model preprocesses as its own configuration says. Writes validate.csv, and 
 import argparse
 import csv
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import FrozenSet, Iterator, List, Optional, Sequence
@@ -26,6 +27,7 @@ from images.labelled_folders import (
     Folder,
     class_indices,
     corruption_folders,
+    folder_names,
     read_class_map,
     read_folder,
     read_real_labels,
@@ -190,21 +192,29 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Measured accuracies, with the published ones beside them."""
     title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
-    columns = ('model', Column('weights', overflow='fold'), 'data', 'labels', 'img_size', 'images', 'top-1', 'top-5')
-    table = Table(*columns, 'published top-1', 'published top-5', 'images/s', title=title)
-    for row in rows:
-        known = [f'{value:.2f}' if value else '' for value in (row.published_top1, row.published_top5)]
-        cells = (
-            row.model,
-            row.weights,
-            row.data,
-            row.labels,
-            str(row.img_size),
-            str(row.images),
-            f'{row.top1:.2f}',
-            f'{row.top5:.2f}',
-        )
-        table.add_row(*cells, *known, f'{row.images_per_second:.1f}')
+    texts = {
+        'model': [row.model for row in rows],
+        'weights': [row.weights for row in rows],
+        'data': [row.data for row in rows],
+        'labels': [row.labels for row in rows],
+    }
+    numbers = {
+        'img_size': [str(row.img_size) for row in rows],
+        'images': [str(row.images) for row in rows],
+        'top-1': [f'{row.top1:.2f}' for row in rows],
+        'top-5': [f'{row.top5:.2f}' for row in rows],
+        'published top-1': [f'{row.published_top1:.2f}' if row.published_top1 else '' for row in rows],
+        'published top-5': [f'{row.published_top5:.2f}' if row.published_top5 else '' for row in rows],
+        'images/s': [f'{row.images_per_second:.1f}' for row in rows],
+    }
+    numbers = {name: column for name, column in numbers.items() if any(column)}
+    table = Table(title=title)
+    for name in texts:
+        table.add_column(name, overflow='fold')  # in a narrow terminal nothing is cut off
+    for name in numbers:
+        table.add_column(name.replace(' ', '\n'), justify='right', no_wrap=True)
+    for cells in zip(*texts.values(), *numbers.values()):
+        table.add_row(*cells)
     console.print(table)
 
 
@@ -227,14 +237,17 @@ def print_corruptions(rows: Sequence[Row], console: Console) -> None:
 
 
 def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
-    folders = []
-    for root in args.folders:
+    folders: List[Folder] = []
+    for root, name in zip(args.folders, folder_names(args.folders)):
         if args.imagenet_c:
             folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
         elif args.real_labels is not None:  # these go by the names of the images, however they lie
-            folders.append(Folder(root.name, [(path, 0) for path in find_images(root)], [], []))
+            folders.append(Folder(name, [(path, 0) for path in find_images(root)], [], []))
         else:
-            folders.append(read_folder(root))
+            folders.append(read_folder(root, name))
+    twice = [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]
+    if twice:
+        raise UserError(f'{twice[0]} is there more than once; give folders that hold other images')
     for folder in folders:
         if folder.empty:
             names = ', '.join(folder.empty[:TOP])

@@ -36,15 +36,14 @@ from features.maps import POOLED, normalised, parse_wanted, patch_layout
 from features.receptive_field import Field, receptive_fields
 from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from figures.view_figures import Layer, plot_attention, plot_receptive_fields
+from images.decoding import READ_ERRORS, read_image
 from images.image_files import (
-    READ_ERRORS,
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
     image_mode,
     make_loader,
-    read_image,
 )
 from PIL import Image
 from rich.console import Console

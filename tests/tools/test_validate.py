@@ -201,6 +201,24 @@ def test_real_labels(tmp_path):
     assert [read(tmp_path)[0][key] for key in ('labels', 'images')] == ['real', '3']  # one has none
 
 
+def test_a_narrow_terminal_shows_everything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(validate, 'WIDTH', 70)
+    roots = [write_digits(tmp_path / part / 'val', per_class=1, classes=2) for part in 'ab']
+    run(*roots, '--models', 'test_vit=untrained', '--num-classes', 2, '--output', tmp_path)
+    assert [row['data'] for row in read(tmp_path)] == [str(root) for root in roots]
+    lines = [line for line in capsys.readouterr().out.splitlines() if '│' in line]
+    columns = [''.join(cells).replace(' ', '') for cells in zip(*(line.strip('│').split('│') for line in lines))]
+    assert '…' not in ''.join(columns)
+    assert columns[:2] == ['test_vit' * 2, 'untrained' * 2] and columns[2] == ''.join(map(str, roots))
+    assert columns[-2].count('100.00') == 2  # top-5 of two classes
+
+
+def test_what_is_given_twice_is_an_error(digits, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(digits, digits, '--models', 'test_vit=untrained', '--num-classes', 10, '--output', tmp_path)
+    assert f'{digits} is there more than once' in capsys.readouterr().err
+
+
 def test_corruptions(tmp_path, capsys):
     for severity in ('1', '5'):
         write_digits(tmp_path / 'c' / 'blur' / 'defocus_blur' / severity, per_class=1, classes=2)

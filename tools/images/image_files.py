@@ -1,20 +1,22 @@
 """Image files for timm's loader: an unreadable one is counted and named instead of being replaced by its neighbour."""
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
-from timm.data.readers.img_extensions import is_img_extension
+from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
 from user_errors import UserError, at_least, positive
 
+from .decoding import READ_ERRORS, read_image, why_unreadable
+
 UNREADABLE = -1
-READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+_FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_features.py writes
 _NAMES_SHOWN = 5
 
 
@@ -45,32 +47,6 @@ class CheckedImages(ImageDataset):
         except READ_ERRORS:
             image, target = Image.new(self.input_img_mode, (8, 8)), UNREADABLE
         return self.transform(image), target
-
-
-def read_image(path: Path, mode: str = 'RGB') -> Image.Image:
-    """Decodes an image wholly."""
-    with Image.open(path) as image:
-        return image.convert(mode)
-
-
-def read_pixels(path: Path, mode: str) -> np.ndarray:
-    """Bytes [H, W, C] of an image of any size, memory-mapped if it is an .npy file of such bytes.
-
-    Raises:
-        UserError: If an .npy file holds something else.
-    """
-    chans = len(mode)  # L or RGB
-    if path.suffix != '.npy':
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large images are what this is for
-        try:
-            pixels = np.asarray(read_image(path, mode))
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-        return pixels if pixels.ndim == 3 else pixels[..., None]
-    pixels = np.load(path, mmap_mode='r')
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != chans:
-        raise UserError(f'{path} must hold bytes [H, W, {chans}], got {pixels.dtype} {list(pixels.shape)}')
-    return pixels
 
 
 def image_mode(config: Dict[str, Any]) -> str:
@@ -124,7 +100,11 @@ class Unreadable:
     def add(self, path: Path) -> None:
         self.paths.append(path)
         if not self.skip:
-            raise UserError(f'cannot read the image {path}; repair or remove it, or leave such out: --skip-bad-images')
+            why = why_unreadable(path)
+            raise UserError(
+                f'cannot read the image {path}{f" ({why})" if why else ""}; repair or remove it, or leave such out: '
+                '--skip-bad-images'
+            )
 
     def summary(self) -> str:
         """'2 unreadable images left out: a.png, b.png', or nothing."""
@@ -137,6 +117,8 @@ class Unreadable:
 
 def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
     """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
+
+    Links are followed. Folders of features that lie among the images are left out.
 
     Args:
         source: Folder, text file with paths relative to its own folder, or one image.
@@ -158,11 +140,24 @@ def find_images(source: Path, arrays: bool = False, without: Optional[Path] = No
             raise UserError(f'{source} is neither an image{with_arrays} nor a text file with a path a line') from None
         paths = [source.parent / line.strip() for line in lines if line.strip()]
     else:
-        paths = [path for path in source.rglob('*') if _is_image(path, arrays)]
-        paths = sorted((path for path in paths if without not in path.parents), key=lambda path: natural_key(str(path)))
+        found = (path for path in _files_below(source, without) if _is_image(path, arrays))
+        paths = sorted(found, key=lambda path: natural_key(str(path)))
     if not paths:
-        raise UserError(f'{source} holds no images of the endings that timm knows{" (or .npy)" if arrays else ""}')
+        endings = ', '.join([*get_img_extensions(), *(['.npy'] if arrays else [])])
+        raise UserError(f'{source} holds no images; their names must end in {endings}')
     return paths
+
+
+def _files_below(folder: Path, without: Optional[Path]) -> Iterator[Path]:
+    """Files of a folder and those below it, behind links too, but for one folder and for written features."""
+    left_out = without and os.path.realpath(without)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
+        leads_up = os.path.islink(parent) and Path(here) in Path(os.path.realpath(os.path.dirname(parent)), '_').parents
+        if here == left_out or leads_up or _FEATURES <= set(names):
+            folders.clear()
+        else:
+            yield from (Path(parent, name) for name in names)
 
 
 def _is_image(path: Path, arrays: bool) -> bool:

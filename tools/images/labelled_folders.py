@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 from timm.data import ImageNetInfo
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from user_errors import UserError
@@ -31,7 +32,13 @@ class Folder(NamedTuple):
     empty: List[str]
 
 
-def read_folder(root: Path, name: Optional[str] = None) -> Folder:
+def folder_names(roots: Sequence[Path]) -> List[str]:
+    """What to call each folder: its own name, or where several have it the path as it was given."""
+    names = [root.resolve().name for root in roots]
+    return [name if name and names.count(name) == 1 else str(root) for name, root in zip(names, roots)]
+
+
+def read_folder(root: Path, name: str) -> Folder:
     """Images of a folder of class folders. Classes are all its folders, those without images included.
 
     Raises:
@@ -50,8 +57,11 @@ def read_folder(root: Path, name: Optional[str] = None) -> Folder:
         if not found:
             empty.append(label)
     if not samples:
-        raise UserError(f'{root} holds no images of the endings that timm knows in its {len(classes)} class folders')
-    return Folder(name or root.name, samples, classes, empty)
+        endings = ', '.join(get_img_extensions())
+        raise UserError(
+            f'{root} holds no images in its {len(classes)} class folders; their names must end in {endings}'
+        )
+    return Folder(name, samples, classes, empty)
 
 
 def corruption_folders(root: Path) -> List[Path]:

@@ -4,7 +4,7 @@ import itertools
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from images.image_files import READ_ERRORS
+from images.decoding import READ_ERRORS, read_image, to_mode
 from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -17,6 +17,7 @@ from .order import BatchOrder, Key
 from .runtime import Runtime, leave_stopping_to_main
 from .seeding import derive_seed, seeded
 from .splits import NAMES_SHOWN, SYNTHETIC, image_mode
+from .transforms import create_train_transform
 
 LEFT_OUT = -1  # label of an image that could not be read
 
@@ -72,10 +73,9 @@ class Samples(Dataset):
         """The image, decoded, and its label."""
         if isinstance(self.dataset, ImageDataset):  # which would replace what it cannot decode without counting it
             file, target, *_ = self.dataset.reader[index]
-            image = Image.open(file)
-        else:
-            image, target = self.dataset[index]
-        return image.convert(self.mode), target
+            return read_image(file, self.mode), target
+        image, target = self.dataset[index]
+        return to_mode(image, self.mode), target
 
     def check(self) -> None:
         """Raises UserError if an unreadable image was met and they are not to be skipped, or if none is readable."""
@@ -111,7 +111,7 @@ class IndexedData:
     """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
-        transform = _create_train_transform(config, data_config)
+        transform = create_train_transform(config, data_config)
         self.samples = Samples(dataset, transform, config)
         self.order = BatchOrder(
             dataset,
@@ -181,7 +181,7 @@ class StreamedData:
             raise UserError(f'{config.data} is read as a stream, which cannot repeat images: set aug_repeats to 1')
         if config.skip_bad_images:
             raise UserError(f'{config.data} is read as a stream, which can skip no images: leave skip_bad_images out')
-        transform = _create_train_transform(config, data_config)
+        transform = create_train_transform(config, data_config)
         self.seeds = config.seed, runtime.rank
         self.stream = Stream(dataset, transform, self.seeds, config.workers)
         self.generator = torch.Generator()  # of what PyTorch seeds the loading processes by
@@ -260,24 +260,6 @@ class Validation:
 
     def report(self) -> Optional[str]:
         return self.samples.report() if self.samples else None
-
-
-def _train_transform(config: Config, data_config: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of timm's training transform. Random erasing comes after the transfer, and so is not among them."""
-    names = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'auto_augment')
-    augmentation = {name: getattr(config, name) for name in names}
-    own = {**data_config, 'interpolation': config.interpolation}
-    return {**own, **augmentation, 'is_training': True} if config.augment else {**data_config, 'is_training': False}
-
-
-def _create_train_transform(config: Config, data_config: Dict[str, Any]) -> Callable:
-    try:
-        return create_transform(**_train_transform(config, data_config), use_prefetcher=True)
-    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"auto_augment {config.auto_augment!r} is none of timm's policies: {error}; take one such as "
-            f'rand-m9-mstd0.5-inc1, augmix-m3 or original, or null for none'
-        ) from error
 
 
 def _prefetch(
