@@ -103,6 +103,7 @@ def print_report(medians: Medians, console: Console, title: str) -> None:
 def write_csv(medians: Medians, device: str, path: Path) -> None:
     """One row a median (in milliseconds), then one a ratio."""
     about = [device, torch.__version__, torch.get_num_threads(), SIZE]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['kind', 'work', 'name', 'value', 'device', 'torch', 'threads', 'size'])

@@ -21,7 +21,7 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import timm
     import torch
     from benchmarks.measure import device_name, is_out_of_memory, pick_device
-    from benchmarks.sections import command_of, markdown_table, replace_section
+    from benchmarks.sections import command_of, markdown_table, write_section
     from benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
     from images.scene_files import write_part
     from images.scenes import BACKGROUND, NAMES, Composer
@@ -185,7 +185,6 @@ def cells_of(results: Sequence[Result]) -> List[Sequence[str]]:
 
 def write_docs(results: Sequence[Result], device: torch.device, repeats: int, command: str, path: Path) -> None:
     """Writes the section of these figures, in the place of its old one."""
-    text = path.read_text() if path.is_file() else '# Benchmarks\n'
     precision = 'bf16' if device.type == 'cuda' else 'fp32'
     parts = (
         '## Detection and segmentation',
@@ -193,7 +192,7 @@ def write_docs(results: Sequence[Result], device: torch.device, repeats: int, co
         NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
         markdown_table(cells_of(results), left=4),
     )
-    path.write_text(replace_section(text, 'bench_mm', '\n\n'.join(parts)))
+    write_section(path, 'bench_mm', parts)
 
 
 def versions() -> str:

@@ -18,7 +18,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 import timm
 import torch
 from benchmarks.measure import device_name, pick_device
-from benchmarks.sections import command_of, markdown_table, replace_section
+from benchmarks.sections import command_of, markdown_table, write_section
 from benchmarks.timing import triton_version
 from rich.console import Console
 from rich.progress import track
@@ -112,7 +112,6 @@ def cells_of(results: Sequence[Result], batch_size: int) -> List[Sequence[str]]:
 
 def write_docs(results: Sequence[Result], args: argparse.Namespace, command: str) -> None:
     """Writes the section of these figures, in the place of its old one."""
-    text = args.docs.read_text() if args.docs.is_file() else '# Benchmarks\n'
     versions = f'torch {torch.__version__}, triton {triton_version()}, timm {timm.__version__}'
     how = 'Several share the weights out by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
     how += ' The model is compiled.' if args.compile else ''
@@ -126,7 +125,7 @@ def write_docs(results: Sequence[Result], args: argparse.Namespace, command: str
         textwrap.fill(notes, width=120, break_on_hyphens=False),
         markdown_table(cells_of(results, args.batch_size), left=1),
     )
-    args.docs.write_text(replace_section(text, ' '.join(['bench_scaling', *modes]), '\n\n'.join(parts)))
+    write_section(args.docs, ' '.join(['bench_scaling', *modes]), parts)
 
 
 def process_counts(wanted: Optional[Sequence[int]], args: argparse.Namespace) -> List[int]:

@@ -33,7 +33,7 @@ from benchmarks.training_report import (
 from images.packaged_data import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from training.config import Config, load_config
+from training.config import FIELDS, Config, load_config
 from user_errors import UserError, nearest, one_line_errors, positive
 
 RECIPE = Path(__file__).parents[1] / 'configs' / 'classification' / 'compare.yaml'
@@ -159,7 +159,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     )
     parser.add_argument('--resume', action='store_true', help='keep the runs in --output that came to their end')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
-    return parser.parse_known_args(argv)
+    args, extra = parser.parse_known_args(argv)
+    keys = {f'--{name.replace("_", "-")}' for name in FIELDS}
+    keys |= {f'--no-{name.replace("_", "-")}' for name, field in FIELDS.items() if field.type is bool}
+    choices = {*parser._option_string_actions, *keys} - {f'--{name.replace("_", "-")}' for name in OWN_KEYS}
+    for name in (text.partition('=')[0] for text in extra):
+        if name.startswith('--') and name not in keys:
+            parser.error(f'unknown option {name!r}{nearest(name, choices)}')
+    return args, extra
 
 
 def run(argv: Sequence[str]) -> None:

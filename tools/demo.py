@@ -27,6 +27,7 @@ import vmamba  # noqa: F401
 
 REQUIRED_ACCURACY = 0.97
 SIZES = (224, 448, 672)
+WIDTH = 120  # of the tables where there is no terminal
 
 
 class Recipe(NamedTuple):
@@ -121,6 +122,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     start = time.perf_counter()
     histories = {} if args.skip_training else train_all(args, console)
     if not args.skip_comparison:

@@ -154,6 +154,7 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
             row.feature, str(row.dim), row.classifier, f'{row.accuracy:.2f}{spread}', images, str(row.classes)
         )
     console.print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
@@ -189,7 +190,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 console.print(note, highlight=False, soft_wrap=True)
         count = 2 * len(args.features or _features_of(args.train))
         rows = list(track(evaluate(args), 'Evaluating', total=count, console=console, transient=True))
-    report(rows, args.output or args.train / 'evaluation.csv', console)
+        report(rows, args.output or args.train / 'evaluation.csv', console)
 
 
 if __name__ == '__main__':

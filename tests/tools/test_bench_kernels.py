@@ -168,6 +168,11 @@ def test_docs_keep_what_is_not_theirs(tmp_path):
     assert 'NVIDIA H100 80GB HBM3' in text and torch.__version__ in text
 
 
+def test_docs_may_lie_in_a_folder_to_be_made(tmp_path):
+    write_docs(run_of(result_of()), tmp_path / 'new' / 'folder' / 'benchmarks.md')
+    assert (tmp_path / 'new' / 'folder' / 'benchmarks.md').read_text().startswith('# Benchmarks\n\n<!-- bench_kernels')
+
+
 def test_a_lonely_marker_is_an_error():
     with pytest.raises(ValueError, match='only one of'):
         replace_section('<!-- a: begin -->', 'a', 'body')

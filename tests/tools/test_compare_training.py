@@ -167,6 +167,8 @@ def test_the_spread_tells_of_what_is_missing():
         (['--model-args', '{stride: 6}'], '--model-args cannot be given to the runs'),
         (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
         (['--weight-dekay', '0'], "unknown option '--weight-dekay'; did you mean --weight-decay"),
+        (['--modles', 'vit'], "unknown option '--modles'; did you mean --models"),
+        (['--job', '2'], "unknown option '--job'; did you mean --jobs"),
         (['--jobs', '0'], "must be a whole number above 0, got '0'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else '',

@@ -30,9 +30,9 @@ def read(path):
 
 
 def test_held_out_images(features, tmp_path, capsys):
-    common = features / 'train', '--test', features / 'test', '--output', tmp_path / 'e.csv'
+    common = features / 'train', '--test', features / 'test', '--output', tmp_path / 'new' / 'e.csv'
     run(*common, '--neighbours', 5, '--C', 0.1, 1)
-    rows = read(tmp_path / 'e.csv')
+    rows = read(tmp_path / 'new' / 'e.csv')
     assert [(row['feature'], row['classifier']) for row in rows] == [
         (feature, classifier) for feature in ('pooled', 'stages.0') for classifier in ('5-NN', 'linear probe')
     ]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .kernel_report import number
 from .measure import Case, Result
-from .sections import markdown_table, replace_section
+from .sections import markdown_table, write_section
 
 Measurement = Tuple[Case, Result]
 
@@ -74,7 +74,8 @@ def print_report(measurements: Sequence[Measurement], console: Console) -> None:
     """The table, and the messages of what did not run."""
     table = Table(title=f'Feature extraction\n{machine(measurements)}, {versions(measurements)}')
     for name in HEADER:
-        table.add_column(name, justify='left' if name in ('run', 'model') else 'right')
+        is_text = name in ('run', 'model')  # which a narrow terminal folds, so that nothing is cut off
+        table.add_column(name, justify='left' if is_text else 'right', overflow='fold', no_wrap=not is_text)
     last = None
     for case, result in by_workload(measurements):
         workload = case.size, case.batch_size, run_of(case)
@@ -127,7 +128,6 @@ def write_docs(measurements: Sequence[Measurement], cases: int, path: Path, name
     several_sizes = len({case.size for case, _ in measurements}) > 1
     if several_sizes:
         write_picture(measurements, path.with_name(f'{name}.png'))
-    text = path.read_text() if path.is_file() else '# Benchmarks\n'
     first = measurements[0][0]
     facts = (
         f'- machine: {machine(measurements)}',
@@ -142,4 +142,4 @@ def write_docs(measurements: Sequence[Measurement], cases: int, path: Path, name
         NOTES.format(repeats=first.repeats, seconds=first.seconds),
         markdown_table([HEADER, *(cells_of(*pair) for pair in by_workload(measurements))], left=4),
     )
-    path.write_text(replace_section(text, f'compare_highres {name}', '\n\n'.join(parts)))
+    write_section(path, f'compare_highres {name}', parts)

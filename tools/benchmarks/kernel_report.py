@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .kernel_cases import REFERENCE_GPU, Case, Reference
-from .sections import markdown_table, replace_section
+from .sections import markdown_table, write_section
 from .timing import Ceilings, triton_version
 
 EARLIER = 'peer, H100, measured earlier, not in this run'
@@ -287,19 +287,15 @@ def write_csv(run: Run, path: Path) -> None:
 
 def write_docs(run: Run, path: Path) -> None:
     """Writes a section for each kind of cases in this run, in the place of its old one; leaves all else as it is."""
-    text = path.read_text() if path.is_file() else '# Benchmarks\n'
     for kind, rows in by_kind(run).items():
-        text = replace_section(text, f'bench_kernels {kind}', _markdown(kind, rows, run))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+        write_section(path, f'bench_kernels {kind}', _section(kind, rows, run))
 
 
-def _markdown(kind: str, rows: Sequence[Record], run: Run) -> str:
+def _section(kind: str, rows: Sequence[Record], run: Run) -> List[str]:
     about = (
         f'- machine: {run.device}; measured: {run.ceilings}\n'
         f'- versions: {run.versions}, timm {timm.__version__}\n'
         f'- command: `{run.command}`; medians of {run.repeats}'
     )
     parts = [f'## {TITLES[kind]}', about, NOTES if kind == 'model' else f'{NOTES}\n{KERNEL_NOTES}']
-    parts += [markdown_table(cells, left=2) for cells in tables_of(kind, rows)]
-    return '\n\n'.join(parts)
+    return parts + [markdown_table(cells, left=2) for cells in tables_of(kind, rows)]

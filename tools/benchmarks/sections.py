@@ -1,6 +1,7 @@
 """Sections that the tools write into Markdown files, between marker comments."""
 
 import shlex
+from pathlib import Path
 from typing import Sequence
 
 
@@ -19,6 +20,16 @@ def markdown_table(cells: Sequence[Sequence[str]], left: int) -> str:
     header, *rows = cells
     rule = ['---'] * left + ['---:'] * (len(header) - left)
     return '\n'.join(f'| {" | ".join(row)} |' for row in (header, rule, *rows))
+
+
+def write_section(path: Path, name: str, parts: Sequence[str]) -> None:
+    """Writes a section of these paragraphs into a file, in the place of its old one, and leaves all else as it is.
+
+    Without the file, makes it and its folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.is_file() else '# Benchmarks\n'
+    path.write_text(replace_section(text, name, '\n\n'.join(parts)))
 
 
 def replace_section(text: str, name: str, body: str) -> str:

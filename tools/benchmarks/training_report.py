@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .run_queue import Result
-from .sections import markdown_table, replace_section
+from .sections import markdown_table, write_section
 from .timing import triton_version
 
 NAME = 'training'
@@ -149,6 +149,7 @@ def print_report(results: Sequence[Result], setting: Setting, console: Console) 
 
 def write_picture(results: Sequence[Result], path: Path) -> None:
     """Accuracy against epoch, a panel for each task; runs that did not come to their end as far as they came."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     curves: Dict[str, Dict[str, List[List[float]]]] = {}
     for result in results:
         curves.setdefault(result.run.task, {}).setdefault(result.run.model, []).append(result.accuracies)
@@ -158,7 +159,6 @@ def write_picture(results: Sequence[Result], path: Path) -> None:
 def write_docs(results: Sequence[Result], setting: Setting, path: Path) -> None:
     """Writes the section, in the place of its old one, and the picture beside the file."""
     write_picture(results, path.with_name(f'{NAME}.png'))
-    text = path.read_text() if path.is_file() else '# Benchmarks\n'
     tasks = dict.fromkeys(result.run.task for result in results)
     notes = NOTES.format(**setting._asdict(), tasks='\n'.join(TASKS[task] for task in tasks if task in TASKS))
     messages = '\n'.join(f'- {message}' for message in filter(None, map(explain, results)))
@@ -178,4 +178,4 @@ def write_docs(results: Sequence[Result], setting: Setting, path: Path) -> None:
         markdown_table([RUNS_HEADER, *map(cells_of, results)], left=2),
         messages,
     )
-    path.write_text(replace_section(text, SECTION, '\n\n'.join(filter(None, parts))))
+    write_section(path, SECTION, [part for part in parts if part])
