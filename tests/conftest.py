@@ -14,9 +14,9 @@ from torch.utils import deterministic
 INTERPRETED = importlib.util.find_spec('triton') is not None and not torch.cuda.is_available()
 if INTERPRETED:
     os.environ['TRITON_INTERPRET'] = '1'
-    from interpreter import combine_slices
+    from interpreter import speed_up
 
-    combine_slices()
+    speed_up()
 
 from vmamba.kernels import chunked, routed, ss2d  # noqa: E402
 
