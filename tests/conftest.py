@@ -23,6 +23,11 @@ from vmamba.kernels import chunked, routed, ss2d  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """The tools come first: their tests run for long, and one that begins last would leave other workers idle."""
+    items.sort(key=lambda item: 'tools' not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
