@@ -14,13 +14,18 @@ from torch.utils import deterministic
 INTERPRETED = importlib.util.find_spec('triton') is not None and not torch.cuda.is_available()
 if INTERPRETED:
     os.environ['TRITON_INTERPRET'] = '1'
-    from interpreter import combine_slices
+    from interpreter import speed_up
 
-    combine_slices()
+    speed_up()
 
 from vmamba.kernels import chunked, routed, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The tools come first: their tests run for long, and one that begins last would leave other workers idle."""
+    items.sort(key=lambda item: 'tools' not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
+from training_runs import ROOT, signals_kept
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 
@@ -14,3 +16,15 @@ def own_visualizer():
     if visualization is not None:
         for visualizer in visualization.Visualizer.__subclasses__():
             visualizer._instance_dict.clear()
+
+
+@pytest.fixture
+def run_alone(monkeypatch):
+    """Runs the command line of train.py in this process, without torchrun."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*args):
+        with signals_kept():
+            importlib.import_module('train').main([str(arg) for arg in args])
+
+    return call

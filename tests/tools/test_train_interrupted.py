@@ -36,9 +36,9 @@ def assert_same(ours, theirs):
         assert ours == theirs
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone, tmp_path):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-    finish(start(*STATEFUL, '--output', whole))
+    run_alone(*STATEFUL, '--output', whole)
     chance = random.Random(0)
     for number, kill in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         options = '--output', broken, '--resume', '--workers', number % 2
@@ -66,12 +66,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
         assert_same(ours[key], theirs[key])
 
 
-def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(tmp_path):
+def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(run_alone, tmp_path):
     # 1,437 images are 7 updates of 200 and one of 37, which the two processes share as 19 and 18.
     args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 1
     args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
     one, two = tmp_path / 'one', tmp_path / 'two'
-    joined = start(*args, '--batch-size', 200, '--output', one)
     process = start(*args, '--batch-size', 100, '--output', two, launcher=(*TORCHRUN, '29611'))
     wait_for(process, 'epoch 1 update 4/8')
     process.send_signal(signal.SIGTERM)
@@ -79,7 +78,7 @@ def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(tm
     assert process.returncode
     out, _ = finish(start(*args, '--batch-size', 100, '--output', two, '--resume', launcher=(*TORCHRUN, '29612')))
     assert 'resumed from' in out
-    finish(joined)
+    run_alone(*args, '--batch-size', 200, '--output', one)
     for ours, theirs in zip(rows(two), rows(one), strict=True):
         for key in ('updates', 'lr', 'val_top1', 'val_top5', 'val_loss'):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key

@@ -1,6 +1,5 @@
 """train.py with models sharded over two processes (FSDP2), and the checkpoints of which each writes a share."""
 
-import importlib
 import pickle
 import resource
 import shutil
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from training.parallel import CPU_VERSION, shard_units, whole
 from training.sharded_checkpoint import ShardedCheckpoints
-from training_runs import CONFIGS, ROOT, TORCHRUN, finish, rows, signals_kept, start, wait_for
+from training_runs import CONFIGS, TORCHRUN, finish, rows, start, wait_for
 from user_errors import UserError
 
 import vmamba  # noqa: F401
@@ -45,18 +44,6 @@ def joined_alone():
 def alone():
     with joined_alone() as group:
         yield group
-
-
-@pytest.fixture
-def run_alone(monkeypatch):
-    """Runs the command line in this process, without torchrun."""
-    monkeypatch.chdir(ROOT)
-
-    def call(*args):
-        with signals_kept():
-            importlib.import_module('train').main([str(arg) for arg in args])
-
-    return call
 
 
 def test_shards_learn_as_one_process_and_resume_exactly(run_alone, tmp_path, capsys):
