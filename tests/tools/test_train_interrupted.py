@@ -71,12 +71,12 @@ def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(ru
     args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 1
     args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
     one, two = tmp_path / 'one', tmp_path / 'two'
-    process = start(*args, '--batch-size', 100, '--output', two, launcher=(*TORCHRUN, '29611'))
+    process = start(*args, '--batch-size', 100, '--output', two, launcher=TORCHRUN)
     wait_for(process, 'epoch 1 update 4/8')
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode
-    out, _ = finish(start(*args, '--batch-size', 100, '--output', two, '--resume', launcher=(*TORCHRUN, '29612')))
+    out, _ = finish(start(*args, '--batch-size', 100, '--output', two, '--resume', launcher=TORCHRUN))
     assert 'resumed from' in out
     run_alone(*args, '--batch-size', 200, '--output', one)
     for ours, theirs in zip(rows(two), rows(one), strict=True):
@@ -93,6 +93,6 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     args = f'{CONFIGS}/lfw_vmamba_nano.yaml', '--data', '', '--data-dir', folder, '--model', 'test_vit'
     args = *args, '--batch-size', 2, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'run'
-    _, err = finish(start(*args, launcher=(*TORCHRUN, '29613')), 1)
+    _, err = finish(start(*args, launcher=TORCHRUN), 1)
     assert f'{broken} cannot be read as an image' in err
     assert 'error: [process' in err

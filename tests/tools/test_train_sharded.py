@@ -69,14 +69,14 @@ def test_shards_learn_as_one_process_and_resume_exactly(run_alone, tmp_path, cap
     shards = *args, '--batch-size', 12, '--accumulate', 2, '--shard', '--log-every', 1
     one, two, broken = (tmp_path / name for name in ('one', 'two', 'broken'))
     saving = '--checkpoint-every', 1, '--keep-checkpoints', 9
-    whole_run = start(*shards, *saving, '--output', two, launcher=(*TORCHRUN, '29621'))
+    whole_run = start(*shards, *saving, '--output', two, launcher=TORCHRUN)
     run_alone(*args, '--batch-size', 48, '--output', one)
     finish(whole_run)
     for number in (1, 2):  # what a killed run leaves
         name = f'checkpoint-{number:08d}'
         shutil.copytree(two / name, broken / name)
     damage(broken / name / '__1_0.distcp')
-    process = start(*shards, '--resume', '--output', broken, launcher=(*TORCHRUN, '29622'))
+    process = start(*shards, '--resume', '--output', broken, launcher=TORCHRUN)
     wait_for(process, 'epoch 1 update 2/4')
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)

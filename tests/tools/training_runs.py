@@ -20,7 +20,7 @@ SMALL = (
     *(f'{CONFIGS}/lfw_vmamba_nano.yaml', '--model', 'test_vit', '--workers', '0', '--epochs', '2', '--device', 'cpu'),
     *('--warmup-epochs', '0.5'),
 )
-TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port')
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
 
 
 def start(*args, launcher=(sys.executable,), **kwargs):
