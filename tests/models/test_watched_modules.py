@@ -109,6 +109,37 @@ def test_a_bias_of_the_projections_is_added(family):
     assert oracles.relative_error(model(x), expected) < 1e-5
 
 
+CONVOLUTIONS = [
+    *(
+        (family, f'{MIXER}.conv2d', options)
+        for family in ('vmamba', 'v0')
+        for options in (
+            dict(dilation=2, padding=2),
+            dict(padding=1, padding_mode='circular'),
+            dict(kernel_size=(3, 1), padding=(1, 0)),
+            dict(padding=1, groups=1),
+        )
+    ),
+    ('vim', 'embed.proj', dict(groups=2)),
+    ('vim', 'embed.proj', dict(padding=2, dilation=2, kernel_size=3)),
+    ('vim', 'embed.proj', dict(padding=1, kernel_size=6)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family,name,changed', CONVOLUTIONS, ids=str)
+def test_another_convolution_is_computed_as_it_is(family, name, changed):
+    model, x = small(family, in_chans=4).eval(), images(2, 4, 32, 32)
+    parent, _, child = name.rpartition('.')
+    old = model.get_submodule(name)
+    options = dict(kernel_size=old.kernel_size, stride=old.stride, groups=old.groups, bias=old.bias is not None)
+    conv = nn.Conv2d(old.in_channels, old.out_channels, **{**options, **changed})
+    setattr(model.get_submodule(parent), child, conv)
+    actual = model(x)
+    conv.register_forward_hook(lambda *args: None)
+    assert oracles.relative_error(actual, model(x)) < 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 def test_hooks_of_all_modules_see_tensors(family):

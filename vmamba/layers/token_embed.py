@@ -51,7 +51,7 @@ class TokenEmbed(nn.Module):
     """Embeds (overlapping) patches, inserts a class token in the middle and adds the position embedding.
 
     Where patches touch without overlap the module `proj` is not called, unless it has hooks, is parametrised or is
-    another module than a convolution: its parameters are those of a matrix product.
+    another module than a convolution of just these patches: its parameters are those of a matrix product.
 
     Args:
         img_size: Image size that the position embedding is made for.
@@ -130,10 +130,16 @@ class TokenEmbed(nn.Module):
 
     def _embed(self, images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
         """[B, in_chans, H, W] -> [B, h * w, d]"""
-        if self.stride != self.patch_size or not is_plain(self.proj, nn.Conv2d):
+        if not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
             return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
         # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
         batch, side, (height, width) = images.shape[0], self.patch_size, grid_size
         x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height * width, self.in_chans * side**2)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+    def _is_tiling(self, conv: nn.Conv2d) -> bool:
+        """Whether a convolution takes patches of the model's that touch without overlap, with all channels of each."""
+        side = self.patch_size, self.patch_size
+        whole = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        return whole and conv.kernel_size == conv.stride == side
