@@ -24,7 +24,8 @@ class ImageConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype('cuda') if x.is_cuda and torch.is_autocast_enabled('cuda') else x.dtype
+        autocast = torch.is_autocast_enabled('cuda') and x.dtype != torch.float64  # it leaves fp64 alone
+        dtype = torch.get_autocast_dtype('cuda') if autocast else x.dtype
         if not x.is_cuda or dtype.itemsize != 2:
             return super().forward(x.contiguous(memory_format=torch.channels_last))
         zeros = (0, 0, 0, 0, 0, -self.in_channels % 8)
