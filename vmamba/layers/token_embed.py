@@ -12,6 +12,8 @@ from .image import check_images
 from .options import check_counts
 from .residual import is_plain
 
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch 2.6 has only the latter
+
 
 def split_class_token(tokens: Tensor) -> Tuple[Tensor, Tensor]:
     """Takes the class token out of the middle: [B, M + 1, d] -> patch tokens [B, M, d] and class token [B, d]."""
@@ -38,7 +40,8 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
         [1, h * w + 1, d] for the new grid: the patches' entries resized bicubically as a map, the class token's entry
         in the new middle.
     """
-    if old_grid == new_grid:
+    # Resizing to the same grid changes nothing, but an export with this shortcut would refuse images of that grid.
+    if not _is_exporting() and old_grid == new_grid:
         return pos_embed
     grid, class_token = split_class_token(pos_embed)
     grid = grid.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, h * w, d] -> [1, d, h, w]
@@ -125,7 +128,10 @@ class TokenEmbed(nn.Module):
         patches = self._embed(images, grid_size)
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).squeeze(1)
         tokens = insert_class_token(patches, class_token)
-        tokens = tokens + resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            pos_embed = resize_pos_embed(pos_embed, self.grid_size, grid_size)
+        tokens = tokens + pos_embed
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
     def _embed(self, images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
