@@ -109,7 +109,7 @@ class VMamba(nn.Module):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling of the last map, '' for none.
+        global_pool: Pooling of the last map, '' for none, which is for models without a classifier.
         depths: Blocks per stage.
         embed_dim: Channels of the first stage; each stage doubles them.
         ssm_ratio: Inner channels of SS2D over the stage's channels.
@@ -221,6 +221,11 @@ class VMamba(nn.Module):
         self._init_linear(self.head)
 
     def _set_head(self, num_classes: int, pool_type: str, device=None, dtype=None) -> None:
+        if num_classes > 0 and not pool_type:
+            raise ValueError(
+                f"num_classes={num_classes} needs a pooling, got global_pool={pool_type!r}: pass global_pool='avg', or "
+                f'num_classes=0 for the map'
+            )
         drop_rate, dd = self.drop_rate, {'device': device, 'dtype': dtype}
         head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
         self.head = head.train(self.training)
