@@ -23,7 +23,6 @@ from ..layers import (
     FusedLayerNorm2d,
     MergeDownsample,
     PatchStem,
-    check_images,
 )
 from ..layers.options import check_counts, check_rates, scaled_channels
 from ..layers.residual import TensorOrStream, add_branch, run_block, start_stream, total
@@ -259,7 +258,7 @@ class VMamba(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
-        x = self._embed(x)
+        x = self.stem(x)
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take_indices:
@@ -283,13 +282,9 @@ class VMamba(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _embed(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_chans, self.stem.min_size)
-        return self.stem(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(self.stages(self._embed(x)))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, d, h, w] -> logits [B, num_classes]"""
