@@ -25,7 +25,7 @@ from ..layers import (
     PatchStem,
 )
 from ..layers.options import check_counts, check_rates, scaled_channels
-from ..layers.residual import TensorOrStream, add_branch, run_block, start_stream, total
+from ..layers.residual import TensorOrStream, add_branch, run_blocks, total
 from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vmamba_layouts import convert_layout
 
@@ -96,9 +96,7 @@ class VMambaStage(nn.Module):
         x = self.downsample(x)
         dtype = x.dtype
         x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
-        x = start_stream(x, self.blocks, VMambaBlock, self.grad_checkpointing)
-        for block in self.blocks:
-            x = run_block(block, x, self.grad_checkpointing)
+        x = run_blocks(self.blocks, x, VMambaBlock, self.grad_checkpointing)
         return total(x).to(dtype).permute(0, 3, 1, 2)
 
 
