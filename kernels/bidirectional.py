@@ -65,7 +65,7 @@ def bimamba_core(
         D=D,
     )
     _check_core(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    if runs_on_triton(xz) and conv_weight.shape[-1] <= MAX_TAPS and xz.numel():
+    if runs_on_triton(xz) and conv_weight.shape[-1] <= MAX_TAPS and xz.numel() and A.numel():
         return run_bimamba(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)[0]
     x, z = xz.chunk(2, dim=-1)
     u = bidirectional_conv1d(x, conv_weight, conv_bias, silu=True)

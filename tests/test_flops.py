@@ -71,6 +71,19 @@ def test_counting_leaves_the_model_as_it_was(training):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize('channels', [3, 4], ids=['counted', 'refused'])
+def test_counting_leaves_frozen_parts_as_they_were(channels):
+    model = timm.create_model('vmamba_nano', depths=(1, 1), embed_dim=16).train()
+    model.stem.eval()
+    modes = [module.training for module in model.modules()]
+    if channels == 3:
+        count_macs(model, (3, 40, 24))
+    else:
+        with pytest.raises(ValueError, match='got 4'):
+            count_macs(model, (4, 40, 24))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_the_count_follows_the_image():
     model = timm.create_model('vmamba_nano', depths=(1, 1), embed_dim=16, num_classes=0)
     assert count_macs(model, (3, 64, 32)) == 2 * count_macs(model, (3, 32, 32))

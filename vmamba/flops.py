@@ -54,12 +54,14 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     if parameter.is_meta:
         raise ValueError('a model on the meta device cannot be traced: create it on a real one')
-    training = model.training
-    analysis = FlopCountAnalysis(model.eval(), image).set_op_handle(**fvcore_handles())
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    total = int(analysis.total())
-    model.train(training)
-    return total
+    modes = {module: module.training for module in model.modules()}  # some may be frozen in evaluation mode
+    try:
+        analysis = FlopCountAnalysis(model.eval(), image).set_op_handle(**fvcore_handles())
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return int(analysis.total())
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _shape(value: Any) -> Optional[Tuple[int, ...]]:

@@ -1,16 +1,21 @@
 """Launches of Triton kernels with little work on the host."""
 
-from typing import Any, Dict, Hashable, Optional, Sequence, Tuple, Union
+from collections import OrderedDict
+from typing import Any, Hashable, Optional, Sequence, Tuple, Union
 
 import triton
 from torch import Tensor
+
+_MAX_REMEMBERED = 4096
 
 
 class Launcher:
     """Launches a Triton kernel and remembers what it was compiled to.
 
     At each launch Triton looks at every argument for its dtype, alignment and value to find the compiled kernel, which
-    takes as long as the kernels on small maps. Here a launch whose arguments are alike finds it by one key.
+    takes as long as the kernels on small maps. Here a launch whose arguments are alike finds it by one key. Images of
+    ever new sizes would fill the host's memory with keys, so of very many the oldest is forgotten: a later launch of
+    its kind looks again, and Triton compiles nothing anew.
 
     Args:
         kernel: A function under `triton.jit` whose parameters are tensors, then integers, then constants. Triton makes
@@ -19,7 +24,7 @@ class Launcher:
 
     def __init__(self, kernel: triton.JITFunction) -> None:
         self._kernel = kernel
-        self._compiled: Dict[Hashable, Any] = {}
+        self._compiled: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __call__(
         self,
@@ -54,5 +59,7 @@ class Launcher:
             compiled = self._kernel[grid](*tensors, *sizes, *constants, **options)
             if compiled is not None:  # Triton's interpreter compiles nothing
                 self._compiled[key] = compiled
+                if len(self._compiled) > _MAX_REMEMBERED:
+                    self._compiled.popitem(last=False)
         else:
             compiled[grid](*tensors, *sizes, *constants)

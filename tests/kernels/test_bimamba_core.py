@@ -132,6 +132,16 @@ def test_an_empty_batch(backend):
     assert out.shape == (0, 9, 5) and not tensors['A'].grad.any()
 
 
+def test_without_a_state_the_skip_connection_is_left(backend):
+    tensors = arguments(dstate=0)
+    results = run(bimamba_core, on_device(tensors))
+    x, z = tensors['xz'].double().chunk(2, dim=-1)
+    u = F.silu(test_conv.loop(x, tensors['conv_weight'].double(), tensors['conv_bias'].double()))
+    expected = (tensors['D'].double() * u).sum(dim=2) / 2 * F.silu(z)
+    assert oracles.relative_error(results['out'], expected) < 1e-5
+    assert results['grad_D'].all() and not results['grad_dt_weight'].any()
+
+
 def test_inference_gives_the_same(backend):
     tensors = on_device(arguments(seqlen=20))
     with torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip('triton')
+from vmamba.kernels.fused import launcher  # noqa: E402
 from vmamba.kernels.fused.launcher import Launcher  # noqa: E402
 
 
@@ -64,6 +65,16 @@ def test_what_a_kernel_depends_on_is_told_apart(changed):
     launch(**arguments)
     launch(**{**arguments, **changed})
     assert len(kernel.searched) == 2 and not kernel.launched
+
+
+def test_of_many_sizes_the_oldest_is_forgotten(monkeypatch):
+    monkeypatch.setattr(launcher, '_MAX_REMEMBERED', 3)
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    for size in (1, 2, 3, 4, 4, 3, 2, 1):
+        launch(1, tensors(), (size,), (), 4)
+    assert [arguments[3] for _, arguments, _ in kernel.searched] == [1, 2, 3, 4, 1]
+    assert [arguments[3] for _, arguments in kernel.launched] == [4, 3, 2]
 
 
 def test_alignment_is_told_apart():

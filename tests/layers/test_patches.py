@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vmamba.layers.patches import ImageConv2d
 
@@ -18,6 +19,24 @@ def test_a_convolution_of_images_is_an_ordinary_one_in_channels_last_memory(memo
     actual = conv(x.contiguous(memory_format=memory_format))
     torch.testing.assert_close(actual, expected)
     assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def cuda_autocast():
+    """fp16 on GPUs, also where torch.autocast finds none."""
+    before = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+    torch.set_autocast_enabled('cuda', True)
+    torch.set_autocast_dtype('cuda', torch.float16)
+    yield
+    torch.set_autocast_enabled('cuda', before[0])
+    torch.set_autocast_dtype('cuda', before[1])
+
+
+def test_autocast_leaves_double_alone(cuda_autocast):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for dtype, expected in ((torch.float64, torch.float64), (torch.float32, torch.float16)):
+            conv = ImageConv2d(3, 16, 3, device='cuda', dtype=dtype)
+            assert conv(torch.empty(2, 3, 32, 32, device='cuda', dtype=dtype)).dtype == expected
 
 
 @pytest.mark.gpu

@@ -213,6 +213,15 @@ ERRORS = [
     (dict(type='VMambaBackbone', variant='vmamba_nano', frozen_stages=5), ValueError, r'-1\.\.4, got 5'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', droppath=0.1), TypeError, 'droppath'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', model_options=dict(embeddim=8)), TypeError, 'embeddim'),
+    *(
+        (
+            dict(type=name, variant=variant, model_options={'embed_dim': 8, key: value}),
+            ValueError,
+            f'{{{key!r}: {value}}}',
+        )
+        for name, variant in (('VMambaBackbone', 'vmamba_nano'), ('VimBackbone', 'vim_nano'))
+        for key, value in (('features_only', True), ('num_classes', 3), ('drop_path_rate', 0.5), ('pretrained', True))
+    ),
     (
         dict(type='VMambaBackbone', variant='vmamba_nano', pretrained='a', init_cfg=dict(type='b')),
         ValueError,

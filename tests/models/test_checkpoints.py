@@ -289,6 +289,29 @@ def test_a_state_dict_can_be_given_instead_of_a_file(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('given', [7, 5, None])
+def test_the_classifier_of_a_state_dict_is_kept_if_it_fits(given, caplog):
+    state = official.vmamba_state(DEPTHS, DIM, num_classes=given or 1)
+    if given is None:
+        state = {key: value for key, value in state.items() if not key.startswith('classifier.head')}
+    kwargs = dict(pretrained=True, depths=DEPTHS, embed_dim=DIM, pretrained_cfg_overlay=dict(state_dict=state))
+    model = timm.create_model('vmamba_s', num_classes=7, **kwargs)
+    assert torch.equal(model.norm.weight, state['classifier.norm.weight'])
+    if given == 7:
+        assert torch.equal(model.head.fc.weight, state['classifier.head.weight'])
+        assert torch.equal(model.head.fc.bias, state['classifier.head.bias'])
+    else:
+        assert not model.head.fc.bias.any()
+    assert ('classifier of 7 classes' in caplog.text) == (given != 7)
+
+
+def test_another_number_of_classes_of_a_state_dict_that_nobody_asked_for_is_an_error():
+    overlay = dict(state_dict=official.vmamba_state(DEPTHS, DIM, num_classes=100))
+    with pytest.raises(RuntimeError, match=r'head\.fc\.weight \(100, 24\) instead of \(1000, 24\)'):
+        timm.create_model('vmamba_s', pretrained=True, depths=DEPTHS, embed_dim=DIM, pretrained_cfg_overlay=overlay)
+
+
+@torch.no_grad()
 def test_timm_initialises_from_a_file_given_as_checkpoint_path(tmp_path):
     model = timm.create_model('vmamba_s', depths=DEPTHS, embed_dim=DIM)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'own.pth')

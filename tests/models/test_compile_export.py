@@ -112,6 +112,26 @@ def test_exported_with_a_dynamic_batch_equals_eager(family):
 
 
 @torch.no_grad()
+def test_vim_exported_for_dynamic_sizes_takes_its_own_too():
+    model = small('vim', dynamic_img_size=True).eval()
+    height, width = (4 * torch.export.Dim(name, min=4, max=32) for name in ('rows', 'columns'))
+    x = images(1, 3, 48, 40)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({2: height, 3: width},)).module()
+    for size in ((48, 40), (32, 40), (32, 32), (64, 16)):
+        x = images(1, 3, *size)
+        assert oracles.relative_error(exported(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_vim_compiled_for_dynamic_sizes_takes_its_own_too():
+    model = small('vim', dynamic_img_size=True).eval()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
+    for size in ((48, 40), (32, 32), (32, 64)):
+        x = images(2, 3, *size)
+        assert oracles.relative_error(compiled(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 def test_a_saved_export_loads_and_names_the_operators(family, tmp_path):
     model, x = small(family).eval(), images()

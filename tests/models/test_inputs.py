@@ -133,6 +133,8 @@ def test_what_is_no_image_is_an_error_that_shows_it(family, image, value):
         model(image)
     with pytest.raises(ValueError, match=value):
         model.forward_intermediates(image)
+    with pytest.raises(ValueError, match=value):
+        small(family, features_only=True)(image)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,25 @@ def test_without_classifier_or_pooling(family, late):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('family', ['vmamba', 'v0'])
+def test_a_classifier_without_pooling_is_an_error_that_names_both(family):
+    refused = pytest.raises(ValueError, match="num_classes=10 .*global_pool=''.*global_pool='avg'")
+    with refused:
+        small(family, global_pool='')
+    model = small(family).eval()
+    with refused:
+        model.reset_classifier(10, '')
+    assert model(images()).shape == (2, 10), 'it is left as it was'
+    model.prune_intermediate_layers([1])
+    with refused:
+        model.reset_classifier(10)
+    model.reset_classifier(0)
+    assert model(images()).shape == (2, 16, 4, 4)
+    model.reset_classifier(10, 'avg')
+    assert model(images()).shape == (2, 10)
+
+
+@torch.no_grad()
 def test_vim_pools_the_patches_or_no_tokens():
     model, x = small('vim').eval(), images()
     tokens = model.forward_features(x)

@@ -109,6 +109,37 @@ def test_a_bias_of_the_projections_is_added(family):
     assert oracles.relative_error(model(x), expected) < 1e-5
 
 
+CONVOLUTIONS = [
+    *(
+        (family, f'{MIXER}.conv2d', options)
+        for family in ('vmamba', 'v0')
+        for options in (
+            dict(dilation=2, padding=2),
+            dict(padding=1, padding_mode='circular'),
+            dict(kernel_size=(3, 1), padding=(1, 0)),
+            dict(padding=1, groups=1),
+        )
+    ),
+    ('vim', 'embed.proj', dict(groups=2)),
+    ('vim', 'embed.proj', dict(padding=2, dilation=2, kernel_size=3)),
+    ('vim', 'embed.proj', dict(padding=1, kernel_size=6)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family,name,changed', CONVOLUTIONS, ids=str)
+def test_another_convolution_is_computed_as_it_is(family, name, changed):
+    model, x = small(family, in_chans=4).eval(), images(2, 4, 32, 32)
+    parent, _, child = name.rpartition('.')
+    old = model.get_submodule(name)
+    options = dict(kernel_size=old.kernel_size, stride=old.stride, groups=old.groups, bias=old.bias is not None)
+    conv = nn.Conv2d(old.in_channels, old.out_channels, **{**options, **changed})
+    setattr(model.get_submodule(parent), child, conv)
+    actual = model(x)
+    conv.register_forward_hook(lambda *args: None)
+    assert oracles.relative_error(actual, model(x)) < 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 def test_hooks_of_all_modules_see_tensors(family):
@@ -120,8 +151,37 @@ def test_hooks_of_all_modules_see_tensors(family):
     finally:
         handle.remove()
     assert all(type(tensor) is torch.Tensor for tensors in seen.values() for tensor in tensors)
-    missed = {module for module in model.modules() if module not in seen}
-    assert all(isinstance(module, nn.Sequential) for module in missed)
+    assert seen.keys() == set(model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family,name', [('vmamba', 'stages.2.blocks'), ('v0', 'stages.2.blocks'), ('vim', 'blocks')])
+def test_hooks_of_a_container_of_blocks_see_tensors(family, name):
+    model, x, seen = small(family).eval(), images(), []
+    expected = model(x)
+    blocks = model.get_submodule(name)
+    handle = blocks.register_forward_hook(lambda module, inputs, out: seen.extend([*inputs, out]))
+    assert oracles.relative_error(model(x), expected) < 1e-5
+    assert [type(tensor) for tensor in seen] == [torch.Tensor] * 2
+    handle.remove()
+    blocks.register_forward_hook(lambda module, inputs, out: out.flip(-1))
+    assert oracles.relative_error(model(x), expected) > 1e-4
+    if family != 'vim':
+        assert torch.equal(model.forward_intermediates(x)[0], model.forward_features(x))
+
+
+@pytest.mark.parametrize('family', SMALL)
+def test_hooked_containers_give_the_same_gradients(family):
+    model, x, gradients = small(family), images(), []
+    containers = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    for hooked in (False, True):
+        for container in containers if hooked else ():
+            container.register_forward_hook(lambda *args: None)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for actual, expected in zip(*gradients):
+        assert oracles.relative_error(actual, expected) < 1e-4
 
 
 @torch.no_grad()

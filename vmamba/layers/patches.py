@@ -11,6 +11,7 @@ from timm.models import register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from .image import check_images
 from .norm import AddLayerNorm, FusedLayerNorm2d
 
 NORM_EPS = 1e-5
@@ -24,7 +25,8 @@ class ImageConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype('cuda') if x.is_cuda and torch.is_autocast_enabled('cuda') else x.dtype
+        autocast = torch.is_autocast_enabled('cuda') and x.dtype != torch.float64  # it leaves fp64 alone
+        dtype = torch.get_autocast_dtype('cuda') if autocast else x.dtype
         if not x.is_cuda or dtype.itemsize != 2:
             return super().forward(x.contiguous(memory_format=torch.channels_last))
         zeros = (0, 0, 0, 0, 0, -self.in_channels % 8)
@@ -35,11 +37,10 @@ class ImageConv2d(nn.Conv2d):
 class ConvStem(nn.Module):
     """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
 
-    min_size = 1
-
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
         self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = FusedLayerNorm2d(dim // 2, eps=NORM_EPS, autocast=True, **dd)
         self.act = nn.GELU()
@@ -47,6 +48,7 @@ class ConvStem(nn.Module):
         self.norm2 = FusedLayerNorm2d(dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans, 1)
         x = self.act(self.norm1(self.conv1(x)))
         return self.norm2(self.conv2(x))
 
@@ -54,15 +56,15 @@ class ConvStem(nn.Module):
 class PatchStem(nn.Module):
     """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
 
-    min_size = 4
-
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
         self.conv = ImageConv2d(in_chans, dim, 4, stride=4, **dd)
         self.norm = FusedLayerNorm2d(dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans, 4)
         return self.norm(self.conv(x))
 
 

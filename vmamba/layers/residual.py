@@ -62,6 +62,19 @@ def start_stream(x: Tensor, blocks: Iterable[nn.Module], kind: type, recomputed:
     return ResidualStream(x) if takes_streams else x
 
 
+def run_blocks(blocks: nn.Sequential, x: Tensor, kind: type, recomputed: bool) -> TensorOrStream:
+    """What the blocks make of x, [B, ..., d], each recomputed in the backward pass if asked for.
+
+    The container is not called where it is plain, nor where its blocks are recomputed; see `start_stream`.
+    """
+    if not recomputed and not is_plain(blocks, nn.Sequential):
+        return blocks(x)
+    x = start_stream(x, blocks, kind, recomputed)
+    for block in blocks:
+        x = run_block(block, x, recomputed)
+    return x
+
+
 def run_block(block: nn.Module, x: TensorOrStream, recomputed: bool) -> TensorOrStream:
     """block(x), recomputed in the backward pass if asked for."""
     return checkpoint(block, x) if recomputed and not torch.jit.is_scripting() else block(x)

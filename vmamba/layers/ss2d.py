@@ -27,7 +27,8 @@ class SS2D(nn.Module):
     multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
 
     The modules `conv2d`, `x_proj` and `out_norm` are not called where they are plain: kernels take their parameters.
-    Where one has hooks, is parametrised or is another module (an adapter, a quantised layer), it is called.
+    Where one has hooks, is parametrised or is another module (an adapter, a quantised layer, a dilated convolution), it
+    is called.
 
     Args:
         dim: Channels d of the map.
@@ -91,7 +92,7 @@ class SS2D(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """silu(conv2d(x)): [B, H, W, D] -> [B, H, W, D]"""
-        if is_plain(self.conv2d, nn.Conv2d):
+        if is_plain(self.conv2d, nn.Conv2d) and _is_depthwise(self.conv2d):
             return depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
         return F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # in an NCHW view
 
@@ -103,3 +104,16 @@ class SS2D(nn.Module):
             return ss2d_core(x, x_proj.weight, *parameters, norm.weight, norm.bias, norm.eps)
         x_dbl = x_proj(x).unflatten(-1, (NUM_ROUTES, -1))  # [B, H, W, 4, R + 2N]
         return norm(ss2d_scan(x, x_dbl, *parameters)).to(x.dtype)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is the one that the kernels compute: each channel by itself, to a map of the same size."""
+    side = conv.kernel_size[0]
+    return (
+        side % 2 == 1
+        and conv.kernel_size == (side, side)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (side // 2, side // 2)
+        and conv.padding_mode == 'zeros'
+    )

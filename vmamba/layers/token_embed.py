@@ -12,6 +12,8 @@ from .image import check_images
 from .options import check_counts
 from .residual import is_plain
 
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch 2.6 has only the latter
+
 
 def split_class_token(tokens: Tensor) -> Tuple[Tensor, Tensor]:
     """Takes the class token out of the middle: [B, M + 1, d] -> patch tokens [B, M, d] and class token [B, d]."""
@@ -38,7 +40,8 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
         [1, h * w + 1, d] for the new grid: the patches' entries resized bicubically as a map, the class token's entry
         in the new middle.
     """
-    if old_grid == new_grid:
+    # Resizing to the same grid changes nothing, but an export with this shortcut would refuse images of that grid.
+    if not _is_exporting() and old_grid == new_grid:
         return pos_embed
     grid, class_token = split_class_token(pos_embed)
     grid = grid.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, h * w, d] -> [1, d, h, w]
@@ -51,7 +54,7 @@ class TokenEmbed(nn.Module):
     """Embeds (overlapping) patches, inserts a class token in the middle and adds the position embedding.
 
     Where patches touch without overlap the module `proj` is not called, unless it has hooks, is parametrised or is
-    another module than a convolution: its parameters are those of a matrix product.
+    another module than a convolution of just these patches: its parameters are those of a matrix product.
 
     Args:
         img_size: Image size that the position embedding is made for.
@@ -125,15 +128,24 @@ class TokenEmbed(nn.Module):
         patches = self._embed(images, grid_size)
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).squeeze(1)
         tokens = insert_class_token(patches, class_token)
-        tokens = tokens + resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            pos_embed = resize_pos_embed(pos_embed, self.grid_size, grid_size)
+        tokens = tokens + pos_embed
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
     def _embed(self, images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
         """[B, in_chans, H, W] -> [B, h * w, d]"""
-        if self.stride != self.patch_size or not is_plain(self.proj, nn.Conv2d):
+        if not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
             return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
         # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
         batch, side, (height, width) = images.shape[0], self.patch_size, grid_size
         x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height * width, self.in_chans * side**2)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+    def _is_tiling(self, conv: nn.Conv2d) -> bool:
+        """Whether a convolution takes patches of the model's that touch without overlap, with all channels of each."""
+        side = self.patch_size, self.patch_size
+        whole = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        return whole and conv.kernel_size == conv.stride == side

@@ -15,6 +15,8 @@ from ..models._pretrained import check_fit
 
 _ADVICE = 'Check that the variant and its options are those of the checkpoint'
 
+_OWN_OPTIONS = ('num_classes', 'drop_path_rate', 'features_only', 'out_indices', 'pretrained', 'pretrained_cfg_overlay')
+
 
 class TimmBackbone(BaseModule):
     """A registered timm model as a backbone: `model`, of which what no output needs is removed.
@@ -31,7 +33,7 @@ class TimmBackbone(BaseModule):
         pretrained: Checkpoint of a classifier, or of a detector or segmentor, whose backbone is taken without the norms
             of its outputs; loaded by `init_weights`: a file, a URL, or True for the variant's published weights.
         init_cfg: The same as dict(type='Pretrained', checkpoint=...).
-        model_options: Further arguments of the timm model.
+        model_options: Further arguments of the timm model, but for those that follow from the backbone's own.
     """
 
     family: type
@@ -50,7 +52,7 @@ class TimmBackbone(BaseModule):
     ) -> None:
         super().__init__()
         self.pretrained = _checkpoint(pretrained, init_cfg)
-        self.variant, self.model_options = variant, dict(model_options or {})
+        self.variant, self.model_options = variant, _check_options(model_options or {})
         self.model = self._create(drop_path_rate=drop_path_rate)
         names = set(self.model.state_dict())
         self.out_indices = _check_indices(out_indices, self._depth(), variant)
@@ -151,6 +153,13 @@ def _checkpoint(pretrained: Union[bool, str, None], init_cfg: Optional[Dict[str,
     if not isinstance(init_cfg, dict) or set(init_cfg) != {'type', 'checkpoint'} or init_cfg['type'] != 'Pretrained':
         raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}")
     return init_cfg['checkpoint']
+
+
+def _check_options(model_options: Dict[str, Any]) -> Dict[str, Any]:
+    taken = {key: value for key, value in model_options.items() if key in _OWN_OPTIONS}
+    if taken:
+        raise ValueError(f'model_options must not hold {", ".join(_OWN_OPTIONS)}: the backbone sets them; got {taken}')
+    return dict(model_options)
 
 
 def _check_indices(out_indices: Sequence[int], depth: int, variant: str) -> List[int]:

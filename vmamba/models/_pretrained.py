@@ -5,7 +5,7 @@ import logging
 import pickle
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Type, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Type, Union
 
 import safetensors
 import safetensors.torch
@@ -50,9 +50,13 @@ def build_model(
         kwargs.setdefault('num_classes', 0)
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
-        state_dict = filter_fn(state_dict, model)
-        adapted_by_timm = {*_classifier_keys(model), *({_input_key(model)} & state_dict.keys())}
-        check_fit(state_dict, model, f'the checkpoint of {variant}', fresh=adapted_by_timm)
+        source = f'the checkpoint of {variant}'
+        state_dict, fresh = _fit_classifier(filter_fn(state_dict, model), model, source)
+        adapted_by_timm = {_input_key(model)} & state_dict.keys()
+        check_fit(state_dict, model, source, fresh={*fresh, *adapted_by_timm})
+        # timm discards every classifier but one of the pretrained configuration's number of classes.
+        kept = {key: state_dict[key] for key in _classifier_keys(model) if key in state_dict}
+        model.load_state_dict(kept, strict=False)
         return state_dict
 
     try:
@@ -192,19 +196,24 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
     if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and model.in_chans != 3:
         state_dict[input_key] = adapt_input_conv(model.in_chans, weight)
 
-    own = model.state_dict()
-    classifier = _classifier_keys(model)
-    fresh = []
-    if not any(key in own for key in classifier):
-        state_dict = {key: value for key, value in state_dict.items() if key not in classifier}
-    elif model.num_classes != model.pretrained_cfg['num_classes'] and any(
-        key not in state_dict or state_dict[key].shape != own[key].shape for key in classifier
-    ):
-        state_dict = {key: value for key, value in state_dict.items() if key not in classifier}
-        fresh = classifier
-        _logger.warning('%s has no classifier of %d classes: it starts freshly initialised', path, model.num_classes)
+    state_dict, fresh = _fit_classifier(state_dict, model, path)
     check_fit(state_dict, model, path, fresh)
     model.load_state_dict(state_dict, strict=not fresh)
+
+
+def _fit_classifier(
+    state_dict: StateDict, model: nn.Module, source: Union[str, Path]
+) -> Tuple[StateDict, Sequence[str]]:
+    """The weights without a classifier that the model has not or is to start anew, and the names of the latter."""
+    own, classifier = model.state_dict(), _classifier_keys(model)
+    rest = {key: value for key, value in state_dict.items() if key not in classifier}
+    if not any(key in own for key in classifier):
+        return rest, ()
+    fits = all(key in state_dict and state_dict[key].shape == own[key].shape for key in classifier)
+    if fits or model.num_classes == model.pretrained_cfg['num_classes']:
+        return state_dict, ()
+    _logger.warning('%s has no classifier of %d classes: it starts freshly initialised', source, model.num_classes)
+    return rest, classifier
 
 
 def _classifier_keys(model: nn.Module) -> list[str]:

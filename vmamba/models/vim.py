@@ -24,7 +24,7 @@ from ..layers import (
     split_class_token,
 )
 from ..layers.options import check_counts, check_rates
-from ..layers.residual import TensorOrStream, add_branch, adds, run_block, start_stream, total
+from ..layers.residual import TensorOrStream, add_branch, adds, run_block, run_blocks, start_stream, total
 from ._dense_layouts import split_backbone
 from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vim_layouts import convert_layout, fit_pos_embed, fold_layer_scale, is_official
@@ -239,7 +239,7 @@ class Vim(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         size = tuple(x.shape[-2:])
         intermediates = []
-        x = self._embed(x)
+        x = start_stream(self.embed(x), self.blocks, VimBlock, self.grad_checkpointing)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = run_block(block, x, self.grad_checkpointing)
             if i in take_indices:
@@ -268,9 +268,6 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _embed(self, images: Tensor) -> TensorOrStream:
-        return start_stream(self.embed(images), self.blocks, VimBlock, self.grad_checkpointing)
-
     def _norm(self, x: TensorOrStream) -> Tensor:
         if isinstance(x, ResidualStream) and adds(self.norm):
             return self.norm(x)[0]
@@ -278,10 +275,7 @@ class Vim(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
-        x = self._embed(x)
-        for block in self.blocks:
-            x = run_block(block, x, self.grad_checkpointing)
-        return self._norm(x)
+        return self._norm(run_blocks(self.blocks, self.embed(x), VimBlock, self.grad_checkpointing))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, d] -> logits [B, num_classes] ([B, L, num_classes] without pooling)"""

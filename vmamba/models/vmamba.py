@@ -23,10 +23,9 @@ from ..layers import (
     FusedLayerNorm2d,
     MergeDownsample,
     PatchStem,
-    check_images,
 )
 from ..layers.options import check_counts, check_rates, scaled_channels
-from ..layers.residual import TensorOrStream, add_branch, run_block, start_stream, total
+from ..layers.residual import TensorOrStream, add_branch, run_blocks, total
 from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vmamba_layouts import convert_layout
 
@@ -97,9 +96,7 @@ class VMambaStage(nn.Module):
         x = self.downsample(x)
         dtype = x.dtype
         x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
-        x = start_stream(x, self.blocks, VMambaBlock, self.grad_checkpointing)
-        for block in self.blocks:
-            x = run_block(block, x, self.grad_checkpointing)
+        x = run_blocks(self.blocks, x, VMambaBlock, self.grad_checkpointing)
         return total(x).to(dtype).permute(0, 3, 1, 2)
 
 
@@ -109,7 +106,7 @@ class VMamba(nn.Module):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling of the last map, '' for none.
+        global_pool: Pooling of the last map, '' for none, which is for models without a classifier.
         depths: Blocks per stage.
         embed_dim: Channels of the first stage; each stage doubles them.
         ssm_ratio: Inner channels of SS2D over the stage's channels.
@@ -221,6 +218,11 @@ class VMamba(nn.Module):
         self._init_linear(self.head)
 
     def _set_head(self, num_classes: int, pool_type: str, device=None, dtype=None) -> None:
+        if num_classes > 0 and not pool_type:
+            raise ValueError(
+                f"num_classes={num_classes} needs a pooling, got global_pool={pool_type!r}: pass global_pool='avg', or "
+                f'num_classes=0 for the map'
+            )
         drop_rate, dd = self.drop_rate, {'device': device, 'dtype': dtype}
         head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
         self.head = head.train(self.training)
@@ -254,7 +256,7 @@ class VMamba(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
-        x = self._embed(x)
+        x = self.stem(x)
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take_indices:
@@ -278,13 +280,9 @@ class VMamba(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _embed(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_chans, self.stem.min_size)
-        return self.stem(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(self.stages(self._embed(x)))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, d, h, w] -> logits [B, num_classes]"""
