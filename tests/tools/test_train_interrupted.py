@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import torch
+from folders import write_digits
 from training_runs import CONFIGS, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
 
 # Everything that draws random numbers or has a state.
@@ -67,18 +68,23 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone,
 
 
 def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(run_alone, tmp_path):
-    # 1,437 images are 7 updates of 200 and one of 37, which the two processes share as 19 and 18.
+    # 199 images are 7 updates of 28 and one of 3, which the two processes share as 2 and 1.
+    data = tmp_path / 'data'
+    write_digits(data / 'train', per_class=20)
+    write_digits(data / 'validation', per_class=6, start=20)
+    (data / 'train/0/00.png').unlink()
     args = f'{CONFIGS}/digits_vmamba_nano.yaml', '--model', 'test_vit', '--device', 'cpu', '--workers', 1
+    args = *args, '--data', '', '--data-dir', data
     args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
     one, two = tmp_path / 'one', tmp_path / 'two'
-    process = start(*args, '--batch-size', 100, '--output', two, launcher=TORCHRUN)
+    process = start(*args, '--batch-size', 14, '--output', two, launcher=TORCHRUN)
     wait_for(process, 'epoch 1 update 4/8')
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode
-    out, _ = finish(start(*args, '--batch-size', 100, '--output', two, '--resume', launcher=TORCHRUN))
+    out, _ = finish(start(*args, '--batch-size', 14, '--output', two, '--resume', launcher=TORCHRUN))
     assert 'resumed from' in out
-    run_alone(*args, '--batch-size', 200, '--output', one)
+    run_alone(*args, '--batch-size', 28, '--output', one)
     for ours, theirs in zip(rows(two), rows(one), strict=True):
         for key in ('updates', 'lr', 'val_top1', 'val_top5', 'val_loss'):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
