@@ -3,7 +3,7 @@
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
 
-from typing import Optional
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def selective_state_update(
     """
     tensors = dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     check_tensors('selective_state_update', **tensors, state_batch_indices=state_batch_indices)
-    _check(**tensors, state_batch_indices=state_batch_indices)
+    _check(tensors, state_batch_indices)
     if needs_gradients(*(tensor for tensor in tensors.values() if tensor is not None)):
         raise RuntimeError('selective_state_update has no gradients; call it within torch.no_grad()')
     shape = x.shape
@@ -111,22 +111,11 @@ def _plain(
     return y.to(dtype).contiguous()
 
 
-def _check(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    z: Optional[Tensor],
-    dt_bias: Optional[Tensor],
-    state_batch_indices: Optional[Tensor],
-) -> None:
-    names = ('state', 'x', 'dt', 'A', 'B', 'C', 'D', 'z', 'dt_bias')
-    for name, tensor in zip(names, (state, x, dt, A, B, C, D, z, dt_bias)):
+def _check(tensors: Dict[str, Optional[Tensor]], state_batch_indices: Optional[Tensor]) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f'{name} must be a real floating tensor, got {tensor.dtype}')
+    state, x, dt, A, B, C, D, z, dt_bias = tensors.values()
     if state.ndim not in (3, 4) or 0 in state.shape[1:]:
         got = tuple(state.shape)
         raise ValueError(f'state must be [batch, dim, N] or [batch, heads, dim, N], not empty, got {got}')

@@ -37,6 +37,7 @@ from benchmarks.sections import command_of
 from benchmarks.timing import measure_ceilings, median_ms, peak_mib, settled_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from terminal import open_console
 from torch import Tensor
 
 MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
@@ -180,9 +181,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = open_console(WIDTH)
     if args.list:
         console.print('\n'.join(case.name for case in args.cases), highlight=False)
         return

@@ -31,9 +31,9 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
     from openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
-    from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+    from terminal import open_console
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 OUTPUTS = ('--docs',)
@@ -227,9 +227,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
     results = bench(tasks, args.backbones, args.device, args.repeats)
     header, *rows = cells_of(results)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = open_console(WIDTH)
     table = Table(*header, title=f'Training steps, {device_name(args.device)}')
     for row in rows:
         table.add_row(*row)

@@ -24,6 +24,7 @@ from benchmarks.sections import command_of
 from benchmarks.worker import Worker
 from rich.console import Console
 from rich.progress import track
+from terminal import open_console
 
 MODELS = (
     'vmamba_t',
@@ -194,9 +195,7 @@ def preset_of(args: argparse.Namespace) -> Optional[str]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = open_console(WIDTH)
     preset = preset_of(args)
     name = f'highres_{preset}' if preset else 'highres'
     command = command_of('compare_highres', argv, OUTPUTS)

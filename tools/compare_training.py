@@ -33,7 +33,8 @@ from benchmarks.training_report import (
 from images.packaged_data import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from training.config import FIELDS, Config, load_config
+from terminal import open_console
+from training.config import FIELDS, Config, load_config, option_of
 from user_errors import UserError, nearest, one_line_errors, positive
 
 RECIPE = Path(__file__).parents[1] / 'configs' / 'classification' / 'compare.yaml'
@@ -90,8 +91,8 @@ def shared_config(extra: Sequence[str]) -> Config:
     path, _, values = train.parse_args([str(RECIPE), *extra])
     own = [key for key in OWN_KEYS if key in values]
     if path != RECIPE or own:
-        what = own[0].replace('_', '-') if own else 'config'
-        raise UserError(f'--{what} cannot be given to the runs; --models, --tasks and --seeds say what is trained')
+        what = option_of(own[0] if own else 'config')
+        raise UserError(f'{what} cannot be given to the runs; --models, --tasks and --seeds say what is trained')
     return load_config(RECIPE, values)
 
 
@@ -129,7 +130,7 @@ def compare(
 
         for result in chain(earlier, train_all(missing, options, args.output, args.jobs, args.timeout, tell)):
             done += 1
-            if result.status == 'ok':
+            if result.status == 'ok' and result.run in missing:
                 keep(result, settings, args.output)
             console.print('  '.join([*cells_of(result), result.message]), markup=False, highlight=False)
             yield result
@@ -160,9 +161,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     parser.add_argument('--resume', action='store_true', help='keep the runs in --output that came to their end')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
     args, extra = parser.parse_known_args(argv)
-    keys = {f'--{name.replace("_", "-")}' for name in FIELDS}
-    keys |= {f'--no-{name.replace("_", "-")}' for name, field in FIELDS.items() if field.type is bool}
-    choices = {*parser._option_string_actions, *keys} - {f'--{name.replace("_", "-")}' for name in OWN_KEYS}
+    keys = {*map(option_of, FIELDS), *(option_of(f'no_{key}') for key, field in FIELDS.items() if field.type is bool)}
+    choices = {*parser._option_string_actions, *keys} - {*map(option_of, OWN_KEYS)}
     for name in (text.partition('=')[0] for text in extra):
         if name.startswith('--') and name not in keys:
             parser.error(f'unknown option {name!r}{nearest(name, choices)}')
@@ -179,9 +179,7 @@ def run(argv: Sequence[str]) -> None:
     command = command_of('compare_training', argv, OUTPUTS)
     shared = (getattr(config, key) for key in ('epochs', 'batch_size', 'img_size', 'precision'))
     setting = Setting(device_name(device), command, len(runs), args.jobs, *shared)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = open_console(WIDTH)
     table, picture = args.output / f'{NAME}.csv', args.output / f'{NAME}.png'
     options = [str(RECIPE), *extra, '--device', device.type]
     results = record(compare(runs, earlier, args, options, settings, console), table, setting)

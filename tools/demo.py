@@ -22,6 +22,7 @@ from images.packaged_data import HELD_OUT, stratified_split
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from terminal import open_console
 
 import vmamba  # noqa: F401
 
@@ -121,9 +122,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = open_console(WIDTH)
     start = time.perf_counter()
     histories = {} if args.skip_training else train_all(args, console)
     if not args.skip_comparison:

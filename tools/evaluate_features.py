@@ -23,6 +23,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from terminal import open_console
 from user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
 WIDTH = 120  # of the table where there is no terminal
@@ -181,8 +182,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = open_console(WIDTH)
     with one_line_errors('evaluate_features.py'):
         for folder in filter(None, (args.train, args.test)):
             note = left_out(folder)

@@ -33,13 +33,12 @@ from features.maps import (
     tiled_maps,
 )
 from features.store import FORMATS, Files, Store, Table
-from images.decoding import READ_ERRORS, read_pixels
+from images.decoding import READ_ERRORS, image_mode, read_pixels
 from images.image_files import (
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
-    image_mode,
     make_loader,
 )
 from rich.console import Console
@@ -156,7 +155,7 @@ class Extraction:
         """Images one after another, at their own sizes; yields 1 for each."""
         for row in todo:
             try:
-                pixels = read_pixels(self.paths[row], image_mode(self.config))
+                pixels = read_pixels(self.paths[row], image_mode(self.config['input_size'][0]))
             except READ_ERRORS:
                 self._skip(row)
             else:

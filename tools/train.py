@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from training.checkpoint import Checkpoints
-from training.config import FIELDS, Config, add_options, load_config
+from training.config import FIELDS, Config, add_options, load_config, option_of
 from training.data import create_data
 from training.engine import Trainer
 from training.parallel import check_sharding, distribute
@@ -38,7 +38,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
     add_options(parser.add_argument_group('keys of the configuration'))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [f'--{name.replace("_", "-")}' for name in (*FIELDS, 'resume')]
+        known = map(option_of, (*FIELDS, 'resume'))
         parser.error(f'unknown option {unknown[0]!r}{nearest(unknown[0].split("=")[0], known)}')
     values = vars(args)
     return values.pop('config'), values.pop('resume'), values

@@ -5,7 +5,7 @@ import math
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 
 class UserError(Exception):
@@ -52,6 +52,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean a or b?', or nothing if no known name is near."""
     found = get_close_matches(name, list(known), n=3)
     return f'; did you mean {" or ".join(found)}?' if found else ''
+
+
+def listed(names: Sequence[Any], most: int) -> str:
+    """'a, b', or of more names than `most` the first and 'and 3 more'."""
+    return ', '.join(map(str, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """'key 1, now 2; other 3, now 4' of what is not as it was, in the keys' order, or nothing."""
+    return '; '.join(f'{key} {was.get(key)!r}, now {now[key]!r}' for key in sorted(now) if was.get(key) != now[key])
 
 
 class Parser(argparse.ArgumentParser):

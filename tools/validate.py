@@ -36,6 +36,7 @@ from published import published
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
+from terminal import open_console
 from torch import nn
 from user_errors import Parser, UserError, one_line_errors, positive
 from weights import (
@@ -283,8 +284,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = open_console(WIDTH)
     with one_line_errors('validate.py'):
         folders = read_folders(args, console)
         args.output.mkdir(parents=True, exist_ok=True)

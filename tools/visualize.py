@@ -36,13 +36,12 @@ from features.maps import POOLED, normalised, parse_wanted, patch_layout
 from features.receptive_field import Field, receptive_fields
 from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from figures.view_figures import Layer, plot_attention, plot_receptive_fields
-from images.decoding import READ_ERRORS, read_image
+from images.decoding import READ_ERRORS, image_mode, read_image
 from images.image_files import (
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
-    image_mode,
     make_loader,
 )
 from PIL import Image
@@ -102,7 +101,7 @@ def read_whole(path: Path, model: nn.Module, size: int, args: argparse.Namespace
     """All of an image at its own proportions [1, C, H, W]: the shorter side has this size, Vim's whole patches."""
     config = data_config(model, args, size)
     try:
-        image = read_image(path, image_mode(config))
+        image = read_image(path, image_mode(config['input_size'][0]))
     except READ_ERRORS as error:
         raise UserError(f'cannot read the image {path}: {error}') from error
     patch, stride = patch_layout(model)

@@ -14,8 +14,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+from training.checkpoint import write_atomically
 from training.runtime import StopRequest
-from user_errors import UserError
+from user_errors import UserError, changes
 
 RESULT = 'result.json'  # in the folder of a run that came to its end
 SCRIPT = Path(__file__).parents[1] / 'train.py'
@@ -156,10 +157,7 @@ def keep(result: Result, settings: Dict[str, Any], output: Path) -> None:
         accuracies=result.accuracies,
         parameters=result.parameters,
     )
-    path = output / result.run.name / RESULT
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(content))
-    part.replace(path)
+    write_atomically(output / result.run.name / RESULT, lambda file: file.write(json.dumps(content).encode()))
 
 
 def kept(runs: Sequence[Run], settings: Dict[str, Any], output: Path) -> List[Result]:
@@ -174,15 +172,14 @@ def kept(runs: Sequence[Run], settings: Dict[str, Any], output: Path) -> List[Re
         if not path.is_file():
             continue
         content = json.loads(path.read_text())
-        was = {**content['settings'], **content['run']}
         now = json.loads(json.dumps({**settings, **run._asdict()}))
-        differences = [f'{key} {was.get(key)!r}, now {now[key]!r}' for key in sorted(now) if was.get(key) != now[key]]
+        differences = changes({**content['settings'], **content['run']}, now)
         if differences:
-            raise UserError(f'{path.parent} is of a run with {"; ".join(differences)}; choose another --output')
+            raise UserError(f'{path.parent} is of a run with {differences}; choose another --output')
         results.append(Result(run, 'ok', content['minutes'], content['accuracies'], content['parameters'], ''))
-    finished = [result.run.name for result in results]
+    finished = [result.run for result in results]
     for run in runs:
-        if run.name not in finished:
+        if run not in finished:
             shutil.rmtree(output / run.name, ignore_errors=True)
     return results
 

@@ -32,6 +32,17 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def image_mode(chans: int) -> str:
+    """Pillow's mode for a model of 1 or 3 channels.
+
+    Raises:
+        UserError: If it takes others.
+    """
+    if chans not in (1, 3):
+        raise UserError(f'images have 1 or 3 channels, the model takes {chans}')
+    return 'L' if chans == 1 else 'RGB'
+
+
 @contextmanager
 def _images_of_any_size() -> Iterator[None]:
     """Lifts Pillow's limit, which guards servers against strangers' files: large images are what the models are for."""

@@ -11,9 +11,9 @@ from timm.data import ImageDataset, create_loader
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
-from user_errors import UserError, at_least, positive
+from user_errors import UserError, at_least, listed, positive
 
-from .decoding import READ_ERRORS, read_image, why_unreadable
+from .decoding import READ_ERRORS, image_mode, read_image, why_unreadable
 
 UNREADABLE = -1
 _FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_features.py writes
@@ -49,14 +49,6 @@ class CheckedImages(ImageDataset):
         return self.transform(image), target
 
 
-def image_mode(config: Dict[str, Any]) -> str:
-    """Pillow's mode for a preprocessing of 1 or 3 channels."""
-    chans = config['input_size'][0]
-    if chans not in (1, 3):
-        raise UserError(f'images have 1 or 3 channels, the model takes {chans}')
-    return 'L' if chans == 1 else 'RGB'
-
-
 def make_loader(samples: Sequence[Tuple[Path, int]], config: Dict[str, Any], args: argparse.Namespace) -> DataLoader:
     """timm's loader of (images, targets), in order.
 
@@ -67,7 +59,7 @@ def make_loader(samples: Sequence[Tuple[Path, int]], config: Dict[str, Any], arg
     """
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     return create_loader(
-        CheckedImages('', reader=FileList(samples), input_img_mode=image_mode(config)),
+        CheckedImages('', reader=FileList(samples), input_img_mode=image_mode(config['input_size'][0])),
         batch_size=args.batch_size,
         use_prefetcher=False,
         num_workers=args.workers,
@@ -110,9 +102,8 @@ class Unreadable:
         """'2 unreadable images left out: a.png, b.png', or nothing."""
         if not self.paths:
             return ''
-        names = ', '.join(map(str, self.paths[:_NAMES_SHOWN]))
-        more = f' and {len(self.paths) - _NAMES_SHOWN} more' if len(self.paths) > _NAMES_SHOWN else ''
-        return f'{len(self.paths)} unreadable image{"s" * (len(self.paths) > 1)} left out: {names}{more}'
+        names = listed(self.paths, _NAMES_SHOWN)
+        return f'{len(self.paths)} unreadable image{"s" * (len(self.paths) > 1)} left out: {names}'
 
 
 def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 from torch import nn
-from user_errors import UserError, nearest
+from user_errors import UserError, listed, nearest
 
 MAX_MESSAGE = 800  # characters about weights that do not fit
 MAX_KEYS = 5  # of each kind in it
@@ -97,4 +97,4 @@ def misfit(path: str, problem: str) -> UserError:
 
 
 def first(keys: Sequence[str]) -> str:
-    return ', '.join(keys[:MAX_KEYS]) + (f' and {len(keys) - MAX_KEYS} more' if len(keys) > MAX_KEYS else '')
+    return listed(keys, MAX_KEYS)

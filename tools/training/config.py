@@ -187,10 +187,15 @@ def _check(config: Config) -> None:
         raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
 
 
+def option_of(key: str) -> str:
+    """The option of the command line for a key."""
+    return f'--{key.replace("_", "-")}'
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Makes an option of every key; one that is not given is absent from the result."""
     for name, field in FIELDS.items():
-        option, help_text = f'--{name.replace("_", "-")}', field.metadata['help']
+        option, help_text = option_of(name), field.metadata['help']
         if field.type is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=argparse.SUPPRESS, help=help_text)

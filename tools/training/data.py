@@ -4,19 +4,19 @@ import itertools
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from images.decoding import READ_ERRORS, read_image, to_mode
+from images.decoding import READ_ERRORS, image_mode, read_image, to_mode
 from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from user_errors import UserError
+from user_errors import UserError, listed
 
 from .config import Config
 from .order import BatchOrder, Key
 from .runtime import Runtime, leave_stopping_to_main
 from .seeding import derive_seed, seeded
-from .splits import NAMES_SHOWN, SYNTHETIC, image_mode
+from .splits import NAMES_SHOWN, SYNTHETIC
 from .transforms import create_train_transform
 
 LEFT_OUT = -1  # label of an image that could not be read
@@ -47,7 +47,7 @@ class Samples(Dataset):
     def __init__(self, dataset: Dataset, transform: Callable, config: Config, replace: bool = True) -> None:
         dataset.transform = None  # of torchvision's and timm's datasets alike
         self.dataset, self.transform = dataset, transform
-        self.mode = image_mode(config)
+        self.mode = image_mode(config.in_chans)
         self.skip_bad = config.skip_bad_images
         self.tries = len(dataset) if self.skip_bad and replace else 1
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -91,9 +91,8 @@ class Samples(Dataset):
         if len(indices) == self._reported:
             return None
         self._reported = len(indices)
-        names = ', '.join(map(self._name, indices[:NAMES_SHOWN]))
-        more = f' and {len(indices) - NAMES_SHOWN} more' if len(indices) > NAMES_SHOWN else ''
-        return f'skipped {len(indices)} unreadable image(s): {names}{more}'
+        names = listed(list(map(self._name, indices)), NAMES_SHOWN)
+        return f'skipped {len(indices)} unreadable image(s): {names}'
 
     def _name(self, index: int, **kwargs: bool) -> str:
         return self.dataset.filename(index, **kwargs) if hasattr(self.dataset, 'filename') else f'image {index}'

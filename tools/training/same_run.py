@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from user_errors import UserError
+from user_errors import UserError, changes
 
 from .config import Config
 
@@ -27,9 +27,9 @@ def check_same_run(state: Dict[str, Any], ours: Dict[str, Any], path: Path) -> N
     """
     state = {'data': ours['data'], **state}  # older checkpoints do not tell of the data
     was, now = _facts(state), _facts(ours)
-    differences = [f'{key} {was[key]!r}, now {now[key]!r}' for key in sorted(now) if was[key] != now[key]]
+    differences = changes(was, now)
     if differences:
-        raise UserError(f'{path} is of a run with {"; ".join(differences)}; give what it had, or another --output')
+        raise UserError(f'{path} is of a run with {differences}; give what it had, or another --output')
     names = state['data']['classes'], ours['data']['classes']
     if names[0] != names[1]:
         raise UserError(f'{path} is of a run with other classes: {_differences(*names)}; give the data that it had')

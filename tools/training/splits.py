@@ -3,24 +3,20 @@
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from images.decoding import image_mode
 from images.packaged_data import PREFIX, create_packaged_dataset
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
-from user_errors import UserError, nearest
+from user_errors import UserError, listed, nearest
 
-from .config import Config
+from .config import Config, option_of
 
 SYNTHETIC = 'synthetic'
 NAMES_SHOWN = 10
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # timm takes any other name for a folder's
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))  # in timm's order
 _ALL = 'all'  # split of the packaged images
-
-
-def image_mode(config: Config) -> str:
-    """Pillow's mode of images with so many channels."""
-    return 'L' if config.in_chans == 1 else 'RGB'
 
 
 def load_datasets(config: Config) -> List[Dataset]:
@@ -66,7 +62,7 @@ def _packaged(config: Config, split: str) -> Dataset:
     if split == _ALL:
         raise UserError(f'{config.data} has the images of both other splits in {_ALL!r}: choose train or validation')
     try:
-        return create_packaged_dataset(config.data, split, image_mode(config))
+        return create_packaged_dataset(config.data, split, image_mode(config.in_chans))
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
 
@@ -92,15 +88,15 @@ def _find(root: Path, key: str, split: str) -> Path:
     if found:
         return found
     there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    listed = ', '.join(there[:NAMES_SHOWN]) + (f' and {len(there) - NAMES_SHOWN} more' * (len(there) > NAMES_SHOWN))
-    option = f'--{key.replace("_", "-")}'
-    raise UserError(
-        f'{root} has no {split!r}; it has {listed or "nothing"}: {option} names the folder in it{nearest(split, there)}'
-    )
+    has = listed(there, NAMES_SHOWN) or 'nothing'
+    way_out = f'{option_of(key)} names the folder in it{nearest(split, there)}'
+    raise UserError(f'{root} has no {split!r}; it has {has}: {way_out}')
 
 
 def _create(config: Config, split: str, root: Optional[str], **search: bool) -> Dataset:
-    extra: Dict[str, Any] = dict(input_img_mode=image_mode(config), seed=config.seed, batch_size=config.batch_size)
+    extra: Dict[str, Any] = dict(
+        input_img_mode=image_mode(config.in_chans), seed=config.seed, batch_size=config.batch_size
+    )
     if config.data.lower().startswith('torch/'):
         extra = {}
     args = {'is_training': split == config.train_split, **extra, **config.data_args, **search}
