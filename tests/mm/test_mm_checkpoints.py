@@ -261,6 +261,10 @@ BAD_WEIGHTS = {
     ),
     'a key less': (lambda w: without(w, 'backbone.layers.0.blocks.0.op.in_proj.weight'), r'missing: .*mixer\.in_proj'),
     'a key more': (lambda w: {**w, 'backbone.layers.0.blocks.0.extra': torch.ones(1)}, 'unexpected: .*extra'),
+    'integers': (
+        lambda w: {**w, 'backbone.patch_embed.0.weight': w['backbone.patch_embed.0.weight'].long()},
+        r'not floating: model\.stem\.conv1\.weight torch\.int64',
+    ),
     'no backbone': (lambda w: {k: v for k, v in w.items() if not k.startswith('backbone')}, r'missing: model\.stem'),
     'a classifier': (lambda w: vmamba_state(**DEPTHS), r'missing: model\.stem'),
 }

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import sys
+import zipfile
 from urllib.error import HTTPError, URLError
 
 import huggingface_hub.errors
@@ -137,6 +138,59 @@ def test_own_layout_of_vim_loads_from_safetensors(tmp_path):
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'own.safetensors')
     loaded = load(tmp_path / 'own.safetensors').state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def flip_a_bit(path, ending):
+    """Damages the middle of an entry of an archive; returns the entry's name."""
+    with zipfile.ZipFile(path) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith(ending))
+    data = bytearray(path.read_bytes())
+    names = int.from_bytes(data[entry.header_offset + 26 : entry.header_offset + 28], 'little')
+    extra = int.from_bytes(data[entry.header_offset + 28 : entry.header_offset + 30], 'little')
+    data[entry.header_offset + 30 + names + extra + entry.file_size // 2] ^= 1
+    path.write_bytes(data)
+    return entry.filename
+
+
+@pytest.mark.parametrize('ending', ['data/0', 'data/7', 'byteorder'])
+def test_a_flipped_bit_is_an_error_that_names_the_entry(tmp_path, ending):
+    path = save_vim(tmp_path / 'vim.pth', official.vim_state(1, 16, 4))
+    name = flip_a_bit(path, ending)
+    with pytest.raises(RuntimeError, match=rf'vim\.pth is not a readable checkpoint: .*{name} is damaged'):
+        load(path)
+
+
+def test_files_without_checksums_load(tmp_path):
+    state = official.vim_state(1, 16, 4)
+    torch.save({'model': state}, tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_vim(tmp_path / 'unsummed.pth', state)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / 'unsummed.pth') as archive:
+        assert archive.testzip() is not None
+    for name in ('old.pth', 'unsummed.pth'):
+        assert torch.equal(load(tmp_path / name).head.weight, state['head.weight'])
+
+
+ODD_TENSORS = {
+    'sparse': ('head.bias', lambda bias: bias.to_sparse(), 'a sparse_coo tensor as head.bias'),
+    'meta': ('head.bias', lambda bias: bias.to('meta'), 'a meta tensor as head.bias'),
+    'key': (7, lambda bias: bias, 'the key 7'),
+}
+
+
+@pytest.mark.parametrize('given', ['file', 'state_dict'])
+@pytest.mark.parametrize('key,change,message', ODD_TENSORS.values(), ids=ODD_TENSORS)
+def test_tensors_and_keys_that_are_no_weights_are_named(tmp_path, given, key, change, message):
+    state = official.vim_state(1, 16, 4)
+    state[key] = change(state['head.bias'])
+    with pytest.raises(RuntimeError, match=f'^.*(vim.pth|checkpoint of vim_t) has {message}'):
+        if given == 'file':
+            load(save_vim(tmp_path / 'vim.pth', state))
+        overlay = dict(state_dict=state)
+        timm.create_model('vim_t', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL['vim_t'])
 
 
 class Malicious:

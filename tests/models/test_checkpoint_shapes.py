@@ -52,6 +52,60 @@ def test_a_weight_of_vim_that_does_not_fit_its_partner_is_named(tmp_path, key, s
         load(tmp_path / 'odd.pth', state, 'vim_t')
 
 
+DISCRETE = [
+    ('vmamba_s', 'patch_embed.0.weight', torch.int8, r'stem\.conv1\.weight torch\.int8'),
+    ('vmamba_s', 'layers.1.blocks.0.op.Ds', torch.int64, r'mixer\.D torch\.int64'),
+    ('vmamba_s', 'classifier.head.bias', torch.bool, r'head\.fc\.bias torch\.bool'),
+    ('vim_t', 'layers.0.mixer.A_log', torch.int32, r'mixer\.A_log torch\.int32'),
+    ('vim_t', 'layers.0.mixer.D_b', torch.int32, r'unexpected: .*mixer\.D_b'),
+    ('vim_t', 'layers.0.mixer.out_proj.weight', torch.int8, r'mixer\.out_proj\.weight torch\.int8'),
+    ('vim_t', 'pos_embed', torch.uint8, r'embed\.pos_embed torch\.uint8'),
+    ('vim_t', 'head.weight', torch.complex64, r'head\.weight torch\.complex64'),
+]
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(in_chans=1)], ids=['same', 'grey'])
+@pytest.mark.parametrize('name,key,dtype,named', DISCRETE, ids=[f'{case[0]}-{case[1]}' for case in DISCRETE])
+def test_weights_that_are_no_floating_numbers_are_named(tmp_path, name, key, dtype, named, kwargs):
+    state = official.vim_state(1, 16, 4, gamma=True) if name == 'vim_t' else official.vmamba_state((1, 1), 8)
+    state[key] = state[key].to(dtype)
+    with pytest.raises(RuntimeError, match=rf'does not fit (VMamba|Vim): .*{named}'):
+        load(tmp_path / 'odd.pth', state, name, **kwargs)
+    with pytest.raises(RuntimeError, match=rf'does not fit (VMamba|Vim): .*{named}'):
+        overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
+        timm.create_model(name, **{**(VIM if name == 'vim_t' else VMAMBA), **overlay, **kwargs})
+
+
+def test_integers_all_over_are_an_error_with_advice(tmp_path):
+    state = {key: value.long() for key, value in official.vmamba_state((1, 1), 8).items()}
+    with pytest.raises(RuntimeError, match=r'not floating: .*torch\.int64.*\. Save the weights in a floating dtype'):
+        load(tmp_path / 'odd.pth', state, 'vmamba_s')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_other_floating_dtypes_load(tmp_path, caplog, dtype):
+    state = {key: value.to(dtype) for key, value in official.vmamba_state((1, 1), 8).items()}
+    model = load(tmp_path / 'odd.pth', state, 'vmamba_s')
+    assert torch.equal(model.norm.weight, state['classifier.norm.weight'].float())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('given', ['file', 'state_dict'])
+def test_weights_that_are_not_finite_are_reported_with_their_counts(tmp_path, caplog, given):
+    state = official.vmamba_state((1, 1), 8)
+    state['classifier.norm.weight'].fill_(float('nan'))
+    state['layers.1.blocks.0.op.Ds'][:3] = float('-inf')
+    if given == 'file':
+        load(tmp_path / 'odd.pth', state, 'vmamba_s')
+    else:
+        overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
+        timm.create_model('vmamba_s', **VMAMBA, **overlay)
+    (record,) = [record for record in caplog.records if 'NaN' in record.message]
+    assert record.levelname == 'WARNING'
+    assert 'mixer.D (3 of 128)' in record.message and 'norm.weight (16 of 16)' in record.message
+    assert 'odd.pth' in record.message or 'vmamba_s' in record.message
+
+
 def test_a_scale_without_its_projection_is_named(tmp_path):
     state = official.vim_state(1, 16, 4, gamma=True)
     del state['layers.0.mixer.out_proj.weight']

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Type, Union
@@ -51,6 +52,7 @@ def build_model(
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         source = f'the checkpoint of {variant}'
+        _check_tensors(state_dict, source)
         state_dict, fresh = _fit_classifier(filter_fn(state_dict, model), model, source)
         adapted_by_timm = {_input_key(model)} & state_dict.keys()
         check_fit(state_dict, model, source, fresh={*fresh, *adapted_by_timm})
@@ -118,6 +120,8 @@ class CheckpointFileError(FileNotFoundError):
 def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
     """Reads the weights of a .safetensors file or of a PyTorch file, which is never unpickled beyond weights.
 
+    The checksums in a PyTorch file are verified, if it was written with them.
+
     A PyTorch file may hold the weights themselves or a dictionary of a training run: of that, the first present of
     `state_dict_ema`, `state_dict` (timm), `model`, `model_ema` (official) is taken.
 
@@ -135,15 +139,27 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
+        _check_sums(path)
         with torch.serialization.safe_globals(
             [argparse.Namespace, *((record, name) for name, record in _RECORDS.items())]
         ):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise RuntimeError(_refusal(path)) from error
-    except (RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise RuntimeError(f'{path} is not a readable checkpoint: {error}') from error
     return _select_weights(checkpoint, path, use_ema)
+
+
+def _check_sums(path: Path) -> None:
+    """Raises RuntimeError, naming the first damaged entry, if the file is an archive that fails its checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        summed = any(entry.CRC for entry in archive.infolist())  # torch can leave them out: then all are 0
+        damaged = archive.testzip() if summed else None
+    if damaged is not None:
+        raise RuntimeError(f'its entry {damaged} is damaged (wrong checksum): fetch the file again')
 
 
 def _refusal(path: Path) -> str:
@@ -172,7 +188,22 @@ def _select_weights(checkpoint: Any, path: Path, use_ema: bool) -> StateDict:
     if not is_weights:
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise RuntimeError(f'{path} holds no weights: expected tensors, or them under one of {keys}, found {found}')
+    _check_tensors(checkpoint, path)
     return clean_state_dict(checkpoint)
+
+
+def _check_tensors(state_dict: Dict[Any, Tensor], source: Union[str, Path]) -> None:
+    """Raises RuntimeError, with the key, unless all keys are strings and all tensors dense, with data."""
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise RuntimeError(
+                f'{source} has the key {key!r}: the keys of weights must be strings, as in a state_dict()'
+            )
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            kind = 'meta' if value.is_meta else 'nested' if value.is_nested else str(value.layout).split('.')[-1]
+            raise RuntimeError(
+                f'{source} has a {kind} tensor as {key}: save the weights as dense tensors with their data'
+            )
 
 
 def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterFn, use_ema: bool = False) -> None:
@@ -233,6 +264,8 @@ def check_fit(
 ) -> None:
     """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes.
 
+    Integer or boolean values of floating parameters are errors too; NaN and infinite values are logged as a warning.
+
     Args:
         state_dict: Weights under the model's names.
         model: Module; one made by timm's builder where no advice is given.
@@ -248,14 +281,25 @@ def check_fit(
         key for key in own if key in state_dict and key not in fresh and state_dict[key].shape != own[key].shape
     ]
     shapes = [f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}' for key in reshaped]
-    problems = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
+    shared = [key for key in own if key in state_dict and own[key].is_floating_point()]
+    discrete = [key for key in shared if not state_dict[key].is_floating_point()]
+    dtypes = [f'{key} {state_dict[key].dtype} instead of {own[key].dtype}' for key in discrete]
+    problems = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes, 'not floating': dtypes}
     report = '; '.join(f'{kind}: {_shorten(keys)}' for kind, keys in problems.items() if keys)
     if report:
-        advice = advice or _advice(state_dict, model, {*missing, *unexpected, *reshaped})
+        advice = advice or _advice(state_dict, model, {*missing, *unexpected, *reshaped}, discrete)
         raise RuntimeError(f'{source} does not fit {type(model).__name__}: {report}. {advice}')
+    _warn_of_non_finite(state_dict, {key: own[key] for key in shared if not state_dict[key].is_meta}, source)
 
 
-def _advice(state_dict: StateDict, model: nn.Module, keys: set[str]) -> str:
+def _warn_of_non_finite(state_dict: StateDict, own: StateDict, source: Union[str, Path]) -> None:
+    bad = {key: int((~state_dict[key].to(value.dtype).isfinite()).sum()) for key, value in own.items()}
+    counts = [f'{key} ({count} of {own[key].numel()})' for key, count in bad.items() if count]
+    if counts:
+        _logger.warning('%s has weights that are NaN or infinite: %s', source, _shorten(counts))
+
+
+def _advice(state_dict: StateDict, model: nn.Module, keys: set[str], discrete: Sequence[str]) -> str:
     """What to do about keys that do not fit."""
     classifier, input_key = _classifier_keys(model), _input_key(model)
     advice = []
@@ -269,6 +313,8 @@ def _advice(state_dict: StateDict, model: nn.Module, keys: set[str]) -> str:
         advice.append(f'for weights without this classifier pass {others}')
     if keys - set(classifier):
         advice.insert(0, 'check the variant and its options')
+    if discrete:
+        advice.append('save the weights in a floating dtype')
     sentence = '; '.join(advice)
     return sentence[0].upper() + sentence[1:]
 

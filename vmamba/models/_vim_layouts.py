@@ -45,7 +45,8 @@ def _rename(key: str) -> str:
 def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Stacks each directional parameter with its `_b`.
 
-    One without its partner is left out, so missing; a pair of unequal shapes passes unchanged, so does not fit.
+    One without its partner is left out, so missing; a pair of unequal shapes, or of which only one is floating, passes
+    unchanged, so does not fit.
     """
     out = {}
     for key, value in state_dict.items():
@@ -53,7 +54,7 @@ def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
             out[key] = value
         elif f'{key}_b' in state_dict:
             backward = state_dict[f'{key}_b']
-            if value.shape != backward.shape:
+            if value.shape != backward.shape or value.is_floating_point() != backward.is_floating_point():
                 out.update({key: value, f'{key}_b': backward})
                 continue
             pair = torch.stack([value, backward])
@@ -67,7 +68,8 @@ def fold_layer_scale(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> D
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         name = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         weight = out.get(name)
-        if weight is not None and weight.shape[:1] == out[key].shape:
+        floating = weight is not None and weight.is_floating_point() and out[key].is_floating_point()
+        if floating and weight.shape[:1] == out[key].shape:
             out[name] = weight * out.pop(key).unsqueeze(-1)
     return out
 
