@@ -25,10 +25,20 @@ VMAMBA_KEYS = [
     ('op.dt_projs_weight', (3, 2), r'mixer\.dt_proj_weight \(3, 2\)'),
     ('op.x_proj_weight', (), r'mixer\.x_proj\.weight \(\)'),
     ('op.in_proj.weight', (3,), r'mixer\.in_proj\.weight \(3,\)'),
+    # As many numbers as the parameter has, in another order.
+    ('op.Ds', (16, 4), r'mixer\.D \(16, 4\) instead of \(4, 16\)'),
+    ('op.Ds', (2, 32), r'mixer\.D \(2, 32\) instead of \(4, 16\)'),
+    ('op.A_logs', (1, 64), r'mixer\.A_log \(1, 64\) instead of \(4, 16, 1\)'),
+    ('op.dt_projs_bias', (16, 4), r'mixer\.dt_proj_bias \(16, 4\) instead of \(4, 16\)'),
+    ('op.dt_projs_bias', (1, 64), r'mixer\.dt_proj_bias \(1, 64\) instead of \(4, 16\)'),
+    ('op.dt_projs_weight', (16, 2, 2), r'mixer\.dt_proj_weight \(16, 2, 2\) instead of \(4, 16, 1\)'),
+    ('op.x_proj_weight', (12, 8, 2), r'mixer\.x_proj\.weight \(12, 8, 2\) instead of \(12, 16\)'),
+    ('op.in_proj.weight', (16, 4, 2), r'mixer\.in_proj\.weight \(16, 4, 2\) instead of \(16, 8\)'),
+    ('mlp.fc1.weight', (32, 2, 4), r'mlp\.fc1\.weight \(32, 2, 4\) instead of \(32, 8\)'),
 ]
 
 
-@pytest.mark.parametrize('key,shape,named', VMAMBA_KEYS, ids=[case[0] for case in VMAMBA_KEYS])
+@pytest.mark.parametrize('key,shape,named', VMAMBA_KEYS, ids=[f'{case[0]}-{case[1]}' for case in VMAMBA_KEYS])
 def test_a_weight_of_vmamba_that_cannot_be_reshaped_is_named(tmp_path, key, shape, named):
     state = official.vmamba_state((1, 1), 8)
     state[f'layers.0.blocks.0.{key}'] = torch.zeros(shape)

@@ -82,22 +82,27 @@ def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
 
 
 def _reshape(key: str, value: Tensor) -> Tensor:
-    """One parameter in this library's shape; unchanged where its own cannot be brought to that, so does not fit."""
-    try:
-        return _own_shape(key, value)
-    except (RuntimeError, IndexError):
-        return value
-
-
-def _own_shape(key: str, value: Tensor) -> Tensor:
-    if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1)]
-        return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else value.flatten(1)
-    if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1)]
-        return value if value.shape[0] == 4 else value.flatten(1).unflatten(0, (4, -1))
+    """One parameter in this library's shape; one of a shape of no known layout passes unchanged, so does not fit."""
+    if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1, 1)]
+        return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else _matrix(value)
+    if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1, 1)]
+        return value if value.ndim == 3 and value.shape[0] == 4 else _routes(_matrix(value), 2)
     if key.endswith('.A_log'):  # [4 * D, N]
-        return value.unflatten(0, (4, -1))
+        return _routes(value, 2)
     if key.endswith(('.dt_proj_bias', '.D')):  # [4, D] or [4 * D]
-        return value.reshape(4, -1)
+        return _routes(value, 1)
     if key.endswith(('_proj.weight', '.fc1.weight', '.fc2.weight', '.fc.weight', '.reduction.weight')):
-        return value.flatten(1)
+        return _matrix(value)
     return value
+
+
+def _matrix(value: Tensor) -> Tensor:
+    """[m, n, 1, ...] -> [m, n]: a linear layer written as a convolution of width 1"""
+    return value.flatten(1) if value.ndim > 2 and value.shape[2:].numel() == 1 else value
+
+
+def _routes(value: Tensor, ndim: int) -> Tensor:
+    """[4 * D, ...] of that many dimensions -> [4, D, ...]"""
+    if value.ndim != ndim or value.shape[0] % 4:
+        return value
+    return value.unflatten(0, (4, value.shape[0] // 4))
