@@ -207,7 +207,7 @@ ERRORS = [
     (dict(type='VMambaBackbone', variant='resnet18'), ValueError, 'resnet18 is no VMamba'),
     (dict(type='VMambaBackbone', variant='vim_nano'), ValueError, 'vim_nano is no VMamba'),
     (dict(type='VimBackbone', variant='vmamba_nano'), ValueError, 'vmamba_nano is no Vim'),
-    (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=(0, 4)), ValueError, r'0\.\.3 .* \[0, 4\]'),
+    (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=(0, 4)), ValueError, r'0\.\.3 .* \(0, 4\)'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=(1, 0)), ValueError, 'ascending'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=()), ValueError, 'out_indices'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', frozen_stages=5), ValueError, r'-1\.\.4, got 5'),
@@ -232,6 +232,7 @@ ERRORS = [
         ValueError,
         'Pretrained.*Xavier',
     ),
+    (dict(type='VimBackbone', variant='vim_nano', out_indices=3), ValueError, 'sequence of integers.*got 3'),
     (dict(type='VimBackbone', variant='vim_nano', out_indices=(1, 3)), ValueError, '2 out_indices need as many'),
     (dict(type='VimBackbone', variant='vim_nano', out_indices=(3,), out_strides=(12,)), ValueError, '12 .*stride 4'),
 ]

@@ -74,9 +74,9 @@ class VimBackbone(TimmBackbone):
         out_strides: Sequence[int] = (4, 8, 16, 32),
         **kwargs: Any,
     ) -> None:
-        if len(out_strides) != len(out_indices):
-            raise ValueError(f'{len(out_indices)} out_indices need as many out_strides, got {tuple(out_strides)}')
         super().__init__(variant, out_indices, **kwargs)
+        if len(out_strides) != len(self.out_indices):
+            raise ValueError(f'{len(self.out_indices)} out_indices need as many out_strides, got {tuple(out_strides)}')
         self.model.embed.dynamic_img_size = True
         dim = self.model.embed_dim
         self.out_channels = [dim] * len(self.out_indices)

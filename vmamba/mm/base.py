@@ -1,5 +1,6 @@
 """What the backbones share: a timm model inside an mmengine module, its weights, and what of it is trained."""
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Union
 
@@ -163,9 +164,13 @@ def _check_options(model_options: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _check_indices(out_indices: Sequence[int], depth: int, variant: str) -> List[int]:
-    indices = list(out_indices)
-    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= depth:
-        raise ValueError(f'out_indices must be ascending and within 0..{depth - 1} for {variant}, got {indices}')
+    indices = list(out_indices) if isinstance(out_indices, Iterable) else []
+    integers = indices and all(isinstance(i, Integral) for i in indices)
+    if not integers or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= depth:
+        raise ValueError(
+            f'out_indices must be a sequence of integers, ascending and within 0..{depth - 1} for {variant}, '
+            f'got {out_indices!r}'
+        )
     return indices
 
 

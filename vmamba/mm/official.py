@@ -90,7 +90,8 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
             _choose(name, others[name], {_FIXED[name]: None})
         if others.get('init_cfg') and not pretrained:
             print_log(f'MM_VSSM ignores init_cfg ({others["init_cfg"]})', logger='current', level=logging.WARNING)
-        _choose('norm_layer', norm_layer.lower(), {'ln': None, 'ln2d': None})
+        norm = norm_layer.lower() if isinstance(norm_layer, str) else norm_layer
+        _choose('norm_layer', norm, {'ln': None, 'ln2d': None})
         options = dict(
             in_chans=in_chans,
             depths=tuple(depths),
@@ -117,7 +118,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
 
 
 def _choose(name: str, value: Any, known: Dict[Any, Any]) -> Any:
-    if value not in known:
+    if value not in list(known):  # which may be something without a hash
         raise ValueError(f'{name} must be one of {", ".join(map(str, known))}, got {value!r}')
     return known[value]
 
