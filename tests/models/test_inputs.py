@@ -1,5 +1,6 @@
 """Images of any size, layout and dtype, and those that are no images."""
 
+import numpy
 import oracles
 import pytest
 import timm
@@ -135,6 +136,19 @@ def test_what_is_no_image_is_an_error_that_shows_it(family, image, value):
         model.forward_intermediates(image)
     with pytest.raises(ValueError, match=value):
         small(family, features_only=True)(image)
+
+
+@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize(
+    'image', [numpy.zeros((1, 3, 32, 32), numpy.float32), [[[[0.0]]]], None], ids=lambda image: type(image).__name__
+)
+def test_what_is_no_tensor_is_an_error_that_names_its_type(family, image):
+    model = small(family)
+    calls = [model, model.forward_features, model.forward_intermediates, small(family, features_only=True)]
+    calls.append(torch.compile(model, backend='eager'))
+    for call in calls:
+        with pytest.raises(TypeError, match=rf'expected a tensor of images \[B, 3, H, W\], got {type(image).__name__}'):
+            call(image)
 
 
 @pytest.mark.parametrize(

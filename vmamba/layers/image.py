@@ -6,7 +6,12 @@ from torch import Tensor
 
 @register_notrace_function
 def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
-    """Raises ValueError unless images is a floating [B, in_chans, H, W] tensor with H, W >= min_size."""
+    """Raises ValueError unless images is a floating [B, in_chans, H, W] tensor with H, W >= min_size.
+
+    What is no tensor is a TypeError.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f'expected a tensor of images [B, {in_chans}, H, W], got {type(images).__name__}')
     if images.ndim != 4:
         raise ValueError(f'expected a batch of images [B, {in_chans}, H, W], got shape {tuple(images.shape)}')
     if not images.is_floating_point():

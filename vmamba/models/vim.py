@@ -237,9 +237,9 @@ class Vim(nn.Module):
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        intermediates, tokens = [], self.embed(x)
         size = tuple(x.shape[-2:])
-        intermediates = []
-        x = start_stream(self.embed(x), self.blocks, VimBlock, self.grad_checkpointing)
+        x = start_stream(tokens, self.blocks, VimBlock, self.grad_checkpointing)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = run_block(block, x, self.grad_checkpointing)
             if i in take_indices:
