@@ -1,19 +1,20 @@
 """Selective-scan operators. Imports torch (and triton) only."""
 
-from . import flops
-from .add_norm import add_layer_norm, add_rms_norm, layer_norm
-from .backend import use_triton
-from .bidirectional import bidirectional_scan, bimamba_core
-from .conv import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
+from ._launch import use_triton
+from ._operator import OPERATORS
+from .add_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .bimamba import bidirectional_scan, bimamba_core
+from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
-from .cross import cross_merge, cross_scan
-from .scan import selective_scan
+from .naive import cross_merge, cross_scan
+from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
-from .state_update import selective_state_update
+from .step import selective_state_update
 
 __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
+    'OPERATORS',
     'add_layer_norm',
     'add_rms_norm',
     'bidirectional_conv1d',
@@ -23,8 +24,8 @@ __all__ = [
     'cross_merge',
     'cross_scan',
     'depthwise_conv2d',
-    'flops',
     'layer_norm',
+    'rms_norm',
     'selective_scan',
     'selective_state_update',
     'ss2d_core',

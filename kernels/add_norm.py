@@ -1,22 +1,18 @@
-"""Residual connection and the norm that follows it, in one pass."""
+"""Norms over channels, and a residual connection with the norm that follows it, in one pass each way."""
 
-from typing import Optional
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check_tensors, runs_on_triton, triton
-from .routed import check_shape
+from ._check import check, check_that
+from ._launch import Launcher, cdiv, next_power_of_2, num_processors, runs_on_triton, tl, triton
+from ._operator import Operator
 
-if triton is not None:
-    from .fused.add_norm_operator import run_add_norm
-
-MAX_FUSED_CHANNELS = 8192  # a row is held in registers
-
-# Whether the graphs of torch.compile and torch.export hold the kernels. Left to inductor, an addition, a norm and a
-# cast took two or three kernels, and VMamba-T's inference a tenth more time.
-_FUSE_WHEN_COMPILED = True
+_MAX_CHANNELS = 8192  # of the Triton kernels, which hold a row in registers
+_BLOCK_ELEMENTS = 2048  # rows times channels that a program holds at a time, more only if one row has more
+_PROGRAMS_PER_PROCESSOR = 8  # of the backward pass, each of which leaves a partial sum
 
 
 def add_rms_norm(
@@ -26,14 +22,14 @@ def add_rms_norm(
     eps: float = 1e-5,
     scale: Optional[Tensor] = None,
     out_dtype: Optional[torch.dtype] = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """Adds to a residual stream in fp32, and normalises it by RMSNorm over the channels.
 
         summed = residual + scale * x,    normalised = weight * summed / sqrt(mean(summed^2) + eps)
 
-    Where Triton runs one kernel does it, and one its backward pass, for up to 8192 channels; so too in the graphs of
-    torch.compile and torch.export. While torch.jit traces, the operations are PyTorch's own. Differentiable in reverse
-    mode in x, residual and weight; scale is a constant.
+    On Triton one kernel, and one for its backward pass, for up to 8192 channels. In the graphs of torch.compile,
+    torch.export and torch.jit the operations are PyTorch's own. Differentiable in reverse mode in x, residual and
+    weight; scale is a constant.
 
     Args:
         x: What is added, [B, ..., d], in any floating dtype.
@@ -50,8 +46,7 @@ def add_rms_norm(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together.
     """
-    check_tensors('add_rms_norm', x=x, residual=residual, weight=weight, scale=scale)
-    _check(x, residual, weight, scale, out_dtype)
+    _check('add_rms_norm', x, residual, weight, None, scale, out_dtype)
     return _add_norm(x, residual, weight, None, eps, scale, out_dtype or weight.dtype)
 
 
@@ -63,17 +58,25 @@ def add_layer_norm(
     eps: float = 1e-5,
     scale: Optional[Tensor] = None,
     out_dtype: Optional[torch.dtype] = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """Adds to a residual stream in fp32, and normalises it by LayerNorm over the channels.
 
         summed = residual + scale * x,    normalised = weight * (summed - mean) / sqrt(variance + eps) + bias
 
-    The rest is as of `add_rms_norm`; bias is [d], and differentiable too.
+    Like `add_rms_norm` in all else; bias is [d], and differentiable too.
     """
-    check_tensors('add_layer_norm', x=x, residual=residual, weight=weight, bias=bias, scale=scale)
-    _check(x, residual, weight, scale, out_dtype)
-    check_shape('bias', bias, x.shape[-1:])
+    _check('add_layer_norm', x, residual, weight, bias, scale, out_dtype)
     return _add_norm(x, residual, weight, bias, eps, scale, out_dtype or weight.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None) -> Tensor:
+    """RMSNorm over the channels, computed in fp32 (fp64 if x is fp64) of x in any floating dtype.
+
+    Returns:
+        [B, ..., d] in out_dtype, the weight's by default.
+    """
+    _check('rms_norm', x, None, weight, None, None, out_dtype)
+    return _norm(x, weight, None, eps, out_dtype or weight.dtype)
 
 
 def layer_norm(
@@ -81,15 +84,33 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the channels, computed in fp32 (fp64 if x is fp64) of x in any floating dtype.
 
-    As `add_layer_norm` without an addition, and without a copy of x in fp32.
-
     Returns:
         [B, ..., d] in out_dtype, the weight's by default.
     """
-    check_tensors('layer_norm', x=x, weight=weight, bias=bias)
-    _check(x, None, weight, None, out_dtype)
-    check_shape('bias', bias, x.shape[-1:])
-    return _norm(x, None, weight, bias, eps, None, out_dtype or weight.dtype)[0]
+    _check('layer_norm', x, None, weight, bias, None, out_dtype)
+    return _norm(x, weight, bias, eps, out_dtype or weight.dtype)
+
+
+def _check(
+    function: str,
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    scale: Optional[Tensor],
+    out_dtype: Optional[torch.dtype],
+) -> None:
+    is_matrix = x.ndim >= 2 and x.shape[-1] > 0 and x.is_floating_point()
+    found = f'{tuple(x.shape)} {x.dtype}'
+    check_that(is_matrix, f'{function}: x must be a floating tensor [B, ..., d] with d > 0, got {found}')
+    middle = ' '.join(f'size_{i}' for i in range(1, x.ndim - 1))
+    shape = f'B {middle} d'
+    others = dict(weight=(weight, 'd'), bias=(bias, 'd'), scale=(scale, 'B'))
+    check(function, x=(x, shape), residual=(residual, shape), **others)
+    if residual is not None:
+        wide = _wide(x)
+        check_that(residual.dtype == wide, f'residual must be {wide} as x is {x.dtype}, got {residual.dtype}')
+    check_that(out_dtype is None or out_dtype.is_floating_point, f'out_dtype must be floating, got {out_dtype}')
 
 
 def _add_norm(
@@ -100,73 +121,335 @@ def _add_norm(
     eps: float,
     scale: Optional[Tensor],
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    normalised, summed = _norm(x, residual, weight, bias, eps, scale, out_dtype)
-    return normalised, x.to(_wide(x)) if summed is None else summed
+) -> Tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    if residual is None and scale is None:
+        return _norm(x, weight, bias, eps, out_dtype), x.to(wide)
+    if _has_kernel(x):
+        return _add_norm_operator(x, residual, scale, weight, bias, eps, out_dtype)
+    summed = x.to(wide)
+    if scale is not None:
+        summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
+    if residual is not None:
+        summed = residual + summed
+    return _plain_norm(summed, weight, bias, eps, out_dtype), summed
 
 
-def _norm(
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    eps: float,
-    scale: Optional[Tensor],
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """The normalised sum, and the sum; None where nothing is added to x."""
-    if runs_on_triton(x) and x.shape[-1] <= MAX_FUSED_CHANNELS and not _is_captured():
-        return run_add_norm(x, residual, scale, weight, bias, eps, out_dtype)
-    return _plain(x, residual, weight, bias, eps, scale, out_dtype)
+def _norm(x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype) -> Tensor:
+    if _has_kernel(x):
+        return _norm_operator(x, weight, bias, eps, out_dtype)
+    return _plain_norm(x, weight, bias, eps, out_dtype)
 
 
-def _is_captured() -> bool:
-    """Whether a graph is being made that must hold PyTorch's own operations."""
-    return (torch.compiler.is_compiling() and not _FUSE_WHEN_COMPILED) or torch.jit.is_tracing()
+def _plain_norm(x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype) -> Tensor:
+    wide = _wide(x)
+    x, weight = x.to(wide), weight.to(wide)
+    if bias is not None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias.to(wide), eps).to(out_dtype)
+    # Not F.rms_norm, whose shape PyTorch 2.11 mistakes in graphs of any batch size.
+    return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight).to(out_dtype)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether x is normalised on Triton. A compiler fuses a norm with what is around it."""
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not captured
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _plain(
+def _forward(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype, save: bool
+) -> Tuple[Tensor, Tensor]:
+    outputs = norm_forward(x, weight, bias, eps, out_dtype, save)
+    return outputs.out, x.new_empty(0, dtype=torch.float32) if outputs.moments is None else outputs.moments
+
+
+def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
+    (grad_out,), (x, weight, bias, _, _), (moments,) = grads, inputs, saved
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, *norm_backward(grad_out, x, weight, moments, bias is not None, grad_x)
+
+
+def _like(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype, save: bool
+) -> Tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(_moments_shape(x, bias, save), dtype=torch.float32)
+
+
+def _add_forward(
     x: Tensor,
     residual: Optional[Tensor],
+    scale: Optional[Tensor],
     weight: Tensor,
     bias: Optional[Tensor],
     eps: float,
-    scale: Optional[Tensor],
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
-    summed = x.to(wide)
-    if scale is not None:
-        summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
-    if residual is not None:
-        summed = residual + summed
-    if bias is None:
-        # Not F.rms_norm, whose shape PyTorch 2.11 mistakes in graphs of any batch size.
-        normalised = summed * torch.rsqrt(summed.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide)
-    else:
-        normalised = F.layer_norm(summed, x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    return normalised.to(out_dtype), summed
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(x.shape, dtype=torch.float32)
+    outputs = norm_forward(x, weight, bias, eps, out_dtype, save, residual, scale, summed)
+    return outputs.out, summed, x.new_empty(0, dtype=torch.float32) if outputs.moments is None else outputs.moments
 
 
-def _check(
+def _add_backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
+    (grad_out, grad_summed), (x, residual, scale, weight, bias, _, _), (moments, summed) = grads, inputs, saved
+    grad_out = torch.zeros_like(summed) if grad_out is None else grad_out
+    grad_residual = torch.empty_like(summed) if residual is not None else None
+    # With a residual and without a scale, an fp32 gradient of x is that of the residual.
+    is_shared = residual is not None and scale is None and x.dtype == torch.float32
+    grad_x = None if is_shared else summed.new_empty(summed.shape, dtype=x.dtype)
+    has_bias = bias is not None
+    vectors = norm_backward(grad_out, summed, weight, moments, has_bias, grad_x, grad_summed, grad_residual, scale)
+    return grad_residual if is_shared else grad_x, grad_residual, None, *vectors
+
+
+def _add_like(
     x: Tensor,
     residual: Optional[Tensor],
-    weight: Tensor,
     scale: Optional[Tensor],
-    out_dtype: Optional[torch.dtype],
-) -> None:
-    if x.ndim < 2 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f'x must be a floating [B, ..., d] tensor with d > 0, got {tuple(x.shape)} {x.dtype}')
-    wide = _wide(x)
-    if residual is not None and (residual.shape != x.shape or residual.dtype != wide):
-        shape = tuple(residual.shape)
-        raise ValueError(f'residual must be {list(x.shape)} {wide} like x {x.dtype}, got {shape} {residual.dtype}')
-    check_shape('weight', weight, x.shape[-1:])
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    out, moments = _like(x, weight, bias, eps, out_dtype, save)
+    return out, x.new_empty(x.shape, dtype=torch.float32), moments
+
+
+def _moments_shape(x: Tensor, bias: Optional[Tensor], save: bool) -> Tuple[int, ...]:
+    return (1 if bias is None else 2, x.shape[:-1].numel()) if save else (0,)
+
+
+_norm_operator = Operator('norm', _forward, _backward, _like)
+_add_norm_operator = Operator(
+    'add_norm',
+    _add_forward,
+    _add_backward,
+    _add_like,
+    results=2,
+    constants=('scale',),
+    saved_results=(1,),
+    unsaved=('x', 'residual'),
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # images of any size run on the same kernel
+def norm_kernel(
+    x,  # [rows, dim]
+    residual,  # [rows, dim], or None
+    scale,  # [samples], or None
+    weight,  # [dim]
+    bias,  # [dim]; None for RMSNorm
+    out,  # [rows, dim]: written
+    summed,  # [rows, dim] or None: written, residual + scale * x
+    normal,  # [rows, dim] or None: written, the normalised sum before weight and bias
+    moments,  # [1 or 2, rows] or None: written, reciprocal deviations; of LayerNorm followed by means unless `normal` is
+    rows,
+    rows_per_sample,
+    eps: tl.constexpr,
+    dim: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program normalises ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_D)
+    has_row = row < rows
+    has_channel = channel < dim
+    mask = has_row[:, None] & has_channel[None, :]
+    offset = row[:, None] * dim + channel[None, :]
+    total = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     if scale is not None:
-        check_shape('scale', scale, x.shape[:1])
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ValueError(f'out_dtype must be floating, got {out_dtype}')
+        factor = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
+        total *= factor[:, None]
+    if residual is not None:
+        total += tl.load(residual + offset, mask=mask, other=0.0)  # [ROWS, BLOCK_D]
+    if summed is not None:
+        tl.store(summed + offset, total, mask=mask)
+    if bias is not None:
+        mean = tl.sum(total, axis=1) / dim
+        if moments is not None:
+            if normal is None:
+                tl.store(moments + rows + row, mean, mask=has_row)
+        total = tl.where(has_channel[None, :], total - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(total * total, axis=1) / dim + eps)
+    if moments is not None:
+        tl.store(moments + row, rstd, mask=has_row)
+    total *= rstd[:, None]
+    if normal is not None:
+        tl.store(normal + offset, total.to(normal.dtype.element_ty), mask=mask)
+    total *= tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        total += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample', 'rows_per_program'])
+def norm_backward_kernel(
+    grad_out,  # [rows, dim]
+    grad_summed,  # [rows, dim], or None
+    summed,  # [rows, dim]: what was normalised, or that normalised before weight and bias
+    scale,  # [samples], or None
+    weight,  # [dim]
+    moments,  # as in `norm_kernel`
+    grad_residual,  # [rows, dim] or None: written
+    grad_x,  # [rows, dim] or None: written
+    sums,  # [programs, 1 or 2, dim]: written, parts of the gradients of weight and bias
+    rows,
+    rows_per_sample,
+    rows_per_program,
+    dim: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    NORMAL: tl.constexpr,
+):
+    """One program walks rows_per_program rows, ROWS at a time.
+
+    With n = (summed - mean) * rstd, which `summed` itself is with NORMAL, and g = weight * grad_out:
+
+        grad_residual = grad_summed + rstd * (g - n * mean(g * n) - mean(g)),    grad_x = scale * grad_residual
+
+    where RMSNorm, which is not CENTRED, has neither mean nor mean(g).
+    """
+    program = tl.program_id(0)
+    channel = tl.arange(0, BLOCK_D)
+    has_channel = channel < dim
+    grad_weight = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factor = tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
+    first = program.to(tl.int64) * rows_per_program
+    for start in range(0, rows_per_program, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        has_row = row < rows
+        mask = has_row[:, None] & has_channel[None, :]
+        offset = row[:, None] * dim + channel[None, :]
+        grad = tl.load(grad_out + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        normal = tl.load(summed + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        rstd = tl.load(moments + row, mask=has_row, other=0.0)  # [ROWS]
+        if not NORMAL:
+            if CENTRED:
+                mean = tl.load(moments + rows + row, mask=has_row, other=0.0)  # [ROWS]
+                normal -= mean[:, None]  # beyond the channels too, where grad is 0
+            normal *= rstd[:, None]
+        if CENTRED:
+            grad_bias += grad
+        grad_weight += grad * normal
+        grad *= factor[None, :]
+        along = tl.sum(grad * normal, axis=1) / dim
+        if CENTRED:
+            grad -= tl.sum(grad, axis=1)[:, None] / dim
+        grad = (grad - normal * along[:, None]) * rstd[:, None]
+        if grad_summed is not None:
+            grad += tl.load(grad_summed + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        if grad_residual is not None:
+            tl.store(grad_residual + offset, grad, mask=mask)
+        if grad_x is not None:
+            if scale is not None:
+                scales = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
+                grad *= scales[:, None]
+            tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)
+    if CENTRED:
+        sums += program * 2 * dim + channel
+        tl.store(sums + dim, tl.sum(grad_bias, axis=0), mask=has_channel)
+    else:
+        sums += program * dim + channel
+    tl.store(sums, tl.sum(grad_weight, axis=0), mask=has_channel)
+
+
+_launch = Launcher(norm_kernel)
+_launch_backward = Launcher(norm_backward_kernel)
+
+
+class NormOutputs(NamedTuple):
+    out: Tensor
+    normal: Optional[Tensor]
+    moments: Optional[Tensor]
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    out_dtype: torch.dtype,
+    save: bool,
+    residual: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    summed: Optional[Tensor] = None,
+    save_normal: bool = False,
+) -> NormOutputs:
+    """LayerNorm of residual + scale * x on Triton, or RMSNorm without a bias.
+
+    Args:
+        save: Also return the moments [1 or 2, rows], reciprocal deviations and for LayerNorm means.
+        summed: Where to write the sum.
+        save_normal: Also return the normalised sum before weight and bias, in out_dtype; then no means are needed.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=out_dtype)
+    normal = torch.empty_like(out) if save_normal else None
+    means = bias if normal is None else None
+    moments = x.new_empty(_moments_shape(x, means, save), dtype=torch.float32) if save else None
+    rows, rows_per_sample, block_d, block_rows, warps = _blocks(x)
+    residual, scale, bias = (None if t is None else t.contiguous() for t in (residual, scale, bias))
+    _launch(
+        cdiv(rows, block_rows),
+        (x, residual, scale, weight.contiguous(), bias, out, summed, normal, moments),
+        (rows, rows_per_sample),
+        (eps, x.shape[-1], block_d, block_rows),
+        warps,
+    )
+    return NormOutputs(out, normal, moments)
+
+
+def norm_backward(
+    grad_out: Tensor,
+    summed: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    has_bias: bool,
+    grad_x: Optional[Tensor],
+    grad_summed: Optional[Tensor] = None,
+    grad_residual: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    is_normal: bool = False,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Gradients of `norm_forward`, the same at every run: fills grad_x and grad_residual, and returns the others.
+
+    Args:
+        summed: What was normalised; with `is_normal` the normalised sum before weight and bias.
+        has_bias: Whether the norm is LayerNorm.
+
+    Returns:
+        Gradients of the weight and, for LayerNorm, of the bias, [dim] in fp32.
+    """
+    grad_out, summed = grad_out.contiguous(), summed.contiguous()
+    rows, rows_per_sample, block_d, block_rows, warps = _blocks(summed)
+    programs = min(cdiv(rows, block_rows), _PROGRAMS_PER_PROCESSOR * num_processors(summed))
+    rows_per_program = cdiv(cdiv(rows, max(programs, 1)), block_rows) * block_rows
+    programs = cdiv(rows, max(rows_per_program, 1))
+    vectors, dim = 2 if has_bias else 1, summed.shape[-1]
+    sums = torch.empty(programs, vectors, dim, dtype=torch.float32, device=summed.device)
+    grad_summed, scale = (None if t is None else t.contiguous() for t in (grad_summed, scale))
+    _launch_backward(
+        programs,
+        (grad_out, grad_summed, summed, scale, weight.contiguous(), moments, grad_residual, grad_x, sums),
+        (rows, rows_per_sample, rows_per_program),
+        (dim, block_d, block_rows, has_bias, is_normal),
+        warps,
+    )
+    total = sums.sum(dim=0)
+    return total[0], total[1] if has_bias else None
+
+
+def _blocks(x: Tensor) -> Tuple[int, int, int, int, int]:
+    """Rows of x, rows of a sample, and a program's channels and rows at a time, powers of 2, and warps."""
+    dim = x.shape[-1]
+    block_d = next_power_of_2(dim)
+    block_rows = max(_BLOCK_ELEMENTS // block_d, 1)
+    return x.numel() // dim, x.shape[1:-1].numel(), block_d, block_rows, max(4, block_d // 512)

@@ -1,21 +1,29 @@
-"""The selective scan in plain PyTorch: fast on a CPU, right on any device.
+"""The selective scan in plain PyTorch, a chunk of the sequence at a time: fast on a CPU, correct on any device.
 
-Works on channels-last tensors with the channels split into groups that share B and C:
-u, delta [batch, L, G, D/G], B, C [batch, L, G, N], A [G, N, D/G], states [batch, G, N, D/G], all in one dtype.
-Memory is linear in L and independent of N: states exist for one bounded segment of L at a time, and the backward
-pass recomputes them from the state at each segment's start.
+Works on channels-last tensors whose channels are split into groups that share B and C: u, delta [batch, L, G, D/G],
+B, C [batch, L, G, N], A [G, N, D/G], states [batch, G, N, D/G], all in one dtype. Memory is linear in L and independent
+of N: states exist for one bounded chunk of L at a time, and the backward pass recomputes them from the state at the
+start of each chunk.
 """
 
 import math
-from typing import Iterator, NamedTuple
+import threading
+from typing import Iterator, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
-from .recurrence import blocks, linear_recurrence_
-from .scratch import scratch
-
 _LOG2_E = math.log2(math.e)  # torch's vectorised exp2 is three times as fast as its exp
+# A step of at least this many elements keeps the processor busy by itself, so that steps are walked one by one; so are
+# the last few steps that an odd-even reduction leaves.
+_WIDE_STEP = 2**14
+_FEW_STEPS = 8
+# Elements of a step, and of all steps of a chunk, that are held at a time: small enough for the caches.
+_CHUNK_WIDTH = 2**16
+_CHUNK_ELEMENTS = 2**20
+_SCRATCH_BYTES = 2**25
+
+_scratch = threading.local()
 
 
 class ScanGradients(NamedTuple):
@@ -29,7 +37,7 @@ class ScanGradients(NamedTuple):
 
 def scan_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, delta_softplus: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """Computes h_l = exp(delta_l * A) * h_{l-1} + delta_l * B_l * u_l and y_l = <C_l, h_l>.
 
     Args:
@@ -38,16 +46,17 @@ def scan_forward(
         delta_softplus: Apply softplus to delta first.
 
     Returns:
-        y [batch, L, G, D/G], in memory that the thread's next call overwrites, and the state after the last step.
+        y [batch, L, G, D/G], in memory that the next call of the thread overwrites, and the state after the last step.
     """
     y = scratch('y', u, u.shape)
     last_state = torch.empty_like(state)
     A_log2 = A * _LOG2_E
-    batches, parts = blocks(*u.shape[:2], A.numel())
+    grows = _grows(A, delta, delta_softplus)
+    batches, chunks = _cut(*u.shape[:2], A.numel())
     for rows in batches:
-        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], parts, delta_softplus)
-        for part, states in _walk_parts(*entries):
-            _contract_states(C[rows, part], states, out=y[rows, part])
+        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks, delta_softplus, grows)
+        for chunk, states in _walk_chunks(*entries):
+            _contract_states(C[rows, chunk], states, out=y[rows, chunk])
         last_state[rows] = states[:, -1]
     return y, last_state
 
@@ -76,46 +85,176 @@ def scan_backward(
     grad_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
     grad_initial = torch.empty_like(state)
     A_log2 = A * _LOG2_E
-    batches, parts = blocks(*u.shape[:2], A.numel())
+    grows = _grows(A, delta, delta_softplus)
+    batches, chunks = _cut(*u.shape[:2], A.numel())
     for rows in batches:
         starts = [state[rows]]
-        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], parts[:-1], delta_softplus)
-        starts += [states[:, -1].clone() for _, states in _walk_parts(*entries)]
+        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks[:-1], delta_softplus, grows)
+        starts += [states[:, -1].clone() for _, states in _walk_chunks(*entries)]
         grad_carried = grad_state[rows]
-        for part, start in zip(reversed(parts), reversed(starts)):
-            block = rows, part
-            u_part, B_part, grad_y_part = u[block], B[block], grad_y[block]
-            step = _softplus(delta[block]) if delta_softplus else delta[block]
-            # One step more than the part: the state before it, and a decay of one into the step after it.
-            decay, states, products, adjoint = _buffers(4, step.shape[1] + 1, start)
+        for chunk, start in zip(reversed(chunks), reversed(starts)):
+            block = rows, chunk
+            u_chunk, B_chunk, grad_y_chunk = u[block], B[block], grad_y[block]
+            dt = softplus(delta[block]) if delta_softplus else delta[block]
+            # One step more than the chunk has: the state before it, and a decay of one into the step after it.
+            decay, states, products, adjoint = _buffers(4, dt.shape[1] + 1, start)
             states[:, 0] = start
             decay[:, -1] = 1
-            _states(u_part, step, A_log2, B_part, start, decay[:, :-1], states[:, 1:], products[:, :-1])
-            _contract_channels(states[:, 1:], grad_y_part, out=grad_C[block])
+            _compute_states(u_chunk, dt, A_log2, B_chunk, start, decay[:, :-1], states[:, 1:], products[:, :-1], grows)
+            _contract_channels(states[:, 1:], grad_y_chunk, out=grad_C[block])
 
             adjoint = adjoint[:, 1:]
-            torch.mul(C[block].unsqueeze(-1), grad_y_part.unsqueeze(-2), out=adjoint)
-            linear_recurrence_(decay[:, 1:], adjoint, grad_carried, products[:, 1:], reverse=True)
+            torch.mul(C[block].unsqueeze(-1), grad_y_chunk.unsqueeze(-2), out=adjoint)
+            linear_recurrence_(decay[:, 1:], adjoint, grad_carried, products[:, 1:], grows, reverse=True)
             grad_carried = decay[:, 0] * adjoint[:, 0]
 
-            _contract_channels(adjoint, step * u_part, out=grad_B[block])
-            grad_input = torch.empty_like(step, memory_format=torch.contiguous_format)
-            _contract_states(B_part, adjoint, out=grad_input)
-            torch.mul(grad_input, step, out=grad_u[block])
+            _contract_channels(adjoint, dt * u_chunk, out=grad_B[block])
+            grad_input = torch.empty_like(dt, memory_format=torch.contiguous_format)
+            _contract_states(B_chunk, adjoint, out=grad_input)
+            torch.mul(grad_input, dt, out=grad_u[block])
 
             grad_exponent = adjoint.mul_(states[:, :-1]).mul_(decay[:, :-1])
-            grad_step = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_part)
+            grad_dt = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_chunk)
             if delta_softplus:
-                grad_step.mul_(torch.sigmoid(delta[block]))
-            grad_delta[block] = grad_step
-            grad_A += grad_exponent.mul_(step.unsqueeze(-2)).sum(dim=(0, 1))
+                grad_dt.mul_(torch.sigmoid(delta[block]))
+            grad_delta[block] = grad_dt
+            grad_A += grad_exponent.mul_(dt.unsqueeze(-2)).sum(dim=(0, 1))
         grad_initial[rows] = grad_carried
     return ScanGradients(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); on a CPU torch computes it as logaddexp three times as fast as its softplus, as exactly."""
-    return torch.logaddexp(x, x.new_zeros(()), out=scratch('step', x, x.shape))
+def routed_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor) -> Tensor:
+    """Selective scans along K routes at once, each with its own parameters.
+
+    On route k, with dt, B, C = split(x_dbl, [R, N, N]) and delta = softplus(dt_weight @ dt + dt_bias):
+
+        h_l = exp(delta_l * A) * h_{l-1} + delta_l * B_l * u_l,    y_l = <C_l, h_l>
+
+    Args:
+        u: [B, L, K, D], in the order of each route, in the computing dtype.
+        x_dbl: [B, L, K, R + 2N], likewise.
+        dt_weight: [K, D, R].
+        dt_bias: [K, D].
+        A: [K, D, N].
+
+    Returns:
+        y [B, L, K, D], in memory that the next call of the thread overwrites.
+    """
+    dt, B, C = _split(x_dbl, dt_weight, A)
+    y, _ = scan_forward(u, _project_dt(dt, dt_weight, dt_bias), *_core_arguments(A, B, C), delta_softplus=True)
+    return y
+
+
+def routed_scan_backward(
+    grad_y: Tensor, u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, x_dbl, dt_weight, dt_bias and A of `routed_scan`, in the computing dtype."""
+    dt, B, C = _split(x_dbl, dt_weight, A)
+    delta = _project_dt(dt, dt_weight, dt_bias)
+    A_core, B, C, state = _core_arguments(A, B, C)
+    grads = scan_backward(grad_y, torch.zeros_like(state), u, delta, A_core, B, C, state, delta_softplus=True)
+
+    grad_delta = grads.delta.flatten(0, 1).transpose(0, 1)  # [B, L, K, D] -> [K, B * L, D]
+    grad_dt = (grad_delta @ dt_weight.to(u.dtype)).transpose(0, 1).unflatten(0, dt.shape[:2])
+    return (
+        grads.u,
+        torch.cat([grad_dt, grads.B, grads.C], dim=-1),
+        grad_delta.transpose(1, 2) @ dt.flatten(0, 1).transpose(0, 1),
+        grad_delta.sum(dim=1),
+        grads.A.transpose(-2, -1),
+    )
+
+
+def linear_recurrence_(
+    decay: Tensor, value: Tensor, initial: Tensor, products: Tensor, grows: bool = False, reverse: bool = False
+) -> None:
+    """Computes h_t = decay_t * h_{t-1} + value_t in place of `value` (h_t = decay_t * h_{t+1} + value_t in reverse).
+
+    Narrow steps are solved by odd-even reduction: every second step absorbs the one before it, which leaves a
+    recurrence of half as many steps, whose solution gives the steps between. T steps become 2 log2(T) operations on
+    many steps at once, for three times the arithmetic of a walk.
+
+    Args:
+        decay: [batch, T, ...].
+        value: [batch, T, ...], overwritten by the states.
+        initial: [batch, ...], the state before the first step.
+        products: Scratch memory of decay's shape for products of decays; decay itself if it is not needed again.
+        grows: A decay may be above 1. Then products of decays could overflow, so that steps are walked one by one.
+        reverse: Walk from the last step to the first.
+    """
+    first = -1 if reverse else 0
+    value[:, first].addcmul_(decay[:, first], initial)
+    if grows or initial.numel() >= _WIDE_STEP:
+        _walk_(decay, value, reverse)
+        return
+    if products is not decay:
+        products.copy_(decay)
+    _reduce_(products, value, reverse)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) in scratch memory; on a CPU logaddexp is three times as fast as softplus, and as exact."""
+    return torch.logaddexp(x, x.new_zeros(()), out=scratch('dt', x, x.shape))
+
+
+def scratch(slot: str, like: Tensor, shape: Tuple[int, ...]) -> Tensor:
+    """Uninitialised memory of `like`'s dtype and device, valid until the thread's next call for the same slot.
+
+    On a CPU up to 32 MiB per slot and dtype are kept: pages fresh from the operating system cost more than the
+    arithmetic of a small scan. More than that, and memory of other devices, is allocated as usual.
+    """
+    size = math.prod(shape)
+    if like.device.type != 'cpu' or size * like.element_size() > _SCRATCH_BYTES:
+        return like.new_empty(shape)
+    key = f'{slot} {like.dtype}'
+    buffer = _scratch.__dict__.get(key)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # memory made in inference mode could not be written outside of it
+            buffer = _scratch.__dict__[key] = torch.empty(size, dtype=like.dtype)
+    return buffer[:size].view(shape)
+
+
+def _grows(A: Tensor, delta: Tensor, delta_softplus: bool) -> bool:
+    """Whether a decay exp(delta * A) may be above 1; False on other devices than a CPU, which would have to wait."""
+    if A.device.type != 'cpu':
+        return False
+    return bool((A > 0).any()) or not (delta_softplus or bool((delta >= 0).all()))
+
+
+def _cut(batch: int, steps: int, width: int) -> Tuple[List[slice], List[slice]]:
+    """Cuts a scan into pieces of bounded memory: entries of the batch, and chunks of steps, in order.
+
+    Args:
+        batch: Entries of the batch.
+        steps: Number of steps.
+        width: Elements of one step of one entry.
+    """
+    rows = max(_CHUNK_WIDTH // max(width, 1), 1)
+    length = max(_CHUNK_ELEMENTS // (min(rows, max(batch, 1)) * max(width, 1)), 8)
+    return _slices(batch, rows), _slices(steps, length)
+
+
+def _slices(total: int, length: int) -> List[slice]:
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+
+
+def _walk_chunks(
+    u: Tensor,
+    delta: Tensor,
+    A_log2: Tensor,
+    B: Tensor,
+    state: Tensor,
+    chunks: List[slice],
+    delta_softplus: bool,
+    grows: bool,
+) -> Iterator[Tuple[slice, Tensor]]:
+    """Yields each chunk of L with its states [batch, S, G, N, D/G], which the next chunk's states overwrite."""
+    for chunk in chunks:
+        dt = softplus(delta[:, chunk]) if delta_softplus else delta[:, chunk]
+        decay, states = _buffers(2, dt.shape[1], state)
+        _compute_states(u[:, chunk], dt, A_log2, B[:, chunk], state, decay, states, decay, grows)
+        state = states[:, -1].clone()
+        yield chunk, states
 
 
 def _buffers(count: int, steps: int, state: Tensor) -> Tensor:
@@ -124,39 +263,22 @@ def _buffers(count: int, steps: int, state: Tensor) -> Tensor:
     return scratch('states', state, (count, batch, steps, *sizes))
 
 
-def _walk_parts(
+def _compute_states(
     u: Tensor,
-    delta: Tensor,
-    A_log2: Tensor,
-    B: Tensor,
-    state: Tensor,
-    parts: list[slice],
-    delta_softplus: bool,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields each part of L with its states [batch, S, G, N, D/G], which are overwritten by the next part's."""
-    for part in parts:
-        step = _softplus(delta[:, part]) if delta_softplus else delta[:, part]
-        decay, states = _buffers(2, step.shape[1], state)
-        _states(u[:, part], step, A_log2, B[:, part], state, decay, states, products=decay)
-        state = states[:, -1].clone()
-        yield part, states
-
-
-def _states(
-    u: Tensor,
-    step: Tensor,
+    dt: Tensor,
     A_log2: Tensor,
     B: Tensor,
     state: Tensor,
     decay: Tensor,
     states: Tensor,
     products: Tensor,
+    grows: bool,
 ) -> None:
-    """Fills decay and states [batch, S, G, N, D/G] of one segment; its decays are lost if `products` is decay."""
-    torch.mul(step.unsqueeze(-2), A_log2, out=decay).exp2_()
-    step_u = torch.mul(step, u, out=scratch('step_u', u, u.shape))
-    torch.mul(B.unsqueeze(-1), step_u.unsqueeze(-2), out=states)
-    linear_recurrence_(decay, states, state, products)
+    """Fills decay and states [batch, S, G, N, D/G] of one chunk; its decays are lost if `products` is decay."""
+    torch.mul(dt.unsqueeze(-2), A_log2, out=decay).exp2_()
+    dt_u = torch.mul(dt, u, out=scratch('dt_u', u, u.shape))
+    torch.mul(B.unsqueeze(-1), dt_u.unsqueeze(-2), out=states)
+    linear_recurrence_(decay, states, state, products, grows)
 
 
 def _contract_states(weight: Tensor, states: Tensor, out: Tensor) -> None:
@@ -180,3 +302,55 @@ def _contract_channels(states: Tensor, channels: Tensor, out: Tensor) -> None:
 def _is_small(states: Tensor) -> bool:
     """Whether starting a product with each [N, D/G] matrix takes longer than the arithmetic."""
     return states.shape[-2] * states.shape[-1] < 2**11
+
+
+def _walk_(decay: Tensor, value: Tensor, reverse: bool) -> None:
+    decays, states = decay.unbind(1), value.unbind(1)
+    if reverse:
+        decays, states = decays[::-1], states[::-1]
+    for step in range(1, len(states)):
+        states[step].addcmul_(decays[step], states[step - 1])
+
+
+def _reduce_(decay: Tensor, value: Tensor, reverse: bool) -> None:
+    """Odd-even reduction; turns every second decay into a product of decays."""
+    steps = value.shape[1]
+    if steps <= _FEW_STEPS:
+        _walk_(decay, value, reverse)
+        return
+    odd = steps % 2
+    if reverse:
+        absorbed, absorbing = slice(odd + 1, steps, 2), slice(odd, steps - 1, 2)
+        solved, between = slice(2 - odd, steps - 1, 2), slice(1 - odd, steps - 2, 2)
+    else:
+        absorbed, absorbing = slice(0, steps - 1, 2), slice(1, steps, 2)
+        solved, between = slice(1, steps - 1, 2), slice(2, steps, 2)
+    half_decay, half_value = decay[:, absorbing], value[:, absorbing]
+    half_value.addcmul_(half_decay, value[:, absorbed])
+    half_decay.mul_(decay[:, absorbed])
+    _reduce_(half_decay, half_value, reverse)
+    value[:, between].addcmul_(decay[:, between], value[:, solved])
+
+
+def _split(x_dbl: Tensor, dt_weight: Tensor, A: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    dstate = A.shape[-1]
+    dt, B, C = x_dbl.split([dt_weight.shape[-1], dstate, dstate], dim=-1)
+    return dt, B.contiguous(), C.contiguous()
+
+
+def _project_dt(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """delta before its softplus, [B, L, K, D], in scratch memory."""
+    delta = scratch('delta', dt, (*dt.shape[:-1], weight.shape[1]))
+    torch.baddbmm(
+        bias.to(dt.dtype).unsqueeze(1),  # [K, 1, D]
+        dt.flatten(0, 1).transpose(0, 1),  # [B, L, K, R] -> [K, B * L, R]
+        weight.to(dt.dtype).transpose(1, 2),  # [K, R, D]
+        out=delta.flatten(0, 1).transpose(0, 1),
+    )
+    return delta
+
+
+def _core_arguments(A: Tensor, B: Tensor, C: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, C and a zero initial state as `scan_forward` takes them."""
+    A = A.to(B.dtype).transpose(-2, -1).contiguous()  # [K, D, N] -> [K, N, D]
+    return A, B, C, A.new_zeros(B.shape[0], *A.shape)

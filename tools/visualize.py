@@ -170,7 +170,7 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
     with torch.inference_mode():
         for name in names:
             routes = routes_of(mixers[name], inputs[name])
-            grid = model.embed.dynamic_feat_size((height, width)) if is_vim else inputs[name].shape[1:3]
+            grid = model.patch_embed.dynamic_feat_size((height, width)) if is_vim else inputs[name].shape[1:3]
             layer = _vim_layer if is_vim else _vmamba_layer
             layers.append(layer(model, name, routes, grid, pixel, args))
     shown = shown_image(image, data_config(model, args, size))
@@ -215,7 +215,7 @@ def _vmamba_layer(model, name, routes, grid: Sequence[int], pixel: Tuple[int, in
 
 def _vim_layer(model, name, routes, grid: Sequence[int], pixel: Tuple[int, int], args: argparse.Namespace) -> Layer:
     height, width = grid
-    patch, stride = model.embed.patch_size, model.embed.stride
+    patch, stride = model.patch_embed.patch_size, model.patch_embed.stride
     margin = (patch - stride) / 2  # the map's pixels are drawn around the centres of overlapping patches
     column, row = (min(max(int((x - margin) // stride), 0), n - 1) for x, n in zip(pixel, (width, height)))
     middle, patches = height * width // 2, height * width

@@ -178,7 +178,7 @@ def _size_of(checkpoint: Dict[str, Tensor], name: str, arguments: Dict[str, Any]
     if not found or not is_vim(name):
         return {}
     side = math.isqrt(found[0].shape[1] - 1)
-    embed = timm.create_model(name, device='meta', **arguments).embed
+    embed = timm.create_model(name, device='meta', **arguments).patch_embed
     return {'img_size': embed.patch_size + (side - 1) * embed.stride} if side**2 == found[0].shape[1] - 1 else {}
 
 
@@ -204,7 +204,7 @@ def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] 
 def own_size(model: nn.Module) -> int:
     """Side of the images that the model is made for."""
     if isinstance(model, Vim):
-        return model.embed.img_size[0]
+        return model.patch_embed.img_size[0]
     return model.pretrained_cfg['input_size'][-1]
 
 

@@ -112,7 +112,7 @@ def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     args = {'img_size': size} if cfg is not None and cfg.fixed_input_size and not is_vim else {}
     model = timm.create_model(name, num_classes=0, **args).eval()
     if is_vim:
-        size -= (size - model.embed.patch_size) % model.embed.stride
+        size -= (size - model.patch_embed.patch_size) % model.patch_embed.stride
         model.set_input_size(size)
     return model, size
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_DIRECTIONS, bimamba_core
+from ..kernels import NUM_DIRECTIONS, bimamba_core, branches
 from .options import check_counts, scaled_channels
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
@@ -59,7 +59,7 @@ class BiMamba(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the directions' parameters, convolution and x_proj as torch does; in_proj, out_proj do so."""
+        """Initialises the parameters of the directions; in_proj and out_proj initialise themselves."""
         for parameter in (self.conv1d_weight, self.conv1d_bias):
             bound = self.conv1d_weight.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
@@ -76,3 +76,7 @@ class BiMamba(nn.Module):
         dt_proj = self.dt_proj_weight, self.dt_proj_bias
         y = bimamba_core(self.in_proj(x), *conv, self.x_proj_weight, *dt_proj, negative_exp(self.A_log), self.D)
         return self.out_proj(y)
+
+    def has_kernels(self) -> bool:
+        """Whether the Triton kernels take this width of convolutions and number of states."""
+        return self.conv1d_weight.shape[-1] <= branches.MAX_TAPS and self.A_log.shape[-1] <= branches.MAX_STATES

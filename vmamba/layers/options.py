@@ -1,7 +1,7 @@
 """Checks of the options that layers and models are made with."""
 
 from numbers import Integral
-from typing import Any
+from typing import Any, Iterable
 
 
 def check_counts(least: int = 1, **options: Any) -> None:
@@ -25,3 +25,10 @@ def scaled_channels(dim: int, **ratio: float) -> int:
     if channels < 1:
         raise ValueError(f'{name} must give at least one channel, got {name}={value!r} of {dim} channels')
     return channels
+
+
+def check_choice(choices: Iterable[str], **option: Any) -> None:
+    """Raises ValueError, naming the one option given, unless it is one of the choices."""
+    ((name, value),) = option.items()
+    if value not in list(choices):
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}')

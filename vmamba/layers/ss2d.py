@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import NUM_ROUTES, depthwise_conv2d, ss2d_core, ss2d_scan
 from .options import check_counts, scaled_channels
-from .residual import is_plain
+from .plain import has_global_hooks, is_plain
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -26,9 +26,8 @@ class SS2D(nn.Module):
     routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
     multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
 
-    The modules `conv2d`, `x_proj` and `out_norm` are not called where they are plain: kernels take their parameters.
-    Where one has hooks, is parametrised or is another module (an adapter, a quantised layer, a dilated convolution), it
-    is called.
+    Kernels take the parameters of `conv2d`, `x_proj` and `out_norm`. Where one of these has hooks, is parametrised or is
+    another module (an adapter, a quantised layer, a dilated convolution), all three are called instead.
 
     Args:
         dim: Channels d of the map.
@@ -62,6 +61,7 @@ class SS2D(nn.Module):
             raise ValueError(f'd_conv must be odd, got {d_conv}')
         inner = scaled_channels(dim, ssm_ratio=ssm_ratio)
         self.gate = gate
+        self.d_conv = d_conv
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
         self.x_proj = nn.Linear(inner, NUM_ROUTES * (dt_rank + 2 * d_state), bias=False, **dd)
@@ -85,35 +85,38 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        y = self._scan(self._convolve(x))
+        parameters = self.dt_proj_weight, self.dt_proj_bias, negative_exp(self.A_log), self.D
+        if self.is_plain():
+            norm = self.out_norm
+            x = depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
+            y = ss2d_core(x, self.x_proj.weight, *parameters, norm.weight, norm.bias, norm.eps)
+        else:
+            x = self.conv2d(x.permute(0, 3, 1, 2))  # [B, H, W, D] -> [B, D, H, W]
+            x = F.silu(x).permute(0, 2, 3, 1)
+            x_dbl = self.x_proj(x).unflatten(-1, (NUM_ROUTES, -1))  # [B, H, W, 4, R + 2N]
+            y = self.out_norm(ss2d_scan(x, x_dbl, *parameters)).to(x.dtype)
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """silu(conv2d(x)): [B, H, W, D] -> [B, H, W, D]"""
-        if is_plain(self.conv2d, nn.Conv2d) and _is_depthwise(self.conv2d):
-            return depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
-        return F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # in an NCHW view
+    def is_plain(self) -> bool:
+        """Whether `conv2d`, `x_proj` and `out_norm` are what they were made as, and nothing looks at their calls."""
+        return (
+            not has_global_hooks()
+            and is_plain(self.conv2d, nn.Conv2d)
+            and self._is_depthwise()
+            and is_plain(self.x_proj, nn.Linear)
+            and self.x_proj.bias is None
+            and is_plain(self.out_norm, LayerNorm)
+        )
 
-    def _scan(self, x: Tensor) -> Tensor:
-        """LayerNorm(scan(x)): [B, H, W, D] -> [B, H, W, D]"""
-        parameters = self.dt_proj_weight, self.dt_proj_bias, negative_exp(self.A_log), self.D
-        x_proj, norm = self.x_proj, self.out_norm
-        if is_plain(x_proj, nn.Linear) and x_proj.bias is None and is_plain(norm, LayerNorm):
-            return ss2d_core(x, x_proj.weight, *parameters, norm.weight, norm.bias, norm.eps)
-        x_dbl = x_proj(x).unflatten(-1, (NUM_ROUTES, -1))  # [B, H, W, 4, R + 2N]
-        return norm(ss2d_scan(x, x_dbl, *parameters)).to(x.dtype)
-
-
-def _is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is the one that the kernels compute: each channel by itself, to a map of the same size."""
-    side = conv.kernel_size[0]
-    return (
-        side % 2 == 1
-        and conv.kernel_size == (side, side)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding == (side // 2, side // 2)
-        and conv.padding_mode == 'zeros'
-    )
+    def _is_depthwise(self) -> bool:
+        """Whether `conv2d` takes each channel by itself, to a map of the same size."""
+        conv, side = self.conv2d, self.d_conv
+        return (
+            conv.kernel_size == (side, side)
+            and conv.groups == conv.in_channels == conv.out_channels
+            and conv.stride == conv.dilation == (1, 1)
+            and conv.padding == (side // 2, side // 2)
+            and conv.padding_mode == 'zeros'
+        )

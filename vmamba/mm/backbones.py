@@ -4,13 +4,13 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 Vision Mamba, https://arxiv.org/abs/2401.09417
 """
 
-from typing import Any, Iterable, Sequence, Tuple
+from typing import Any, Iterable, Sequence, Tuple, Union
 
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import NORM_EPS, FusedLayerNorm2d
+from ..layers import LayerNorm2d
 from ..models import Vim, VMamba
 from ..models import vim as vim_module
 from ..models import vmamba as vmamba_module
@@ -35,13 +35,13 @@ class VMambaBackbone(TimmBackbone):
         super().__init__(variant, out_indices, **kwargs)
         self.out_channels = [self.model.feature_info[i]['num_chs'] for i in self.out_indices]
         for i, channels in zip(self.out_indices, self.out_channels):
-            self.add_module(f'outnorm{i}', FusedLayerNorm2d(channels, eps=NORM_EPS, autocast=True))
+            self.add_module(f'outnorm{i}', LayerNorm2d(channels, autocast=True))
 
     def _layers(self) -> nn.Sequential:
         return self.model.stages
 
-    def _stem(self) -> nn.Module:
-        return self.model.stem
+    def _stem(self) -> Sequence[nn.Module]:
+        return (self.model.stem,)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Images [B, 3, H, W] of any size -> a map [B, d_i, ceil(H / s_i), ceil(W / s_i)] for each output"""
@@ -66,6 +66,7 @@ class VimBackbone(TimmBackbone):
 
     family = Vim
     filter_fn = staticmethod(vim_module.checkpoint_filter_fn)
+    rename_earlier = staticmethod(vim_module.rename_earlier)
 
     def __init__(
         self,
@@ -77,18 +78,20 @@ class VimBackbone(TimmBackbone):
         super().__init__(variant, out_indices, **kwargs)
         if len(out_strides) != len(self.out_indices):
             raise ValueError(f'{len(self.out_indices)} out_indices need as many out_strides, got {tuple(out_strides)}')
-        self.model.embed.dynamic_img_size = True
+        self.model.patch_embed.dynamic_img_size = True
         dim = self.model.embed_dim
         self.out_channels = [dim] * len(self.out_indices)
         for i in self.out_indices:
-            self.add_module(f'outnorm{i}', FusedLayerNorm2d(dim, eps=NORM_EPS, autocast=True))
-        self.pyramid = nn.ModuleList(make_resample(dim, self.model.embed.stride, stride) for stride in out_strides)
+            self.add_module(f'outnorm{i}', LayerNorm2d(dim, autocast=True))
+        self.pyramid = nn.ModuleList(
+            make_resample(dim, self.model.patch_embed.stride, stride) for stride in out_strides
+        )
 
     def _layers(self) -> nn.Sequential:
         return self.model.blocks
 
-    def _stem(self) -> nn.Module:
-        return self.model.embed
+    def _stem(self) -> Sequence[Union[nn.Module, nn.Parameter]]:
+        return self.model.patch_embed, self.model.cls_token, self.model.pos_embed
 
     def _fresh(self, own: bool) -> Iterable[str]:
         return () if own else (f'pyramid.{name}' for name in self.pyramid.state_dict())
@@ -103,6 +106,6 @@ class VimBackbone(TimmBackbone):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Pads to ceil(H / stride) x ceil(W / stride) patches."""
-        patch, stride = self.model.embed.patch_size, self.model.embed.stride
+        patch, stride = self.model.patch_embed.patch_size, self.model.patch_embed.stride
         height, width = ((-(-side // stride) - 1) * stride + patch for side in x.shape[-2:])
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))

@@ -40,6 +40,11 @@ class TimmBackbone(BaseModule):
     family: type
     filter_fn: Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]]
 
+    @staticmethod
+    def rename_earlier(key: str) -> str:
+        """The name of a parameter of the model that an earlier version of this library called `key`."""
+        return key
+
     def __init__(
         self,
         variant: str,
@@ -81,14 +86,16 @@ class TimmBackbone(BaseModule):
     def _layers(self) -> Sequence[nn.Module]:
         raise NotImplementedError
 
-    def _stem(self) -> nn.Module:
+    def _stem(self) -> Sequence[Union[nn.Module, nn.Parameter]]:
         raise NotImplementedError
 
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
             return
-        for module in (self._stem(), *self._layers()[: self.frozen_stages]):
-            module.eval().requires_grad_(False)
+        for part in (*self._stem(), *self._layers()[: self.frozen_stages]):
+            part.requires_grad_(False)
+            if isinstance(part, nn.Module):
+                part.eval()
 
     def train(self, mode: bool = True) -> 'TimmBackbone':
         """Sets the training mode, but for the frozen layers, which stay in evaluation mode."""
@@ -127,13 +134,16 @@ class TimmBackbone(BaseModule):
         """Renames the weights under the prefix to this module's names, and checks that they are all there."""
         given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = any(key.startswith('model.') for key in given)
-        fitted = given if own else self._convert(given)
+        fitted = {self._rename(key): value for key, value in given.items()} if own else self._convert(given)
         removed = {f'model.{key}' for key in self._removed}
         fitted = {key: value for key, value in fitted.items() if key not in removed}
         fresh = [key for key in {*fitted, *self.state_dict()} if key.startswith('outnorm')]
         source = f'the checkpoint (its keys {prefix}*)'
         check_fit(fitted, self, source, [*fresh, *self._fresh(own)], _ADVICE)
         state_dict.update({prefix + key: value for key, value in fitted.items()})
+
+    def _rename(self, key: str) -> str:
+        return f'model.{self.rename_earlier(key[6:])}' if key.startswith('model.') else key
 
     def _convert(self, given: Dict[str, Tensor]) -> Dict[str, Tensor]:
         norms = {key: value for key, value in given.items() if key.startswith('outnorm')}

@@ -9,11 +9,10 @@ from typing import Any, Dict, Optional, Sequence, Union
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 
-from ..layers import ConvDownsample, ConvStem, MergeDownsample, PatchStem
 from .backbones import VMambaBackbone
 
-_STEMS = {'v1': PatchStem, 'v2': ConvStem}
-_DOWNSAMPLES = {'v1': MergeDownsample, 'v3': ConvDownsample}
+_STEMS = {'v1': 'patch', 'v2': 'conv'}
+_DOWNSAMPLES = {'v1': 'patch', 'v3': 'conv'}
 # Names of one computation in several implementations: with and without the gate.
 _GATED = ('v0', 'v2', 'v3', 'v4', 'v5', 'v05')
 _UNGATED = tuple(f'{name}{mark}' for name in _GATED[1:] for mark in ('noz', '_noz'))

@@ -3,9 +3,9 @@
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..layers import NORM_EPS, FusedLayerNorm2d
+from ..layers import LayerNorm2d
 
-MODELS.register_module(module=FusedLayerNorm2d)  # for the norm_cfg of necks and heads, as in ViTDet
+MODELS.register_module(module=LayerNorm2d)  # for the norm_cfg of necks and heads, as in ViTDet
 
 
 def make_resample(dim: int, stride: int, out_stride: int) -> nn.Module:
@@ -26,6 +26,6 @@ def make_resample(dim: int, stride: int, out_stride: int) -> nn.Module:
     layers = []
     for i in range(ratio.bit_length() - 1):
         if i:
-            layers += [FusedLayerNorm2d(dim, eps=NORM_EPS), nn.GELU()]
+            layers += [LayerNorm2d(dim), nn.GELU()]
         layers.append(nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2))
     return nn.Sequential(*layers)

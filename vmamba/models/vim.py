@@ -3,31 +3,35 @@
 Paper: `Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model`
  - https://arxiv.org/abs/2401.09417
 
-The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this code is written anew.
+The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this code was written from scratch.
 """
 
 import logging
+import math
+import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+from timm.layers import DropPath, LayerScale, calculate_drop_path_rates, lecun_normal_, to_2tuple, trunc_normal_
+from timm.models import (
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_pretrained_cfg_value,
+    register_model,
+    register_model_deprecations,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import (
-    AddRmsNorm,
-    BiMamba,
-    ResidualStream,
-    TokenEmbed,
-    split_class_token,
-)
-from ..layers.options import check_counts, check_rates
-from ..layers.residual import TensorOrStream, add_branch, adds, run_block, run_blocks, start_stream, total
-from ._dense_layouts import split_backbone
-from ._pretrained import build_model, load_pretrained, reset_parameters
-from ._vim_layouts import convert_layout, fit_pos_embed, fold_layer_scale, is_official
+from ..layers import BiMamba, RmsNorm, check_images, fused_branch, runs_fused
+from ..layers.norm import widen
+from ..layers.options import check_choice, check_counts, check_rates
+from ..layers.plain import is_plain
+from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
 
 try:
     from timm.models._input import update_model_input_size
@@ -41,10 +45,123 @@ _logger = logging.getLogger(__name__)
 NORM_EPS = 1e-5
 
 
+def split_class_token(tokens: Tensor) -> Tuple[Tensor, Tensor]:
+    """Takes the class token out of the middle: [B, M + 1, d] -> patch tokens [B, M, d] and class token [B, d]."""
+    middle = (tokens.shape[1] - 1) // 2
+    patches = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+    return patches, tokens[:, middle]
+
+
+def insert_class_token(patches: Tensor, class_token: Tensor) -> Tensor:
+    """Inverse of `split_class_token`: [B, M, d] and [B, d] -> [B, M + 1, d]."""
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], class_token.unsqueeze(1), patches[:, middle:]], dim=1)
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> Tensor:
+    """Resizes a position embedding whose class token's entry is in the middle.
+
+    Args:
+        pos_embed: [1, h * w + 1, d] for the old grid.
+        old_grid: (h, w) of the embedding.
+        new_grid: (h, w) wanted.
+
+    Returns:
+        [1, h * w + 1, d] for the new grid: the patches' entries resized bicubically as a map, the class token's entry
+        in the new middle.
+    """
+    # Resizing to the same grid changes nothing, but an export with this shortcut would refuse images of that grid.
+    if not torch.compiler.is_exporting() and old_grid == new_grid:
+        return pos_embed
+    grid, class_token = split_class_token(pos_embed)
+    grid = grid.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, h * w, d] -> [1, d, h, w]
+    resized = F.interpolate(grid.float(), size=new_grid, mode='bicubic', align_corners=False).to(grid.dtype)
+    return insert_class_token(resized.flatten(2).transpose(1, 2), class_token)
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Embeds patches, which may overlap: [B, in_chans, H, W] -> [B, h * w, d].
+
+    Where patches touch without overlap, the parameters of `proj` are those of a matrix product, unless `proj` has hooks,
+    is parametrised or is another module than a convolution of just these patches.
+
+    Args:
+        img_size: Image size.
+        patch_size: Side of a patch.
+        stride: Distance between patches; smaller than patch_size for overlapping ones, larger for gaps between them.
+        in_chans: Image channels.
+        embed_dim: Token channels d.
+        dynamic_img_size: Accept any image size that patches cover.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        dynamic_img_size: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_counts(patch_size=patch_size, stride=stride, in_chans=in_chans, embed_dim=embed_dim)
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = patch_size
+        self.stride = stride
+        self.in_chans = in_chans
+        self.dynamic_img_size = dynamic_img_size
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=stride, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Grid of patches (h, w) of an image size; ValueError if patches do not tile it exactly."""
+        for side in img_size:
+            if side < self.patch_size or (side - self.patch_size) % self.stride:
+                raise ValueError(
+                    f'image size {img_size[0]}x{img_size[1]} is not covered by patches of {self.patch_size} with '
+                    f'stride {self.stride}: each side must be {self.patch_size} plus a multiple of {self.stride}'
+                )
+        return tuple((side - self.patch_size) // self.stride + 1 for side in img_size)
+
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Changes the image size."""
+        img_size = to_2tuple(img_size)
+        self.img_size, self.grid_size = img_size, self.dynamic_feat_size(img_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, self.in_chans, 1)
+        size = tuple(images.shape[-2:])
+        if not self.dynamic_img_size and size != self.img_size:
+            raise ValueError(
+                f'the model takes {self.img_size[0]}x{self.img_size[1]} images, got {size[0]}x{size[1]}: create it '
+                f'with img_size={size} or with dynamic_img_size=True'
+            )
+        height, width = self.dynamic_feat_size(size)
+        if not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
+            return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
+        # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
+        batch, side = images.shape[0], self.patch_size
+        x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(batch, height * width, self.in_chans * side**2)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+    def _is_tiling(self, conv: nn.Conv2d) -> bool:
+        """Whether a convolution takes patches of the model's that touch without overlap, with all channels of each."""
+        side = self.patch_size, self.patch_size
+        whole = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding == (0, 0)
+        return whole and conv.kernel_size == conv.stride == side
+
+
 class VimBlock(nn.Module):
     """x = x + drop_path(mixer(norm(x))), with the residual stream x in fp32.
-
-    Of a ResidualStream the norm makes the sum, and what the block adds is left to the next norm.
 
     Args:
         dim: Token channels d.
@@ -68,18 +185,16 @@ class VimBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm = AddRmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
+        self.norm = RmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: TensorOrStream) -> TensorOrStream:
-        """[B, L, d] -> [B, L, d], or a ResidualStream to another"""
-        return add_branch(x, self.norm, lambda normalised: self.ls(self.mixer(normalised)), self.drop_path)
-
-    def norms(self) -> List[nn.Module]:
-        """The norms that a ResidualStream meets."""
-        return [self.norm]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, d] -> [B, L, d]"""
+        if isinstance(self.ls, nn.Identity) and runs_fused(x, self.norm, self.mixer, self.drop_path):
+            return fused_branch(x, self.norm, self.mixer, self.drop_path)
+        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
 
 
 class Vim(nn.Module):
@@ -137,25 +252,29 @@ class Vim(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 0  # the class token is in the middle: a reader that cuts off the first would err
         self.grad_checkpointing = False
-        self.embed = TokenEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
+        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.patch_embed.grid_size) + 1, embed_dim, **dd))
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         block = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
         self.blocks = nn.Sequential(*(VimBlock(embed_dim, drop_path=rate, **block, **dd) for rate in drop_paths))
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=stride) for i in range(depth)]
-        self.norm = AddRmsNorm(embed_dim, eps=NORM_EPS, **dd)
+        self.norm = RmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self._init_head()
-        self._init_out_proj()
+        self._init_own()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draws all weights anew: classifier from a truncated normal of 0.02, out_proj over sqrt(depth)."""
+        """Initialises all weights from scratch: class token, position embedding and classifier from a truncated normal of
+        0.02, out_proj over sqrt(depth)."""
         reset_parameters(self)
-        self._init_head()
-        self._init_out_proj()
+        self._init_own()
 
-    def _init_out_proj(self) -> None:
+    def _init_own(self) -> None:
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        self._init_head()
         for block in self.blocks:
             bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
             nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
@@ -180,7 +299,7 @@ class Vim(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns of the layer groups for layer-wise learning rates."""
-        return dict(stem=r'^embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
+        return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -192,23 +311,26 @@ class Vim(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        """Replaces the classifier by a freshly initialised one (0 classes for none), and the pooling if it is given."""
         check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _check_global_pool(global_pool)
         self.num_classes = num_classes
-        weight = self.norm.weight if hasattr(self.norm, 'weight') else self.embed.cls_token
-        dd = {'device': weight.device, 'dtype': weight.dtype}
+        dd = {'device': self.cls_token.device, 'dtype': self.cls_token.dtype}
         head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head = head.train(self.training)
         self._init_head()
 
     def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
         """Changes the image size, if one is given, resizing the position embedding around its class token."""
-        if img_size is not None:
-            self.embed.set_input_size(img_size)
-            if update_model_input_size is not None:
-                update_model_input_size(self, self.embed.img_size)
+        if img_size is None:
+            return
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        resized = resize_pos_embed(self.pos_embed.detach(), old_grid, self.patch_embed.grid_size)
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        if update_model_input_size is not None:
+            update_model_input_size(self, self.patch_embed.img_size)
 
     def forward_intermediates(
         self,
@@ -237,24 +359,21 @@ class Vim(nn.Module):
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        intermediates, tokens = [], self.embed(x)
-        size = tuple(x.shape[-2:])
-        x = start_stream(tokens, self.blocks, VimBlock, self.grad_checkpointing)
+        images, intermediates = x, []
+        x = self._embed(images)
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = run_block(block, x, self.grad_checkpointing)
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
             if i in take_indices:
-                tokens = total(x)
-                intermediates.append(split_class_token(self.norm(tokens) if norm else tokens))
-                x = ResidualStream(tokens) if isinstance(x, ResidualStream) else tokens
+                intermediates.append(split_class_token(self.norm(x) if norm else x))
         if output_fmt == 'NCHW':
-            grid = self.embed.dynamic_feat_size(size)
+            grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
             intermediates = [
                 (tokens.transpose(1, 2).unflatten(-1, grid).contiguous(), cls) for tokens, cls in intermediates
             ]
         intermediates = [
             (tokens, cls.unsqueeze(1)) if return_prefix_tokens else tokens for tokens, cls in intermediates
         ]
-        return intermediates if intermediates_only else (self._norm(x), intermediates)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -268,14 +387,24 @@ class Vim(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _norm(self, x: TensorOrStream) -> Tensor:
-        if isinstance(x, ResidualStream) and adds(self.norm):
-            return self.norm(x)[0]
-        return self.norm(total(x))
+    def _embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> tokens [B, h * w + 1, d] in at least fp32, the class token in the middle"""
+        patches = self.patch_embed(images)
+        tokens = insert_class_token(patches, self.cls_token.expand(patches.shape[0], -1, -1).squeeze(1))
+        pos_embed = self.pos_embed
+        if self.patch_embed.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+            pos_embed = resize_pos_embed(pos_embed, self.patch_embed.grid_size, grid)
+        return widen(tokens + pos_embed)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, h * w + 1, d], the class token in the middle"""
-        return self._norm(run_blocks(self.blocks, self.embed(x), VimBlock, self.grad_checkpointing))
+        x = self._embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, L, d] -> logits [B, num_classes] ([B, L, num_classes] without pooling)"""
@@ -291,31 +420,128 @@ class Vim(nn.Module):
 
 
 def _check_global_pool(global_pool: str) -> str:
-    if global_pool not in ('', 'token', 'avg'):
-        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
+    check_choice(('token', 'avg', ''), global_pool=global_pool)
     return global_pool
+
+
+_EARLIER_NAMES = ((r'^embed\.(pos_embed|cls_token)$', r'\1'), (r'^embed\.', 'patch_embed.'))
+_OFFICIAL_NAMES = (
+    (r'^norm_f\.', 'norm.'),
+    (r'^layers\.', 'blocks.'),
+    (r'\.mixer\.gamma$', '.ls.gamma'),
+    (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
+    (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
+)
+_STATE_SIZE = "state the checkpoint's image size: pretrained_cfg_overlay=dict(file=..., input_size=(3, height, width))"
+_DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)(_b)?$'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Renames the official layout to this module's and fits the position embedding to the model's image size.
 
     The official layout keeps the two directions' parameters apart, the backward one's marked `_b`. A `mixer.gamma`
-    scales the mixer's output, so for a model without layer scale it goes into out_proj. Of a detector, a segmentor or
-    their backbone only the model is taken, which has no final norm: it starts as a fresh one.
+    scales the mixer's output, so for a model without layer scale it is multiplied into out_proj. Of a detector, a
+    segmentor or their backbone only the model is taken, which has no final norm: that is freshly initialised.
     """
     out, output_norms = split_backbone(state_dict)
-    official = is_official(out)
+    official = any(key.startswith('layers.') for key in out)
+    out = {rename_earlier(key): value for key, value in out.items()}
     if official:
-        out = convert_layout(out)
+        out = _stack_directions({_rename(key, _OFFICIAL_NAMES): value for key, value in out.items()})
     own = model.state_dict()
     if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
-        _logger.warning('a checkpoint of dense prediction has no final norm: it starts freshly initialised')
+        _logger.warning('a checkpoint of dense prediction has no final norm: it is freshly initialised')
         out['norm.weight'] = torch.ones_like(own['norm.weight'])
-    out = fold_layer_scale(out, own)
-    pos_embed = out.get('embed.pos_embed')
+    out = _fold_layer_scale(out, own)
+    pos_embed = out.get('pos_embed')
     if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] > 1:
-        out['embed.pos_embed'] = fit_pos_embed(pos_embed, model, official)
+        out['pos_embed'] = _fit_pos_embed(pos_embed, model, official)
     return out
+
+
+def rename_earlier(key: str) -> str:
+    """The name of a parameter that an earlier version of this library called `key`."""
+    return _rename(key, _EARLIER_NAMES)
+
+
+def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Stacks each directional parameter with its `_b`.
+
+    One without its partner is left out, so missing; a pair of unequal shapes, or of which only one is floating, passes
+    unchanged, so does not fit.
+    """
+    out = {}
+    for key, value in state_dict.items():
+        if not re.search(_DIRECTIONAL, key):
+            out[key] = value
+        elif f'{key}_b' in state_dict:
+            backward = state_dict[f'{key}_b']
+            if value.shape != backward.shape or value.is_floating_point() != backward.is_floating_point():
+                out.update({key: value, f'{key}_b': backward})
+                continue
+            pair = torch.stack([value, backward])
+            out[key] = pair.squeeze(2) if pair.ndim == 4 else pair  # conv1d_weight [2, D, 1, w] -> [2, D, w]
+    return out
+
+
+def _fold_layer_scale(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Multiplies the mixers' scales `ls.gamma` into out_proj where the model has none; what does not fit stays."""
+    out = dict(state_dict)
+    for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
+        name = key.replace('.ls.gamma', '.mixer.out_proj.weight')
+        weight = out.get(name)
+        floating = weight is not None and weight.is_floating_point() and out[key].is_floating_point()
+        if floating and weight.shape[:1] == out[key].shape:
+            out[name] = weight * out.pop(key).unsqueeze(-1)
+    return out
+
+
+def _fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tensor:
+    """Resizes a position embedding [1, h * w + 1, d] to the model's grid of patches.
+
+    Its own grid is that of the image size that the checkpoint states. Where it states none, official embeddings are of
+    square images, and others are the model's if their length is, which is a guess unless the model's grid is a square.
+    """
+    patches, grid = pos_embed.shape[1] - 1, model.patch_embed.grid_size
+    source = None if official else _stated_grid(model, patches)
+    side = math.isqrt(patches)
+    if source is None and patches == math.prod(grid) and not (official and side * side == patches):
+        if not official and grid[0] != grid[1]:
+            taken = 'the position embedding of %d patches is taken for one of %dx%d; if it is of another grid, %s'
+            _logger.warning(taken, patches, *grid, _STATE_SIZE)
+        return pos_embed
+    if source is None and side * side != patches:
+        shape = tuple(pos_embed.shape)
+        raise RuntimeError(f'pos_embed {shape} is not that of a square image: {_STATE_SIZE}')
+    source = source or (side, side)
+    if source != grid:
+        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', *source, *grid)
+    return resize_pos_embed(pos_embed, source, grid)
+
+
+def _stated_grid(model: nn.Module, patches: int) -> Optional[Tuple[int, int]]:
+    """Grid of the image size in the checkpoint's model arguments, or in a configuration that is not the variant's own.
+
+    None if there is none, or it has another number of patches.
+    """
+    size = getattr(model, 'pretrained_model_args', {}).get('img_size')
+    if size is None:
+        cfg = getattr(model, 'pretrained_cfg', {})
+        image = cfg.get('input_size')
+        if image is None or image == get_pretrained_cfg_value(cfg['architecture'], 'input_size'):
+            return None
+        size = image[1:]
+    try:
+        grid = model.patch_embed.dynamic_feat_size(to_2tuple(size))
+    except ValueError:
+        return None
+    return grid if math.prod(grid) == patches else None
 
 
 def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -330,7 +556,7 @@ def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
         'fixed_input_size': True,
-        'first_conv': 'embed.proj',
+        'first_conv': 'patch_embed.proj',
         'classifier': 'head',
         'license': 'apache-2.0',
         'paper_ids': 'arXiv:2401.09417',

@@ -2,40 +2,96 @@
 
 Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
 
-The models and weights are of https://github.com/MzeroMiko/VMamba (MIT); this code is written anew.
+The models and weights are of https://github.com/MzeroMiko/VMamba (MIT); this code was written from scratch.
 """
 
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+import re
+from functools import partial
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..layers import (
-    NORM_EPS,
-    SS2D,
-    AddLayerNorm,
-    ConvDownsample,
-    ConvStem,
-    FusedLayerNorm2d,
-    MergeDownsample,
-    PatchStem,
-)
-from ..layers.options import check_counts, check_rates, scaled_channels
-from ..layers.residual import TensorOrStream, add_branch, run_blocks, total
-from ._pretrained import build_model, load_pretrained, reset_parameters
-from ._vmamba_layouts import convert_layout
+from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, fused_branch, runs_fused
+from ..layers.norm import widen
+from ..layers.options import check_choice, check_counts, check_rates, scaled_channels
+from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
 
 __all__ = ['VMamba']
+
+NORM_EPS = 1e-5
+
+
+class ConvStem(nn.Module):
+    """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = LayerNorm2d(dim // 2, eps=NORM_EPS, autocast=True, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans, 1)
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchStem(nn.Module):
+    """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.conv = ImageConv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm = LayerNorm2d(dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans, 4)
+        return self.norm(self.conv(x))
+
+
+class ConvDownsample(nn.Module):
+    """Overlapping 3x3 convolution of stride 2, normalised: [B, d, H, W] -> [B, d', H/2, W/2]."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm2d(out_dim, eps=NORM_EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class PatchDownsample(PatchMerging):
+    """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
+        norm = partial(LayerNorm, eps=NORM_EPS, autocast=True)
+        super().__init__(dim, out_dim, norm_layer=norm, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        return x.permute(0, 3, 1, 2)
+
+
+_STEMS = {'conv': ConvStem, 'patch': PatchStem}
+_DOWNSAMPLES = {'conv': ConvDownsample, 'patch': PatchDownsample}
 
 
 class VMambaBlock(nn.Module):
     """x = x + drop_path(SS2D(norm1(x))), then x = x + drop_path(mlp(norm2(x))) if there is an MLP.
-
-    Of a ResidualStream, which is fp32 within a stage, the norms make the sums; the last is left to the next block's.
 
     Args:
         dim: Channels d.
@@ -61,29 +117,32 @@ class VMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio != 0
         if self.has_mlp:
-            self.norm2 = AddLayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
+            self.norm2 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
             self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: TensorOrStream) -> TensorOrStream:
-        """[B, H, W, d] -> [B, H, W, d], or a ResidualStream to another"""
-        x = add_branch(x, self.norm1, self.mixer, self.drop_path1)
-        return add_branch(x, self.norm2, self.mlp, self.drop_path2) if self.has_mlp else x
-
-    def norms(self) -> List[nn.Module]:
-        """The norms that a ResidualStream meets."""
-        return [self.norm1, self.norm2] if self.has_mlp else [self.norm1]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, d] -> [B, H, W, d]"""
+        if runs_fused(x, self.norm1, self.mixer, self.drop_path1):
+            x = fused_branch(x, self.norm1, self.mixer, self.drop_path1)
+        else:
+            x = x + self.drop_path1(self.mixer(self.norm1(x)))
+        if not self.has_mlp:
+            return x
+        if runs_fused(x, self.norm2, self.mlp, self.drop_path2):
+            return fused_branch(x, self.norm2, self.mlp, self.drop_path2)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class VMambaStage(nn.Module):
     """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
 
-    The map leaves the blocks in the dtype in which it enters them.
+    Within the blocks the map is in at least fp32; it leaves them in the dtype in which it enters them.
     """
 
     def __init__(self, downsample: nn.Module, blocks: List[VMambaBlock]) -> None:
@@ -95,9 +154,12 @@ class VMambaStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         dtype = x.dtype
-        x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
-        x = run_blocks(self.blocks, x, VMambaBlock, self.grad_checkpointing)
-        return total(x).to(dtype).permute(0, 3, 1, 2)
+        x = widen(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, d] -> [B, d, H, W]
 
 
 class VMamba(nn.Module):
@@ -114,8 +176,8 @@ class VMamba(nn.Module):
         conv_bias: Give SS2D's convolutions a bias.
         gate: Gate SS2D's outputs.
         mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
-        stem: ConvStem or PatchStem.
-        downsample: ConvDownsample or MergeDownsample.
+        stem: 'conv' for two overlapping convolutions, 'patch' for one of patches.
+        downsample: 'conv' for an overlapping convolution, 'patch' for patches.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
     """
@@ -132,8 +194,8 @@ class VMamba(nn.Module):
         conv_bias: bool = False,
         gate: bool = False,
         mlp_ratio: float = 4.0,
-        stem: Type[nn.Module] = ConvStem,
-        downsample: Type[nn.Module] = ConvDownsample,
+        stem: str = 'conv',
+        downsample: str = 'conv',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -147,28 +209,31 @@ class VMamba(nn.Module):
         check_counts(in_chans=in_chans)
         check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with half of them
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_choice(_STEMS, stem=stem)
+        check_choice(_DOWNSAMPLES, downsample=downsample)
         self.in_chans = in_chans
-        self.stem = stem(in_chans, embed_dim, **dd)
+        self.stem = _STEMS[stem](in_chans, embed_dim, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block = dict(ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
         self.feature_info = []
         for i, dim in enumerate(dims):
-            between = downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
+            between = _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd) if i else nn.Identity()
             blocks = [VMambaBlock(dim, drop_path=rate, **block, **dd) for rate in drop_paths[i]]
             stages.append(VMambaStage(between, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
-        self.norm = FusedLayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
+        self.norm = LayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
         self.drop_rate = drop_rate
         self._set_head(num_classes, global_pool, **dd)
         self._init_linear(self)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draws all weights anew: linear layers from a truncated normal of 0.02, all else but x_proj as it is made."""
+        """Initialises all weights from scratch: linear layers but x_proj from a truncated normal of 0.02, all else as when it
+        is made."""
         reset_parameters(self)
         self._init_linear(self)
 
@@ -210,7 +275,7 @@ class VMamba(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replaces the classifier by a fresh one (0 classes for none), and the pooling if it is given."""
+        """Replaces the classifier by a freshly initialised one (0 classes for none), and the pooling if it is given."""
         check_counts(0, num_classes=num_classes)
         parameter = next(self.stem.parameters())
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
@@ -293,9 +358,105 @@ class VMamba(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+_LEGACY_NAMES = (
+    (r'^patch_embed\.proj\.', 'patch_embed.0.'),
+    (r'^patch_embed\.norm\.', 'patch_embed.2.'),
+    (r'\.ln_1\.', '.norm.'),
+    (r'\.self_attention\.', '.op.'),
+    (r'\.downsample\.norm\.', '.downsample.1.'),
+    (r'\.downsample\.reduction\.', '.downsample.2.'),
+    (r'^norm\.', 'classifier.norm.'),
+    (r'^head\.', 'classifier.head.'),
+)
+_RENAMES = (
+    (r'^layers\.(\d+)\.blocks\.(\d+)\.norm\.', r'stages.\1.blocks.\2.norm1.'),
+    (r'^layers\.(\d+)\.blocks\.(\d+)\.op\.', r'stages.\1.blocks.\2.mixer.'),
+    (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'),
+    (r'\.x_proj_weight$', '.x_proj.weight'),
+    (r'\.dt_projs[._]', '.dt_proj_'),
+    (r'\.A_logs$', '.A_log'),
+    (r'\.Ds$', '.D'),
+    (r'^classifier\.norm\.', 'norm.'),
+    (r'^classifier\.head\.', 'head.fc.'),
+)
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-    """Renames and reshapes any official layout to this module's; its own layout passes unchanged."""
-    return convert_layout(state_dict)
+    """Renames and reshapes any official layout of VMamba to this library's, which itself passes unchanged.
+
+    Known layouts: the release's, its legacy names, the one-file code's, linear layers as 1x1 convolutions, and the
+    backbone of a detection or segmentation checkpoint, official or of this library, whose `outnorm3` becomes the final
+    norm.
+    """
+    state_dict, norms = split_backbone(state_dict)
+    norms = {key.replace('outnorm3.', 'norm.'): value for key, value in norms.items() if key.startswith('outnorm3.')}
+    if not any(key.startswith(('layers.', 'patch_embed.')) for key in state_dict):
+        return {**norms, **state_dict}
+    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in {**norms, **state_dict}.items()}
+    names = _sequential_names(state_dict)
+    out = {}
+    for key, value in state_dict.items():
+        module, _, parameter = key.rpartition('.')
+        key = f'{names[module]}.{parameter}' if module in names else _rename(key, _RENAMES)
+        out[key] = _reshape(key, value)
+    return out
+
+
+def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
+    """Names of the stem's and downsamplers' modules, whose numbers differ between layouts: told by weight and order."""
+    names = {}
+    convs: Dict[str, int] = {}
+    norms: Dict[str, int] = {}
+    numbered = re.compile(r'(patch_embed|layers\.\d+\.downsample)\.\d+(?=\.weight$)')
+    modules = [match[0] for match in map(numbered.match, state_dict) if match]
+    two_convs = sum(module.startswith('patch_embed.') for module in modules) == 4
+    for module in sorted(modules, key=lambda name: [int(part) for part in re.findall(r'\d+', name)]):
+        parent = module.rpartition('.')[0]
+        weight = state_dict[f'{module}.weight']
+        is_norm = weight.ndim == 1
+        count = norms if is_norm else convs
+        count[parent] = count.get(parent, 0) + 1
+        if parent == 'patch_embed':
+            number = str(count[parent]) if two_convs else ''
+            names[module] = f'stem.{"norm" if is_norm else "conv"}{number}'
+        else:
+            stage = int(re.findall(r'\d+', parent)[0]) + 1
+            is_conv = weight.ndim == 4 and weight.shape[-1] > 1
+            names[module] = f'stages.{stage}.downsample.{"norm" if is_norm else "conv" if is_conv else "reduction"}'
+    return names
+
+
+def _reshape(key: str, value: Tensor) -> Tensor:
+    """One parameter in this library's shape; one of a shape of no known layout passes unchanged, so does not fit."""
+    if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1, 1)]
+        return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else _matrix(value)
+    if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1, 1)]
+        return value if value.ndim == 3 and value.shape[0] == 4 else _routes(_matrix(value), 2)
+    if key.endswith('.A_log'):  # [4 * D, N]
+        return _routes(value, 2)
+    if key.endswith(('.dt_proj_bias', '.D')):  # [4, D] or [4 * D]
+        return _routes(value, 1)
+    if key.endswith(('_proj.weight', '.fc1.weight', '.fc2.weight', '.fc.weight', '.reduction.weight')):
+        return _matrix(value)
+    return value
+
+
+def _matrix(value: Tensor) -> Tensor:
+    """[m, n, 1, ...] -> [m, n]: a linear layer written as a convolution of width 1"""
+    return value.flatten(1) if value.ndim > 2 and value.shape[2:].numel() == 1 else value
+
+
+def _routes(value: Tensor, ndim: int) -> Tensor:
+    """[4 * D, ...] of that many dimensions -> [4, D, ...]"""
+    if value.ndim != ndim or value.shape[0] % 4:
+        return value
+    return value.unflatten(0, (4, value.shape[0] // 4))
 
 
 def _cfg(file: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -339,9 +500,7 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMa
     return build_model(VMamba, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)
 
 
-_V0 = dict(
-    ssm_ratio=2.0, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem=PatchStem, downsample=MergeDownsample
-)
+_V0 = dict(ssm_ratio=2.0, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem='patch', downsample='patch')
 
 
 @register_model

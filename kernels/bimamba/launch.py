@@ -1,0 +1,168 @@
+"""Vim's bidirectional Mamba on Triton: its kernels and products, in order, both ways."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._launch import cdiv
+from ..conv1d import conv1d_backward, conv1d_forward
+from ..selective_scan.launch import Scan, Targets, scan_backward, scan_forward
+from .gate import gate_backward, gate_forward
+
+_ALIGNMENT = 8  # of rows, in elements, for fast matrix products
+
+
+class Layout(NamedTuple):
+    """How the projections of a position lie: those of dt, B and C, with zeros before B and at the end up to aligned
+    places, without which matrix products are several times slower."""
+
+    rank: int
+    dstate: int
+
+    @property
+    def padded_rank(self) -> int:
+        """Where B begins."""
+        return cdiv(self.rank, _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        return cdiv(self.padded_rank + 2 * self.dstate, _ALIGNMENT) * _ALIGNMENT
+
+    def split(self, x_dbl: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """dt with the zeros after it, B and C of [..., size]."""
+        B, C = (x_dbl[..., self.padded_rank + i * self.dstate :][..., : self.dstate] for i in range(2))
+        return x_dbl[..., : self.padded_rank], B, C
+
+    def x_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """[2, R + 2N, D] -> [2, size, D]"""
+        if weight.shape[1] == self.size:
+            return weight.to(dtype)
+        laid_out = weight.new_zeros(2, self.size, weight.shape[2], dtype=dtype)
+        laid_out[:, : self.rank] = weight[:, : self.rank]
+        laid_out[:, self.padded_rank : self.padded_rank + 2 * self.dstate] = weight[:, self.rank :]
+        return laid_out
+
+    def of_x_proj(self, grad: Tensor) -> Tensor:
+        """[2, size, D] -> [2, R + 2N, D]"""
+        begin = self.padded_rank
+        return torch.cat([grad[:, : self.rank], grad[:, begin : begin + 2 * self.dstate]], dim=1)
+
+    def dt_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """[2, D, R] -> [2, D, padded_rank]"""
+        return F.pad(weight.to(dtype), (0, self.padded_rank - self.rank))
+
+
+class CoreOutputs(NamedTuple):
+    """The output [B, L, D]; and for the backward pass the projections [2, B, L, size], the mean of both directions before
+    the gate, and the states before each tile."""
+
+    out: Tensor
+    x_dbl: Optional[Tensor] = None
+    mean: Optional[Tensor] = None
+    states: Optional[Tensor] = None
+
+
+class CoreGradients(NamedTuple):
+    """Gradients of xz; of the weights as they are laid out, in their dtype; of the other parameters in fp32; and the
+    output, if it is wanted."""
+
+    xz: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    out: Optional[Tensor]
+
+
+def core_forward(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    save: bool,
+) -> CoreOutputs:
+    """`bimamba_core` of a contiguous xz, with x_proj and dt_proj as `Layout` lays them out, in xz's dtype.
+
+    Of the maps of both directions only one exists at a time beside their dt: the scan's output overwrites its input,
+    which the backward pass recomputes.
+    """
+    x, z = xz.chunk(2, dim=-1)
+    u = _convolve(x, conv_weight, conv_bias)
+    x_dbl = _product(u.flatten(1, 2), x_proj.mT).unflatten(1, u.shape[1:3])
+    scan = _scan_of(u, x_dbl, dt_proj, dt_bias, A, D)
+    _, states = scan_forward(scan, scan.u, save)
+    del scan  # and dt with it
+    out, mean = gate_forward(u, z, save)
+    return CoreOutputs(out, x_dbl, mean, states) if save else CoreOutputs(out)
+
+
+def core_backward(
+    grad_out: Tensor,
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    saved: CoreOutputs,
+    log_A: bool = False,
+    recompute_out: bool = False,
+) -> CoreGradients:
+    """Gradients of `core_forward`; with `log_A` that of log(-A) in place of A's."""
+    x, z = xz.chunk(2, dim=-1)
+    grad_xz = torch.empty_like(xz)
+    grad_x, grad_z = grad_xz.chunk(2, dim=-1)
+    grad_y, out = gate_backward(grad_out, saved.mean, z, grad_z, recompute_out)
+    u = _convolve(x, conv_weight, conv_bias)
+    scan = _scan_of(u, saved.x_dbl, dt_proj, dt_bias, A, D)
+    layout = Layout(dt_proj.shape[-1], A.shape[-1])
+    grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(saved.x_dbl)
+    grad_low_rank, grad_B, grad_C = layout.split(grad_x_dbl)
+    grad_x_dbl[..., layout.padded_rank + 2 * layout.dstate :] = 0
+    targets = Targets(*(_as_sequence(t) for t in (grad_u, grad_delta)), None, *map(_as_sequence, (grad_B, grad_C)))
+    grad_y = _as_sequence(grad_y.expand(2, -1, -1, -1))
+    grads = scan_backward(scan, grad_y, None, saved.states, targets, log_A)
+    grad_delta, low_rank = grad_delta.flatten(1, 2), layout.split(saved.x_dbl)[0].flatten(1, 2)
+    torch.bmm(grad_delta, dt_proj, out=grad_low_rank.flatten(1, 2))
+    grad_dt_proj = _product(grad_delta.mT, low_rank)
+    projected = grad_x_dbl.flatten(1, 2)
+    grad_u.flatten(1, 2).baddbmm_(projected, x_proj)
+    grad_x_proj = _product(projected.mT, u.flatten(1, 2))
+    grads_conv = conv1d_backward(grad_u.permute(1, 2, 0, 3), x, conv_weight, conv_bias, True, grad_x)
+    return CoreGradients(grad_xz, *grads_conv, grad_x_proj, grad_dt_proj, grads.delta_bias, grads.A, grads.D, out)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The scans' input [2, B, L, D]."""
+    u = x.new_empty(2, *x.shape)
+    conv1d_forward(x, weight, bias, True, out=u.permute(1, 2, 0, 3))
+    return u
+
+
+def _scan_of(u: Tensor, x_dbl: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Scan:
+    """The scans of both directions."""
+    low_rank, B, C = Layout(dt_proj.shape[-1], A.shape[-1]).split(x_dbl)
+    delta = _product(low_rank.flatten(1, 2), dt_proj.mT).view(u.shape)
+    u, delta, B, C = (_as_sequence(tensor) for tensor in (u, delta, B, C))
+    return Scan(u, delta, A, B, C, D, None, dt_bias, None, softplus=True, reverse=False)
+
+
+def _as_sequence(x: Tensor) -> Tensor:
+    """[2, B, L, E] -> [B, 2, E, L]"""
+    return x.permute(1, 0, 3, 2)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """The product of a batch of matrices in x's dtype, also within autocast."""
+    return torch.bmm(x, y).to(x.dtype)

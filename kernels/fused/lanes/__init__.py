@@ -1,1 +1,0 @@
-"""The selective scan with positions of a sequence dealt out to lanes: for few states, where memory is the limit."""

@@ -1,0 +1,309 @@
+"""The core of VMamba's 2-D selective scan (SS2D): four scans over a map, merged.
+
+VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
+"""
+
+from math import prod
+from typing import Any, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._check import check
+from .._launch import num_processors, runs_on_triton
+from .._operator import Operator
+from ..chunked import routed_scan, routed_scan_backward, scratch
+from .launch import (
+    NUM_ROUTES,
+    merge_backward,
+    merge_forward,
+    plan_of,
+    scan_backward,
+    scan_forward,
+    sizes_of,
+    states_shape,
+)
+
+__all__ = ['NUM_ROUTES', 'ss2d_core', 'ss2d_scan']
+
+
+def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
+    """Scans a map along the four routes of `cross_scan` and sums what each leaves at every pixel.
+
+    On route k, with dt, B, C = split(x_dbl[..., k, :], [R, N, N]) of the pixel visited at step l:
+
+        delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
+        h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * x_l,    y_l = <C_l, h_l> + D[k] * x_l
+
+    The projections x_dbl are made at the pixels' own places: a linear layer commutes with the order of pixels.
+    State, A, D and dt_bias are kept in fp32 (fp64 if x is fp64). Differentiable in reverse mode in every argument.
+
+    Args:
+        x: Activated map [B, H, W, D], in any floating dtype.
+        x_dbl: Projections of x for each route [B, H, W, 4, R + 2N].
+        dt_weight: [4, D, R].
+        dt_bias: [4, D].
+        A: [4, D, N], negative.
+        D: [4, D].
+
+    Returns:
+        The merged map [B, H, W, D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
+    """
+    sizes = _check_scan('ss2d_scan', x, dt_weight, dt_bias, A, D)
+    check('ss2d_scan', sizes, x=(x, 'B H W D'), x_dbl=(x_dbl, 'B H W 4 R+2N'))
+    return _scan(x, x_dbl, dt_weight, dt_bias, A, D, runs_on_triton(x))
+
+
+def ss2d_core(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """The core of SS2D, one operator on Triton: LayerNorm over the channels of `ss2d_scan`.
+
+    The scan's projections x_dbl = x_proj_weight @ x are made in x's dtype.
+
+    Args:
+        x: Activated map [B, H, W, D], in any floating dtype.
+        x_proj_weight: [4 * (R + 2N), D].
+        dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
+        norm_weight: [D].
+        norm_bias: [D].
+        norm_eps: Added to the variance.
+
+    Returns:
+        The normalised map [B, H, W, D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
+    """
+    sizes = _check_scan('ss2d_core', x, dt_weight, dt_bias, A, D)
+    weights = dict(x_proj_weight=(x_proj_weight, '4(R+2N) D'), norm_weight=(norm_weight, 'D'))
+    check('ss2d_core', sizes, x=(x, 'B H W D'), **weights, norm_bias=(norm_bias, 'D'))
+    if runs_on_triton(x):
+        return _core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps)
+    x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
+    y = ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
+    dim = x.shape[-1]
+    return F.layer_norm(y, (dim,), norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
+
+
+def _check_scan(function: str, x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> dict:
+    """Sizes by name."""
+    parameters = dict(dt_weight=(dt_weight, '4 D R'), dt_bias=(dt_bias, '4 D'), A=(A, '4 D N'), D=(D, '4 D'))
+    sizes = check(function, x=(x, 'B H>0 W>0 D>0'), **parameters)
+    width = sizes['R'] + 2 * sizes['N']
+    return {**sizes, 'R+2N': width, '4(R+2N)': NUM_ROUTES * width}
+
+
+def _forward_scan(
+    x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, triton: bool, save: bool
+) -> Tuple[Tensor, Tensor]:
+    if not triton:
+        return _plain_scan(x, x_dbl, dt_weight, dt_bias, A, D), x.new_empty(0, dtype=torch.float32)
+    x, dt_weight, dt_bias, A, D = (tensor.contiguous() for tensor in (x, dt_weight, dt_bias, A, D))
+    y_rows, y_columns, states = scan_forward(x, _whole_words(x_dbl, x), dt_weight, dt_bias, A, save)
+    return merge_forward(y_rows, y_columns, x, D, None, None, 0.0, False).out, states
+
+
+def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
+    (grad_y,), (*tensors, triton), (states,) = grads, inputs, saved
+    if not triton:
+        return _plain_scan_backward(grad_y, *tensors)
+    x, x_dbl, *parameters = tensors
+    x, *parameters = (tensor.contiguous() for tensor in (x, *parameters))
+    merge = merge_backward(grad_y.contiguous(), None, x, None, None)
+    grads = scan_backward(merge.merged, x, _whole_words(x_dbl, x), *parameters, states)
+    grad_x = grads.x_rows.add_(grads.x_columns)
+    grad_x_dbl = grads.x_dbl.sum(dim=0, dtype=x.dtype)
+    return grad_x, grad_x_dbl, grads.dt_weight, grads.dt_bias, grads.A, merge.vectors[2].expand(NUM_ROUTES, -1)
+
+
+def _like_scan(
+    x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, triton: bool, save: bool
+) -> Tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), _like_states(x, dt_weight, A, triton, save)
+
+
+def _like_states(x: Tensor, dt_weight: Tensor, A: Tensor, triton: bool, save: bool) -> Tensor:
+    sizes = sizes_of(x, dt_weight, A)
+    shape = (0,) if not triton else (0, 0, 0) if not save else states_shape(sizes, plan_of(sizes, num_processors(x)))
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _scan_macs(x: Any, x_dbl: Sequence[int], dt_weight: Sequence[int], dt_bias: Any, A: Sequence[int], *_: Any) -> int:
+    """A scan over L positions of D channels with N states counts 9 * L * D * N, its skip connection L * D, as in the
+    official tables; and the projections of dt."""
+    return prod(x_dbl[:-2]) * (prod(dt_weight) + prod(A[:2]) * (9 * A[2] + 1))
+
+
+def _scan_backward_macs(*shapes: Any) -> int:
+    """The states again, and the adjoint recurrence at twice the cost."""
+    return 3 * _scan_macs(*shapes)
+
+
+_scan = Operator(
+    'ss2d_scan', _forward_scan, _backward_scan, _like_scan, macs=_scan_macs, backward_macs=_scan_backward_macs
+)
+
+
+def _forward_core(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normalised map; and the projections, the map before the norm, the states before each tile, and the norm's
+    moments."""
+    x, dt_weight, dt_bias, A, D = (tensor.contiguous() for tensor in (x, dt_weight, dt_bias, A, D))
+    x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).to(x.dtype).unflatten(-1, (NUM_ROUTES, -1))
+    y_rows, y_columns, states = scan_forward(x, x_dbl, dt_weight, dt_bias, A, save)
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    out, merged, moments = merge_forward(y_rows, y_columns, x, D, norm_weight, norm_bias, norm_eps, save)
+    if not save:
+        return out, x.new_empty(0), x.new_empty(0), states, x.new_empty(0, dtype=torch.float32)
+    return out, x_dbl, merged, states, moments
+
+
+def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
+    (grad_out,), (x, x_proj_weight, *parameters, norm_weight, _, _), (x_dbl, merged, states, moments) = (
+        grads,
+        inputs,
+        saved,
+    )
+    x, norm_weight, *parameters = (tensor.contiguous() for tensor in (x, norm_weight, *parameters))
+    merge = merge_backward(grad_out.contiguous(), merged, x, norm_weight, moments)
+    grads = scan_backward(merge.merged, x, x_dbl, *parameters, states)
+    grad_x = grads.x_rows.add_(grads.x_columns)
+    pixels = grads.x_dbl.sum(dim=0, dtype=x.dtype).flatten(0, 2).flatten(1)  # [B * H * W, 4 * (R + 2N)]
+    grad_x.view(-1, x.shape[-1]).addmm_(pixels, x_proj_weight.to(x.dtype))
+    grad_x_proj_weight = torch.mm(pixels.t(), x.view(-1, x.shape[-1]))
+    grad_norm_weight, grad_norm_bias, grad_D = merge.vectors.unbind()
+    scans = grads.dt_weight, grads.dt_bias, grads.A, grad_D.expand(NUM_ROUTES, -1)
+    return grad_x, grad_x_proj_weight, *scans, grad_norm_weight, grad_norm_bias
+
+
+def _like_core(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pixels = x.shape[0] * x.shape[1] * x.shape[2]
+    width = x_proj_weight.shape[0] // NUM_ROUTES
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty((*x.shape[:3], NUM_ROUTES, width) if save else (0,)),
+        x.new_empty(x.shape if save else (0,)),
+        _like_states(x, dt_weight, A, True, save),
+        x.new_empty((2, pixels) if save else (0,), dtype=torch.float32),
+    )
+
+
+def _core_shapes(x: Sequence[int], x_proj_weight: Sequence[int]) -> Tuple[int, Sequence[int]]:
+    """Multiply-adds of the projection, and the shape of what it makes."""
+    return prod(x[:3]) * prod(x_proj_weight), (*x[:3], NUM_ROUTES, x_proj_weight[0] // NUM_ROUTES)
+
+
+def _core_macs(x: Sequence[int], x_proj_weight: Sequence[int], *parameters: Any) -> int:
+    """Without the norm."""
+    projection, x_dbl = _core_shapes(x, x_proj_weight)
+    return projection + _scan_macs(x, x_dbl, *parameters)
+
+
+def _core_backward_macs(x: Sequence[int], x_proj_weight: Sequence[int], *parameters: Any) -> int:
+    projection, x_dbl = _core_shapes(x, x_proj_weight)
+    return 2 * projection + _scan_backward_macs(x, x_dbl, *parameters)
+
+
+_core = Operator(
+    'ss2d_core', _forward_core, _backward_core, _like_core, macs=_core_macs, backward_macs=_core_backward_macs
+)
+
+
+def _whole_words(x_dbl: Tensor, x: Tensor) -> Tensor:
+    """x_dbl in x's dtype, contiguous, where words of 32 bits begin, as the kernels read it: a view may begin anywhere."""
+    x_dbl = x_dbl.to(x.dtype).contiguous()
+    return x_dbl if x_dbl.data_ptr() % 4 == 0 else x_dbl.clone()
+
+
+def _plain_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    y = routed_scan(_cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A)
+    merged = _merge(y, *x.shape[1:3]).addcmul_(x_wide, D.to(wide).sum(dim=0))
+    return merged.to(x.dtype)
+
+
+def _plain_scan_backward(
+    grad_y: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
+) -> Sequence[Tensor]:
+    height, width = x.shape[1:3]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide, grad_y = x.to(wide), grad_y.to(wide)
+    grad_u, grad_x_dbl, *grad_parameters = routed_scan_backward(
+        _cross_scan(grad_y, 'grad_y'), _cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A
+    )
+    grad_x = _merge(grad_u, height, width).addcmul_(grad_y, D.to(wide).sum(dim=0))
+    grad_D = (grad_y * x_wide).sum(dim=(0, 1, 2)).expand(NUM_ROUTES, -1)
+    return grad_x, _unroute(grad_x_dbl, height, width), *grad_parameters, grad_D
+
+
+def _cross_scan(x: Tensor, slot: str) -> Tensor:
+    """The same map on every route: [B, H, W, D] -> [B, L, 4, D], in scratch memory."""
+    return _route(x.unsqueeze(3).expand(-1, -1, -1, NUM_ROUTES, -1), slot)
+
+
+def _route(x: Tensor, slot: str) -> Tensor:
+    """A map for each route, in its order: [B, H, W, 4, E] -> [B, L, 4, E], in scratch memory."""
+    batch, height, width, _, dim = x.shape
+    routed = scratch(slot, x, (batch, height * width, NUM_ROUTES, dim))
+    by_row, by_column = _by_row_and_column(routed, height, width)
+    by_row[:, :, :, 0] = x[:, :, :, 0]
+    by_column[:, :, :, 1] = x[:, :, :, 1]
+    by_row[:, :, :, 2] = x[:, :, :, 2].flip(1, 2)
+    by_column[:, :, :, 3] = x[:, :, :, 3].flip(1, 2)
+    return routed
+
+
+def _unroute(routed: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `_route`."""
+    by_row, by_column = _by_row_and_column(routed, height, width)
+    return torch.stack(
+        [by_row[..., 0, :], by_column[..., 1, :], by_row[..., 2, :].flip(1, 2), by_column[..., 3, :].flip(1, 2)], dim=3
+    )
+
+
+def _by_row_and_column(routed: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
+    """Views of [B, L, K, E] as maps [B, H, W, K, E], for routes by rows and by columns."""
+    return routed.unflatten(1, (height, width)), routed.unflatten(1, (width, height)).transpose(1, 2)
+
+
+def _merge(routed: Tensor, height: int, width: int) -> Tensor:
+    """Sums the routes at the pixels they visit: [B, L, 4, D] -> [B, H, W, D]."""
+    paired = scratch('paired', routed, (*routed.shape[:2], 2, routed.shape[3]))
+    torch.add(routed[:, :, :2], routed[:, :, 2:].flip(1), out=paired)
+    by_row, by_column = _by_row_and_column(paired, height, width)
+    return torch.add(by_row[:, :, :, 0], by_column[:, :, :, 1], out=routed.new_empty(by_row[:, :, :, 0].shape))
