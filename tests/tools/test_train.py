@@ -5,6 +5,7 @@ import importlib
 import re
 import resource
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -234,6 +235,38 @@ def test_nothing_is_validated_on_what_it_is_trained_on(run, fails, tmp_path):
     assert run(*args, '--val-split', 'test')[2] == 0
     (data / 'test').rename(data / 'val')
     assert run(*args, '--output', tmp_path / 'synonym')[2] == 0
+
+
+def test_links_do_not_bring_images_of_training_into_the_validation(run, fails, tmp_path):
+    data = image_folder(tmp_path / 'data')
+    args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1
+
+    def shared(number, path):
+        message = fails(*args, '--output', tmp_path / f'run{number}', '--data', '' if number % 2 else 'torch/folder')
+        assert f'must not be trained on: part {data}/train and {data}/validation, which share {path}' in message
+
+    (data / 'validation/z').symlink_to(data / 'train')
+    shared(0, data / 'train/cat')
+    (data / 'validation/z').unlink()
+    (data / 'train/dog/up').symlink_to(data / 'validation/dog')
+    shared(1, data / 'validation/dog')
+    (data / 'train/dog/up').unlink()
+    linked = data / 'train/dog/9.png'
+    linked.symlink_to(data / 'validation/dog/5.png')
+    shared(2, data / 'validation/dog/5.png')
+    linked.unlink()
+    for split in ('train', 'validation'):
+        (data / split / 'cat/9.png').symlink_to(tmp_path / 'pool.png')
+    shared(3, tmp_path / 'pool.png')
+    (data / 'train/cat/9.png').unlink()
+    shutil.copy(data / 'train/cat/0.png', tmp_path / 'pool.png')
+    (data / 'train/dog').rename(tmp_path / 'dogs')
+    (data / 'train/dog').symlink_to(tmp_path / 'dogs')
+    for split in ('train', 'validation'):
+        (data / split / 'cat/up').symlink_to('..')
+    out, err, status = run(*args, '--output', tmp_path / 'run')
+    assert status == 0, err
+    assert newest(tmp_path / 'run')['data'] == {'images': 12, 'validation images': 13, 'classes': ['cat', 'dog']}
 
 
 def test_other_data_does_not_continue_a_run(run, fails, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_a_narrow_terminal_shows_everything(tmp_path, monkeypatch, capsys):
     assert '…' not in ''.join(columns)
     assert columns[:2] == ['test_vit' * 2, 'untrained' * 2] and columns[2] == ''.join(map(str, roots))
     assert columns[-2].count('100.00') == 2  # top-5 of two classes
+
+
+def test_a_link_that_leads_up_changes_nothing(digits, checkpoint, tmp_path):
+    (tmp_path / 'val').mkdir()
+    for folder in digits.iterdir():
+        (tmp_path / 'val' / folder.name).symlink_to(folder, target_is_directory=True)
+    (tmp_path / 'val/2').unlink()
+    shutil.copytree(digits / '2', tmp_path / 'val/2')
+    (tmp_path / 'val/2/up').symlink_to('..', target_is_directory=True)
+    for root, output in ((digits, 'plain'), (tmp_path / 'val', 'linked')):
+        run(root, '--models', f'vmamba_nano={checkpoint}', '--output', tmp_path / output)
+    (plain,), (linked,) = (read(tmp_path / name) for name in ('plain', 'linked'))
+    assert [linked[key] for key in ('images', 'top1', 'top5')] == [plain[key] for key in ('images', 'top1', 'top5')]
 
 
 def test_what_is_given_twice_is_an_error(digits, tmp_path, capsys):
