@@ -143,6 +143,21 @@ def test_a_package_that_a_config_imports_is_named(tmp_path, capsys):
     assert_one_line('mm_train.py', mm_train.main, [str(config)], ['no_such_package is missing'], capsys)
 
 
+@pytest.mark.parametrize(
+    'ending, content, message',
+    [
+        ('py', b"model = 'caf\xe9'", "'utf-8' codec can't decode byte 0xe9"),
+        ('yaml', b'model: caf\xe9', "'utf-8' codec can't decode byte 0xe9"),
+        ('yaml', b'model: [', 'did not find expected node content'),
+        ('json', b'{', 'Expecting property name'),
+    ],
+)
+def test_a_config_that_cannot_be_parsed_is_named(tmp_path, capsys, ending, content, message):
+    config = tmp_path / f'config.{ending}'
+    config.write_bytes(content)
+    assert_one_line('mm_train.py', mm_train.main, [str(config)], [f'{config} ', 'is no config', message], capsys)
+
+
 @pytest.fixture(scope='module')
 def other_checkpoint(scenes):
     """Random weights of a detector whose backbone is deeper than the config's."""

@@ -326,6 +326,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--teacher', 'test_vitt'], "there is no teacher 'test_vitt'; did you mean test_vit"),
         (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
+        (['--model-args', '{a: 1, a: 2}'], "'{a: 1, a: 2}' is not valid YAML: the key 'a' is there twice"),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
         (['--ema-warmup'], 'there is none: set ema_decay'),
         (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
@@ -351,6 +352,20 @@ def test_wrong_configurations_are_one_line(fails, tmp_path):
     assert 'names no model' in message('lr: 0.1')
     assert 'there is no configuration' in message('_base_: nothing.yaml')
     assert '_base_ must name a file, got 3' in message('_base_: 3')
+    assert f"{path} is not valid YAML: the key 'lr' is there twice in line 3" in message('lr: 1\nseed: 1\nlr: 2')
+    assert "the key 'depths' is there twice in line 2" in message('model_args:\n  {depths: 1, img_size: 2, depths: 3}')
+    assert 'is not valid YAML: month must be in 1..12' in message('lr: 2020-99-01')
+    path.write_bytes('# caf\xe9\nmodel: vmamba_t'.encode('latin-1'))
+    assert f'{path} is not UTF-8 text: invalid continuation byte at byte 5' in fails(path)
+    path.write_text('_base_: other.yaml')
+    (tmp_path / 'other.yaml').write_bytes(b'\xff\xfe')
+    assert f'{tmp_path}/other.yaml is not UTF-8 text' in fails(path)
+
+
+def test_a_yaml_mapping_may_replace_keys_that_it_merges():
+    from training.config import parse_yaml
+
+    assert parse_yaml('a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [1, 1]')['b'] == {'x': 3, 'y': 2}
 
 
 def test_numbers_that_no_run_has_a_use_for_are_refused_and_null_takes_a_text_back():

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from user_errors import UserError, nearest
+from yaml import YAMLError
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
 
@@ -45,7 +46,7 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
         cfg = Config.fromfile(path)
         check_keys(cfg, options or {})
         cfg.merge_from_dict(options or {})
-    except (SyntaxError, KeyError, TypeError, IndexError) as error:
+    except (SyntaxError, KeyError, TypeError, IndexError, ValueError, YAMLError) as error:
         raise UserError(f'{path} with these --cfg-options is no config: {error}') from error
     if cfg.get('default_scope') not in SCOPES:
         raise UserError(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
