@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 import yaml
+from output_files import write_text
 from torch.distributed.elastic.multiprocessing.errors import record
 from training.checkpoint import Checkpoints
 from training.config import FIELDS, Config, add_options, load_config, option_of
@@ -58,7 +59,7 @@ def prepare_output(config: Config, checkpoints: Checkpoints) -> None:
     try:
         checkpoints.remove_parts()
         output.mkdir(parents=True, exist_ok=True)
-        (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
+        write_text(output / 'config.yaml', yaml.safe_dump(vars(config), sort_keys=False))
     except OSError as error:
         raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
 

@@ -1,5 +1,7 @@
-"""Tiny folders of real images for the tests of the tools."""
+"""Tiny folders of real images for the tests of the tools, and a disk that is full."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,17 @@ def write_photographs(root: Path, height: int = 70, width: int = 100) -> Path:
     Image.fromarray(data.astronaut()).resize((width, height)).save(root / 'astronaut.png')
     Image.fromarray(data.coffee()).resize((height, width)).save(root / 'deep' / 'coffee.png')
     return root
+
+
+@contextmanager
+def full_disk(size):
+    """Lets no file grow above a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def truncate(path: Path) -> Path:

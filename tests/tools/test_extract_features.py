@@ -15,7 +15,7 @@ import timm
 import torch
 from features.maps import covering
 from features.store import Table, read_features, read_index
-from folders import truncate, write_digits, write_photographs
+from folders import full_disk, truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -227,6 +227,23 @@ def test_a_full_disk_is_one_line(photographs, tmp_path, capsys, form):
         assert '00000000.tmp: File too large; make room' in failure(capsys, photographs, *NANO, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('name, size, images', [('settings.json', 100, 1), ('index.csv', 10_000, 300)])
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(photographs, tmp_path, capsys, name, size, images):
+    (tmp_path / 'list.txt').write_text(f'{photographs / "astronaut.png"}\n' * images)
+    output = tmp_path / 'f'
+    with full_disk(size):
+        message = failure(capsys, tmp_path / 'list.txt', *NANO, '--output', output)
+    assert message.endswith(f'cannot write {output / name}: File too large; what was saved before is intact\n')
+    assert not (output / name).exists()
+    assert not [path for path in output.iterdir() if path.name.endswith(('.tmp', '.part'))]
+
+
+def test_a_run_that_was_killed_at_its_start_goes_on(photographs, tmp_path):
+    (tmp_path / '.settings.json.part').write_text('{"model": "vma')
+    run(photographs, *NANO, '--output', tmp_path)
+    assert {row['state'] for row in read_index(tmp_path)} == {'done'}
 
 
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):

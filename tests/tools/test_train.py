@@ -1,7 +1,9 @@
 """Whole runs of train.py on tiny data, through its command line."""
 
+import errno
 import functools
 import importlib
+import os
 import re
 import resource
 import shlex
@@ -10,6 +12,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from folders import full_disk
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
 from user_errors import UserError
 
@@ -162,6 +165,9 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fail
 
 def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
     args = *SMALL, '--output', tmp_path, '--resume'
+    with full_disk(500):
+        assert f'cannot write {tmp_path}/config.yaml: File too large' in fails(*args)
+    assert not list(tmp_path.glob('*config.yaml*'))
     run(*args, '--epochs', 1)
     before = {path: path.read_bytes() for path in tmp_path.glob('*.pt')}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -175,6 +181,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
     assert not list(tmp_path.glob('.*.part'))
     (tmp_path / '.checkpoint-00000009.pt.part').write_bytes(b'of a run that was killed')
     assert run(*args)[2] == 0
+    assert not list(tmp_path.glob('.*.part'))
+
+
+@pytest.mark.parametrize(
+    'writer, name',
+    [
+        ('matplotlib.figure.Figure.savefig', 'curves.png'),
+        ('torch.utils.tensorboard.SummaryWriter.add_scalar', 'tensorboard/epoch'),
+        ('torch.utils.tensorboard.SummaryWriter.close', 'tensorboard/update'),
+    ],
+)
+def test_a_full_disk_names_the_record(fails, monkeypatch, tmp_path, writer, name):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, fail)
+    message = fails(*SMALL, '--epochs', 1, '--output', tmp_path)
+    assert f'cannot write {tmp_path}/{name}: No space left on device' in message
     assert not list(tmp_path.glob('.*.part'))
 
 

@@ -12,7 +12,7 @@ import torch
 import validate
 import weights
 from figures.validate_figure import resolution_lines
-from folders import truncate, write_digits
+from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
 
@@ -225,6 +225,15 @@ def test_a_link_that_leads_up_changes_nothing(digits, checkpoint, tmp_path):
         run(root, '--models', f'vmamba_nano={checkpoint}', '--output', tmp_path / output)
     (plain,), (linked,) = (read(tmp_path / name) for name in ('plain', 'linked'))
     assert [linked[key] for key in ('images', 'top1', 'top5')] == [plain[key] for key in ('images', 'top1', 'top5')]
+
+
+@pytest.mark.parametrize('name, size', [('validate.csv', 20), ('validate.png', 2000)])
+def test_a_full_disk_is_one_line_with_the_file(digits, tmp_path, capsys, name, size):
+    options = '--num-classes', 10, '--img-size', 32, 48, '--output', tmp_path
+    with full_disk(size):
+        message = failure(capsys, digits, '--models', 'test_vit=untrained', *options)
+    assert f'cannot write {tmp_path / name}: File too large' in message
+    assert not list(tmp_path.glob('.*')) and not (tmp_path / name).exists()
 
 
 def test_what_is_given_twice_is_an_error(digits, tmp_path, capsys):
