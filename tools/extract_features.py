@@ -256,7 +256,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors('extract_features.py'):
-        Extraction(args, Console()).run()
+        extraction = Extraction(args, Console())
+        with extraction.store.lock:
+            extraction.run()
 
 
 if __name__ == '__main__':

@@ -1,15 +1,46 @@
-"""Files that tools write: whole or absent, with the path in the error where that fails."""
+"""What tools write: files that are whole or absent, in folders that one process at a time writes into."""
 
 import csv
+import errno
+import fcntl
 import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, TextIO
 
 from user_errors import UserError
 
+LOCK = '.lock'  # file in a folder that a tool writes into
 _SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
+
+
+def lock_folder(folder: Path, option: str = '--output') -> TextIO:
+    """Makes a folder and locks it, until the returned file is closed or this process ends in whatever way.
+
+    The lock is that of this process alone: its loading processes, which may outlive it for seconds, do not hold it.
+
+    Args:
+        folder: To write into.
+        option: Of the command line, which names the folder.
+
+    Raises:
+        UserError: If another process has locked the folder, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open('a')
+    except OSError as error:
+        raise UserError(f'cannot write into {folder}: {error.strerror}; choose another {option}') from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others are of file systems that have no locks
+            file.close()
+            raise UserError(
+                f'another process is writing into {folder}: wait until it ends, or choose another {option}'
+            ) from error
+    return file
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

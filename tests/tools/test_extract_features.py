@@ -15,7 +15,7 @@ import timm
 import torch
 from features.maps import covering
 from features.store import Table, read_features, read_index
-from folders import full_disk, truncate, write_digits, write_photographs
+from folders import full_disk, in_use, truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -257,6 +257,17 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
         assert [row['state'] for row in read_index(common[-1])] == ['done', 'unreadable', 'done']
 
 
+def test_a_folder_that_another_run_writes_into_is_refused(photographs, tmp_path, capsys):
+    output = tmp_path / 'f'
+    with in_use(output):
+        for options in ((), ('--overwrite',)):
+            message = failure(capsys, photographs, *NANO, *options, '--output', output)
+            assert f'another process is writing into {output}: wait until it ends' in message
+    assert [path.name for path in output.iterdir()] == ['.lock']
+    run(photographs, *NANO, '--output', output)
+    assert {row['state'] for row in read_index(output)} == {'done'}
+
+
 def test_other_features_need_another_folder(digits, tmp_path, capsys):
     common = digits, *NANO, '--output', tmp_path / 'f'
     run(*common)
@@ -270,7 +281,7 @@ def test_other_features_need_another_folder(digits, tmp_path, capsys):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('precious')
     assert 'holds something other than features' in failure(capsys, *common[:-1], tmp_path / 'mine', '--overwrite')
-    assert (tmp_path / 'mine' / 'thesis.txt').exists()
+    assert [path.name for path in (tmp_path / 'mine').iterdir()] == ['thesis.txt']
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import mm_test
 import mm_train
 import pytest
 import torch
+from folders import in_use
 from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line
 from openmmlab.options import override
 from user_errors import UserError
@@ -106,6 +107,23 @@ def test_what_the_user_can_mend_is_one_line(case, tmp_path, capsys):
     config, options, *messages = PROBLEMS[case]
     arguments = [config, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, *options]
     assert_one_line('mm_train.py', mm_train.main, arguments, messages, capsys)
+
+
+def test_a_folder_that_another_training_writes_into_is_refused(tmp_path, capsys):
+    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --work-dir'
+    with in_use(tmp_path):
+        assert_one_line('mm_train.py', mm_train.main, [DETECTION, '--work-dir', str(tmp_path)], [message], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
+
+
+def test_the_first_of_a_launchers_processes_is_known_before_mmengine_knows_it(monkeypatch):
+    from openmmlab.configs import is_first_process
+
+    for launcher, name in (('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_RANK')):
+        for rank in ('0', '3'):
+            monkeypatch.setenv(name, rank)
+            assert is_first_process(launcher) is (rank == '0')
+    assert is_first_process('none')
 
 
 @pytest.mark.parametrize(

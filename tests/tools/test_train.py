@@ -12,7 +12,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from folders import full_disk
+from folders import full_disk, in_use
+from output_files import lock_folder
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
 from user_errors import UserError
 
@@ -161,6 +162,27 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fail
     out, err, status = run(*args, '--resume', '--epochs', 2)
     assert 'resumed from' in out and status == 0, err
     assert [row['epoch'] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(run, fails, tmp_path):
+    part = tmp_path / '.checkpoint-00000005.pt.part'
+    part.touch()  # as if the other run were writing it
+    with in_use(tmp_path):
+        for options in ((), ('--resume',)):
+            message = fails(*SMALL, *options, '--epochs', 1, '--output', tmp_path)
+            assert message.startswith(f'train.py: error: another process is writing into {tmp_path}: wait')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [part.name, '.lock']
+    assert run(*SMALL, '--epochs', 1, '--output', tmp_path)[2] == 0
+    assert not part.exists()
+
+
+def test_a_run_that_ended_while_another_began_is_not_overwritten(fails, monkeypatch, tmp_path):
+    def lock(folder):
+        (folder / 'checkpoint-00000005.pt').touch()
+        return lock_folder(folder)
+
+    monkeypatch.setattr(train, 'lock_folder', lock)
+    assert 'holds a run already: --resume goes on with it' in fails(*SMALL, '--epochs', 1, '--output', tmp_path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from output_files import part_of, write_csv, write_text
+from output_files import LOCK, lock_folder, part_of, write_csv, write_text
 from safetensors.numpy import load_file, save
 from user_errors import UserError
 
@@ -48,12 +48,12 @@ class Store:
     def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
         self.folder, self.paths = folder, paths
         begun, progress = folder / 'settings.json', folder / 'progress.npy'
-        begins = {part_of(begun)}  # what a run that was killed at its start leaves
+        begins = {folder / LOCK, part_of(begun)}  # what a run has at its start
         if folder.exists() and not begun.is_file() and any(path not in begins for path in folder.iterdir()):
             raise UserError(f'{folder} holds something other than features: give another --output')
+        self.lock = lock_folder(folder)  # of this folder, until it is closed
         if begun.is_file() and overwrite:
             _remove(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if begun.is_file():
             _check_same(read_settings(folder), settings, folder)
         else:

@@ -1,6 +1,7 @@
 """Configs of mmdet and mmseg with the options of a command line."""
 
 import inspect
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,7 @@ FURTHER_KEYS = {
     'tta_model',
     'tta_pipeline',
 }
+_RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}  # where launchers write them
 
 
 def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
@@ -114,3 +116,8 @@ def join_processes(cfg: Config, launcher: str) -> None:
     if launcher == 'pytorch' and not torch.cuda.is_available():  # mmengine's own start and wrapping need GPUs
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
+
+
+def is_first_process(launcher: str) -> bool:
+    """Whether this is the first of a launcher's processes, which mmengine does not know before a runner is built."""
+    return launcher == 'none' or os.environ.get(_RANKS[launcher], '0') == '0'
