@@ -31,6 +31,7 @@ from benchmarks.training_report import (
     write_picture,
 )
 from images.packaged_data import DATASETS
+from output_files import lock_folder
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from terminal import open_console
@@ -172,11 +173,17 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 def run(argv: Sequence[str]) -> None:
     args, extra = parse_args(argv)
     config, runs = shared_config(extra), runs_of(args)
+    with lock_folder(args.output):
+        train_and_report(args, extra, config, runs, command_of('compare_training', argv, OUTPUTS))
+
+
+def train_and_report(
+    args: argparse.Namespace, extra: Sequence[str], config: Config, runs: Sequence[Run], command: str
+) -> None:
+    """Trains what is missing of the runs, and writes the table, the picture and the section of the page."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in OWN_KEYS}
     earlier = earlier_results(args, runs, settings)
-    args.output.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
-    command = command_of('compare_training', argv, OUTPUTS)
     shared = (getattr(config, key) for key in ('epochs', 'batch_size', 'img_size', 'precision'))
     setting = Setting(device_name(device), command, len(runs), args.jobs, *shared)
     console = open_console(WIDTH)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
-from safetensors.torch import save_file
+from output_files import write_atomically
+from safetensors.torch import save
+from user_errors import UserError
 
 import vmamba  # noqa: F401
 
@@ -27,6 +29,7 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
     Raises:
         RuntimeError: If the model is unknown, or a weight is missing or of another shape.
         FileNotFoundError: If there is no such checkpoint.
+        UserError: If the output cannot be written.
     """
     overlay: Dict[str, Any] = {'file': str(checkpoint)}
     args = {}
@@ -35,7 +38,8 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
     if num_classes:
         overlay['num_classes'] = num_classes  # so that a classifier that does not fit is an error
     built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
-    save_file({key: value.contiguous() for key, value in built.state_dict().items()}, output)
+    state = {key: value.contiguous() for key, value in built.state_dict().items()}
+    write_atomically(output, lambda file: file.write(save(state)))
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -59,7 +63,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     try:
         convert(args.model, args.checkpoint, args.output, args.num_classes)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         sys.exit(f'convert.py: {" ".join(str(error).split())}')
     print(f'Wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)')
 

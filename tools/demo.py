@@ -12,7 +12,6 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-import yaml
 from benchmarks.highres_report import print_report, record, write_picture
 from benchmarks.measure import Case, pick_device
 from compare_highres import MODELS, compare
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from terminal import open_console
+from training.config import read_yaml
 
 import vmamba  # noqa: F401
 
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 
 def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/demo.yaml') -> Dict[str, Recipe]:
     """Recipe of each model of a YAML file."""
-    return {name: Recipe(**recipe) for name, recipe in yaml.safe_load(path.read_text()).items()}
+    return {name: Recipe(**recipe) for name, recipe in read_yaml(path).items()}
 
 
 def train_model(

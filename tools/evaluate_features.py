@@ -14,6 +14,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from features.store import check_comparable, read_features, read_index, read_settings
+from output_files import writing
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -156,7 +157,7 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
         )
     console.print(table)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open('w', newline='') as file:
+    with writing(output), output.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
         writer.writerows(rows)

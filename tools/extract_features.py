@@ -41,6 +41,7 @@ from images.image_files import (
     find_images,
     make_loader,
 )
+from output_files import write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from user_errors import Parser, UserError, at_least, one_line_errors, positive
@@ -213,7 +214,7 @@ class Extraction:
             'torch': torch.__version__,
             'timm': timm.__version__,
         }
-        (self.args.output / 'run.json').write_text(json.dumps(figures, indent=1))
+        write_text(self.args.output / 'run.json', json.dumps(figures, indent=1))
         speed = f'{figures["images_per_second"]:.1f} images/s, {figures["megapixels_per_second"]:.2f} megapixels/s'
         self.console.print(f'{images} images in {seconds:.1f} s: {speed}; features are in {self.args.output}/')
 
@@ -255,7 +256,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors('extract_features.py'):
-        Extraction(args, Console()).run()
+        extraction = Extraction(args, Console())
+        with extraction.store.lock:
+            extraction.run()
 
 
 if __name__ == '__main__':

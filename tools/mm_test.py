@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
 from openmmlab.options import add_config_options, file_name
+from output_files import write_text
 from user_errors import UserError, one_line_errors, positive
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def augment(cfg: 'Config', path: Path) -> None:
 def write_metrics(metrics: Dict[str, Any], path: Path) -> None:
     """Writes numbers as JSON, by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: float(value) for name, value in metrics.items()}, indent=2) + '\n')
+    write_text(path, json.dumps({name: float(value) for name, value in metrics.items()}, indent=2) + '\n')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -8,11 +8,13 @@ A killed training goes on with --resume behind its last checkpoint, and ends wit
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
 from openmmlab.options import add_config_options
+from output_files import lock_folder
 from user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
-    from openmmlab.configs import join_processes, load_config, set_work_dir  # here: a missing package is one line, too
+    # Here, so that a missing package is one line, too.
+    from openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
     from openmmlab.resume import make_resumable
     from openmmlab.runs import build_runner
 
@@ -35,9 +38,10 @@ def train(args: argparse.Namespace) -> None:
         scale_lr(cfg, args.config)
     if args.fsdp:
         use_shards(cfg)
-    choose_start(cfg, args.resume, args.fresh)
-    make_resumable(cfg)
-    build_runner(cfg).train()
+    with lock_folder(Path(cfg.work_dir), '--work-dir') if is_first_process(args.launcher) else nullcontext():
+        choose_start(cfg, args.resume, args.fresh)
+        make_resumable(cfg)
+        build_runner(cfg).train()
 
 
 def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[str]) -> None:

@@ -7,12 +7,14 @@ torchrun --nproc-per-node 8 tools/train.py configs/classification/vmamba_t.yaml 
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import yaml
+from output_files import lock_folder, write_text, writing
 from torch.distributed.elastic.multiprocessing.errors import record
 from training.checkpoint import Checkpoints
 from training.config import FIELDS, Config, add_options, load_config, option_of
@@ -50,17 +52,6 @@ def check_output(config: Config, resume: bool) -> None:
         raise UserError(
             f'{config.output} holds a run already: --resume goes on with it, another --output begins a new one'
         )
-
-
-def prepare_output(config: Config, checkpoints: Checkpoints) -> None:
-    """Makes the folder of the run, rids it of what a killed one left half written, and writes the configuration."""
-    output = Path(config.output)
-    try:
-        checkpoints.remove_parts()
-        output.mkdir(parents=True, exist_ok=True)
-        (output / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
-    except OSError as error:
-        raise UserError(f'cannot write into {output}: {error.strerror}; choose another --output') from error
 
 
 def count_classes(config: Config, datasets: List[Any]) -> int:
@@ -104,9 +95,22 @@ def train(argv: Optional[List[str]] = None) -> None:
     check_sharding(config, runtime)
     report = Report(Path(config.output), runtime)
     trainer = create_trainer(config, runtime, report)
+    with lock_folder(Path(config.output)) if runtime.is_primary else nullcontext():
+        run(trainer, resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(trainer: Trainer, resume: bool) -> None:
+    """Trains in a folder that is locked."""
+    config, runtime, report = trainer.config, trainer.runtime, trainer.report
+    if runtime.is_primary:
+        check_output(config, resume)  # again, since another run may have ended meanwhile
     resumed = resume and trainer.resume()
     if runtime.is_primary:
-        prepare_output(config, trainer.checkpoints)
+        with writing(Path(config.output)):
+            trainer.checkpoints.remove_parts()
+        write_text(Path(config.output, 'config.yaml'), yaml.safe_dump(vars(config), sort_keys=False))
         if starts_from_scratch(config) and not resumed:
             report.warn(
                 'new_head and layer_decay are for fine-tuning, but this run starts without weights: '
@@ -121,8 +125,6 @@ def train(argv: Optional[List[str]] = None) -> None:
         raise
     finally:
         report.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @record

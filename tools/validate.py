@@ -10,10 +10,9 @@ Each model preprocesses as its own configuration says. Writes validate.csv, and 
 """
 
 import argparse
-import csv
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import FrozenSet, Iterator, List, Optional, Sequence
 
@@ -32,6 +31,7 @@ from images.labelled_folders import (
     read_folder,
     read_real_labels,
 )
+from output_files import write_csv
 from published import published
 from rich.console import Console
 from rich.progress import Progress
@@ -183,13 +183,6 @@ def folder_labels(
     return [frozenset([indices[label]]) for _, label in folder.samples]
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Measured accuracies, with the published ones beside them."""
     title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
@@ -293,7 +286,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             with Progress(console=console, transient=True) as progress:
                 for row in validate(args, folders, progress):
                     rows.append(row)
-                    write_csv(rows, args.output / 'validate.csv')  # each time, so that a kill keeps what is measured
+                    table = [[field.name for field in fields(Row)], *map(astuple, rows)]
+                    write_csv(args.output / 'validate.csv', table)  # each time, so that a kill keeps what is measured
         finally:
             if rows:
                 report(rows, args, console)

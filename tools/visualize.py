@@ -25,7 +25,6 @@ it, nor is D x, which is the pixel's own.
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -44,6 +43,7 @@ from images.image_files import (
     find_images,
     make_loader,
 )
+from output_files import write_atomically, write_csv
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -131,14 +131,14 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     title = f'{args.model.name}, effective receptive field at {size} x {size}, {len(images)} images'
     plot_receptive_fields(fields, title, args.output / 'erf.png')
     arrays = {f'{label}: {name}': field.values for label, found in fields.items() for name, field in found.items()}
-    np.savez(args.output / 'erf.npz', **arrays)
-    with (args.output / 'erf.csv').open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['model', 'weights', 'feature', 'img_size', 'images', 'share', 'side'])
-        for label, found in fields.items():
-            for name, field in found.items():
-                for share, side in field.sides.items():
-                    writer.writerow([args.model.name, label, name, size, len(images), share, side])
+    write_atomically(args.output / 'erf.npz', lambda file: np.savez(file, **arrays))
+    rows = [
+        (args.model.name, label, name, size, len(images), share, side)
+        for label, found in fields.items()
+        for name, field in found.items()
+        for share, side in field.sides.items()
+    ]
+    write_csv(args.output / 'erf.csv', [('model', 'weights', 'feature', 'img_size', 'images', 'share', 'side'), *rows])
     if unreadable.paths:
         console.print(unreadable.summary(), highlight=False, soft_wrap=True)
 
@@ -181,7 +181,8 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
     marked = None if args.class_token else pixel
     routes_drawn = DIRECTIONS if is_vim else ROUTES
     plot_attention(shown, layers, routes_drawn, marked, args.gamma, title, args.output / 'attention.png')
-    np.savez(args.output / 'attention.npz', **{layer.name: layer.maps for layer in layers})
+    maps = {layer.name: layer.maps for layer in layers}
+    write_atomically(args.output / 'attention.npz', lambda file: np.savez(file, **maps))
 
 
 def choose_layers(model: nn.Module, wanted: Optional[List[str]]) -> List[str]:

@@ -7,11 +7,10 @@ from typing import Any, Dict, NamedTuple, Optional
 
 import timm
 import torch
-import yaml
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from training.checkpoint import BROKEN
-from training.config import Config
+from training.config import Config, parse_yaml
 from training.setup import data_config_of
 from user_errors import UserError, nearest, positive_float
 
@@ -139,11 +138,12 @@ def _preprocessing(model: nn.Module, chans: int, trained: Dict[str, Any]) -> Dic
 
 def _model_args(text: str) -> Dict[str, Any]:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
+        found, why = parse_yaml(text), ''
+    except ValueError as error:
+        found, why = None, f' ({error})'
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be keys and values such as '{{stride: 6, in_chans: 1}}', got {text!r}")
+        expected = "keys and values such as '{stride: 6, in_chans: 1}'"
+        raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}{why}')
     return found
 
 

@@ -1,5 +1,11 @@
-"""Tiny folders of real images for the tests of the tools."""
+"""Tiny folders of real images for the tests of the tools, a disk that is full, and a folder that is in use."""
 
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +32,46 @@ def write_photographs(root: Path, height: int = 70, width: int = 100) -> Path:
     Image.fromarray(data.astronaut()).resize((width, height)).save(root / 'astronaut.png')
     Image.fromarray(data.coffee()).resize((height, width)).save(root / 'deep' / 'coffee.png')
     return root
+
+
+LOCKING = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from output_files import lock_folder
+with lock_folder(Path(sys.argv[2])):
+    child = os.fork()  # as a loading process
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def in_use(folder):
+    """Another process, which has locked a folder and started a child; ends without cleaning up, before its child."""
+    tools = Path(__file__).parents[2] / 'tools'
+    command = [sys.executable, '-c', LOCKING, str(tools), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        child = process.stdout.readline()
+        if not child:
+            raise ChildProcessError(process.stderr.read())
+        try:
+            yield process
+        finally:
+            process.kill()
+            os.kill(int(child), signal.SIGKILL)
+
+
+@contextmanager
+def full_disk(size):
+    """Lets no file grow above a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def truncate(path: Path) -> Path:

@@ -14,6 +14,7 @@ from benchmarks import run_queue
 from benchmarks.run_queue import Process, Result, Run
 from benchmarks.training_report import spread
 from compare_training import Peer
+from folders import in_use
 from training_runs import signals_kept
 
 RUN = Run('lfw', 'a', 0, 'test_vit', {})
@@ -179,6 +180,15 @@ def test_wrong_options_are_one_line(capsys, tmp_path, options, expected):
     assert error.value.code == 2
     assert expected in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_comparison_that_goes_on_keeps_its_runs(capsys, tmp_path):
+    (tmp_path / 'lfw_test_vit_0').mkdir()
+    with in_use(tmp_path), pytest.raises(SystemExit) as error:
+        compare_training.main([*FAST, '--models', 'test_vit', '--seeds', '0', '--resume', '--output', str(tmp_path)])
+    assert error.value.code == 2
+    assert f'another process is writing into {tmp_path}: wait until it ends' in capsys.readouterr().err
+    assert (tmp_path / 'lfw_test_vit_0').exists()
 
 
 def test_runs_are_not_mixed_with_those_that_are_there(capsys, tmp_path):

@@ -2,6 +2,7 @@ import convert
 import pytest
 import timm
 import torch
+from folders import full_disk
 from safetensors.torch import load_file
 
 
@@ -50,6 +51,15 @@ def test_output_is_overwritten_only_by_force(checkpoint, tmp_path, capsys):
     assert output.read_text() == 'precious'
     run('vmamba_nano', path, output, '--force')
     assert load_file(output)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(checkpoint, tmp_path):
+    output = tmp_path / 'out.safetensors'
+    output.write_text('precious')
+    with full_disk(10_000), pytest.raises(SystemExit) as error:
+        run('vmamba_nano', checkpoint[1], output, '--force')
+    assert f'cannot write {output}: File too large' in error.value.code
+    assert output.read_text() == 'precious' and not list(tmp_path.glob('.*'))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import extract_features
 import numpy as np
 import pytest
 from features.store import check_comparable
-from folders import write_digits, write_photographs
+from folders import full_disk, write_digits, write_photographs
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +47,13 @@ def test_cross_validation(features, capsys):
     rows = read(features / 'train' / 'evaluation.csv')
     assert [(row['folds'], row['dim']) for row in rows] == [('3', '256')] * 2
     assert '(3 folds)' in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_with_the_file(features, tmp_path, capsys):
+    with full_disk(20), pytest.raises(SystemExit) as error:
+        run(features / 'train', '--features', 'pooled', '--folds', 3, '--output', tmp_path / 'e.csv')
+    assert error.value.code == 2
+    assert f'cannot write {tmp_path}/e.csv: File too large' in capsys.readouterr().err
 
 
 def test_images_without_features_are_counted(features, tmp_path, capsys):

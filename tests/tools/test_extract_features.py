@@ -15,7 +15,7 @@ import timm
 import torch
 from features.maps import covering
 from features.store import Table, read_features, read_index
-from folders import truncate, write_digits, write_photographs
+from folders import full_disk, in_use, truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -229,6 +229,23 @@ def test_a_full_disk_is_one_line(photographs, tmp_path, capsys, form):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize('name, size, images', [('settings.json', 100, 1), ('index.csv', 10_000, 300)])
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_it(photographs, tmp_path, capsys, name, size, images):
+    (tmp_path / 'list.txt').write_text(f'{photographs / "astronaut.png"}\n' * images)
+    output = tmp_path / 'f'
+    with full_disk(size):
+        message = failure(capsys, tmp_path / 'list.txt', *NANO, '--output', output)
+    assert message.endswith(f'cannot write {output / name}: File too large; what was saved before is intact\n')
+    assert not (output / name).exists()
+    assert not [path for path in output.iterdir() if path.name.endswith(('.tmp', '.part'))]
+
+
+def test_a_run_that_was_killed_at_its_start_goes_on(photographs, tmp_path):
+    (tmp_path / '.settings.json.part').write_text('{"model": "vma')
+    run(photographs, *NANO, '--output', tmp_path)
+    assert {row['state'] for row in read_index(tmp_path)} == {'done'}
+
+
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
     images = write_digits(tmp_path / 'images', per_class=1, classes=3)
     broken = truncate(images / '1' / '00.png')
@@ -238,6 +255,17 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
         run(*common, '--skip-bad-images')
         assert f'1 unreadable image left out: {broken}' in capsys.readouterr().out.replace('\n', '')
         assert [row['state'] for row in read_index(common[-1])] == ['done', 'unreadable', 'done']
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(photographs, tmp_path, capsys):
+    output = tmp_path / 'f'
+    with in_use(output):
+        for options in ((), ('--overwrite',)):
+            message = failure(capsys, photographs, *NANO, *options, '--output', output)
+            assert f'another process is writing into {output}: wait until it ends' in message
+    assert [path.name for path in output.iterdir()] == ['.lock']
+    run(photographs, *NANO, '--output', output)
+    assert {row['state'] for row in read_index(output)} == {'done'}
 
 
 def test_other_features_need_another_folder(digits, tmp_path, capsys):
@@ -253,7 +281,7 @@ def test_other_features_need_another_folder(digits, tmp_path, capsys):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('precious')
     assert 'holds something other than features' in failure(capsys, *common[:-1], tmp_path / 'mine', '--overwrite')
-    assert (tmp_path / 'mine' / 'thesis.txt').exists()
+    assert [path.name for path in (tmp_path / 'mine').iterdir()] == ['thesis.txt']
 
 
 @pytest.mark.parametrize(

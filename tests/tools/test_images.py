@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from images.decoding import read_image, read_pixels, to_mode
 from images.image_files import Unreadable, find_images
-from images.labelled_folders import folder_names, read_folder
+from images.labelled_folders import FolderReader, TorchFolder, corruption_folders, folder_names, read_folder
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torchvision.datasets import ImageFolder
 from training.config import Config
 from training.seeding import seeded
 from training.transforms import create_train_transform
@@ -60,6 +62,76 @@ def test_images_are_found_behind_links_but_not_twice_around_a_ring(tmp_path):
     (tmp_path / 'images/cat/up').symlink_to(tmp_path / 'images', target_is_directory=True)
     (tmp_path / 'images/lost.png').symlink_to(tmp_path / 'nowhere.png')
     assert find_images(tmp_path / 'images') == [inside, tmp_path / 'images/dog/b.webp']
+
+
+def link(path, target):
+    path.symlink_to(target, target_is_directory=True)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Class folders 1, 2, 10 and one elsewhere, with an image of another folder among them."""
+    for name in ('1/a.png', '2/b.png', '2/deep/c.png', '10/d.png', '10/e.png'):
+        save(tmp_path / 'val' / name)
+    save(tmp_path / 'elsewhere/f.webp')
+    link(tmp_path / 'val/x', tmp_path / 'elsewhere')
+    (tmp_path / 'val/1/g.png').symlink_to(save(tmp_path / 'pool/g.png'))
+    return tmp_path / 'val'
+
+
+def add_loops(classes):
+    """Links to ancestors, to folders that are there anyway, to themselves, and a ring through another folder."""
+    link(classes / 'all', '.')
+    link(classes / '2/up', '..')
+    link(classes / '10/top', '../..')
+    link(classes / '10/side', '../2/deep')
+    link(classes / '1/self', 'self')
+    link(classes.parent / 'elsewhere/back', classes)
+    link(classes.parent / 'elsewhere/above', '..')
+
+
+def test_each_folder_is_read_once_whatever_links_lead_to_it(classes):
+    found, folder = find_images(classes), read_folder(classes, 'val')
+    assert len(found) == 7
+    assert [(path.name, folder.classes[label]) for path, label in folder.samples] == [
+        *(('a.png', '1'), ('g.png', '1'), ('b.png', '2'), ('c.png', '2')),
+        *(('d.png', '10'), ('e.png', '10'), ('f.webp', 'x')),
+    ]
+    add_loops(classes)
+    assert find_images(classes) == found
+    assert read_folder(classes, 'val') == folder
+
+
+def test_two_links_to_one_folder_count_once(tmp_path):
+    save(tmp_path / 'elsewhere/a.png')
+    save(tmp_path / 'images/b.png')
+    for name in ('first', 'second'):
+        link(tmp_path / 'images' / name, tmp_path / 'elsewhere')
+    assert find_images(tmp_path / 'images') == [tmp_path / 'images/b.png', tmp_path / 'images/first/a.png']
+
+
+def test_training_reads_folders_as_the_libraries_do_but_without_loops(classes):
+    theirs, torch_theirs = ReaderImageFolder(str(classes)), ImageFolder(str(classes))
+    options = dict(class_map={'deep': 7, '10': 3}, input_key='.png')
+    assert FolderReader(str(classes), **options).samples == ReaderImageFolder(str(classes), **options).samples
+    add_loops(classes)
+    (classes / 'all').unlink()  # which torchvision counts as a class
+    ours, torch_ours = FolderReader(str(classes)), TorchFolder(str(classes))
+    assert (ours.samples, ours.class_to_idx) == (theirs.samples, theirs.class_to_idx)
+    assert ours.filenames() == theirs.filenames()
+    assert (torch_ours.samples, torch_ours.class_to_idx) == (torch_theirs.samples, torch_theirs.class_to_idx)
+    (classes / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='no images in the class folders empty'):
+        TorchFolder(str(classes))
+
+
+def test_corruptions_behind_a_loop_are_not_found_again(tmp_path):
+    for name in ('fog/3/0', 'blur/defocus/1/0', 'blur/defocus/1/5'):
+        save(tmp_path / name / 'a.png')
+    found = [tmp_path / name for name in ('blur/defocus/1', 'fog/3')]
+    assert corruption_folders(tmp_path) == found
+    link(tmp_path / 'all', '.')
+    assert corruption_folders(tmp_path) == found
 
 
 def test_features_among_the_images_are_left_out_however_their_folder_is_spelt(tmp_path):

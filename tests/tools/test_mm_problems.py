@@ -13,6 +13,7 @@ import mm_test
 import mm_train
 import pytest
 import torch
+from folders import in_use
 from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line
 from openmmlab.options import override
 from user_errors import UserError
@@ -108,6 +109,23 @@ def test_what_the_user_can_mend_is_one_line(case, tmp_path, capsys):
     assert_one_line('mm_train.py', mm_train.main, arguments, messages, capsys)
 
 
+def test_a_folder_that_another_training_writes_into_is_refused(tmp_path, capsys):
+    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --work-dir'
+    with in_use(tmp_path):
+        assert_one_line('mm_train.py', mm_train.main, [DETECTION, '--work-dir', str(tmp_path)], [message], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
+
+
+def test_the_first_of_a_launchers_processes_is_known_before_mmengine_knows_it(monkeypatch):
+    from openmmlab.configs import is_first_process
+
+    for launcher, name in (('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_RANK')):
+        for rank in ('0', '3'):
+            monkeypatch.setenv(name, rank)
+            assert is_first_process(launcher) is (rank == '0')
+    assert is_first_process('none')
+
+
 @pytest.mark.parametrize(
     'name, message',
     [
@@ -141,6 +159,21 @@ def test_a_package_that_a_config_imports_is_named(tmp_path, capsys):
     config = tmp_path / 'config.py'
     config.write_text(f"_base_ = {DETECTION!r}\ncustom_imports = dict(imports=['no_such_package'])\n")
     assert_one_line('mm_train.py', mm_train.main, [str(config)], ['no_such_package is missing'], capsys)
+
+
+@pytest.mark.parametrize(
+    'ending, content, message',
+    [
+        ('py', b"model = 'caf\xe9'", "'utf-8' codec can't decode byte 0xe9"),
+        ('yaml', b'model: caf\xe9', "'utf-8' codec can't decode byte 0xe9"),
+        ('yaml', b'model: [', 'did not find expected node content'),
+        ('json', b'{', 'Expecting property name'),
+    ],
+)
+def test_a_config_that_cannot_be_parsed_is_named(tmp_path, capsys, ending, content, message):
+    config = tmp_path / f'config.{ending}'
+    config.write_bytes(content)
+    assert_one_line('mm_train.py', mm_train.main, [str(config)], [f'{config} ', 'is no config', message], capsys)
 
 
 @pytest.fixture(scope='module')

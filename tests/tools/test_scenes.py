@@ -7,6 +7,7 @@ from pathlib import Path
 import make_scenes
 import numpy as np
 import pytest
+from folders import full_disk
 from images import scene_files, scenes
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -28,6 +29,14 @@ def folder(tmp_path_factory):
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_a_full_disk_is_one_line_with_the_folder(tmp_path, capsys):
+    with full_disk(1000), pytest.raises(SystemExit) as error:
+        make(tmp_path / 'scenes')
+    assert error.value.code == 2
+    assert f'cannot write {tmp_path}/scenes: File too large' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_seed_decides_every_byte(folder, tmp_path):

@@ -1,14 +1,19 @@
 """Whole runs of train.py on tiny data, through its command line."""
 
+import errno
 import functools
 import importlib
+import os
 import re
 import resource
 import shlex
+import shutil
 
 import pytest
 import torch
 import yaml
+from folders import full_disk, in_use
+from output_files import lock_folder
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
 from user_errors import UserError
 
@@ -159,8 +164,32 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fail
     assert [row['epoch'] for row in rows(tmp_path)] == [1, 2]
 
 
+def test_a_folder_that_another_run_writes_into_is_refused(run, fails, tmp_path):
+    part = tmp_path / '.checkpoint-00000005.pt.part'
+    part.touch()  # as if the other run were writing it
+    with in_use(tmp_path):
+        for options in ((), ('--resume',)):
+            message = fails(*SMALL, *options, '--epochs', 1, '--output', tmp_path)
+            assert message.startswith(f'train.py: error: another process is writing into {tmp_path}: wait')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [part.name, '.lock']
+    assert run(*SMALL, '--epochs', 1, '--output', tmp_path)[2] == 0
+    assert not part.exists()
+
+
+def test_a_run_that_ended_while_another_began_is_not_overwritten(fails, monkeypatch, tmp_path):
+    def lock(folder):
+        (folder / 'checkpoint-00000005.pt').touch()
+        return lock_folder(folder)
+
+    monkeypatch.setattr(train, 'lock_folder', lock)
+    assert 'holds a run already: --resume goes on with it' in fails(*SMALL, '--epochs', 1, '--output', tmp_path)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
     args = *SMALL, '--output', tmp_path, '--resume'
+    with full_disk(500):
+        assert f'cannot write {tmp_path}/config.yaml: File too large' in fails(*args)
+    assert not list(tmp_path.glob('*config.yaml*'))
     run(*args, '--epochs', 1)
     before = {path: path.read_bytes() for path in tmp_path.glob('*.pt')}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -174,6 +203,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
     assert not list(tmp_path.glob('.*.part'))
     (tmp_path / '.checkpoint-00000009.pt.part').write_bytes(b'of a run that was killed')
     assert run(*args)[2] == 0
+    assert not list(tmp_path.glob('.*.part'))
+
+
+@pytest.mark.parametrize(
+    'writer, name',
+    [
+        ('matplotlib.figure.Figure.savefig', 'curves.png'),
+        ('torch.utils.tensorboard.SummaryWriter.add_scalar', 'tensorboard/epoch'),
+        ('torch.utils.tensorboard.SummaryWriter.close', 'tensorboard/update'),
+    ],
+)
+def test_a_full_disk_names_the_record(fails, monkeypatch, tmp_path, writer, name):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, fail)
+    message = fails(*SMALL, '--epochs', 1, '--output', tmp_path)
+    assert f'cannot write {tmp_path}/{name}: No space left on device' in message
     assert not list(tmp_path.glob('.*.part'))
 
 
@@ -236,6 +283,38 @@ def test_nothing_is_validated_on_what_it_is_trained_on(run, fails, tmp_path):
     assert run(*args, '--output', tmp_path / 'synonym')[2] == 0
 
 
+def test_links_do_not_bring_images_of_training_into_the_validation(run, fails, tmp_path):
+    data = image_folder(tmp_path / 'data')
+    args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1
+
+    def shared(number, path):
+        message = fails(*args, '--output', tmp_path / f'run{number}', '--data', '' if number % 2 else 'torch/folder')
+        assert f'must not be trained on: part {data}/train and {data}/validation, which share {path}' in message
+
+    (data / 'validation/z').symlink_to(data / 'train')
+    shared(0, data / 'train/cat')
+    (data / 'validation/z').unlink()
+    (data / 'train/dog/up').symlink_to(data / 'validation/dog')
+    shared(1, data / 'validation/dog')
+    (data / 'train/dog/up').unlink()
+    linked = data / 'train/dog/9.png'
+    linked.symlink_to(data / 'validation/dog/5.png')
+    shared(2, data / 'validation/dog/5.png')
+    linked.unlink()
+    for split in ('train', 'validation'):
+        (data / split / 'cat/9.png').symlink_to(tmp_path / 'pool.png')
+    shared(3, tmp_path / 'pool.png')
+    (data / 'train/cat/9.png').unlink()
+    shutil.copy(data / 'train/cat/0.png', tmp_path / 'pool.png')
+    (data / 'train/dog').rename(tmp_path / 'dogs')
+    (data / 'train/dog').symlink_to(tmp_path / 'dogs')
+    for split in ('train', 'validation'):
+        (data / split / 'cat/up').symlink_to('..')
+    out, err, status = run(*args, '--output', tmp_path / 'run')
+    assert status == 0, err
+    assert newest(tmp_path / 'run')['data'] == {'images': 12, 'validation images': 13, 'classes': ['cat', 'dog']}
+
+
 def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
     data = image_folder(tmp_path / 'data')
     args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--output', tmp_path / 'run', '--resume'
@@ -293,6 +372,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--teacher', 'test_vitt'], "there is no teacher 'test_vitt'; did you mean test_vit"),
         (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),
+        (['--model-args', '{a: 1, a: 2}'], "'{a: 1, a: 2}' is not valid YAML: the key 'a' is there twice"),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
         (['--ema-warmup'], 'there is none: set ema_decay'),
         (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
@@ -318,6 +398,20 @@ def test_wrong_configurations_are_one_line(fails, tmp_path):
     assert 'names no model' in message('lr: 0.1')
     assert 'there is no configuration' in message('_base_: nothing.yaml')
     assert '_base_ must name a file, got 3' in message('_base_: 3')
+    assert f"{path} is not valid YAML: the key 'lr' is there twice in line 3" in message('lr: 1\nseed: 1\nlr: 2')
+    assert "the key 'depths' is there twice in line 2" in message('model_args:\n  {depths: 1, img_size: 2, depths: 3}')
+    assert 'is not valid YAML: month must be in 1..12' in message('lr: 2020-99-01')
+    path.write_bytes('# caf\xe9\nmodel: vmamba_t'.encode('latin-1'))
+    assert f'{path} is not UTF-8 text: invalid continuation byte at byte 5' in fails(path)
+    path.write_text('_base_: other.yaml')
+    (tmp_path / 'other.yaml').write_bytes(b'\xff\xfe')
+    assert f'{tmp_path}/other.yaml is not UTF-8 text' in fails(path)
+
+
+def test_a_yaml_mapping_may_replace_keys_that_it_merges():
+    from training.config import parse_yaml
+
+    assert parse_yaml('a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [1, 1]')['b'] == {'x': 3, 'y': 2}
 
 
 def test_numbers_that_no_run_has_a_use_for_are_refused_and_null_takes_a_text_back():

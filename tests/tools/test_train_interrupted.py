@@ -8,8 +8,10 @@ import time
 import psutil
 import pytest
 import torch
-from folders import write_digits
-from training_runs import CONFIGS, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
+from folders import in_use, write_digits
+from output_files import lock_folder
+from training_runs import CONFIGS, SMALL, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
+from user_errors import UserError
 
 # Everything that draws random numbers or has a state.
 STATEFUL = (
@@ -48,12 +50,16 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone,
         time.sleep(chance.random() / 4)
         workers = psutil.Process(process.pid).children()
         assert len(workers) >= number % 2
+        with pytest.raises(UserError, match=f'another process is writing into {broken}'):
+            lock_folder(broken)
         if kill == signal.SIGTERM:
             os.killpg(process.pid, kill)  # the loading processes too, as torchrun and job schedulers do
             out, _ = finish(process, 128 + kill)
             assert 'stopped by signal 15' in out
         else:
             process.send_signal(kill)
+            process.wait()
+            lock_folder(broken).close()  # at once, although loading processes end later
             finish(process, -kill)
         assert not psutil.wait_procs(workers, timeout=30)[1]
     damaged = max(broken.glob('checkpoint-*.pt'))
@@ -102,3 +108,11 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
     _, err = finish(start(*args, launcher=TORCHRUN), 1)
     assert f'{broken} cannot be read as an image' in err
     assert 'error: [process' in err
+
+
+def test_processes_that_share_a_run_end_where_another_run_writes(tmp_path):
+    with in_use(tmp_path):
+        _, err = finish(start(*SMALL, '--output', tmp_path, launcher=TORCHRUN), 1)
+    message = f'train.py: error: [process 0] another process is writing into {tmp_path}: wait until it ends'
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']

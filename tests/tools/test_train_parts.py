@@ -7,8 +7,9 @@ import pytest
 import torch
 from images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
 from images.scenes import Composer
+from output_files import write_atomically
 from timm.data import create_transform
-from training.checkpoint import Checkpoints, write_atomically
+from training.checkpoint import Checkpoints
 from training.config import Config
 from training.order import BatchOrder
 from training.seeding import derive_seed, seed_all, seeded

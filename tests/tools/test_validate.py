@@ -1,6 +1,7 @@
 import csv
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import validate
 import weights
 from figures.validate_figure import resolution_lines
-from folders import truncate, write_digits
+from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
 
@@ -213,6 +214,28 @@ def test_a_narrow_terminal_shows_everything(tmp_path, monkeypatch, capsys):
     assert columns[-2].count('100.00') == 2  # top-5 of two classes
 
 
+def test_a_link_that_leads_up_changes_nothing(digits, checkpoint, tmp_path):
+    (tmp_path / 'val').mkdir()
+    for folder in digits.iterdir():
+        (tmp_path / 'val' / folder.name).symlink_to(folder, target_is_directory=True)
+    (tmp_path / 'val/2').unlink()
+    shutil.copytree(digits / '2', tmp_path / 'val/2')
+    (tmp_path / 'val/2/up').symlink_to('..', target_is_directory=True)
+    for root, output in ((digits, 'plain'), (tmp_path / 'val', 'linked')):
+        run(root, '--models', f'vmamba_nano={checkpoint}', '--output', tmp_path / output)
+    (plain,), (linked,) = (read(tmp_path / name) for name in ('plain', 'linked'))
+    assert [linked[key] for key in ('images', 'top1', 'top5')] == [plain[key] for key in ('images', 'top1', 'top5')]
+
+
+@pytest.mark.parametrize('name, size', [('validate.csv', 20), ('validate.png', 2000)])
+def test_a_full_disk_is_one_line_with_the_file(digits, tmp_path, capsys, name, size):
+    options = '--num-classes', 10, '--img-size', 32, 48, '--output', tmp_path
+    with full_disk(size):
+        message = failure(capsys, digits, '--models', 'test_vit=untrained', *options)
+    assert f'cannot write {tmp_path / name}: File too large' in message
+    assert not list(tmp_path.glob('.*')) and not (tmp_path / name).exists()
+
+
 def test_what_is_given_twice_is_an_error(digits, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(digits, digits, '--models', 'test_vit=untrained', '--num-classes', 10, '--output', tmp_path)
@@ -313,6 +336,7 @@ def test_what_was_measured_before_a_failure_is_shown(digits, tmp_path, capsys):
         (['--imgsize', '32'], "unknown option '--imgsize'; did you mean --img-size"),
         (['--workers', '-1'], "must be a whole number above -1, got '-1'"),
         (['--model-args', 'depths'], "must be keys and values such as '{stride: 6, in_chans: 1}', got 'depths'"),
+        (['--model-args', '{stride: 6, stride: 8}'], "(the key 'stride' is there twice in line 1)"),
         (['--std', '0'], "must be a number above 0, got '0'"),
     ],
 )

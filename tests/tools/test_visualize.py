@@ -7,7 +7,7 @@ import torch
 import visualize
 from features.receptive_field import sides_holding
 from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
-from folders import truncate, write_photographs
+from folders import full_disk, truncate, write_photographs
 from vmamba.kernels import bidirectional_scan, ss2d_scan
 
 import vmamba  # noqa: F401
@@ -205,6 +205,19 @@ def test_an_unknown_option_gets_the_nearest_of_its_command(capsys):
     with pytest.raises(SystemExit):
         run('attention', '.', '--model', 'vmamba_nano', '--layer', 'stages.0.blocks.0')
     assert "unknown option '--layer'; did you mean --layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command, options', [('erf', ('--count', 1)), ('attention', ())])
+@pytest.mark.parametrize('ending', ['png', 'npz'])
+def test_a_full_disk_is_one_line_with_the_file(photographs, tmp_path, capsys, monkeypatch, command, options, ending):
+    if ending == 'npz':
+        monkeypatch.setattr(visualize, f'plot_{"attention" if command == "attention" else "receptive_fields"}', print)
+    image = photographs / 'astronaut.png'
+    with full_disk(2000), pytest.raises(SystemExit) as error:
+        run(command, image, '--model', 'vmamba_nano=untrained', *options, '--output', tmp_path)
+    assert error.value.code == 2
+    assert f'cannot write {tmp_path / command}.{ending}: File too large' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unreadable_images_are_named(tmp_path, capsys):

@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from training.checkpoint import write_atomically
+from output_files import write_text
 from training.runtime import StopRequest
 from user_errors import UserError, changes
 
@@ -157,7 +157,7 @@ def keep(result: Result, settings: Dict[str, Any], output: Path) -> None:
         accuracies=result.accuracies,
         parameters=result.parameters,
     )
-    write_atomically(output / result.run.name / RESULT, lambda file: file.write(json.dumps(content).encode()))
+    write_text(output / result.run.name / RESULT, json.dumps(content))
 
 
 def kept(runs: Sequence[Run], settings: Dict[str, Any], output: Path) -> List[Result]:

@@ -10,6 +10,7 @@ A folder of features holds
 """
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from output_files import LOCK, lock_folder, part_of, write_csv, write_text
 from safetensors.numpy import load_file, save
 from user_errors import UserError
 
@@ -45,17 +47,17 @@ class Store:
 
     def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
         self.folder, self.paths = folder, paths
-        begun, temporary, progress = (folder / name for name in ('settings.json', 'settings.tmp', 'progress.npy'))
-        if folder.exists() and not begun.is_file() and any(path != temporary for path in folder.iterdir()):
+        begun, progress = folder / 'settings.json', folder / 'progress.npy'
+        begins = {folder / LOCK, part_of(begun)}  # what a run has at its start
+        if folder.exists() and not begun.is_file() and any(path not in begins for path in folder.iterdir()):
             raise UserError(f'{folder} holds something other than features: give another --output')
+        self.lock = lock_folder(folder)  # of this folder, until it is closed
         if begun.is_file() and overwrite:
             _remove(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if begun.is_file():
             _check_same(read_settings(folder), settings, folder)
         else:
-            temporary.write_text(json.dumps(settings, indent=1))
-            os.replace(temporary, begun)
+            write_text(begun, json.dumps(settings, indent=1))
         self._progress = _array(progress, np.dtype(np.uint8), (len(paths),))
 
     def todo(self) -> List[int]:
@@ -69,13 +71,9 @@ class Store:
 
     def write_index(self, labels: Sequence[str]) -> None:
         """Writes index.csv."""
-        path = self.folder / 'index.csv'
-        with path.with_suffix('.tmp').open('w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerow(['row', 'image', 'label', 'state'])
-            states = [STATES[state] for state in self._progress]
-            writer.writerows(zip(range(len(labels)), self.paths, labels, states))
-        os.replace(path.with_suffix('.tmp'), path)
+        states = [STATES[state] for state in self._progress]
+        rows = zip(range(len(labels)), self.paths, labels, states)
+        write_csv(self.folder / 'index.csv', itertools.chain([('row', 'image', 'label', 'state')], rows))
 
 
 class Table(Store):

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from output_files import write_atomically
 
 if TYPE_CHECKING:  # so that a comparison needs no digits
     from benchmarks.measure import Case, Result
     from images.digits import Epoch
 
 MARKERS = 'osD^vPX*'
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Writes a PNG file, whole or not at all."""
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
 def plot_comparison(lines: Dict[str, Sequence[Tuple[Case, Result]]], title: str, path: Path) -> None:
@@ -43,7 +49,7 @@ def plot_comparison(lines: Dict[str, Sequence[Tuple[Case, Result]]], title: str,
     _log_panel(panels[1], ticks, 'peak memory of the forward, MiB')
     figure.suptitle(title, fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _label(label: str, rows: Sequence[Tuple[Case, Result]]) -> str:
@@ -91,7 +97,7 @@ def plot_training(histories: Dict[str, Sequence[Epoch]], path: Path) -> None:
         panel.set_ylabel(ylabel)
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
@@ -112,7 +118,7 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path) -> None:
@@ -139,4 +145,4 @@ def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path)
         panel.set_ylabel('validation accuracy, %')
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

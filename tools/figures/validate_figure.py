@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Dict, List, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .plots import MARKERS
+from .plots import MARKERS, save_figure
 
 if TYPE_CHECKING:
     from validate import Row
@@ -44,4 +44,4 @@ def plot_resolutions(rows: Sequence[Row], path: Path) -> None:
     panel.set_ylabel('top-1 accuracy, %')
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -10,6 +10,8 @@ from features.receptive_field import Field
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from .plots import save_figure
+
 PANEL = 2.7  # inches
 
 
@@ -42,7 +44,7 @@ def plot_receptive_fields(fields: Dict[str, Dict[str, Field]], title: str, path:
             panel.set_yticks([])
         row[0].set_ylabel(label, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def plot_attention(
@@ -85,4 +87,4 @@ def plot_attention(
             if pixel is not None:
                 panel.plot(*pixel, marker='+', color='cyan', markersize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

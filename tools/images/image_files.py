@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from collections import deque
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -139,17 +140,60 @@ def find_images(source: Path, arrays: bool = False, without: Optional[Path] = No
     return paths
 
 
+def walk(root: Path) -> Iterator[Tuple[str, str, List[os.DirEntry], List[os.DirEntry]]]:
+    """A folder and those below it, links followed, each real folder once: path, real path, folders in it and files.
+
+    Links to folders come after all that is reached without them. One to an ancestor, or to a folder that was visited,
+    is skipped. As with os.walk, removing folders from the list leaves them out, and unreadable folders have no entries.
+    """
+    top = os.path.realpath(root)
+    places: Deque[Tuple[str, str]] = deque([(os.fspath(root), top)])
+    links: Deque[Tuple[str, str]] = deque()
+    visited = set()
+    while places or links:
+        path, real = (places or links).popleft()
+        if real in visited:
+            continue
+        visited.add(real)
+        folders, files = _entries(path)
+        yield path, real, folders, files
+        for entry in folders:
+            if not entry.is_symlink():
+                places.append((entry.path, os.path.join(real, entry.name)))
+                continue
+            target = os.path.realpath(entry.path)
+            if not any(Path(below).is_relative_to(target) for below in (top, real)):
+                links.append((entry.path, target))
+
+
+def _entries(path: str) -> Tuple[List[os.DirEntry], List[os.DirEntry]]:
+    """The folders and the files in a folder, by name."""
+    folders: List[os.DirEntry] = []
+    files: List[os.DirEntry] = []
+    try:
+        with os.scandir(path) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        entries = []
+    for entry in entries:  # entry.is_dir() raises an error for a link to itself
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+        (folders if is_folder else files).append(entry)
+    return folders, files
+
+
 def _files_below(folder: Path, without: Optional[Path]) -> Iterator[Path]:
-    """Files of a folder and those below it, behind links too, but for one folder and for written features."""
+    """Files of a folder and those below it, but for one folder and for written features."""
     left_out = without and os.path.realpath(without)
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(parent)
-        leads_up = os.path.islink(parent) and Path(here) in Path(os.path.realpath(os.path.dirname(parent)), '_').parents
-        if here == left_out or leads_up or _FEATURES <= set(names):
+    for _, real, folders, files in walk(folder):
+        if real == left_out or _FEATURES <= {entry.name for entry in files}:
             folders.clear()
         else:
-            yield from (Path(parent, name) for name in names)
+            yield from (Path(entry.path) for entry in files)
+
+
+def has_image_ending(name: str) -> bool:
+    return is_img_extension(os.path.splitext(name)[1].lower())
 
 
 def _is_image(path: Path, arrays: bool) -> bool:
-    return (is_img_extension(path.suffix.lower()) or (arrays and path.suffix == '.npy')) and path.is_file()
+    return (has_image_ending(path.name) or (arrays and path.suffix == '.npy')) and path.is_file()

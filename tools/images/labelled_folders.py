@@ -1,18 +1,25 @@
 """Folders of labelled images: which class of the model each image is."""
 
 import json
+import os
 import pkgutil
 import re
 from pathlib import Path
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from timm.data import ImageNetInfo
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
+from torchvision.datasets import ImageFolder
 from user_errors import UserError
 
+from .image_files import has_image_ending, walk
+
 Sample = Tuple[Path, int]
+_SEVERITIES = {'1', '2', '3', '4', '5'}
 _NAMES_SHOWN = 5
 
 
@@ -32,6 +39,59 @@ class Folder(NamedTuple):
     empty: List[str]
 
 
+class FolderReader(ReaderImageFolder):
+    """timm's reader of images labelled by the folder that they lie in, with links followed by `walk`."""
+
+    def __init__(self, root: str, class_map: Any = None, input_key: Optional[str] = None) -> None:
+        Reader.__init__(self)  # that of the parent follows links in circles
+        self.root = root
+        endings = set(input_key.split(';')) if input_key else get_img_extensions(as_set=True)
+        found = [
+            (entry.path, '' if path == root else os.path.basename(path))
+            for path, _, _, files in walk(root)
+            for entry in files
+            if os.path.splitext(entry.name)[1].lower() in endings
+        ]
+        if class_map:
+            self.class_to_idx = load_class_map(class_map, root)
+        else:
+            labels = sorted({label for _, label in found}, key=natural_key)
+            self.class_to_idx = {label: index for index, label in enumerate(labels)}
+        samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
+        if not samples:
+            raise RuntimeError(f'it holds no images; their names must end in {", ".join(sorted(endings))}')
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+
+class TorchFolder(ImageFolder):
+    """torchvision's dataset of class folders, with links followed by `walk`."""
+
+    @staticmethod
+    def make_dataset(
+        directory: str,
+        class_to_idx: Dict[str, int],
+        extensions: Optional[Tuple[str, ...]] = None,
+        is_valid_file: Optional[Callable[[str], bool]] = None,
+        allow_empty: bool = False,
+    ) -> List[Tuple[str, int]]:
+        is_image = is_valid_file or (lambda path: path.lower().endswith(extensions))
+        found = [
+            (_label(path, directory), path, entry.name)
+            for path, _, _, files in walk(directory)
+            for entry in files
+            if path != directory and is_image(entry.path)
+        ]
+        empty = sorted(class_to_idx.keys() - {label for label, _, _ in found})
+        if empty and not allow_empty:
+            raise FileNotFoundError(f'there are no images in the class folders {", ".join(empty)}')
+        return [(os.path.join(path, name), class_to_idx[label]) for label, path, name in sorted(found)]
+
+
+def _label(path: str, root: Union[str, Path]) -> str:
+    """The class folder of a folder below a root."""
+    return Path(path).relative_to(root).parts[0]
+
+
 def folder_names(roots: Sequence[Path]) -> List[str]:
     """What to call each folder: its own name, or where several have it the path as it was given."""
     names = [root.resolve().name for root in roots]
@@ -46,16 +106,20 @@ def read_folder(root: Path, name: str) -> Folder:
     """
     if not root.is_dir():
         raise UserError(f'there is no folder {root}')
-    classes = sorted((path.name for path in root.iterdir() if path.is_dir()), key=natural_key)
-    if not classes:
+    images: Dict[str, List[Path]] = {}
+    for path, _, _, files in walk(root):
+        if path != str(root):
+            found = [Path(entry.path) for entry in files if has_image_ending(entry.name)]
+            images.setdefault(_label(path, root), []).extend(found)
+    if not images:
         raise UserError(f'{root} has no class folders: expected {root}/CLASS/IMAGE')
-    samples: List[Sample] = []
-    empty = []
-    for index, label in enumerate(classes):
-        found, _ = find_images_and_targets(str(root / label))
-        samples += [(Path(path), index) for path, _ in found]
-        if not found:
-            empty.append(label)
+    classes = sorted(images, key=natural_key)
+    samples = [
+        (path, index)
+        for index, label in enumerate(classes)
+        for path in sorted(images[label], key=lambda path: natural_key(str(path)))
+    ]
+    empty = [label for label in classes if not images[label]]
     if not samples:
         endings = ', '.join(get_img_extensions())
         raise UserError(
@@ -72,8 +136,13 @@ def corruption_folders(root: Path) -> List[Path]:
     """
     if not root.is_dir():
         raise UserError(f'there is no folder {root}')
-    found = [path for pattern in ('*/[1-5]', '*/*/[1-5]') for path in root.glob(pattern) if path.is_dir()]
-    found = [path for path in found if any(child.is_dir() for child in path.iterdir())]
+    found = []
+    for path, _, folders, _ in walk(root):
+        depth, is_severity = len(Path(path).relative_to(root).parts), Path(path).name in _SEVERITIES
+        if depth in (2, 3) and is_severity and folders:
+            found.append(Path(path))
+        if depth == 3 or (depth == 2 and is_severity):
+            folders.clear()
     if not found:
         raise UserError(f'{root} has no folders CORRUPTION/SEVERITY with severities 1 to 5, as ImageNet-C has')
     return sorted(found)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
+from output_files import writing
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
@@ -23,7 +24,7 @@ def write_scenes(output: Path, settings: Dict[str, Any], record: str) -> List[st
     """
     shape = (settings['size'], settings['size'])
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'{output.name}-') as folder:
+    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'{output.name}-') as folder:
         partial = Path(folder) / output.name
         for part in PHOTOGRAPHS:
             composer = Composer(part, shape, settings['digits'], settings['seed'])

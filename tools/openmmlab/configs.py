@@ -1,6 +1,7 @@
 """Configs of mmdet and mmseg with the options of a command line."""
 
 import inspect
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from user_errors import UserError, nearest
+from yaml import YAMLError
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
 
@@ -29,6 +31,7 @@ FURTHER_KEYS = {
     'tta_model',
     'tta_pipeline',
 }
+_RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}  # where launchers write them
 
 
 def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
@@ -45,7 +48,7 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
         cfg = Config.fromfile(path)
         check_keys(cfg, options or {})
         cfg.merge_from_dict(options or {})
-    except (SyntaxError, KeyError, TypeError, IndexError) as error:
+    except (SyntaxError, KeyError, TypeError, IndexError, ValueError, YAMLError) as error:
         raise UserError(f'{path} with these --cfg-options is no config: {error}') from error
     if cfg.get('default_scope') not in SCOPES:
         raise UserError(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
@@ -113,3 +116,8 @@ def join_processes(cfg: Config, launcher: str) -> None:
     if launcher == 'pytorch' and not torch.cuda.is_available():  # mmengine's own start and wrapping need GPUs
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
+
+
+def is_first_process(launcher: str) -> bool:
+    """Whether this is the first of a launcher's processes, which mmengine does not know before a runner is built."""
+    return launcher == 'none' or os.environ.get(_RANKS[launcher], '0') == '0'

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent."""
 
-import os
 import pickle
 import re
 import shutil
@@ -9,60 +8,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
+from output_files import write_atomically
 from user_errors import UserError
 
 _PATTERN = re.compile(r'checkpoint-(\d{8,})(?:_(\d+))?(\.pt)?')
 WHOLE = 'whole.pt'  # in the folder of a sharded checkpoint: what is not in shards
-_SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
 BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Puts a file in place once all of it is on the disk, so that no interruption leaves a part of it there.
-
-    Args:
-        path: Of the file.
-        write: Writes the content to an open binary file.
-
-    Raises:
-        UserError: If it cannot be written, as on a full disk; a file that was there before is still there.
-    """
-    temporary = path.with_name(f'.{path.name}.part')
-    try:
-        with temporary.open('wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns an OSError into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: BaseException) -> UserError:
-    """What to raise where a write failed."""
-    return UserError(f'cannot write {path}: {cause_of(error)}; what was saved before is intact')
-
-
-def cause_of(error: BaseException) -> str:
-    """What the system said, which PyTorch's writer hides behind an error of its own."""
-    cause = error
-    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
-        cause = cause.__context__
-    if cause:
-        return f'{cause.strerror}: {cause.filename}' if cause.filename else cause.strerror
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return 'the disk took only a part of it' if _SHORT_WRITE in text else text
-
-
-def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Checkpoints:

@@ -132,10 +132,7 @@ def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
         raise UserError(f'{path} builds on itself; change its {BASE_KEY}')
     if not path.is_file():
         raise UserError(f'there is no configuration {path}; configs/classification/ holds ready ones')
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f'{path} is not valid YAML: {" ".join(str(error).split())}') from error
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f'{path} must hold keys and values, found a {type(content).__name__}')
     base = content.pop(BASE_KEY, None)
@@ -147,6 +144,50 @@ def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
             raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), FIELDS)}')
         values[key] = _convert(key, value, path)
     return values
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        UserError: If it cannot be read, or a mapping in it has a key twice.
+    """
+    try:
+        return parse_yaml(path.read_text('utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 text: {error.reason} at byte {error.start}') from error
+    except ValueError as error:
+        raise UserError(f'{path} is not valid YAML: {error}') from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: If it is not valid, or a mapping in it has a key twice; the message is one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        reason = f'{error.problem} in line {mark.line + 1}' if mark else ' '.join(str(error).split())
+        raise ValueError(reason) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, where YAML's own loader takes the last value."""
+
+    def compose_mapping_node(self, anchor: Optional[str]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            name = key.tag, str(key.value)
+            if name in keys:
+                raise yaml.MarkedYAMLError(problem=f'the key {key.value!r} is there twice', problem_mark=key.start_mark)
+            keys.add(name)
+        return node
 
 
 def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
@@ -210,6 +251,6 @@ def _parse_text(text: str) -> Optional[str]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is not valid YAML') from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not valid YAML: {error}') from error

@@ -1,16 +1,14 @@
 """What a run tells: lines or a progress bar, epochs.csv, TensorBoard and a picture."""
 
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 from figures.plots import plot_run
+from output_files import write_csv, writing
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .checkpoint import write_atomically
 from .runtime import Runtime
 
 
@@ -84,11 +82,7 @@ class Report:
         scores = [f'{key} {row[key]:.4g}' for key in row if key not in ('epoch', 'updates', 'lr')]
         self.say(f'epoch {row["epoch"]} done: {", ".join(scores)}')
         self._add_scalars('epoch', row, row['epoch'])
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(row))
-        table.writeheader()
-        table.writerows(history)
-        write_atomically(self.output / 'epochs.csv', lambda file: file.write(text.getvalue().encode()))
+        write_csv(self.output / 'epochs.csv', [list(row), *([past.get(key) for key in row] for past in history)])
 
     def finish(self, history: List[Dict[str, float]]) -> None:
         """Draws the curves and names the result."""
@@ -100,10 +94,12 @@ class Report:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-        for writer in self.writers.values():
-            writer.close()
+        for name, writer in self.writers.items():
+            with writing(self.output / 'tensorboard' / name):
+                writer.close()
 
     def _add_scalars(self, name: str, values: Dict[str, float], step: int) -> None:
         if name in self.writers:
-            for key, value in values.items():
-                self.writers[name].add_scalar(f'{name}/{key}', value, step)
+            with writing(self.output / 'tensorboard' / name):
+                for key, value in values.items():
+                    self.writers[name].add_scalar(f'{name}/{key}', value, step)

@@ -1,12 +1,14 @@
 """The two splits of the configured data: found where they are said to be, and nothing of one in the other."""
 
+import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from images.decoding import image_mode
+from images.image_files import has_image_ending, walk
+from images.labelled_folders import FolderReader, TorchFolder
 from images.packaged_data import PREFIX, create_packaged_dataset
-from timm.data import create_dataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 from user_errors import UserError, listed, nearest
 
@@ -14,6 +16,7 @@ from .config import Config, option_of
 
 SYNTHETIC = 'synthetic'
 NAMES_SHOWN = 10
+_TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # timm takes any other name for a folder's
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))  # in timm's order
 _ALL = 'all'  # split of the packaged images
@@ -32,7 +35,7 @@ def load_datasets(config: Config) -> List[Dataset]:
         raise UserError(f'train_split and val_split are both {config.val_split!r}: choose another split to validate on')
     if config.data.startswith(PREFIX):
         datasets = [_packaged(config, split) for split in (config.train_split, config.val_split)]
-    elif config.data in ('', 'torch/folder', 'torch/image_folder'):
+    elif config.data in ('', *_TORCH_FOLDERS):
         datasets = _folders(config)
     else:
         datasets = [_create(config, split, config.data_dir) for split in (config.train_split, config.val_split)]
@@ -75,10 +78,32 @@ def _folders(config: Config) -> List[Dataset]:
         raise UserError(f'there is no folder {config.data_dir}; --data-dir names the folder of the data')
     splits = {key: getattr(config, key) for key in ('train_split', 'val_split')}
     paths = [_find(Path(config.data_dir), key, split) for key, split in splits.items()]
-    train, validation = (path.resolve() for path in paths)
-    if train == validation or train in validation.parents or validation in train.parents:
-        raise UserError(f'images to validate on must not be trained on: part {paths[0]} and {paths[1]}')
-    return [_create(config, split, str(path), search_split=False) for split, path in zip(splits.values(), paths)]
+    _check_apart(*paths)
+    return [_create(config, split, str(path)) for split, path in zip(splits.values(), paths)]
+
+
+def _check_apart(train: Path, validation: Path) -> None:
+    """Raises UserError if an image is in both splits, directly or through links."""
+    shared = {train.resolve()} & {validation.resolve()}
+    (folders, linked), (other_folders, other_linked) = _real_paths(train), _real_paths(validation)
+    shared |= (folders & other_folders) | (linked & other_linked)
+    shared |= {path for path in linked if path.parent in other_folders}
+    shared |= {path for path in other_linked if path.parent in folders}
+    if shared:
+        raise UserError(
+            f'images to validate on must not be trained on: part {train} and {validation}, which share {min(shared)}'
+        )
+
+
+def _real_paths(root: Path) -> Tuple[Set[Path], Set[Path]]:
+    """Of the images at and below a folder: the folders that they are in, and the files that links lead to."""
+    folders, linked = set(), set()
+    for _, real, _, files in walk(root):
+        images = [entry for entry in files if has_image_ending(entry.name)]
+        if images:
+            folders.add(Path(real))
+        linked.update(Path(os.path.realpath(entry.path)) for entry in images if entry.is_symlink())
+    return folders, linked
 
 
 def _find(root: Path, key: str, split: str) -> Path:
@@ -93,15 +118,18 @@ def _find(root: Path, key: str, split: str) -> Path:
     raise UserError(f'{root} has no {split!r}; it has {has}: {way_out}')
 
 
-def _create(config: Config, split: str, root: Optional[str], **search: bool) -> Dataset:
-    extra: Dict[str, Any] = dict(
-        input_img_mode=image_mode(config.in_chans), seed=config.seed, batch_size=config.batch_size
-    )
+def _create(config: Config, split: str, root: Optional[str]) -> Dataset:
+    mode = image_mode(config.in_chans)
+    extra: Dict[str, Any] = dict(input_img_mode=mode, seed=config.seed, batch_size=config.batch_size)
     if config.data.lower().startswith('torch/'):
         extra = {}
-    args = {'is_training': split == config.train_split, **extra, **config.data_args, **search}
+    args = {'is_training': split == config.train_split, **extra, **config.data_args}
     try:
-        return create_dataset(config.data, root=root, split=split, **args)
+        if config.data in _TORCH_FOLDERS:
+            return TorchFolder(root, **config.data_args)
+        if not config.data and Path(root).is_dir():
+            return ImageDataset(root, reader=FolderReader(root, **config.data_args), input_img_mode=mode)
+        return create_dataset(config.data, root=root, split=split, search_split=False, **args)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
         where = f'{config.data or "the folder"} {root or ""}'.strip()
         raise UserError(f'cannot open {where}, split {split!r}: {" ".join(str(error).split())}') from error
@@ -119,7 +147,7 @@ def _check_classes(train: Dataset, validation: Dataset) -> None:
     """Raises UserError for folders of classes without images, and for splits with different classes."""
     for dataset in (train, validation):
         reader = getattr(dataset, 'reader', None)
-        if isinstance(reader, ReaderImageFolder):
+        if isinstance(reader, FolderReader):
             _check_filled(Path(reader.root), reader.class_to_idx)
     ours, theirs = class_names(train), class_names(validation)
     if ours and theirs and ours != theirs:

@@ -1,0 +1,121 @@
+"""What tools write: files that are whole or absent, in folders that one process at a time writes into."""
+
+import csv
+import errno
+import fcntl
+import io
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, TextIO
+
+from user_errors import UserError
+
+LOCK = '.lock'  # file in a folder that a tool writes into
+_SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
+
+
+def lock_folder(folder: Path, option: str = '--output') -> TextIO:
+    """Makes a folder and locks it, until the returned file is closed or this process ends in whatever way.
+
+    The lock is that of this process alone: its loading processes, which may outlive it for seconds, do not hold it.
+
+    Args:
+        folder: To write into.
+        option: Of the command line, which names the folder.
+
+    Raises:
+        UserError: If another process has locked the folder, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open('a')
+    except OSError as error:
+        raise UserError(f'cannot write into {folder}: {error.strerror}; choose another {option}') from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others are of file systems that have no locks
+            file.close()
+            raise UserError(
+                f'another process is writing into {folder}: wait until it ends, or choose another {option}'
+            ) from error
+    return file
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Puts a file in place once all of it is on the disk, so that no interruption leaves a part of it there.
+
+    Args:
+        path: Of the file.
+        write: Writes the content to an open binary file.
+
+    Raises:
+        UserError: If it cannot be written, as on a full disk; a file that was there before is still there.
+    """
+    temporary = part_of(path)
+    try:
+        with temporary.open('wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns an OSError into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise not_written(path, error) from error
+
+
+def part_of(path: Path) -> Path:
+    """Where a file lies until all of it is written."""
+    return path.with_name(f'.{path.name}.part')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts a text in place, see `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Puts a table in place, see `write_atomically`."""
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, 'utf-8', newline='')
+        csv.writer(text).writerows(rows)
+        text.detach()  # which writes what it holds, and leaves the file open
+
+    write_atomically(path, write)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the path in the error of a write that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {cause_of(error)}') from error
+
+
+def not_written(path: Path, error: BaseException) -> UserError:
+    """What to raise where a write failed."""
+    return UserError(f'cannot write {path}: {cause_of(error)}; what was saved before is intact')
+
+
+def cause_of(error: BaseException) -> str:
+    """What the system said, which PyTorch's writer hides behind an error of its own."""
+    cause = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__context__
+    if cause:
+        return f'{cause.strerror}: {cause.filename}' if cause.filename else cause.strerror
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return 'the disk took only a part of it' if _SHORT_WRITE in text else text
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
