@@ -91,10 +91,23 @@ def fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tensor
     if source is None and side * side != patches:
         shape = tuple(pos_embed.shape)
         raise RuntimeError(f'pos_embed {shape} is not that of a square image: {_STATE_SIZE}')
-    source = source or (side, side)
+    stated, source = source is not None, source or (side, side)
     if source != grid:
-        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', *source, *grid)
+        doubt = '' if stated else _doubt_about_stride(model, source)
+        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches%s', *source, *grid, doubt)
     return resize_pos_embed(pos_embed, source, grid)
+
+
+def _doubt_about_stride(model: nn.Module, grid: Tuple[int, int]) -> str:
+    """Names the stride, without gaps between patches, at which the model's image size has another grid, if any."""
+    embed = model.embed
+    for stride in range(1, embed.patch_size + 1):
+        if all(n * stride == side - embed.patch_size + stride for n, side in zip(grid, embed.img_size)):
+            return (
+                f'; images of {embed.img_size[0]}x{embed.img_size[1]} have {grid[0]}x{grid[1]} patches at stride '
+                f'{stride}, and the model has stride {embed.stride}: the checkpoint may be of another variant'
+            )
+    return ''
 
 
 def _stated_grid(model: nn.Module, patches: int) -> Optional[Tuple[int, int]]:

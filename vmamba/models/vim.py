@@ -23,7 +23,7 @@ from ..layers import (
     TokenEmbed,
     split_class_token,
 )
-from ..layers.options import check_counts, check_rates
+from ..layers.options import check_counts, check_indices, check_rates
 from ..layers.residual import TensorOrStream, add_branch, adds, run_block, run_blocks, start_stream, total
 from ._dense_layouts import split_backbone
 from ._pretrained import build_model, load_pretrained, reset_parameters
@@ -236,6 +236,7 @@ class Vim(nn.Module):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         intermediates, tokens = [], self.embed(x)
         size = tuple(x.shape[-2:])
@@ -260,6 +261,7 @@ class Vim(nn.Module):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these blocks; returns their indices."""
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         del self.blocks[max_index + 1 :]
         if prune_norm:

@@ -24,7 +24,7 @@ from ..layers import (
     MergeDownsample,
     PatchStem,
 )
-from ..layers.options import check_counts, check_rates, scaled_channels
+from ..layers.options import check_counts, check_indices, check_rates, scaled_channels
 from ..layers.residual import TensorOrStream, add_branch, run_blocks, total
 from ._pretrained import build_model, load_pretrained, reset_parameters
 from ._vmamba_layouts import convert_layout
@@ -253,6 +253,7 @@ class VMamba(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
@@ -269,6 +270,7 @@ class VMamba(nn.Module):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these stages; returns their indices."""
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         del self.stages[max_index + 1 :]
