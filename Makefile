@@ -3,8 +3,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
+TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test lint clean
+.PHONY: demo demo-mm test test-timm lint clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -15,6 +16,15 @@ demo-mm: .venv/.mm
 # A thread for each worker: more would fight over the processor.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# timm's own tests of models, on those of this library (see tests/timm_plugin.py). Only timm's source distribution has
+# them, which is downloaded in the version installed. Takes 40 minutes on two cores.
+test-timm: .venv/.dev
+	test -d .venv/timm-$(TIMM) || ( \
+		$(BIN)/python -m pip download --no-deps --no-binary timm -d .venv timm==$(TIMM) && \
+		tar -xzf .venv/timm-$(TIMM).tar.gz -C .venv timm-$(TIMM)/tests timm-$(TIMM)/pyproject.toml )
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -n $(WORKERS) \
+		-c .venv/timm-$(TIMM)/pyproject.toml -p timm_plugin .venv/timm-$(TIMM)/tests/test_models.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

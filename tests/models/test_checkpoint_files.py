@@ -380,3 +380,26 @@ def test_a_position_embedding_that_gets_resized_is_reported(tmp_path, caplog, mi
     with caplog.at_level('INFO'):
         load(path, 'vim_t_stride8' if stride8 else 'vim_t')
     assert 'position embedding' in caplog.text or 'pos_embed' in caplog.text
+    found, own = (('2x2', 16), 8) if stride8 else (('3x3', 8), 16)
+    assert f'images of 32x32 have {found[0]} patches at stride {found[1]}' in caplog.text
+    assert f'the model has stride {own}: the checkpoint may be of another variant' in caplog.text
+
+
+@pytest.mark.parametrize(
+    'variant,side,size,stride',
+    [
+        pytest.param('vim_t', 27, 224, 8, id='stride-8'),
+        pytest.param('vim_t_stride8', 14, 224, 16, id='stride-16'),
+        pytest.param('vim_t', 14, 448, None, id='larger-images'),
+        pytest.param('vim_t', 14, 112, None, id='smaller-images'),
+        pytest.param('vim_t', 6, (64, 144), None, id='another-shape'),
+        pytest.param('vim_t', 27, 432, None, id='its-own'),
+        pytest.param('vim_t', 1, 16, None, id='one-patch'),
+    ],
+)
+def test_only_a_grid_of_another_stride_at_the_same_size_suggests_another_variant(
+    tmp_path, caplog, variant, side, size, stride
+):
+    load(save_vim(tmp_path / 'vim.pth', official.vim_state(1, 16, side**2)), variant, img_size=size)
+    assert ('another variant' in caplog.text) == (stride is not None)
+    assert stride is None or f'images of 224x224 have {side}x{side} patches at stride {stride}' in caplog.text

@@ -167,6 +167,19 @@ def test_an_index_out_of_range_is_an_error(family, indices):
         model.prune_intermediate_layers(indices)
 
 
+@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('indices', [(), []], ids=str)
+def test_no_index_is_an_error(family, indices):
+    model = small(family)
+    with pytest.raises(ValueError, match='indices must hold at least one index, got'):
+        model.forward_intermediates(images(1, 3, 32, 32), indices=indices)
+    with pytest.raises(ValueError, match='indices must hold at least one index, got'):
+        model.prune_intermediate_layers(indices)
+    for feature_cls in ({}, dict(feature_cls='list'), dict(feature_cls='getter'), dict(feature_cls='fx')):
+        with pytest.raises(ValueError, match='out_indices must hold at least one index, got'):
+            small(family, features_only=True, out_indices=indices, **feature_cls)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 @pytest.mark.parametrize('indices,kept', [([0, 1], 2), ([2], 3), (1, 4), ([-2], 3)], ids=str)

@@ -81,21 +81,33 @@ def test_without_classifier_or_pooling(family, late):
 
 @torch.no_grad()
 @pytest.mark.parametrize('family', ['vmamba', 'v0'])
-def test_a_classifier_without_pooling_is_an_error_that_names_both(family):
-    refused = pytest.raises(ValueError, match="num_classes=10 .*global_pool=''.*global_pool='avg'")
-    with refused:
-        small(family, global_pool='')
-    model = small(family).eval()
-    with refused:
-        model.reset_classifier(10, '')
-    assert model(images()).shape == (2, 10), 'it is left as it was'
-    model.prune_intermediate_layers([1])
-    with refused:
-        model.reset_classifier(10)
-    model.reset_classifier(0)
-    assert model(images()).shape == (2, 16, 4, 4)
+def test_a_classifier_without_pooling_gives_a_map_of_logits(family):
+    x = images(2, 3, 64, 64)
+
+    def assert_pixelwise(model):
+        features, classifier = model.forward_features(x), model.get_classifier()
+        assert torch.equal(model.forward_head(features, pre_logits=True), features)
+        weight = classifier.weight.flatten(1)
+        expected = torch.einsum('bdhw,cd->bchw', features, weight) + classifier.bias[:, None, None]
+        assert model(x).shape == (2, 10, *features.shape[2:])
+        assert oracles.relative_error(model(x), expected) < 1e-5
+        assert 0.015 < weight.std() < 0.025 and not classifier.bias.any()
+
+    assert_pixelwise(small(family, global_pool='').eval())
+    model = small(family, num_classes=0, global_pool='').eval()
+    model.reset_classifier(10)
+    assert_pixelwise(model)
+    weight = model.get_classifier().weight.clone()
+    model.init_weights()
+    assert_pixelwise(model)
+    assert not torch.equal(model.get_classifier().weight, weight)
     model.reset_classifier(10, 'avg')
-    assert model(images()).shape == (2, 10)
+    assert model(x).shape == (2, 10)
+    model.reset_classifier(10, '')
+    assert_pixelwise(model)
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(10)
+    assert_pixelwise(model)
 
 
 @torch.no_grad()

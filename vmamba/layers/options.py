@@ -1,7 +1,7 @@
 """Checks of the options that layers and models are made with."""
 
 from numbers import Integral
-from typing import Any, Iterable
+from typing import Any, Iterable, Sized
 
 
 def check_counts(least: int = 1, **options: Any) -> None:
@@ -9,6 +9,13 @@ def check_counts(least: int = 1, **options: Any) -> None:
     for name, value in options.items():
         if not isinstance(value, Integral) or value < least:
             raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+
+
+def check_indices(**options: Any) -> None:
+    """Raises ValueError, naming the option, if it holds no indices; a number or None chooses indices elsewhere."""
+    for name, value in options.items():
+        if isinstance(value, Sized) and len(value) == 0:
+            raise ValueError(f'{name} must hold at least one index, got {value!r}')
 
 
 def check_rates(**options: float) -> None:

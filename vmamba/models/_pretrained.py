@@ -14,6 +14,8 @@ import torch
 from timm.models import adapt_input_conv, build_model_with_cfg, clean_state_dict
 from torch import Tensor, nn
 
+from ..layers.options import check_indices
+
 _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, Tensor]
@@ -44,8 +46,10 @@ def build_model(
 
     Raises:
         RuntimeError: If weights cannot be fetched or do not fit the model.
+        ValueError: If out_indices is empty.
     """
     # timm's own reading of a file prefers EMA weights and is lax about missing keys once num_classes differs.
+    check_indices(out_indices=kwargs.get('out_indices'))
     overlay = {'custom_load': 'hf', **(pretrained_cfg_overlay or {})}
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..layers import BiMamba, RmsNorm, check_images, fused_branch, runs_fused
 from ..layers.norm import widen
-from ..layers.options import check_choice, check_counts, check_rates
+from ..layers.options import check_choice, check_counts, check_indices, check_rates
 from ..layers.plain import is_plain
 from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
 
@@ -358,6 +358,7 @@ class Vim(nn.Module):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         images, intermediates = x, []
         x = self._embed(images)
@@ -379,6 +380,7 @@ class Vim(nn.Module):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these blocks; returns their indices."""
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         del self.blocks[max_index + 1 :]
         if prune_norm:
@@ -519,10 +521,22 @@ def _fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tenso
     if source is None and side * side != patches:
         shape = tuple(pos_embed.shape)
         raise RuntimeError(f'pos_embed {shape} is not that of a square image: {_STATE_SIZE}')
-    source = source or (side, side)
+    stated, source = source is not None, source or (side, side)
     if source != grid:
-        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches', *source, *grid)
+        doubt = '' if stated else _doubt_about_stride(model.patch_embed, source)
+        _logger.warning('resizing the position embedding from %dx%d to %dx%d patches%s', *source, *grid, doubt)
     return resize_pos_embed(pos_embed, source, grid)
+
+
+def _doubt_about_stride(embed: PatchEmbed, grid: Tuple[int, int]) -> str:
+    """Names the stride, without gaps between patches, at which the model's image size has another grid, if any."""
+    for stride in range(1, embed.patch_size + 1):
+        if all(n * stride == side - embed.patch_size + stride for n, side in zip(grid, embed.img_size)):
+            return (
+                f'; images of {embed.img_size[0]}x{embed.img_size[1]} have {grid[0]}x{grid[1]} patches at stride '
+                f'{stride}, and the model has stride {embed.stride}: the checkpoint may be of another variant'
+            )
+    return ''
 
 
 def _stated_grid(model: nn.Module, patches: int) -> Optional[Tuple[int, int]]:

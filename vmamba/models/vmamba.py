@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, fused_branch, runs_fused
 from ..layers.norm import widen
-from ..layers.options import check_choice, check_counts, check_rates, scaled_channels
+from ..layers.options import check_choice, check_counts, check_indices, check_rates, scaled_channels
 from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
 
 __all__ = ['VMamba']
@@ -168,7 +168,7 @@ class VMamba(nn.Module):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling of the last map, '' for none, which is for models without a classifier.
+        global_pool: Pooling of the last map, '' for none: a classifier then gives a map of logits.
         depths: Blocks per stage.
         embed_dim: Channels of the first stage; each stage doubles them.
         ssm_ratio: Inner channels of SS2D over the stage's channels.
@@ -240,7 +240,8 @@ class VMamba(nn.Module):
     @staticmethod
     def _init_linear(parent: nn.Module) -> None:
         for name, module in parent.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
+            pixelwise = isinstance(module, nn.Conv2d) and name.endswith('fc')  # a classifier without pooling
+            if pixelwise or isinstance(module, nn.Linear) and not name.endswith('x_proj'):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -283,13 +284,8 @@ class VMamba(nn.Module):
         self._init_linear(self.head)
 
     def _set_head(self, num_classes: int, pool_type: str, device=None, dtype=None) -> None:
-        if num_classes > 0 and not pool_type:
-            raise ValueError(
-                f"num_classes={num_classes} needs a pooling, got global_pool={pool_type!r}: pass global_pool='avg', or "
-                f'num_classes=0 for the map'
-            )
-        drop_rate, dd = self.drop_rate, {'device': device, 'dtype': dtype}
-        head = ClassifierHead(self.num_features, num_classes, pool_type=pool_type, drop_rate=drop_rate, **dd)
+        options = dict(pool_type=pool_type, use_conv=not pool_type, drop_rate=self.drop_rate)
+        head = ClassifierHead(self.num_features, num_classes, **options, device=device, dtype=dtype)
         self.head = head.train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * head.global_pool.feat_mult()  # some poolings are joined
@@ -318,6 +314,7 @@ class VMamba(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
@@ -334,6 +331,7 @@ class VMamba(nn.Module):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Removes what is not needed for the intermediates of these stages; returns their indices."""
+        check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         del self.stages[max_index + 1 :]
@@ -350,7 +348,7 @@ class VMamba(nn.Module):
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map [B, d, h, w] -> logits [B, num_classes]"""
+        """Map [B, d, h, w] -> logits [B, num_classes] ([B, num_classes, h, w] without pooling)"""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
