@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import os
-from collections import OrderedDict
-from typing import Any, ContextManager, Hashable, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ except ImportError:
     HAS_TRITON = False
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_REMEMBERED = 4096
+MAX_PLANS = 4096  # launches that are kept for the next one of the same sizes, of each operator
 
 # Kernels are compiled or interpreted for good when they are defined.
 INTERPRETED = HAS_TRITON and os.environ.get('TRITON_INTERPRET') == '1'
@@ -83,6 +82,13 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def share_rows(rows: int, block_rows: int, most: int) -> Tuple[int, int]:
+    """Shares rows among at most so many programs, in whole blocks: programs, at least one, and rows of each."""
+    programs = max(min(cdiv(rows, block_rows), most), 1)
+    rows_per_program = cdiv(cdiv(rows, programs), block_rows) * block_rows
+    return max(cdiv(rows, max(rows_per_program, 1)), 1), rows_per_program
+
+
 def on_device(tensor: Tensor) -> ContextManager[None]:
     """Makes the tensor's device the current one, which is where Triton launches."""
     if tensor.device.type == 'cpu' or (tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()):
@@ -113,82 +119,76 @@ def dot_precision(tensor: Tensor) -> str:
     return 'tf32x3' if tensor.dtype == torch.float32 else 'tf32'
 
 
-class Launcher:
-    """Launches a Triton kernel and remembers the compiled kernel of each kind of launch.
+class Launch:
+    """A launch of a Triton kernel in all but its tensors, worth keeping for the next one of the same sizes.
 
+    It is called with the kernel's tensors, or None for absent ones, on their device, which must be the current one.
     Triton looks at every argument of every launch for its dtype, alignment and value to find the compiled kernel, which
     takes longer than many kernels run. Here a launch like an earlier one finds it by one key, and passes addresses
-    instead of tensors. The oldest of very many keys is forgotten: Triton compiles nothing again for it.
+    instead of tensors.
 
     Args:
         kernel: A function under `triton.jit` whose parameters are tensors, then integers or tuples of integers, then
             constants or named tuples of constants. Triton makes a constant of an integer that is 1: the kernel converts
             integers by `tl.cast`.
+        grid: Number of programs, or numbers along two axes.
+        sizes: The kernel's integers, or tuples of them.
+        constants: Its constants, or named tuples of them.
+        warps: Warps of a program.
+        registers: Most registers of a thread, for NVIDIA GPUs.
+        stages: Stages of pipelined loops.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiled: OrderedDict[Hashable, Tuple[Any, Any, Any]] = OrderedDict()
-
-    def __call__(
+    def __init__(
         self,
+        kernel: Any,
         grid: Union[int, Tuple[int, int]],
-        tensors: Sequence[Optional[Tensor]],
-        sizes: Tuple[Hashable, ...],
-        constants: Tuple[Hashable, ...],
+        sizes: Tuple[Any, ...],
+        constants: Tuple[Any, ...],
         warps: int = 4,
         registers: Optional[int] = None,
         stages: Optional[int] = None,
     ) -> None:
-        """Launches a grid of programs on the current device, which must be that of all tensors.
+        self.kernel = kernel
+        self.grid = grid if isinstance(grid, tuple) else (grid, 1)
+        self.arguments = *sizes, *constants
+        self.options = dict(num_warps=warps)
+        if registers is not None:
+            self.options.update(maxnreg=registers)
+        if stages is not None:
+            self.options.update(num_stages=stages)
+        self._compiled: Dict[tuple, Tuple[Any, Any, Any, Any]] = {}
 
-        Args:
-            grid: Number of programs, or numbers along two axes.
-            tensors: Arguments of the kernel that are tensors or None.
-            sizes: Its integers, or tuples of them.
-            constants: Its constants, or named tuples of them.
-            warps: Warps of a program.
-            registers: Most registers of a thread, for NVIDIA GPUs.
-            stages: Stages of pipelined loops.
-        """
-        blocks, rows = grid if isinstance(grid, tuple) else (grid, 1)
+    def __call__(self, *tensors: Optional[Tensor]) -> None:
+        blocks, rows = self.grid
         if blocks == 0 or rows == 0:
             return
-        pointers, dtypes, bits = [], [], 0
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                dtypes.append(None)
-            else:
-                pointer = tensor.data_ptr()
-                pointers.append(pointer)
-                dtypes.append(tensor.dtype)
-                bits |= pointer
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
         # Nearly always all pointers are aligned, as the allocator makes them.
-        aligned = True if bits % 16 == 0 else tuple([not pointer or pointer % 16 == 0 for pointer in pointers])
+        aligned = bits % 16 == 0 or tuple([pointer % 16 == 0 for pointer in pointers])
         device = next(tensor for tensor in tensors if tensor is not None).get_device()
-        key = device, tuple(dtypes), aligned, sizes, constants, warps, registers, stages
+        key = device, dtypes, aligned
         found = self._compiled.get(key)
         if found is None:
-            self._compile((blocks, rows, 1), key, tensors)
+            self._compile(key, tensors)
         else:
-            run, function, metadata = found
-            stream = triton.runtime.driver.active.get_current_stream(device)
-            run(blocks, rows, 1, stream, function, metadata, None, None, None, *pointers, *sizes, *constants)
+            run, function, metadata, stream_of = found
+            stream = stream_of(device)
+            run(blocks, rows, 1, stream, function, metadata, None, None, None, *pointers, *self.arguments)
 
-    def _compile(self, grid: Tuple[int, int, int], key: tuple, tensors: Sequence[Optional[Tensor]]) -> None:
+    def _compile(self, key: tuple, tensors: Tuple[Optional[Tensor], ...]) -> None:
         """Launches by Triton's own way, and remembers what it compiled."""
-        *_, sizes, constants, warps, registers, stages = key
-        options = dict(num_warps=warps)
-        if registers is not None:
-            options.update(maxnreg=registers)
-        if stages is not None:
-            options.update(num_stages=stages)
-        # Triton takes the numbers of a tuple for variables unless each is marked.
-        marked = (type(c)(*map(tl.constexpr, c)) if isinstance(c, tuple) else c for c in constants)
-        compiled = self._kernel[grid](*tensors, *sizes, *marked, **options)
-        if compiled is None:  # Triton's interpreter compiles nothing
-            return
-        self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
-        if len(self._compiled) > _MAX_REMEMBERED:
-            self._compiled.popitem(last=False)
+        compiled = self.kernel[(*self.grid, 1)](*tensors, *self.marked_arguments(), **self.options)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            stream_of = triton.runtime.driver.active.get_current_stream
+            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
+
+    def marked_arguments(self) -> Iterator[Any]:
+        """Integers and constants as Triton takes them: the numbers of a named tuple are constants."""
+        for argument in self.arguments:
+            is_constant = hasattr(argument, '_fields')
+            yield type(argument)(*map(tl.constexpr, argument)) if is_constant else argument

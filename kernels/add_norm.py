@@ -1,5 +1,6 @@
 """Norms over channels, and a residual connection with the norm that follows it, in one pass each way."""
 
+from functools import lru_cache
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -7,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check, check_that
-from ._launch import Launcher, cdiv, next_power_of_2, num_processors, runs_on_triton, tl, triton
+from ._launch import (
+    MAX_PLANS,
+    Launch,
+    cdiv,
+    next_power_of_2,
+    num_processors,
+    runs_on_triton,
+    share_rows,
+    tl,
+    triton,
+)
 from ._operator import Operator
 
 _MAX_CHANNELS = 8192  # of the Triton kernels, which hold a row in registers
@@ -163,14 +174,16 @@ def _wide(x: Tensor) -> torch.dtype:
 def _forward(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype, save: bool
 ) -> Tuple[Tensor, Tensor]:
-    outputs = norm_forward(x, weight, bias, eps, out_dtype, save)
-    return outputs.out, x.new_empty(0, dtype=torch.float32) if outputs.moments is None else outputs.moments
+    bias = None if bias is None else bias.contiguous()
+    out, _, moments = norm_forward(x.contiguous(), weight.contiguous(), bias, eps, out_dtype, save)
+    return out, x.new_empty(0, dtype=torch.float32) if moments is None else moments
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
     (grad_out,), (x, weight, bias, _, _), (moments,) = grads, inputs, saved
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, *norm_backward(grad_out, x, weight, moments, bias is not None, grad_x)
+    sums = norm_backward(grad_out.contiguous(), x.contiguous(), weight.contiguous(), moments, bias is not None, grad_x)
+    return grad_x, *_parameter_gradients(sums)
 
 
 def _like(
@@ -190,20 +203,31 @@ def _add_forward(
     save: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     summed = x.new_empty(x.shape, dtype=torch.float32)
-    outputs = norm_forward(x, weight, bias, eps, out_dtype, save, residual, scale, summed)
-    return outputs.out, summed, x.new_empty(0, dtype=torch.float32) if outputs.moments is None else outputs.moments
+    residual, scale, bias = (None if t is None else t.contiguous() for t in (residual, scale, bias))
+    out, _, moments = norm_forward(
+        x.contiguous(), weight.contiguous(), bias, eps, out_dtype, save, residual, scale, summed
+    )
+    return out, summed, x.new_empty(0, dtype=torch.float32) if moments is None else moments
 
 
 def _add_backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
     (grad_out, grad_summed), (x, residual, scale, weight, bias, _, _), (moments, summed) = grads, inputs, saved
-    grad_out = torch.zeros_like(summed) if grad_out is None else grad_out
+    grad_out = torch.zeros_like(summed) if grad_out is None else grad_out.contiguous()
+    grad_summed, scale = (None if t is None else t.contiguous() for t in (grad_summed, scale))
     grad_residual = torch.empty_like(summed) if residual is not None else None
     # With a residual and without a scale, an fp32 gradient of x is that of the residual.
     is_shared = residual is not None and scale is None and x.dtype == torch.float32
     grad_x = None if is_shared else summed.new_empty(summed.shape, dtype=x.dtype)
-    has_bias = bias is not None
-    vectors = norm_backward(grad_out, summed, weight, moments, has_bias, grad_x, grad_summed, grad_residual, scale)
-    return grad_residual if is_shared else grad_x, grad_residual, None, *vectors
+    sums = norm_backward(
+        grad_out, summed, weight.contiguous(), moments, bias is not None, grad_x, grad_summed, grad_residual, scale
+    )
+    return grad_residual if is_shared else grad_x, grad_residual, None, *_parameter_gradients(sums)
+
+
+def _parameter_gradients(sums: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    """Gradients of weight and bias from their partial sums."""
+    total = sums.sum(dim=0)
+    return total[0], total[1] if total.shape[0] == 2 else None
 
 
 def _add_like(
@@ -361,10 +385,6 @@ def norm_backward_kernel(
     tl.store(sums, tl.sum(grad_weight, axis=0), mask=has_channel)
 
 
-_launch = Launcher(norm_kernel)
-_launch_backward = Launcher(norm_backward_kernel)
-
-
 class NormOutputs(NamedTuple):
     out: Tensor
     normal: Optional[Tensor]
@@ -383,27 +403,20 @@ def norm_forward(
     summed: Optional[Tensor] = None,
     save_normal: bool = False,
 ) -> NormOutputs:
-    """LayerNorm of residual + scale * x on Triton, or RMSNorm without a bias.
+    """LayerNorm of residual + scale * x on Triton, or RMSNorm without a bias. All tensors are contiguous.
 
     Args:
         save: Also return the moments [1 or 2, rows], reciprocal deviations and for LayerNorm means.
         summed: Where to write the sum.
         save_normal: Also return the normalised sum before weight and bias, in out_dtype; then no means are needed.
     """
-    x = x.contiguous()
     out = torch.empty_like(x, dtype=out_dtype)
     normal = torch.empty_like(out) if save_normal else None
-    means = bias if normal is None else None
-    moments = x.new_empty(_moments_shape(x, means, save), dtype=torch.float32) if save else None
-    rows, rows_per_sample, block_d, block_rows, warps = _blocks(x)
-    residual, scale, bias = (None if t is None else t.contiguous() for t in (residual, scale, bias))
-    _launch(
-        cdiv(rows, block_rows),
-        (x, residual, scale, weight.contiguous(), bias, out, summed, normal, moments),
-        (rows, rows_per_sample),
-        (eps, x.shape[-1], block_d, block_rows),
-        warps,
-    )
+    rows, dim = x.numel() // x.shape[-1], x.shape[-1]
+    means = save and bias is not None and not save_normal
+    moments = x.new_empty((2 if means else 1, rows), dtype=torch.float32) if save else None
+    launch = _forward_launch(rows, rows // max(x.shape[0], 1), dim, eps)
+    launch(x, residual, scale, weight, bias, out, summed, normal, moments)
     return NormOutputs(out, normal, moments)
 
 
@@ -418,7 +431,7 @@ def norm_backward(
     grad_residual: Optional[Tensor] = None,
     scale: Optional[Tensor] = None,
     is_normal: bool = False,
-) -> Tuple[Tensor, Optional[Tensor]]:
+) -> Tensor:
     """Gradients of `norm_forward`, the same at every run: fills grad_x and grad_residual, and returns the others.
 
     Args:
@@ -426,30 +439,34 @@ def norm_backward(
         has_bias: Whether the norm is LayerNorm.
 
     Returns:
-        Gradients of the weight and, for LayerNorm, of the bias, [dim] in fp32.
+        Partial sums [parts, 1 or 2, dim] in fp32 of the gradients of the weight and, for LayerNorm, of the bias.
     """
-    grad_out, summed = grad_out.contiguous(), summed.contiguous()
-    rows, rows_per_sample, block_d, block_rows, warps = _blocks(summed)
-    programs = min(cdiv(rows, block_rows), _PROGRAMS_PER_PROCESSOR * num_processors(summed))
-    rows_per_program = cdiv(cdiv(rows, max(programs, 1)), block_rows) * block_rows
-    programs = cdiv(rows, max(rows_per_program, 1))
-    vectors, dim = 2 if has_bias else 1, summed.shape[-1]
-    sums = torch.empty(programs, vectors, dim, dtype=torch.float32, device=summed.device)
-    grad_summed, scale = (None if t is None else t.contiguous() for t in (grad_summed, scale))
-    _launch_backward(
-        programs,
-        (grad_out, grad_summed, summed, scale, weight.contiguous(), moments, grad_residual, grad_x, sums),
-        (rows, rows_per_sample, rows_per_program),
-        (dim, block_d, block_rows, has_bias, is_normal),
-        warps,
-    )
-    total = sums.sum(dim=0)
-    return total[0], total[1] if has_bias else None
+    rows, dim = summed.numel() // summed.shape[-1], summed.shape[-1]
+    rows_per_sample = rows // max(summed.shape[0], 1)
+    launch = _backward_launch(rows, rows_per_sample, dim, has_bias, is_normal, num_processors(summed))
+    sums = summed.new_empty((launch.grid[0], 2 if has_bias else 1, dim), dtype=torch.float32)
+    launch(grad_out, grad_summed, summed, scale, weight, moments, grad_residual, grad_x, sums)
+    return sums
 
 
-def _blocks(x: Tensor) -> Tuple[int, int, int, int, int]:
-    """Rows of x, rows of a sample, and a program's channels and rows at a time, powers of 2, and warps."""
-    dim = x.shape[-1]
+@lru_cache(maxsize=MAX_PLANS)
+def _forward_launch(rows: int, rows_per_sample: int, dim: int, eps: float) -> Launch:
+    block_d, block_rows, warps = _block(dim)
+    constants = eps, dim, block_d, block_rows
+    return Launch(norm_kernel, cdiv(rows, block_rows), (rows, rows_per_sample), constants, warps)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _backward_launch(
+    rows: int, rows_per_sample: int, dim: int, has_bias: bool, is_normal: bool, processors: int
+) -> Launch:
+    block_d, block_rows, warps = _block(dim)
+    programs, rows_per_program = share_rows(rows, block_rows, _PROGRAMS_PER_PROCESSOR * processors)
+    sizes = rows, rows_per_sample, rows_per_program
+    return Launch(norm_backward_kernel, programs, sizes, (dim, block_d, block_rows, has_bias, is_normal), warps)
+
+
+def _block(dim: int) -> Tuple[int, int, int]:
+    """A program's channels and rows at a time, powers of 2, and warps."""
     block_d = next_power_of_2(dim)
-    block_rows = max(_BLOCK_ELEMENTS // block_d, 1)
-    return x.numel() // dim, x.shape[1:-1].numel(), block_d, block_rows, max(4, block_d // 512)
+    return block_d, max(_BLOCK_ELEMENTS // block_d, 1), max(4, block_d // 512)

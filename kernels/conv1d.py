@@ -1,5 +1,6 @@
 """Causal depthwise convolutions of sequences: Mamba's, and Vim's two, one along the sequence and one against it."""
 
+from functools import lru_cache
 from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ._check import check, check_that
 from ._device import sigmoid
-from ._launch import Launcher, cdiv, num_processors, runs_on_triton, tl, triton
+from ._launch import MAX_PLANS, Launch, cdiv, num_processors, runs_on_triton, tl, triton
 from ._operator import Operator
 
 NUM_DIRECTIONS = 2
@@ -147,7 +148,7 @@ def _packed_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor], seq_idx: T
 
 def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, triton: bool, save: bool) -> Tuple[Tensor]:
     if triton:
-        return (conv1d_forward(x, weight, bias, silu),)
+        return (conv1d_forward(x, weight.contiguous(), None if bias is None else bias.contiguous(), silu),)
     u = _convolve(x, weight, bias)
     return (_empty_output(x, weight).copy_(F.silu(u, inplace=True) if silu else u),)
 
@@ -156,7 +157,10 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
     (grad_u,), (x, weight, bias, silu, triton) = grads, inputs
     if triton:
         grad_x = torch.empty_like(x)
-        return grad_x, *conv1d_backward(grad_u, x, weight, bias, silu, grad_x)
+        contiguous = weight.contiguous(), None if bias is None else bias.contiguous()
+        total = conv1d_backward(grad_u, x, *contiguous, silu, grad_x).sum(dim=0)
+        grad_weight, grad_bias = total.split([weight.numel(), total.numel() - weight.numel()])
+        return grad_x, grad_weight.view(weight.shape), None if bias is None else grad_bias.view(bias.shape)
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_u, x_wide = grad_u.to(wide), x.to(wide)
     if silu:
@@ -343,11 +347,11 @@ def _add_direction(
 
 
 @triton.jit
-def _store_sums(target, sums, dim, has_channel, TAPS: tl.constexpr):
-    """Sums over the steps at the pointers [BLOCK_D]: the taps in the weight's order, then the bias."""
+def _store_sums(target, sums, row, weights, has_channel, TAPS: tl.constexpr):
+    """Sums over the steps, of rows [BLOCK_D] of the weight [weights], and of the bias after it."""
     for tap in tl.static_range(TAPS):
-        tl.store(target + (TAPS - 1 - tap) * dim, tl.sum(sums[tap], axis=0), mask=has_channel)
-    tl.store(target + TAPS * dim, tl.sum(sums[TAPS], axis=0), mask=has_channel)
+        tl.store(target + row * TAPS + (TAPS - 1 - tap), tl.sum(sums[tap], axis=0), mask=has_channel)
+    tl.store(target + weights + row, tl.sum(sums[TAPS], axis=0), mask=has_channel)
 
 
 @triton.jit(do_not_specialize_on_alignment=['seqlen', 'chunks', 'chunk_tiles'])
@@ -357,7 +361,7 @@ def conv1d_backward_kernel(
     weight,  # [DIRECTIONS, D, TAPS]
     bias,  # [DIRECTIONS, D], or None
     grad_x,  # [B, L, D], by its strides: written
-    sums,  # [B * chunks, DIRECTIONS, TAPS + 1, D]: written, parts of the gradients of weight and bias
+    sums,  # [B * chunks, DIRECTIONS * D * (TAPS + 1)]: written, parts of the gradients of weight and bias
     seqlen,
     dim,
     chunks,
@@ -389,7 +393,7 @@ def conv1d_backward_kernel(
     columns = x + batch * x_batch + (channel * x_channel)[None, :]
     grad_columns = grad_u + batch * grad_batch + (channel * grad_channel)[None, :]
     grad_x += batch * grad_x_batch + (channel * grad_x_channel)[None, :]
-    sums += row * (DIRECTIONS * (TAPS + 1)) * dim + channel
+    sums += row * (DIRECTIONS * (TAPS + 1)) * dim
 
     taps, shift = _load_parameters(weight, bias, 0, channel, has_channel, dim, TAPS)
     zero = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
@@ -428,13 +432,10 @@ def conv1d_backward_kernel(
             )
         mask = (step < seqlen)[:, None] & has_channel[None, :]
         tl.store(grad_x + step[:, None] * grad_x_step, grad.to(grad_x.dtype.element_ty), mask=mask)
-    _store_sums(sums, along, dim, has_channel, TAPS)
+    weights = DIRECTIONS * dim * TAPS
+    _store_sums(sums, along, channel, weights, has_channel, TAPS)
     if DIRECTIONS > 1:
-        _store_sums(sums + (TAPS + 1) * dim, against, dim, has_channel, TAPS)
-
-
-_launch = Launcher(conv1d_kernel)
-_launch_backward = Launcher(conv1d_backward_kernel)
+        _store_sums(sums, against, dim + channel, weights, has_channel, TAPS)
 
 
 def conv1d_forward(
@@ -444,31 +445,24 @@ def conv1d_forward(
 
     Args:
         x: [B, L, D] with any strides; fast where channels or steps are neighbours in memory.
-        weight: [K, D, w] with w of 1 to 4 taps, the last of which sees the present position; direction 0 looks back,
-            direction 1 ahead.
-        bias: [K, D].
+        weight: [K, D, w], contiguous, with w of 1 to 4 taps, the last of which sees the present position; direction 0
+            looks back, direction 1 ahead.
+        bias: [K, D], contiguous.
         silu: Apply SiLU.
         out: Where to write, [B, L, K, D] with any strides.
 
     Returns:
         u [B, L, K, D]: `out`, or a new tensor in x's dtype.
     """
-    batch, seqlen, dim = x.shape
-    directions, _, taps = weight.shape
     out = _empty_output(x, weight) if out is None else out
-    tile = _FORWARD_TILES[_layout(x)]
-    _launch(
-        cdiv(dim, tile.block_d) * cdiv(seqlen, tile.block_l) * batch,
-        (x, weight.contiguous(), None if bias is None else bias.contiguous(), out),
-        (seqlen, dim, x.stride(), out.stride()),
-        (directions, taps, silu, *tile, _is_wide(tile, seqlen, dim, x, out)),
-    )
+    launch = _forward_launch(x.shape, x.stride(), out.stride(), weight.shape[0], weight.shape[2], silu)
+    launch(x, weight, bias, out)
     return out
 
 
 def conv1d_backward(
     grad_u: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, grad_x: Tensor
-) -> Tuple[Tensor, Optional[Tensor]]:
+) -> Tensor:
     """Gradients of `conv1d_forward`, the same at every run: writes that of x into grad_x, and returns the others.
 
     The convolution before SiLU is recomputed from x.
@@ -478,31 +472,69 @@ def conv1d_backward(
         grad_x: Where to write, [B, L, D] with any strides.
 
     Returns:
-        Gradients of weight [K, D, w] and, if there is one, of bias [K, D], both in fp32.
+        Partial sums [parts, K * D * (w + 1)] in fp32 of the gradients of weight [K, D, w] and, after it, bias [K, D].
     """
-    batch, seqlen, dim = x.shape
-    directions, _, taps = weight.shape
-    tile = _BACKWARD_TILES[_layout(x)]
+    directions, dim, taps = weight.shape
+    strides = grad_u.stride(), x.stride(), grad_x.stride()
+    launch, parts = _backward_launch(x.shape, *strides, directions, taps, silu, num_processors(x))
+    sums = torch.empty(parts, directions * dim * (taps + 1), dtype=torch.float32, device=x.device)
+    launch(grad_u, x, weight, bias, grad_x, sums)
+    return sums
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _forward_launch(
+    shape: Tuple[int, int, int],
+    x_strides: Tuple[int, ...],
+    out_strides: Tuple[int, ...],
+    directions: int,
+    taps: int,
+    silu: bool,
+) -> Launch:
+    batch, seqlen, dim = shape
+    tile = _FORWARD_TILES[_layout(x_strides)]
+    wide = _is_wide(tile, seqlen, dim, x_strides, out_strides)
+    return Launch(
+        conv1d_kernel,
+        cdiv(dim, tile.block_d) * cdiv(seqlen, tile.block_l) * batch,
+        (seqlen, dim, x_strides, out_strides),
+        (directions, taps, silu, *tile, wide),
+    )
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _backward_launch(
+    shape: Tuple[int, int, int],
+    grad_strides: Tuple[int, ...],
+    x_strides: Tuple[int, ...],
+    grad_x_strides: Tuple[int, ...],
+    directions: int,
+    taps: int,
+    silu: bool,
+    processors: int,
+) -> Tuple[Launch, int]:
+    """The launch, and how many partial sums it leaves."""
+    batch, seqlen, dim = shape
+    tile = _BACKWARD_TILES[_layout(x_strides)]
     tiles, others = cdiv(seqlen, tile.block_l), batch * cdiv(dim, tile.block_d)
-    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(x), max(others, 1))
+    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * processors, max(others, 1))
     chunk_tiles = cdiv(tiles, max(min(wanted, tiles), 1))
     chunks = cdiv(tiles, max(chunk_tiles, 1))
-    sums = torch.empty(batch * chunks, directions, taps + 1, dim, dtype=torch.float32, device=x.device)
-    _launch_backward(
+    wide = _is_wide(tile, seqlen, dim, x_strides, grad_x_strides, grad_strides)
+    launch = Launch(
+        conv1d_backward_kernel,
         others * chunks,
-        (grad_u, x, weight.contiguous(), None if bias is None else bias.contiguous(), grad_x, sums),
-        (seqlen, dim, chunks, chunk_tiles, grad_u.stride(), x.stride(), grad_x.stride()),
-        (directions, taps, silu, *tile, _is_wide(tile, seqlen, dim, x, grad_x, grad_u)),
+        (seqlen, dim, chunks, chunk_tiles, grad_strides, x_strides, grad_x_strides),
+        (directions, taps, silu, *tile, wide),
     )
-    total = sums.sum(dim=0)
-    return total[:, :taps].transpose(1, 2), None if bias is None else total[:, taps]
+    return launch, batch * chunks
 
 
-def _layout(x: Tensor) -> str:
-    return 'steps_last' if x.stride(1) == 1 != x.stride(2) else 'channels_last'
+def _layout(strides: Tuple[int, ...]) -> str:
+    return 'steps_last' if strides[1] == 1 != strides[2] else 'channels_last'
 
 
-def _is_wide(tile: _Tile, seqlen: int, dim: int, *tensors: Tensor) -> bool:
+def _is_wide(tile: _Tile, seqlen: int, dim: int, *strides: Tuple[int, ...]) -> bool:
     """Whether offsets within an entry of the batch, also of tiles that overhang, may need more than 32 bits."""
     steps, channels = seqlen + tile.block_l + MAX_TAPS, dim + tile.block_d
-    return any(steps * tensor.stride(1) + channels * tensor.stride(-1) >= 2**31 for tensor in tensors)
+    return any(steps * stride[1] + channels * stride[-1] >= 2**31 for stride in strides)

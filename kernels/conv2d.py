@@ -1,6 +1,6 @@
 """VMamba's depthwise convolution of a channels-last map, with the activation that follows.
 
-The Triton kernels take small odd windows and zero padding. Both are bound by memory. A program walks down a strip, ROWS
+The Triton kernels take small odd windows and zero padding. Both are bound by memory. A program walks down a tile, ROWS
 rows of BLOCK_W pixels of BLOCK_D channels: of each row of the map it loads KERNEL tiles, a pixel apart, and keeps those
 of the last KERNEL rows. So a thread loads an element KERNEL times instead of KERNEL^2, all but the first from a cache.
 Rows are loaded AHEAD rows before they are needed, since a load cannot pass the stores before it. The walk is written
@@ -13,6 +13,7 @@ and sums the gradients of weight and bias while it holds the tiles of x; the sec
 in reverse order.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ._check import check, check_that
 from ._device import fast_sigmoid
-from ._launch import Launcher, cdiv, is_nvidia, num_processors, runs_on_triton, tl, triton
+from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, num_processors, runs_on_triton, tl, triton
 from ._operator import Operator
 
 MAX_WINDOW = 5  # of the Triton kernels
@@ -32,7 +33,7 @@ _PROGRAMS_PER_PROCESSOR = 16
 _BACKWARD_REGISTERS = 128
 
 
-class _Strip(NamedTuple):
+class _Tile(NamedTuple):
     """What a program holds: rows that it walks down, of which it loads some ahead, and pixels of each."""
 
     rows: int
@@ -75,11 +76,15 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, save: bool) -> Tuple[Tensor]:
-    return (conv2d_forward(x, weight, bias, silu),)
+    return (conv2d_forward(x, weight.contiguous(), None if bias is None else bias.contiguous(), silu),)
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
-    return conv2d_backward(*grads, *inputs)
+    (grad_out,), (x, weight, bias, silu) = grads, inputs
+    contiguous = weight.contiguous(), None if bias is None else bias.contiguous()
+    grad_x, sums = conv2d_backward(grad_out, x, *contiguous, silu)
+    grad_weight, grad_bias = sums.sum(dim=0).split([weight.numel(), x.shape[-1]])
+    return grad_x, grad_weight.view(weight.shape), None if bias is None else grad_bias
 
 
 def _like(x: Tensor, *others: Any) -> Tuple[Tensor]:
@@ -157,14 +162,14 @@ def conv2d_kernel(
     WIDE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """One program computes a strip of one entry of the batch."""
+    """One program computes a tile of one entry of the batch."""
     x_batch, x_row, x_pixel, x_channel = x_strides
     pid = tl.program_id(0)
-    channel_blocks, pixel_blocks, strips = tl.cdiv(dim, BLOCK_D), tl.cdiv(width, BLOCK_W), tl.cdiv(height, ROWS)
+    channel_blocks, pixel_blocks, row_blocks = tl.cdiv(dim, BLOCK_D), tl.cdiv(width, BLOCK_W), tl.cdiv(height, ROWS)
     channel = pid % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     pixel = pid // channel_blocks % pixel_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-    top = pid // channel_blocks // pixel_blocks % strips * ROWS
-    batch = (pid // channel_blocks // pixel_blocks // strips).to(tl.int64)
+    top = pid // channel_blocks // pixel_blocks % row_blocks * ROWS
+    batch = (pid // channel_blocks // pixel_blocks // row_blocks).to(tl.int64)
     if WIDE:
         channel, pixel, top = channel.to(tl.int64), pixel.to(tl.int64), top.to(tl.int64)
     has_channel = channel < dim
@@ -198,19 +203,19 @@ def _add_products(sums, grad, window, KERNEL: tl.constexpr):
     return added + (sums[KERNEL * KERNEL] + grad,)
 
 
-@triton.jit(do_not_specialize_on_alignment=['batch_size', 'height', 'width', 'chunk_strips'])
+@triton.jit(do_not_specialize_on_alignment=['batch_size', 'height', 'width', 'chunk_tiles'])
 def conv2d_backward_kernel(
     grad_out,  # [B, H, W, D], by its strides
     x,  # [B, H, W, D], by its strides
     weight,  # [D, KERNEL, KERNEL]
     bias,  # [D], or None
     grad_pre,  # [B, H, W, D]: written with SILU, the gradient before the activation; without, that is grad_out
-    sums,  # [chunks, KERNEL^2 + 1, D]: written, parts of the gradients of weight and bias
+    sums,  # [chunks, D * (KERNEL^2 + 1)]: written, parts of the gradients of weight and bias
     batch_size,
     height,
     width,
     dim,
-    chunk_strips,
+    chunk_tiles,
     grad_strides,
     x_strides,
     KERNEL: tl.constexpr,
@@ -222,11 +227,11 @@ def conv2d_backward_kernel(
     WIDE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """One program walks a chunk of strips of BLOCK_D channels, which are counted down the columns of the maps."""
+    """One program walks a chunk of tiles of BLOCK_D channels, which are counted down the columns of the maps."""
     grad_batch, grad_row, grad_pixel, grad_channel = grad_strides
     x_batch, x_row, x_pixel, x_channel = x_strides
     pid = tl.program_id(0)
-    channel_blocks, pixel_blocks, strips = tl.cdiv(dim, BLOCK_D), tl.cdiv(width, BLOCK_W), tl.cdiv(height, ROWS)
+    channel_blocks, pixel_blocks, row_blocks = tl.cdiv(dim, BLOCK_D), tl.cdiv(width, BLOCK_W), tl.cdiv(height, ROWS)
     channel = pid % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     chunk = pid // channel_blocks
     if WIDE:
@@ -237,11 +242,11 @@ def conv2d_backward_kernel(
     for _ in tl.static_range(KERNEL * KERNEL + 1):
         totals += (tl.zeros([BLOCK_W, BLOCK_D], tl.float32),)
 
-    first = chunk * chunk_strips
-    for strip in range(first, min(first + chunk_strips, batch_size * pixel_blocks * strips)):
-        top = strip % strips * ROWS
-        pixel = strip // strips % pixel_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-        batch = (strip // strips // pixel_blocks).to(tl.int64)
+    first = chunk * chunk_tiles
+    for tile in range(first, min(first + chunk_tiles, batch_size * pixel_blocks * row_blocks)):
+        top = tile % row_blocks * ROWS
+        pixel = tile // row_blocks % pixel_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+        batch = (tile // row_blocks // pixel_blocks).to(tl.int64)
         if WIDE:
             pixel, top = pixel.to(tl.int64), top.to(tl.int64)
         columns = x + batch * x_batch + (pixel[:, None] * x_pixel + channel[None, :] * x_channel)
@@ -273,13 +278,11 @@ def conv2d_backward_kernel(
             totals = _add_products(totals, grad, window, KERNEL)
             window, grad_window = window[KERNEL:], grad_window[1:]
 
-    sums += chunk.to(tl.int64) * (KERNEL * KERNEL + 1) * dim + channel
-    for tap in tl.static_range(KERNEL * KERNEL + 1):
-        tl.store(sums + tap * dim, tl.sum(totals[tap], axis=0), mask=has_channel)
-
-
-_launch = Launcher(conv2d_kernel)
-_launch_backward = Launcher(conv2d_backward_kernel)
+    sums += chunk.to(tl.int64) * (KERNEL * KERNEL + 1) * dim
+    for tap in tl.static_range(KERNEL * KERNEL):
+        tl.store(sums + channel * (KERNEL * KERNEL) + tap, tl.sum(totals[tap], axis=0), mask=has_channel)
+    bias_sums = sums + dim * (KERNEL * KERNEL) + channel
+    tl.store(bias_sums, tl.sum(totals[KERNEL * KERNEL], axis=0), mask=has_channel)
 
 
 def conv2d_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, flip: bool = False) -> Tensor:
@@ -287,31 +290,22 @@ def conv2d_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
 
     Args:
         x: [B, H, W, D] with any strides; fast where channels are neighbours in memory.
-        weight: [D, k, k] with odd k up to 5.
-        bias: [D].
+        weight: [D, k, k], contiguous, with odd k up to 5.
+        bias: [D], contiguous.
         silu: Apply SiLU.
         flip: Take the taps in reverse order, which makes the convolution's adjoint.
 
     Returns:
         [B, H, W, D] in x's dtype, contiguous.
     """
-    batch, height, width, dim = x.shape
-    kernel = weight.shape[1]
     out = x.new_empty(x.shape)
-    strip = _strip_of(x, kernel, ahead=2)
-    _launch(
-        cdiv(dim, _BLOCK_D) * cdiv(width, strip.block_w) * cdiv(height, strip.rows) * batch,
-        (x, weight.contiguous(), None if bias is None else bias.contiguous(), out),
-        (height, width, dim, x.stride()),
-        (kernel, silu, flip, *strip, _BLOCK_D, _is_wide(strip, x), is_nvidia(x)),
-        warps=strip.block_w // 4,  # four channels for a thread
-    )
+    _forward_launch(x.shape, x.stride(), weight.shape[-1], silu, flip, is_nvidia(x))(x, weight, bias, out)
     return out
 
 
 def conv2d_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> Tuple[Tensor, Tensor]:
     """Gradients of `conv2d_forward`, the same at every run.
 
     The convolution before SiLU is recomputed from x; its gradient is rounded to x's dtype on the way to that of x.
@@ -320,46 +314,76 @@ def conv2d_backward(
         grad_out: Gradient of the output [B, H, W, D] with any strides.
 
     Returns:
-        Gradients of x in its dtype, contiguous; of weight; and, if there is one, of bias; the latter two in fp32.
+        Gradient of x in its dtype, contiguous; and partial sums [parts, D * (k * k + 1)] in fp32 of those of weight
+        [D, k, k] and, after it, bias [D].
     """
-    batch, height, width, dim = x.shape
-    kernel = weight.shape[1]
-    strip = _strip_of(x, kernel, ahead=1)
-    blocks, strips = cdiv(dim, _BLOCK_D), batch * cdiv(height, strip.rows) * cdiv(width, strip.block_w)
-    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * num_processors(x), max(blocks, 1))
-    chunk_strips = cdiv(strips, max(min(wanted, strips), 1))
-    chunks = cdiv(strips, max(chunk_strips, 1))
-    sums = torch.empty(chunks, kernel * kernel + 1, dim, dtype=torch.float32, device=x.device)
+    kernel, dim = weight.shape[-1], x.shape[-1]
+    strides = grad_out.stride(), x.stride()
+    launch, parts = _backward_launch(x.shape, *strides, kernel, silu, is_nvidia(x), num_processors(x))
+    sums = torch.empty(parts, dim * (kernel * kernel + 1), dtype=torch.float32, device=x.device)
     grad_pre = x.new_empty(x.shape) if silu else grad_out
-    nvidia = is_nvidia(x)
-    _launch_backward(
+    launch(grad_out, x, weight, bias, grad_pre, sums)
+    return conv2d_forward(grad_pre, weight, None, silu=False, flip=True), sums
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _forward_launch(
+    shape: Tuple[int, int, int, int], strides: Tuple[int, ...], kernel: int, silu: bool, flip: bool, nvidia: bool
+) -> Launch:
+    batch, height, width, dim = shape
+    tile = _tile_of(shape, kernel, ahead=2)
+    return Launch(
+        conv2d_kernel,
+        cdiv(dim, _BLOCK_D) * cdiv(width, tile.block_w) * cdiv(height, tile.rows) * batch,
+        (height, width, dim, strides),
+        (kernel, silu, flip, *tile, _BLOCK_D, _is_wide(tile, shape, strides), nvidia),
+        warps=tile.block_w // 4,  # four channels for a thread
+    )
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _backward_launch(
+    shape: Tuple[int, int, int, int],
+    grad_strides: Tuple[int, ...],
+    x_strides: Tuple[int, ...],
+    kernel: int,
+    silu: bool,
+    nvidia: bool,
+    processors: int,
+) -> Tuple[Launch, int]:
+    """The launch, and how many partial sums it leaves."""
+    batch, height, width, dim = shape
+    tile = _tile_of(shape, kernel, ahead=1)
+    blocks, tiles = cdiv(dim, _BLOCK_D), batch * cdiv(height, tile.rows) * cdiv(width, tile.block_w)
+    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * processors, max(blocks, 1))
+    chunk_tiles = cdiv(tiles, max(min(wanted, tiles), 1))
+    chunks = cdiv(tiles, max(chunk_tiles, 1))
+    launch = Launch(
+        conv2d_backward_kernel,
         blocks * chunks,
-        (grad_out, x, weight.contiguous(), None if bias is None else bias.contiguous(), grad_pre, sums),
-        (batch, height, width, dim, chunk_strips, grad_out.stride(), x.stride()),
-        (kernel, silu, *strip, _BLOCK_D, _is_wide(strip, x, grad_out), nvidia),
-        warps=strip.block_w // 2,  # two channels for a thread, which keeps the sums of all taps for each
+        (batch, height, width, dim, chunk_tiles, grad_strides, x_strides),
+        (kernel, silu, *tile, _BLOCK_D, _is_wide(tile, shape, x_strides, grad_strides), nvidia),
+        warps=tile.block_w // 2,  # two channels for a thread, which keeps the sums of all taps for each
         registers=_BACKWARD_REGISTERS if nvidia and kernel <= 3 else None,
     )
-    total = sums.sum(dim=0)
-    grad_x = conv2d_forward(grad_pre, weight, None, silu=False, flip=True)
-    return grad_x, total[:-1].t().reshape(weight.shape), None if bias is None else total[-1]
+    return launch, chunks
 
 
-def _strip_of(x: Tensor, kernel: int, ahead: int) -> _Strip:
-    """The strips of x [B, H, W, D].
+def _tile_of(shape: Tuple[int, int, int, int], kernel: int, ahead: int) -> _Tile:
+    """The tiles of a map [B, H, W, D].
 
     Rows are written out in the kernel, so that there are few of them, fewer if a row has many taps; they are all alike,
     to leave little at the end. Eight pixels are taken where an eighth of sixteen or more would stay empty.
     """
-    _, height, width, _ = x.shape
+    _, height, width, _ = shape
     rows = cdiv(height, cdiv(height, 8 if kernel <= 3 else 4)) if height else 1
     block_w = 8 if 8 * 16 * cdiv(width, 16) >= 9 * width else 16
-    return _Strip(rows, min(ahead, rows), block_w)
+    return _Tile(rows, min(ahead, rows), block_w)
 
 
-def _is_wide(strip: _Strip, x: Tensor, *others: Tensor) -> bool:
-    """Whether offsets within an entry of the batch, also of strips that overhang, may need more than 32 bits."""
-    height, width, dim = x.shape[1] + 2 * strip.rows, x.shape[2] + 2 * strip.block_w, x.shape[3] + _BLOCK_D
+def _is_wide(tile: _Tile, shape: Tuple[int, int, int, int], *strides: Tuple[int, ...]) -> bool:
+    """Whether offsets within an entry of the batch, also of tiles that overhang, may need more than 32 bits."""
+    height, width, dim = shape[1] + 2 * tile.rows, shape[2] + 2 * tile.block_w, shape[3] + _BLOCK_D
     contiguous = width * dim, dim, 1
-    strides = contiguous, *(tensor.stride()[1:] for tensor in (x, *others))
-    return any(height * row + width * pixel + dim * channel >= 2**31 for row, pixel, channel in strides)
+    offsets = contiguous, *(stride[1:] for stride in strides)
+    return any(height * row + width * pixel + dim * channel >= 2**31 for row, pixel, channel in offsets)

@@ -3,7 +3,8 @@
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
 
-from typing import Optional
+from functools import lru_cache
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ._check import check, check_that
 from ._device import LN2, LOG2_E, sigmoid, softplus_log2
-from ._launch import Launcher, cdiv, is_nvidia, next_power_of_2, on_device, runs_on_triton, tl, triton
+from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_device, runs_on_triton, tl, triton
 from ._operator import is_watched
 
 _BLOCK_ELEMENTS = 512  # of the state, in a program
@@ -219,9 +220,6 @@ def state_update_kernel(
     tl.store(out + batch * heads * dim + row, y.to(out.dtype.element_ty), mask=has_channel)
 
 
-_launch = Launcher(state_update_kernel)
-
-
 def _run_update(
     state: Tensor,
     x: Tensor,
@@ -237,28 +235,39 @@ def _run_update(
 ) -> Tensor:
     """Updates state [entries, heads, dim, N] and returns y [batch, heads, dim]; see `selective_state_update`."""
     out = x.new_empty(x.shape)
-    batch, heads, dim = x.shape
-    dstate = state.shape[-1]
-    block_n = next_power_of_2(dstate)
-    block_d = min(max(_BLOCK_ELEMENTS // block_n, 1), next_power_of_2(dim))
     with on_device(x):
         tied = _is_tied(dt, 1) and _is_tied(A, 2) and all(t is None or _is_tied(t, 1) for t in (D, dt_bias))
         if tied:
             dt, A = dt[..., 0], A[:, 0, 0]
             D, dt_bias = (None if t is None else t[:, 0] for t in (D, dt_bias))
         A, D, dt_bias, indices = (None if t is None else t.contiguous() for t in (A, D, dt_bias, indices))
-        rows = [None if t is None else _unit_stride(t.flatten(1)) for t in (x, dt, B, C, z)]
-        x, dt, flat_B, flat_C, z = rows
+        groups = B.shape[1]
+        x, dt, B, C, z = rows = [None if t is None else _unit_stride(t.flatten(1)) for t in (x, dt, B, C, z)]
         updated = state.contiguous()
-        _launch(
-            batch * heads * cdiv(dim, block_d),
-            (updated, x, dt, A, flat_B, flat_C, D, z, dt_bias, indices, out),
-            (heads, dim, heads // B.shape[1], tuple([0 if row is None else row.stride(0) for row in rows])),
-            (dstate, tied, softplus, is_nvidia(out), block_d, block_n),
-        )
+        strides = tuple([0 if row is None else row.stride(0) for row in rows])
+        launch = _launch_of(out.shape, groups, state.shape[-1], strides, tied, softplus, is_nvidia(out))
+        launch(updated, x, dt, A, B, C, D, z, dt_bias, indices, out)
         if updated is not state:
             state.copy_(updated)
     return out
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _launch_of(
+    shape: Tuple[int, int, int],
+    groups: int,
+    dstate: int,
+    strides: Tuple[int, ...],
+    tied: bool,
+    softplus: bool,
+    nvidia: bool,
+) -> Launch:
+    batch, heads, dim = shape
+    block_n = next_power_of_2(dstate)
+    block_d = min(max(_BLOCK_ELEMENTS // block_n, 1), next_power_of_2(dim))
+    constants = dstate, tied, softplus, nvidia, block_d, block_n
+    grid = batch * heads * cdiv(dim, block_d)
+    return Launch(state_update_kernel, grid, (heads, dim, heads // groups, strides), constants)
 
 
 _operator = torch.library.custom_op('vmamba::selective_state_update', _run_update, mutates_args=('state',))

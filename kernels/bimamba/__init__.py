@@ -193,15 +193,19 @@ def _arguments(
     layout = Layout(dt_weight.shape[-1], A.shape[-1])
     projections = layout.x_proj(x_proj_weight, xz.dtype), layout.dt_proj(dt_weight, xz.dtype)
     dt_bias, A, D = dt_bias.contiguous(), A.float().contiguous(), D.contiguous()
-    return (xz.contiguous(), conv_weight, conv_bias, *projections, dt_bias, A, D), layout
+    conv = conv_weight.contiguous(), conv_bias.contiguous()
+    return (xz.contiguous(), *conv, *projections, dt_bias, A, D), layout
 
 
 def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
     arguments, layout = _arguments(*inputs)
     grads = core_backward(grads[0].contiguous(), *arguments, CoreOutputs(None, *saved))
-    grad_dt_weight = grads.dt_proj[..., : layout.rank]
-    parameters = layout.of_x_proj(grads.x_proj), grad_dt_weight, grads.dt_bias, grads.A, grads.D
-    return grads.xz, grads.conv_weight, grads.conv_bias, *parameters
+    _, conv_weight, conv_bias, *_, A, D = inputs
+    grad_conv_weight, grad_conv_bias = grads.conv.sum(dim=0).split([conv_weight.numel(), conv_bias.numel()])
+    grad_D, grad_dt_bias, grad_A = grads.scans.sum(dim=0).split([D.numel(), D.numel(), A.numel()])
+    projections = layout.of_x_proj(grads.x_proj), grads.dt_proj[..., : layout.rank]
+    grads_conv = grad_conv_weight.view(conv_weight.shape), grad_conv_bias.view(conv_bias.shape)
+    return grads.xz, *grads_conv, *projections, grad_dt_bias.view(D.shape), grad_A.view(A.shape), grad_D.view(D.shape)
 
 
 def _like_core(

@@ -1,12 +1,13 @@
 """The end of Vim's bidirectional Mamba: both directions' outputs are averaged and gated, in one pass each way."""
 
-from typing import Optional, Tuple
+from functools import lru_cache
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .._device import sigmoid
-from .._launch import Launcher, cdiv, tl, triton
+from .._launch import MAX_PLANS, Launch, cdiv, tl, triton
 
 _BLOCK = 16, 128  # rows and channels of a program
 
@@ -71,10 +72,6 @@ def gate_backward_kernel(
         tl.store(out + place, (average * gate * opened).to(out.dtype.element_ty), mask=mask)
 
 
-_gate = Launcher(gate_kernel)
-_gate_backward = Launcher(gate_backward_kernel)
-
-
 def gate_forward(y: Tensor, z: Tensor, save: bool) -> Tuple[Tensor, Optional[Tensor]]:
     """(y[0] + y[1]) / 2 * silu(z) [B, L, D], and with `save` the mean of y.
 
@@ -82,27 +79,31 @@ def gate_forward(y: Tensor, z: Tensor, save: bool) -> Tuple[Tensor, Optional[Ten
         y: [2, B, L, D], contiguous.
         z: [B, L, D], a slice of the channels of a contiguous tensor.
     """
-    out = torch.empty_like(y[0])
+    out = y.new_empty(z.shape)
     mean = torch.empty_like(out) if save else None
-    programs, sizes = _sizes(z)
-    _gate(programs, (y, z, mean, out), sizes, _BLOCK)
+    _launch_of(gate_kernel, *_sizes(z))(y, z, mean, out)
     return out, mean
 
 
 def gate_backward(
     grad_out: Tensor, mean: Tensor, z: Tensor, grad_z: Tensor, recompute_out: bool = False
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """The gradient of either of y [B, L, D], and the output if it is wanted; writes z's gradient into grad_z, which lies
-    like z."""
+    """The gradient of either of y [B, L, D], and the output if it is wanted; writes z's gradient into grad_z, which
+    lies like z."""
     grad_y = torch.empty_like(mean)
     out = torch.empty_like(mean) if recompute_out else None
-    programs, sizes = _sizes(z)
-    _gate_backward(programs, (grad_out, mean, z, grad_y, grad_z, out), sizes, _BLOCK)
+    _launch_of(gate_backward_kernel, *_sizes(z))(grad_out, mean, z, grad_y, grad_z, out)
     return grad_y, out
 
 
-def _sizes(z: Tensor) -> Tuple[int, Tuple[int, int, int]]:
-    rows, dim = z.shape[0] * z.shape[1], z.shape[2]
-    row = z.stride(1) if z.shape[1] > 1 else z.stride(0)  # of one row a contiguous tensor may have any stride
+@lru_cache(maxsize=MAX_PLANS)
+def _launch_of(kernel: Any, rows: int, dim: int, z_row: int) -> Launch:
     block_rows, block_d = _BLOCK
-    return cdiv(rows, block_rows) * cdiv(dim, block_d), (rows, dim, row)
+    return Launch(kernel, cdiv(rows, block_rows) * cdiv(dim, block_d), (rows, dim, z_row), _BLOCK)
+
+
+def _sizes(z: Tensor) -> Tuple[int, int, int]:
+    """Rows, channels, and the stride of rows."""
+    batch, seqlen, dim = z.shape
+    # Of one row a contiguous tensor may have any stride.
+    return batch * seqlen, dim, z.stride(1) if seqlen > 1 else z.stride(0)

@@ -65,17 +65,14 @@ class CoreOutputs(NamedTuple):
 
 
 class CoreGradients(NamedTuple):
-    """Gradients of xz; of the weights as they are laid out, in their dtype; of the other parameters in fp32; and the
-    output, if it is wanted."""
+    """Gradients of xz; of the weights as they are laid out, in their dtype; as partial sums in fp32 those of the
+    convolutions and of the scans (see `conv1d_backward` and `ScanGradients`); and the output, if it is wanted."""
 
     xz: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor
     x_proj: Tensor
     dt_proj: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
+    conv: Tensor
+    scans: Tensor
     out: Optional[Tensor]
 
 
@@ -139,8 +136,8 @@ def core_backward(
     projected = grad_x_dbl.flatten(1, 2)
     grad_u.flatten(1, 2).baddbmm_(projected, x_proj)
     grad_x_proj = _product(projected.mT, u.flatten(1, 2))
-    grads_conv = conv1d_backward(grad_u.permute(1, 2, 0, 3), x, conv_weight, conv_bias, True, grad_x)
-    return CoreGradients(grad_xz, *grads_conv, grad_x_proj, grad_dt_proj, grads.delta_bias, grads.A, grads.D, out)
+    grad_conv = conv1d_backward(grad_u.permute(1, 2, 0, 3), x, conv_weight, conv_bias, True, grad_x)
+    return CoreGradients(grad_xz, grad_x_proj, grad_dt_proj, grad_conv, grads.parameters, out)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

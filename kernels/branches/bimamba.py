@@ -3,15 +3,15 @@
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._launch import on_device
 from ..add_norm import norm_backward, norm_forward
 from ..bimamba.launch import CoreOutputs, Layout, core_backward, core_forward
-from .elementwise import WeightLayout, add, affine, lay_out_weights, scale_to
-from .products import input_gradient, rows_of, weight_gradient
+from .elementwise import add, prepare
+from .parameters import WeightLayout, lay_out_weights, sum_parts
+from .products import input_gradient, linear, rows_of, weight_gradient
 
 
 class _Arguments(NamedTuple):
@@ -112,25 +112,29 @@ class _BiMambaBranch(torch.autograd.Function):
         layout = Layout(dt_weight.shape[-1], A_log.shape[-1])
         with on_device(grad):
             grad = grad.contiguous()
-            grad_y = rows_of(scale_to(grad, scale, saved.normal.dtype)[0])
+            grad_y, normalised, _ = prepare(grad, scale, saved.normal, norm_weight, None)
             grad_out = input_gradient(grad_y, saved.out_proj).view(saved.mean.shape)
             weights = conv_weight, conv_bias, saved.x_proj, saved.dt_proj, dt_bias, saved.A, D
             outputs = CoreOutputs(None, saved.x_dbl, saved.mean, saved.states)
             core = core_backward(grad_out, saved.xz, *weights, outputs, log_A=True, recompute_out=True)
             grad_out_proj_weight = weight_gradient(grad_y, rows_of(core.out), out_proj_weight.dtype)
-            normalised = rows_of(affine(saved.normal, norm_weight, None))
             grad_xz = rows_of(core.xz)
             grad_in_proj_weight = weight_gradient(grad_xz, normalised, in_proj_weight.dtype)
             grad_normalised = input_gradient(grad_xz, saved.in_proj)
             grad_x = torch.empty_like(grad)
-            grad_norm_weight, _ = norm_backward(
+            sums_norm = norm_backward(
                 grad_normalised, saved.normal, norm_weight, saved.moments, False, grad_x, grad, is_normal=True
             )
-            grad_x_proj_weight = layout.of_x_proj(core.x_proj).to(x_proj_weight.dtype)
-            grad_dt_weight = core.dt_proj[..., : layout.rank].to(dt_weight.dtype)
+            grad_norm_weight, grad_conv_weight, grad_conv_bias, grad_D, grad_dt_bias, grad_A = sum_parts(
+                (sums_norm, (norm_weight.shape,)),
+                (core.conv, (conv_weight.shape, conv_bias.shape)),
+                (core.scans, (D.shape, dt_bias.shape, A_log.shape)),
+            )
+            grad_x_proj_weight = layout.of_x_proj(core.x_proj)
+            grad_dt_weight = core.dt_proj[..., : layout.rank]
         return (
-            *(grad_x, grad_norm_weight, None, grad_in_proj_weight, core.conv_weight, core.conv_bias),
-            *(grad_x_proj_weight, grad_dt_weight, core.dt_bias, core.A, core.D, grad_out_proj_weight, None, None),
+            *(grad_x, grad_norm_weight, None, grad_in_proj_weight, grad_conv_weight, grad_conv_bias),
+            *(grad_x_proj_weight, grad_dt_weight, grad_dt_bias, grad_A, grad_D, grad_out_proj_weight, None, None),
         )
 
 
@@ -145,10 +149,10 @@ def _forward(arguments: _Arguments, save: bool) -> Tuple[Tensor, Optional[_Saved
         (None, None, *_layouts(layout, a.x_proj_weight, a.dt_weight)),
     )
     normalised, normal, moments = norm_forward(x, a.norm_weight, None, a.norm_eps, a.dtype, save, save_normal=save)
-    xz = F.linear(normalised, in_proj)
+    xz = linear(normalised, in_proj)
     del normalised
     core = core_forward(xz, a.conv_weight, a.conv_bias, x_proj, dt_proj, a.dt_bias, A, a.D, save)
-    out = add(x, F.linear(core.out, out_proj), a.scale)
+    out = add(x, linear(core.out, out_proj), a.scale)
     if not save:
         return out, None
     weights = in_proj, out_proj, x_proj, dt_proj, A

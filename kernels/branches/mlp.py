@@ -1,5 +1,6 @@
 """The MLP of a residual block with its norm and its residual connection, as one function of its tensors."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._device import gelu
-from .._launch import Launcher, cdiv, is_nvidia, on_device, tl, triton
+from .._launch import MAX_PLANS, Launch, cdiv, is_nvidia, on_device, tl, triton
 from ..add_norm import norm_backward, norm_forward
-from .elementwise import add, affine, gelu_backward_, lay_out_weights, scale_to
+from .elementwise import add, gelu_backward_, prepare
+from .parameters import lay_out_weights, sum_parts
 from .products import input_gradient, rows_of, weight_gradient
 
 # Bytes of the hidden map that inference holds at a time: enough rows to fill a GPU.
@@ -107,32 +109,33 @@ class _MlpBranch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         norm_weight, norm_bias, fc1_weight, scale, *saved = ctx.saved_tensors
         saved = _Saved(*saved)
+        hidden_dim, dim = fc1_weight.shape
         with on_device(grad):
             grad = grad.contiguous()
-            grad_y, grad_fc2_bias = scale_to(grad, scale, saved.normal.dtype, sum_rows=True)
-            normalised = rows_of(affine(saved.normal, norm_weight, norm_bias))
+            grad_y, normalised, sums_y = prepare(grad, scale, saved.normal, norm_weight, norm_bias, sum_rows=True)
             hidden = saved.hidden
             if hidden is None:
                 hidden = torch.addmm(saved.fc1_bias, normalised, saved.fc1_weight.t())
-            grad_y = rows_of(grad_y)
             grad_hidden = input_gradient(grad_y, saved.fc2_weight)
-            activated, grad_fc1_bias = gelu_backward_(grad_hidden, hidden)
-            dtype = fc1_weight.dtype
-            grad_fc2_weight = weight_gradient(grad_y, activated, dtype)
-            grad_fc1_weight = weight_gradient(grad_hidden, normalised, dtype)
+            sums_hidden = gelu_backward_(grad_hidden, hidden)
+            grad_fc2_weight = weight_gradient(grad_y, hidden, fc1_weight.dtype)
+            grad_fc1_weight = weight_gradient(grad_hidden, normalised, fc1_weight.dtype)
             grad_normalised = input_gradient(grad_hidden, saved.fc1_weight)
             grad_x = torch.empty_like(grad)
-            grads_norm = norm_backward(
+            sums_norm = norm_backward(
                 grad_normalised, saved.normal, norm_weight, saved.moments, True, grad_x, grad, is_normal=True
             )
+            grad_norm_weight, grad_norm_bias, grad_fc1_bias, grad_fc2_bias = sum_parts(
+                (sums_norm, ((dim,), (dim,))), (sums_hidden, ((hidden_dim,),)), (sums_y, ((dim,),))
+            )
         grads = grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias
-        return grad_x, *grads_norm, None, *grads, None, None
+        return grad_x, grad_norm_weight, grad_norm_bias, None, *grads, None, None
 
 
 def _forward(arguments: _Arguments, save: bool) -> Tuple[Tensor, Optional[_Saved]]:
     x, norm_weight, norm_bias, norm_eps, *weights, scale, dtype = arguments
     x = x.contiguous()
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights = lay_out_weights(weights, dtype)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights = lay_out_weights(tuple(weights), dtype)
     tile = _tile_of(x, fc1_weight)
     if tile is not None:
         out, *saved = _run_kernel(x, norm_weight, norm_bias, norm_eps, weights, scale, save, tile)
@@ -226,9 +229,6 @@ def mlp_kernel(
     tl.store(out + offset + b[None, :], x_b + y_b, mask=has_row)
 
 
-_launch = Launcher(mlp_kernel)
-
-
 def _parts_of(dim: int) -> Optional[Tuple[int, int]]:
     """Two powers of 2 of at least 16 that make the channels, or None."""
     first = 1 << (dim.bit_length() - 1)
@@ -258,16 +258,17 @@ def _run_kernel(
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """The branch; and with `save` the map normalised before weight and bias, and reciprocal deviations [1, rows]."""
     hidden, dim = weights[0].shape
+    shape = x.shape
     rows = x.numel() // dim
     out = torch.empty_like(x)
     normal = torch.empty_like(x, dtype=weights[0].dtype) if save else None
     moments = x.new_empty(1, rows) if save else None
-    constants = norm_eps, dim, hidden, *_parts_of(dim), tile.rows, tile.block_h, tile.stages, is_nvidia(x)
-    _launch(
-        cdiv(rows, tile.rows),
-        (x, norm_weight, norm_bias, *weights, scale, out, normal, moments),
-        (rows, x.shape[1:-1].numel()),
-        constants,
-        tile.warps,
-    )
+    launch = _launch(rows, shape[0], dim, hidden, norm_eps, tile, is_nvidia(x))
+    launch(x, norm_weight, norm_bias, *weights, scale, out, normal, moments)
     return out, normal, moments
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _launch(rows: int, samples: int, dim: int, hidden: int, eps: float, tile: _Tile, nvidia: bool) -> Launch:
+    constants = eps, dim, hidden, *_parts_of(dim), tile.rows, tile.block_h, tile.stages, nvidia
+    return Launch(mlp_kernel, cdiv(rows, tile.rows), (rows, rows // samples), constants, tile.warps)

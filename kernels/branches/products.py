@@ -12,6 +12,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., in] and [out, in] -> [..., out]"""
+    return torch.mm(rows_of(x), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """Gradient of a linear layer's input, [rows, out] and [out, in] -> [rows, in]."""
     return torch.mm(grad, weight)

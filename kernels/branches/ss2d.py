@@ -11,8 +11,9 @@ from .._launch import on_device
 from ..add_norm import norm_backward, norm_forward
 from ..conv2d import conv2d_backward, conv2d_forward
 from ..ss2d.launch import NUM_ROUTES, merge_backward, merge_forward, scan_backward, scan_forward
-from .elementwise import add, affine, lay_out_weights, scale_to
-from .products import input_gradient, rows_of, weight_gradient
+from .elementwise import add, prepare
+from .parameters import lay_out_weights, sum_parts
+from .products import input_gradient, linear, rows_of, weight_gradient
 
 
 class _Arguments(NamedTuple):
@@ -122,11 +123,11 @@ class _SS2DBranch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         tensors = ctx.saved_tensors
         norm_weight, norm_bias, in_proj_weight, *core, out_proj_weight, scale = tensors[: -len(_Saved._fields)]
-        conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, _, D, out_norm_weight, out_norm_bias = core
+        conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, out_norm_weight, out_norm_bias = core
         saved = _Saved(*tensors[-len(_Saved._fields) :])
         with on_device(grad):
             grad = grad.contiguous()
-            grad_y = rows_of(scale_to(grad, scale, saved.normal.dtype)[0])
+            grad_y, normalised, _ = prepare(grad, scale, saved.normal, norm_weight, norm_bias)
             grad_out = input_gradient(grad_y, saved.out_proj_weight).view(saved.merged.shape)
             x, z = _split(saved.projected, saved.merged.shape[-1])
             if z is not None:
@@ -141,29 +142,36 @@ class _SS2DBranch(torch.autograd.Function):
             scans = scan_backward(
                 merge.merged, u, saved.x_dbl, dt_weight, dt_bias, saved.A, D, saved.states, log_A=True
             )
-            grad_u = scans.x_rows.add_(scans.x_columns)
-            grad_x_dbl = scans.x_dbl.sum(dim=0, dtype=u.dtype).flatten(0, 2).flatten(1)  # [B * H * W, 4 * (R + 2N)]
+            grad_u, by_columns = scans.x.unbind()
+            grad_u.add_(by_columns)
+            grad_x_dbl = scans.x_dbl.sum(dim=0, dtype=u.dtype).view(-1, x_proj_weight.shape[0])
             rows_of(grad_u).addmm_(grad_x_dbl, saved.x_proj_weight)
             grad_x_proj_weight = weight_gradient(grad_x_dbl, rows_of(u), x_proj_weight.dtype)
-            grad_projected, grad_conv_weight, grad_conv_bias = conv2d_backward(
-                grad_u, x, conv_weight, conv_bias, silu=True
-            )
+            grad_projected, sums_conv = conv2d_backward(grad_u, x, conv_weight, conv_bias, silu=True)
             if z is not None:
                 grad_z = torch.ops.aten.silu_backward(grad_gated * merge.out, z)
                 grad_projected = torch.cat([grad_projected, grad_z], dim=-1)
             grad_projected = rows_of(grad_projected)
-            normalised = rows_of(affine(saved.normal, norm_weight, norm_bias))
             grad_in_proj_weight = weight_gradient(grad_projected, normalised, in_proj_weight.dtype)
             grad_normalised = input_gradient(grad_projected, saved.in_proj_weight)
             grad_x = torch.empty_like(grad)
-            grads_norm = norm_backward(
+            sums_norm = norm_backward(
                 grad_normalised, saved.normal, norm_weight, saved.moments, True, grad_x, grad, is_normal=True
             )
-        grad_out_norm_weight, grad_out_norm_bias, grad_D = merge.vectors.unbind()
+            of_norm, of_channels = norm_weight.shape, out_norm_weight.shape
+            sums = sum_parts(
+                (sums_norm, (of_norm, of_norm)),
+                (sums_conv, (conv_weight.shape, of_channels)),
+                (scans.parameters, (dt_weight.shape, dt_bias.shape, A_log.shape)),
+                (merge.vectors, (of_channels, of_channels, of_channels)),
+            )
+        grad_norm_weight, grad_norm_bias, grad_conv_weight, grad_conv_bias, *grads_dt_and_A = sums[:7]
+        grad_out_norm_weight, grad_out_norm_bias, grad_D = sums[7:]
         return (
-            *(grad_x, *grads_norm, None, grad_in_proj_weight, grad_conv_weight, grad_conv_bias, grad_x_proj_weight),
-            *(scans.dt_weight, scans.dt_bias, scans.A, grad_D.expand(NUM_ROUTES, -1)),
-            *(grad_out_norm_weight, grad_out_norm_bias, None, grad_out_proj_weight, None, None),
+            *(grad_x, grad_norm_weight, grad_norm_bias, None, grad_in_proj_weight, grad_conv_weight),
+            *(None if conv_bias is None else grad_conv_bias, grad_x_proj_weight, *grads_dt_and_A),
+            *(grad_D.expand(NUM_ROUTES, -1), grad_out_norm_weight, grad_out_norm_bias, None),
+            *(grad_out_proj_weight, None, None),
         )
 
 
@@ -176,21 +184,21 @@ def _forward(arguments: _Arguments, save: bool) -> Tuple[Tensor, Optional[_Saved
     normalised, normal, moments = norm_forward(
         x, a.norm_weight, a.norm_bias, a.norm_eps, a.dtype, save, save_normal=save
     )
-    projected = F.linear(normalised, in_proj_weight)
+    projected = linear(normalised, in_proj_weight)
     del normalised
     inner, z = _split(projected, out_proj_weight.shape[1])
     u = conv2d_forward(inner, a.conv_weight, a.conv_bias, silu=True)
     if z is None and not save:
         del projected, inner
-    x_dbl = F.linear(u, x_proj_weight).unflatten(-1, (NUM_ROUTES, -1))
-    y_rows, y_columns, states = scan_forward(u, x_dbl, a.dt_weight, a.dt_bias, A, save)
+    x_dbl = linear(u, x_proj_weight)
+    y, states = scan_forward(u, x_dbl, a.dt_weight, a.dt_bias, A, save)
     out, merged, out_moments = merge_forward(
-        y_rows, y_columns, u, a.D, a.out_norm_weight, a.out_norm_bias, a.out_norm_eps, save
+        y, u, a.D, a.out_norm_weight, a.out_norm_bias, a.out_norm_eps, save
     )
-    del u, y_rows, y_columns
+    del u, y
     if z is not None:
         out.mul_(F.silu(z))
-    out = add(x, F.linear(out, out_proj_weight), a.scale)
+    out = add(x, linear(out, out_proj_weight), a.scale)
     if not save:
         return out, None
     weights = in_proj_weight, x_proj_weight, out_proj_weight, A

@@ -163,8 +163,12 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
         return [None if tensor is None else torch.zeros_like(tensor) for tensor in tensors]
     grad_last = None if grad_last is None else grad_last.float().contiguous()
     scan = _prepare(*arguments)
-    grads = scan_backward(scan, grad_y, grad_last, states, empty_targets(scan))
-    return [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
+    targets = empty_targets(scan)
+    grads = scan_backward(scan, grad_y, grad_last, states, targets)
+    dim, dstate = scan.A.shape
+    grad_D, grad_bias, grad_A = grads.parameters.sum(dim=0).split([dim, dim, dim * dstate])
+    parameters = grad_A.view(dim, dstate), targets.B, targets.C, grad_D, targets.z, grad_bias, grads.initial
+    return [None if tensor is None else grad for tensor, grad in zip(tensors, (targets.u, targets.delta, *parameters))]
 
 
 def _like(

@@ -107,7 +107,7 @@ def scan_backward_kernel(
     delta_bias,  # [directions, dim], or None
     states,  # [batch, directions, num_states, N, dim]: the state before each PACKED steps
     carries,  # [batch, directions, chunks, N, dim]: adjoint states; see below
-    sums,  # [batch, directions, chunks, 2 + N, dim]: written, parts of the gradients of D, the bias and A
+    sums,  # [batch * chunks, directions * dim * (2 + N)]: written, parts of the gradients of D, the bias and A
     grad_u,  # as grad_y: written; grad_delta and grad_z have the same strides
     grad_delta,  # written
     grad_z,  # written, or None
@@ -188,7 +188,8 @@ def scan_backward_kernel(
         if grad_last is not None:
             last += (entry * dim + channel) * dstate
         adjoints = carries + (entry * chunks + chunk) * (dstate * dim) + channel
-        sums_block = sums + (entry * chunks + chunk) * ((2 + dstate) * dim) + channel
+        directions_dim = flags.directions * dim
+        sums_block = sums + (batch * chunks + chunk) * ((2 + dstate) * directions_dim)
         rates = load_states(A + parameter * dstate, 1, state, dstate, has_channel, STATES)
         carry = load_starts(last, adjoints, dim, chunk, state, dstate, has_channel, CHUNKED, STATES)
         of_A = zero_states(BLOCK_N, BLOCK_D, STATES)
@@ -278,11 +279,11 @@ def scan_backward_kernel(
         store_states(adjoints, dim, carry, state, dstate, has_channel, STATES)
         if LOG_A:
             of_A = _multiply_states(of_A, rates, STATES)
-        store_states(sums_block + 2 * dim, dim, of_A, state, dstate, has_channel, STATES)
-        if D is not None:
-            tl.store(sums_block, tl.sum(sum_D, axis=1), mask=has_channel)
-        if delta_bias is not None:
-            tl.store(sums_block + dim, tl.sum(sum_bias, axis=1), mask=has_channel)
+        of_rates = sums_block + 2 * directions_dim + parameter * dstate
+        store_states(of_rates, 1, of_A, state, dstate, has_channel, STATES)
+        # What is absent is stored too, so that the sums over parts need no mask.
+        tl.store(sums_block + parameter, tl.sum(sum_D, axis=1), mask=has_channel)
+        tl.store(sums_block + directions_dim + parameter, tl.sum(sum_bias, axis=1), mask=has_channel)
 
 
 @triton.jit

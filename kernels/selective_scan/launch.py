@@ -1,30 +1,21 @@
 """Launches of the selective scan's kernels: how they cut their work, by the sizes of the scan and the GPU."""
 
-import functools
-from typing import NamedTuple, Optional, Tuple
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .._launch import Launcher, cdiv, is_nvidia, next_power_of_2, num_processors
+from .._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, num_processors
 from .backward import scan_backward_kernel
 from .forward import combine_kernel, scan_kernel, summary_kernel
-from .layout import pack_kernel, total_kernel, unpack_kernel
+from .layout import pack_kernel, unpack_kernel
 from .tiles import PACKED as _PACKED
 
 PACKED = getattr(_PACKED, 'value', _PACKED)  # steps between saved states
 MAX_STATES = 64
 _THREAD_STATES = 4  # that a thread takes, at most
 _COMBINE_BLOCK = 64, 32  # subchunks, and pairs of a state and a channel
-_TOTAL_BLOCK = 32, 32  # parts of gradients, and of parameters
-
-_scan = Launcher(scan_kernel)
-_scan_backward = Launcher(scan_backward_kernel)
-_summary = Launcher(summary_kernel)
-_combine = Launcher(combine_kernel)
-_pack = Launcher(pack_kernel)
-_unpack = Launcher(unpack_kernel)
-_total = Launcher(total_kernel)
 
 
 class MoveBlock(NamedTuple):
@@ -98,9 +89,9 @@ class Config(NamedTuple):
     def tile(self, steps: int, dstate: int) -> Tile:
         return Tile(steps, self.warps, self.block_d, cdiv(dstate, self.warps))
 
-    def slots(self, tensor: Tensor) -> int:
+    def slots(self, processors: int) -> int:
         """Programs that run at the same time."""
-        return num_processors(tensor) * self.programs_per_processor
+        return processors * self.programs_per_processor
 
 
 CONFIG = Config()
@@ -135,36 +126,6 @@ class Scan(NamedTuple):
     softplus: bool
     reverse: bool
 
-    @property
-    def directions(self) -> int:
-        return self.u.shape[1] if self.u.ndim == 4 else 1
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.directions > 1 else self.B.shape[1]
-
-    @property
-    def sizes(self) -> Tuple[int, int, int, int]:
-        """Batch, channels, length, states."""
-        return self.u.shape[0], self.u.shape[-2], self.u.shape[-1], self.A.shape[-1]
-
-    @property
-    def entries(self) -> int:
-        """Directions of elements of the batch."""
-        return self.u.shape[0] * self.directions
-
-
-class ScanGradients(NamedTuple):
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Optional[Tensor]
-    z: Optional[Tensor]
-    delta_bias: Optional[Tensor]
-    initial: Tensor
-
 
 class Targets(NamedTuple):
     """Where gradients are written: those of u, delta and z with the same strides."""
@@ -176,41 +137,71 @@ class Targets(NamedTuple):
     C: Tensor
 
 
+class _Sizes(NamedTuple):
+    """What decides how a scan is cut."""
+
+    batch: int
+    directions: int
+    groups: int
+    dim: int
+    length: int
+    dstate: int
+    softplus: bool
+    reverse: bool
+    exact: bool
+    nvidia: bool
+    processors: int
+
+    @property
+    def entries(self) -> int:
+        """Directions of elements of the batch."""
+        return self.batch * self.directions
+
+    @property
+    def tiles(self) -> int:
+        return cdiv(self.length, PACKED)
+
+    def flags(self, strides: Tuple[Tuple[int, ...], ...]) -> Flags:
+        """Of a kernel that walks sequences with these strides; all 0 for an absent one."""
+        last = all(s[2] == 1 for s in strides if any(s)) and strides[0][3] != 1
+        return Flags(self.softplus, self.directions, int(self.reverse), last, self.exact, self.nvidia)
+
+    @classmethod
+    def of(cls, scan: Scan) -> '_Sizes':
+        u = scan.u
+        *_, dim, length = u.shape
+        directions = u.shape[1] if u.ndim == 4 else 1
+        groups = 1 if directions > 1 else scan.B.shape[1]
+        numerics = u.dtype != torch.bfloat16, is_nvidia(u), num_processors(u)
+        sizes = u.shape[0], directions, groups, dim, length, scan.A.shape[-1]
+        return cls(*sizes, scan.softplus, scan.reverse, *numerics)
+
+
 def states_shape(u: Tensor, A: Tensor) -> Tuple[int, ...]:
     """What `scan_forward` saves: states before each PACKED steps and after the last, [batch, tiles + 1, N, dim]."""
     return u.shape[0], cdiv(u.shape[2], PACKED) + 1, A.shape[1], A.shape[0]
 
 
-def scan_forward(scan: Scan, y: Tensor, save: bool, config: Optional[Config] = None) -> Tuple[Tensor, Tensor]:
+def scan_forward(scan: Scan, y: Tensor, save: bool) -> Tuple[Tensor, Tensor]:
     """Fills y; returns the last state [entries, dim, N] and, with `save`, the states before each tile and after the last,
     [entries, tiles + 1, N, dim]; entries are directions of elements of the batch."""
-    _, dim, length, dstate = scan.sizes
-    config = (config or CONFIG).fit(dstate)
-    programs, tiles = scan.entries * cdiv(dim, config.block_d), cdiv(length, PACKED)
-    cut = _cut(config, tiles, programs, programs, scan.u)
-    num_states, chunk_states = (tiles + 1, cut.chunk_tiles) if save else (cut.chunks, 1)
-    states = scan.A.new_empty(scan.entries, num_states, dstate, dim)
-    last = scan.A.new_empty(scan.entries, dim, dstate)
-    B, C = _pack_coefficients(scan, config)
+    sizes = _Sizes.of(scan)
+    strides = _strides_of(scan.u), _strides_of(scan.delta), _strides_of(scan.z), _strides_of(y)
+    launch, cut, num_states, chunk_states = _forward_launch(sizes, strides, save, CONFIG)
+    states = scan.A.new_empty((sizes.entries, num_states, sizes.dstate, sizes.dim))
+    last = scan.A.new_empty((sizes.entries, sizes.dim, sizes.dstate))
+    B, C = _pack_coefficients(scan, sizes)
     if cut.chunks > 1:
-        _summarise(scan, scan.u, None, B, scan.initial, states, chunk_states, cut, config)
-    sequences = scan.u, scan.delta, scan.z, y
-    _launch_scan(
-        _scan,
-        (programs, cut.chunks),
-        (scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.delta_bias, scan.initial, y, last, states),
-        (length, dim, dstate, dim // scan.groups, cut.chunk_tiles, chunk_states, num_states),
-        sequences,
-        (cut.chunks > 1, save, config.tile(PACKED, dstate), _flags_of(scan, sequences)),
-        config,
-    )
+        _summarise(scan, sizes, scan.u, None, B, scan.initial, states, chunk_states, cut)
+    launch(scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.delta_bias, scan.initial, y, last, states)
     return last, states
 
 
 def empty_targets(scan: Scan) -> Targets:
     """New tensors, laid out like the sequences."""
-    batch, dim, length, _ = scan.sizes
-    last = _channels_last((scan.u, scan.delta, scan.z))
+    batch, dim, length = scan.u.shape
+    strides = [_strides_of(sequence) for sequence in (scan.u, scan.delta, scan.z)]
+    last = _Sizes.of(scan).flags(tuple(strides)).channels_last
 
     def sequence(dtype: torch.dtype) -> Tensor:
         grad = scan.u.new_empty((batch, length, dim) if last else (batch, dim, length), dtype=dtype)
@@ -221,78 +212,155 @@ def empty_targets(scan: Scan) -> Targets:
     return Targets(sequence(scan.u.dtype), sequence(scan.delta.dtype), z, *coefficients)
 
 
+class ScanGradients(NamedTuple):
+    """Gradients of the initial state; and, as parts to be summed over dimension 0 [.., directions * dim * (2 + N)], those
+    of D, delta_bias and A of each direction."""
+
+    initial: Tensor
+    parameters: Tensor
+
+
 def scan_backward(
-    scan: Scan,
-    grad_y: Tensor,
-    grad_last: Optional[Tensor],
-    states: Tensor,
-    targets: Targets,
-    log_A: bool = False,
-    config: Optional[Config] = None,
+    scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor, targets: Targets, log_A: bool = False
 ) -> ScanGradients:
     """Gradients of all tensors, those of `targets` written there; with `log_A` that of log(-A) in place of A's."""
-    _, dim, length, dstate = scan.sizes
-    config = (config or CONFIG).fit(dstate)
-    entries, group_dim, tiles = scan.entries, dim // scan.groups, cdiv(length, PACKED)
-    blocks = cdiv(group_dim, config.block_d)
-    splits = min(blocks, config.splits or _splits(entries * scan.groups, blocks, config.slots(scan.u)))
-    split_blocks = cdiv(blocks, splits)
-    splits = cdiv(blocks, split_blocks)
-    programs = entries * scan.groups * splits
-    cut = _cut(config, tiles, programs, entries * cdiv(dim, config.block_d), scan.u)
-    B, C = _pack_coefficients(scan, config)
-    adjoints = scan.A.new_empty(entries, cut.chunks, dstate, dim)
-    if cut.chunks > 1:
-        _summarise(scan, grad_y, scan.z, C, grad_last, adjoints, 1, cut, config)
-    sums = scan.A.new_empty(entries, cut.chunks, 2 + dstate, dim)
-    grad_BC = scan.A.new_empty(splits, entries * scan.groups, tiles, _padded(config, dstate), 2, PACKED)
-    inputs = grad_y, grad_last, scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.delta_bias, states
+    sizes = _Sizes.of(scan)
     sequences = grad_y, scan.u, scan.delta, scan.z, targets.u
-    _launch_scan(
-        _scan_backward,
+    strides = tuple([_strides_of(sequence) for sequence in sequences])
+    launch, cut, splits = _backward_launch(sizes, strides, log_A, CONFIG)
+    B, C = _pack_coefficients(scan, sizes)
+    adjoints = scan.A.new_empty((sizes.entries, cut.chunks, sizes.dstate, sizes.dim))
+    if cut.chunks > 1:
+        _summarise(scan, sizes, grad_y, scan.z, C, grad_last, adjoints, 1, cut)
+    sums = scan.A.new_empty((sizes.batch * cut.chunks, sizes.directions * sizes.dim * (2 + sizes.dstate)))
+    grad_BC = scan.A.new_empty((splits, *B.shape[:-1], 2, PACKED))
+    inputs = grad_y, grad_last, scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.delta_bias, states
+    launch(*inputs, adjoints, sums, targets.u, targets.delta, targets.z, grad_BC)
+    unpack = _move_launch(unpack_kernel, sizes, targets.B.stride(), targets.C.stride(), (splits,), CONFIG)
+    unpack(grad_BC, targets.B, targets.C)
+    return ScanGradients(adjoints[:, -1].transpose(1, 2), sums)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _forward_launch(
+    sizes: _Sizes, strides: Tuple[Tuple[int, ...], ...], save: bool, config: Config
+) -> Tuple[Launch, Cut, int, int]:
+    """The launch, how L is cut, the number of states, and that of each chunk."""
+    config = config.fit(sizes.dstate)
+    programs = sizes.entries * cdiv(sizes.dim, config.block_d)
+    cut = _cut(config, sizes, programs, programs)
+    num_states, chunk_states = (sizes.tiles + 1, cut.chunk_tiles) if save else (cut.chunks, 1)
+    integers = sizes.length, sizes.dim, sizes.dstate, sizes.dim // sizes.groups, cut.chunk_tiles
+    launch = _walk_launch(
+        scan_kernel,
         (programs, cut.chunks),
-        (*inputs, adjoints, sums, targets.u, targets.delta, targets.z, grad_BC),
-        (length, dim, dstate, group_dim, splits, split_blocks, states.shape[1], cut.chunk_tiles),
-        sequences,
-        (cut.chunks > 1, log_A, config.tile(PACKED // 2, dstate), _flags_of(scan, sequences)),
+        (*integers, chunk_states, num_states, *strides),
+        (cut.chunks > 1, save, config.tile(PACKED, sizes.dstate), sizes.flags(strides)),
         config,
     )
-    _move_coefficients(_unpack, scan, (grad_BC, targets.B, targets.C), (targets.B, targets.C), (splits,), config)
-    grad_A, grad_D, grad_bias = (
-        None if parameter is None else torch.empty_like(parameter, dtype=torch.float32)
-        for parameter in (scan.A, scan.D, scan.delta_bias)
-    )
-    block_l, block_d = _TOTAL_BLOCK
-    _total(
-        (cdiv((2 + dstate) * dim, block_d), scan.directions),
-        (sums, grad_D, grad_bias, grad_A),
-        (entries // scan.directions * cut.chunks, cut.chunks, dim, dstate),
-        _TOTAL_BLOCK,
-    )
-    initial = adjoints[:, -1].transpose(1, 2)
-    return ScanGradients(targets.u, targets.delta, grad_A, targets.B, targets.C, grad_D, targets.z, grad_bias, initial)
+    return launch, cut, num_states, chunk_states
 
 
-def _cut(config: Config, tiles: int, programs: int, summary_programs: int, tensor: Tensor) -> Cut:
+@lru_cache(maxsize=MAX_PLANS)
+def _backward_launch(
+    sizes: _Sizes, strides: Tuple[Tuple[int, ...], ...], log_A: bool, config: Config
+) -> Tuple[Launch, Cut, int]:
+    """The launch, how L is cut, and among how many programs the channels of a group are shared."""
+    config = config.fit(sizes.dstate)
+    group_dim = sizes.dim // sizes.groups
+    blocks = cdiv(group_dim, config.block_d)
+    rows = sizes.entries * sizes.groups
+    splits = min(blocks, config.splits or _splits(rows, blocks, config.slots(sizes.processors)))
+    split_blocks = cdiv(blocks, splits)
+    splits = cdiv(blocks, split_blocks)
+    cut = _cut(config, sizes, rows * splits, sizes.entries * cdiv(sizes.dim, config.block_d))
+    integers = sizes.length, sizes.dim, sizes.dstate, group_dim, splits, split_blocks, sizes.tiles + 1, cut.chunk_tiles
+    launch = _walk_launch(
+        scan_backward_kernel,
+        (rows * splits, cut.chunks),
+        (*integers, *strides),
+        (cut.chunks > 1, log_A, config.tile(PACKED // 2, sizes.dstate), sizes.flags(strides)),
+        config,
+    )
+    return launch, cut, splits
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _summary_launches(
+    sizes: _Sizes,
+    strides: Tuple[Tuple[int, ...], ...],
+    cut: Cut,
+    num_states: int,
+    chunk_states: int,
+    adjoint: bool,
+    config: Config,
+) -> Tuple[Launch, Launch]:
+    config = config.fit(sizes.dstate)
+    subchunks = (cut.chunks - 1) * cut.subchunks
+    integers = sizes.length, sizes.dim, sizes.dstate, sizes.dim // sizes.groups, cut.chunk_tiles // cut.subchunks
+    summary = _walk_launch(
+        summary_kernel,
+        (sizes.entries * cdiv(sizes.dim, config.block_d), subchunks),
+        (*integers, *strides),
+        (adjoint, config.tile(PACKED, sizes.dstate), sizes.flags(strides)),
+        config,
+    )
+    most, block_d = _COMBINE_BLOCK
+    combine = Launch(
+        combine_kernel,
+        (cdiv(sizes.dstate * sizes.dim, block_d), sizes.entries),
+        (sizes.dim, sizes.dstate, subchunks, cut.subchunks, num_states, chunk_states),
+        (sizes.directions, min(most, next_power_of_2(subchunks)), block_d),
+    )
+    return summary, combine
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _move_launch(
+    kernel: Any,
+    sizes: _Sizes,
+    B_strides: Tuple[int, ...],
+    C_strides: Tuple[int, ...],
+    more: Tuple[int, ...],
+    config: Config,
+) -> Launch:
+    """Of `pack_kernel` or `unpack_kernel`, for B and C [batch, groups, N, L] with these strides."""
+    padded = _padded(sizes, config)
+    groups = max(sizes.groups, sizes.directions)
+    block = MoveBlock(PACKED, 4, min(16, next_power_of_2(padded)))
+    return Launch(
+        kernel,
+        2 * sizes.batch * groups * cdiv(padded, block.block_n) * cdiv(sizes.tiles, block.tiles),
+        (sizes.length, sizes.dstate, padded, sizes.batch * groups, groups, *more, B_strides, C_strides),
+        (sizes.directions, int(sizes.reverse), block),
+    )
+
+
+def _walk_launch(kernel: Any, grid: Tuple[int, int], sizes: tuple, constants: tuple, config: Config) -> Launch:
+    registers = config.registers if constants[-1].nvidia else None
+    return Launch(kernel, grid, sizes, constants, config.num_warps, registers, stages=1)
+
+
+def _cut(config: Config, sizes: _Sizes, programs: int, summary_programs: int) -> Cut:
     """As few chunks, of as few subchunks, as fill the processors.
 
     Args:
         programs: Programs of a chunk.
         summary_programs: Programs of a chunk in the pass before.
     """
-    slots = config.slots(tensor)
+    slots, tiles = config.slots(sizes.processors), sizes.tiles
     chunks = config.chunks or min(slots // programs, tiles // config.min_tiles)
     chunks = max(1, min(chunks, tiles))
     chunk_tiles = cdiv(tiles, chunks)
     subchunks = 1
     if chunks > 1:
-        subchunks = config.subchunks or min(slots // (summary_programs * (chunks - 1)), chunk_tiles // config.min_tiles)
+        most = slots // (summary_programs * (chunks - 1))
+        subchunks = config.subchunks or min(most, chunk_tiles // config.min_tiles)
         subchunks = max(1, min(subchunks, chunk_tiles))
         chunk_tiles = cdiv(chunk_tiles, subchunks) * subchunks
     return Cut(cdiv(tiles, chunk_tiles), chunk_tiles, subchunks)
 
 
-@functools.cache
 def _splits(rows: int, blocks: int, slots: int) -> int:
     """Among how many programs the `blocks` of each of `rows` are dealt: the fewest with which all finish first."""
 
@@ -302,9 +370,10 @@ def _splits(rows: int, blocks: int, slots: int) -> int:
     return min(range(1, blocks + 1), key=time)
 
 
-def _padded(config: Config, dstate: int) -> int:
+def _padded(sizes: _Sizes, config: Config) -> int:
     """States that packed B and C have room for."""
-    return cdiv(dstate, config.warps) * config.warps
+    warps = config.fit(sizes.dstate).warps
+    return cdiv(sizes.dstate, warps) * warps
 
 
 def _strides_of(tensor: Optional[Tensor]) -> Tuple[int, ...]:
@@ -315,63 +384,20 @@ def _strides_of(tensor: Optional[Tensor]) -> Tuple[int, ...]:
     return strides if len(strides) == 4 else (strides[0], 0, *strides[1:])
 
 
-def _channels_last(sequences: Tuple[Optional[Tensor], ...]) -> bool:
-    """Whether the channels of a step are neighbours in all sequences."""
-    return all(s.stride(-2) == 1 for s in sequences if s is not None) and sequences[0].stride(-1) != 1
-
-
-def _flags_of(scan: Scan, sequences: Tuple[Optional[Tensor], ...]) -> Flags:
-    exact = scan.u.dtype != torch.bfloat16
-    channels_last = _channels_last(sequences)
-    return Flags(scan.softplus, scan.directions, int(scan.reverse), channels_last, exact, is_nvidia(scan.u))
-
-
-def _launch_scan(
-    kernel: Launcher,
-    grid: Tuple[int, int],
-    tensors: tuple,
-    sizes: tuple,
-    sequences: Tuple[Optional[Tensor], ...],
-    constants: tuple,
-    config: Config,
-) -> None:
-    strides = tuple([_strides_of(sequence) for sequence in sequences])
-    registers = config.registers if is_nvidia(tensors[0]) else None
-    kernel(grid, tensors, (*sizes, *strides), constants, config.num_warps, registers, stages=1)
-
-
-def _move_coefficients(
-    kernel: Launcher, scan: Scan, tensors: tuple, pair: Tuple[Tensor, Tensor], more: tuple, config: Config
-) -> None:
-    """Launches `pack_kernel` or `unpack_kernel` on a `pair` [batch, groups, N, L] of B's and C's."""
-    _, _, length, dstate = scan.sizes
-    padded = _padded(config, dstate)
-    batch, groups = pair[0].shape[:2]
-    block = MoveBlock(PACKED, 4, min(16, next_power_of_2(padded)))
-    kernel(
-        2 * batch * groups * cdiv(padded, block.block_n) * cdiv(cdiv(length, PACKED), block.tiles),
-        tensors,
-        (length, dstate, padded, batch * groups, groups, *more, pair[0].stride(), pair[1].stride()),
-        (scan.directions, int(scan.reverse), block),
-    )
-
-
-def _pack_coefficients(scan: Scan, config: Config) -> Tuple[Tensor, Tensor]:
+def _pack_coefficients(scan: Scan, sizes: _Sizes) -> Tuple[Tensor, Tensor]:
     """B and C as the kernels load them, in bf16 if they are bf16 and else in fp32."""
-    _, _, length, dstate = scan.sizes
-    packed = tuple(
-        tensor.new_empty(
-            (*tensor.shape[:2], cdiv(length, PACKED), _padded(config, dstate), PACKED),
-            dtype=torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32,
-        )
+    shape = (*scan.B.shape[:2], sizes.tiles, _padded(sizes, CONFIG), PACKED)
+    B, C = (
+        tensor.new_empty(shape, dtype=torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32)
         for tensor in (scan.B, scan.C)
     )
-    _move_coefficients(_pack, scan, (scan.B, scan.C, *packed), (scan.B, scan.C), (), config)
-    return packed
+    _move_launch(pack_kernel, sizes, scan.B.stride(), scan.C.stride(), (), CONFIG)(scan.B, scan.C, B, C)
+    return B, C
 
 
 def _summarise(
     scan: Scan,
+    sizes: _Sizes,
     x: Tensor,
     z: Optional[Tensor],
     coefficients: Tensor,
@@ -379,7 +405,6 @@ def _summarise(
     states: Tensor,
     chunk_states: int,
     cut: Cut,
-    config: Config,
 ) -> None:
     """Fills the first state of each chunk but the first with what arrives there.
 
@@ -391,24 +416,10 @@ def _summarise(
         states: [entries, num_states, N, dim].
         chunk_states: States of a chunk.
     """
-    _, dim, length, dstate = scan.sizes
+    strides = _strides_of(x), _strides_of(z), _strides_of(scan.delta)
+    summary, combine = _summary_launches(sizes, strides, cut, states.shape[1], chunk_states, x is not scan.u, CONFIG)
     subchunks = (cut.chunks - 1) * cut.subchunks
-    ends = states.new_empty(scan.entries, subchunks, dstate, dim)
-    totals = states.new_empty(scan.entries, subchunks, dim)
-    sequences = x, z, scan.delta
-    _launch_scan(
-        _summary,
-        (scan.entries * cdiv(dim, config.block_d), subchunks),
-        (x, z, scan.delta, scan.A, coefficients, scan.delta_bias, ends, totals),
-        (length, dim, dstate, dim // scan.groups, cut.chunk_tiles // cut.subchunks),
-        sequences,
-        (x is not scan.u, config.tile(PACKED, dstate), _flags_of(scan, sequences)),
-        config,
-    )
-    most, block_d = _COMBINE_BLOCK
-    _combine(
-        (cdiv(dstate * dim, block_d), scan.entries),
-        (scan.A, initial, ends, totals, states),
-        (dim, dstate, subchunks, cut.subchunks, states.shape[1], chunk_states),
-        (scan.directions, min(most, next_power_of_2(subchunks)), block_d),
-    )
+    ends = states.new_empty((sizes.entries, subchunks, sizes.dstate, sizes.dim))
+    totals = states.new_empty((sizes.entries, subchunks, sizes.dim))
+    summary(x, z, scan.delta, scan.A, coefficients, scan.delta_bias, ends, totals)
+    combine(scan.A, initial, ends, totals, states)

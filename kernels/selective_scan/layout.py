@@ -1,4 +1,4 @@
-"""Triton kernels that lay out B and C for the scans, and that gather the gradients of B, C and the parameters."""
+"""Triton kernels that lay out B and C for the scans, and that gather their gradients."""
 
 from .._launch import tl, triton
 
@@ -111,44 +111,3 @@ def unpack_kernel(
         grad_B += (row // groups).to(tl.int64) * B_strides[0] + (row % groups).to(tl.int64) * B_strides[1]
         place = state * B_strides[2] + position * B_strides[3]
         tl.store(grad_B + place, total.to(grad_B.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_rows(target, total, row, rows, channel, row_stride, channel_stride, inside):
-    """Stores what belongs to the first `rows` rows of a target."""
-    place = row * row_stride + channel * channel_stride
-    tl.store(target + place, total, mask=inside & (row >= 0) & (row < rows))
-
-
-@triton.jit
-def total_kernel(
-    sums,  # [batch, directions, chunks, 2 + N, dim], of the backward pass
-    grad_D,  # [directions, dim] or None: written
-    grad_bias,  # [directions, dim] or None: written
-    grad_A,  # [directions, dim, N]: written
-    count,
-    chunks,
-    dim,
-    dstate,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Sums the parts of the gradients of parameters over `count` = batch * chunks, BLOCK_L of them at a time."""
-    direction = tl.program_id(1)
-    rows = 2 + dstate
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < rows * dim
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for begin in range(0, count, BLOCK_L):
-        index = begin + tl.arange(0, BLOCK_L)
-        source = (index // chunks * tl.num_programs(1) + direction) * chunks + index % chunks
-        source = source.to(tl.int64)[:, None] * (rows * dim) + column[None, :]
-        mask = (index < count)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(sums + source, mask=mask, other=0.0), axis=0)  # [BLOCK_L, BLOCK_D]
-    row = column // dim
-    channel = column % dim
-    if grad_D is not None:
-        _store_rows(grad_D + direction * dim, total, row, 1, channel, 0, 1, inside)
-    if grad_bias is not None:
-        _store_rows(grad_bias + direction * dim, total, row - 1, 1, channel, 0, 1, inside)
-    _store_rows(grad_A + direction * (dim * dstate), total, row - 2, dstate, channel, 1, dstate, inside)

@@ -4,7 +4,7 @@ VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
 """
 
 from math import prod
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,8 @@ def _forward_scan(
     if not triton:
         return _plain_scan(x, x_dbl, dt_weight, dt_bias, A, D), x.new_empty(0, dtype=torch.float32)
     x, dt_weight, dt_bias, A, D = (tensor.contiguous() for tensor in (x, dt_weight, dt_bias, A, D))
-    y_rows, y_columns, states = scan_forward(x, _whole_words(x_dbl, x), dt_weight, dt_bias, A, save)
-    return merge_forward(y_rows, y_columns, x, D, None, None, 0.0, False).out, states
+    y, states = scan_forward(x, _whole_words(x_dbl, x), dt_weight, dt_bias, A, save)
+    return merge_forward(y, x, D, None, None, 0.0, False).out, states
 
 
 def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
@@ -124,9 +124,15 @@ def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     x, *parameters = (tensor.contiguous() for tensor in (x, *parameters))
     merge = merge_backward(grad_y.contiguous(), None, x, None, None)
     grads = scan_backward(merge.merged, x, _whole_words(x_dbl, x), *parameters, states)
-    grad_x = grads.x_rows.add_(grads.x_columns)
-    grad_x_dbl = grads.x_dbl.sum(dim=0, dtype=x.dtype)
-    return grad_x, grad_x_dbl, grads.dt_weight, grads.dt_bias, grads.A, merge.vectors[2].expand(NUM_ROUTES, -1)
+    grad_parameters = _split_parameters(grads.parameters.sum(dim=0), *parameters[:3])
+    grad_D = merge.vectors.sum(dim=0)[2].expand(NUM_ROUTES, -1)
+    return grads.x[0].add_(grads.x[1]), grads.x_dbl.sum(dim=0, dtype=x.dtype), *grad_parameters, grad_D
+
+
+def _split_parameters(total: Tensor, *parameters: Tensor) -> Tuple[Tensor, ...]:
+    """Gradients of dt_weight, dt_bias and A, one after the other in `total`."""
+    grads = total.split([parameter.numel() for parameter in parameters])
+    return tuple(grad.view(parameter.shape) for grad, parameter in zip(grads, parameters))
 
 
 def _like_scan(
@@ -173,9 +179,9 @@ def _forward_core(
     moments."""
     x, dt_weight, dt_bias, A, D = (tensor.contiguous() for tensor in (x, dt_weight, dt_bias, A, D))
     x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).to(x.dtype).unflatten(-1, (NUM_ROUTES, -1))
-    y_rows, y_columns, states = scan_forward(x, x_dbl, dt_weight, dt_bias, A, save)
+    y, states = scan_forward(x, x_dbl, dt_weight, dt_bias, A, save)
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    out, merged, moments = merge_forward(y_rows, y_columns, x, D, norm_weight, norm_bias, norm_eps, save)
+    out, merged, moments = merge_forward(y, x, D, norm_weight, norm_bias, norm_eps, save)
     if not save:
         return out, x.new_empty(0), x.new_empty(0), states, x.new_empty(0, dtype=torch.float32)
     return out, x_dbl, merged, states, moments
@@ -190,13 +196,14 @@ def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     x, norm_weight, *parameters = (tensor.contiguous() for tensor in (x, norm_weight, *parameters))
     merge = merge_backward(grad_out.contiguous(), merged, x, norm_weight, moments)
     grads = scan_backward(merge.merged, x, x_dbl, *parameters, states)
-    grad_x = grads.x_rows.add_(grads.x_columns)
+    grad_x = grads.x[0].add_(grads.x[1])
     pixels = grads.x_dbl.sum(dim=0, dtype=x.dtype).flatten(0, 2).flatten(1)  # [B * H * W, 4 * (R + 2N)]
     grad_x.view(-1, x.shape[-1]).addmm_(pixels, x_proj_weight.to(x.dtype))
     grad_x_proj_weight = torch.mm(pixels.t(), x.view(-1, x.shape[-1]))
-    grad_norm_weight, grad_norm_bias, grad_D = merge.vectors.unbind()
-    scans = grads.dt_weight, grads.dt_bias, grads.A, grad_D.expand(NUM_ROUTES, -1)
-    return grad_x, grad_x_proj_weight, *scans, grad_norm_weight, grad_norm_bias
+    grad_parameters = _split_parameters(grads.parameters.sum(dim=0), *parameters[:3])
+    grad_norm_weight, grad_norm_bias, grad_D = merge.vectors.sum(dim=0)
+    grad_D = grad_D.expand(NUM_ROUTES, -1)
+    return grad_x, grad_x_proj_weight, *grad_parameters, grad_D, grad_norm_weight, grad_norm_bias
 
 
 def _like_core(

@@ -19,7 +19,7 @@ from .routes import (
 )
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
-_UNALIGNED = ['x', 'x_dbl', 'grad_y', 'grad_x_rows', 'grad_x_columns', 'grad_x_dbl', 'dim']
+_UNALIGNED = ['x', 'x_dbl', 'grad_y', 'grad_x', 'grad_x_dbl', 'dim']
 # Whether these are multiples of 16 changes nothing: maps of any size run on the same compiled kernel.
 _UNALIGNED += ['batches', 'height', 'width', 'magic', 'chunks', 'chunk_tiles', 'program_batches', 'num_states']
 
@@ -37,8 +37,7 @@ def scan_backward_kernel(
     carries,  # [B, 4, chunks, N, D]: where adjoint states wait between tiles
     ends,  # [B, 4, chunks, N, D]: adjoint state at the end of a chunk from a start at zero
     sums,  # [B, 4, chunks, D]: sum of dt / ln 2 over a chunk
-    grad_x_rows,  # [B, L, D]: written, by the routes by rows
-    grad_x_columns,  # [B, L, D]: written, by the routes by columns
+    grad_x,  # [2, B, L, D]: written, by the routes by rows, and by those by columns
     grad_x_dbl,  # [channel blocks, B, L, 4, R + 2N]: written, partial sums over the channels of a program
     grad_parameters,  # [batch groups, chunks, 4 * D * (R + 1 + N)]: written, partial sums: dt_weight, dt_bias, A
     batches,
@@ -138,7 +137,7 @@ def scan_backward_kernel(
         x_batch = x + batch * seqlen * dim
         x_dbl_batch = x_dbl + batch * seqlen * (4 * E)
         grad_y_batch = grad_y + batch * seqlen * dim
-        grad_x_batch = (grad_x_rows if pair == 0 else grad_x_columns) + batch * seqlen * dim
+        grad_x_batch = grad_x + (pair * batches + batch) * seqlen * dim
         grad_x_dbl_batch = grad_x_dbl + (tl.cast(block, tl.int64) * batches + batch) * seqlen * (4 * E)
         state_batch = states + scan * num_states * (N * dim) + channel
         carry_batch = carries + (scan * chunks + chunk) * (N * dim) + channel
@@ -213,7 +212,7 @@ def scan_backward_kernel(
                 u = tl.load(x_batch + pixel).to(tl.float32)  # [STEPS, SPLITS, 2 * BLOCK_D]
                 # What is loaded for a step that does not exist is not stored.
                 second = tl.where(i >= chunk_tiles // 2, column >= 0, False)
-                grad_x = tl.load(grad_x_batch + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
+                grad_u = tl.load(grad_x_batch + pixel, mask=second[None, None, :], other=0.0).to(tl.float32)
                 here = tl.where(backward == 0, last_tile - i, first_tile + i)
                 has_state = here < tiles * lines
                 if N == 1:
@@ -295,9 +294,9 @@ def scan_backward_kernel(
                 grad_rank = grad_rank.to(grad_x_dbl.dtype.element_ty)
                 tl.store(grad_x_dbl_batch + rank_pixel, grad_rank, mask=rank_exists & has_rank[None, :])
 
-                grad_x += grad_input * dt + grad_out * skip[None, None, :]
-                grad_x = grad_x.to(x.dtype.element_ty)
-                tl.store(grad_x_batch + pixel, grad_x, mask=exists & has_channel[None, None, :])
+                grad_u += grad_input * dt + grad_out * skip[None, None, :]
+                grad_u = grad_u.to(x.dtype.element_ty)
+                tl.store(grad_x_batch + pixel, grad_u, mask=exists & has_channel[None, None, :])
         if SUMMARY:
             total = tl.sum(tl.sum(total, axis=0), axis=0)
             tl.store(sums + (scan * chunks + chunk) * dim + channel, total, mask=has_channel)

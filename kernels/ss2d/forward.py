@@ -19,7 +19,7 @@ from .routes import (
 )
 
 # Known alignment would make the compiler deal neighbouring channels, and steps, out to threads in vectors.
-_UNALIGNED = ['x', 'x_dbl', 'y_rows', 'y_columns', 'dim']
+_UNALIGNED = ['x', 'x_dbl', 'y', 'dim']
 # Whether these are multiples of 16 changes nothing: maps of any size run on the same compiled kernel.
 _UNALIGNED += ['height', 'width', 'magic', 'chunks', 'chunk_tiles', 'num_states']
 
@@ -31,8 +31,7 @@ def scan_kernel(
     dt_weight,  # [4, D, R]
     dt_bias,  # [4, D]
     A,  # [4, D, N]
-    y_rows,  # [B, L, D]: written, the sum of <C, h> / ln 2 of both routes by rows
-    y_columns,  # [B, L, D]: written, that of both routes by columns
+    y,  # [2, B, L, D]: written, sums of <C, h> / ln 2 over both routes by rows, and over both by columns
     states,  # [B, 4, num_states, N, D]: written, states / ln 2 for the backward pass; see SAVED
     carries,  # [B, 4, chunks, N, D]: where states wait between tiles
     ends,  # [B, 4, chunks, N, D]: state / ln 2 at the end of a chunk from a start at zero
@@ -92,7 +91,8 @@ def scan_kernel(
     has_rank = rank % BLOCK_R < R
     same_route = has_rank[:, None] & (rank_backward[:, None] == backward[None, :])
     x += batch * seqlen * dim
-    y = (y_rows if pair == 0 else y_columns) + batch * seqlen * dim
+    batches = tl.num_programs(0) // channel_blocks // 2 // chunks
+    y += (pair * batches + batch) * seqlen * dim
     x_dbl += batch * seqlen * (4 * E)
     place = parameter[None, :] * R + (rank % BLOCK_R)[:, None]
     weight = tl.load(dt_weight + place, mask=same_route, other=0.0)  # [2 * BLOCK_R, 2 * BLOCK_D]

@@ -6,7 +6,16 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._launch import Launcher, cdiv, dot_precision, is_nvidia, next_power_of_2, num_processors
+from .._launch import (
+    MAX_PLANS,
+    Launch,
+    cdiv,
+    dot_precision,
+    is_nvidia,
+    next_power_of_2,
+    num_processors,
+    share_rows,
+)
 from .backward import scan_backward_kernel
 from .forward import scan_kernel
 from .merge_norm import merge_norm_backward_kernel, merge_norm_kernel
@@ -15,11 +24,6 @@ NUM_ROUTES = 4
 _MIN_CHUNK = 128  # steps
 _MERGE_ELEMENTS = 2048  # pixels times channels that a program of the merge holds at a time
 _MERGE_PROGRAMS_PER_PROCESSOR = 8  # of the merge's backward pass, each of which leaves a partial sum
-
-_scan = Launcher(scan_kernel)
-_scan_backward = Launcher(scan_backward_kernel)
-_merge_norm = Launcher(merge_norm_kernel)
-_merge_norm_backward = Launcher(merge_norm_backward_kernel)
 
 
 class Tile(NamedTuple):
@@ -33,7 +37,7 @@ class Tile(NamedTuple):
     block_d: int
 
 
-class Launch(NamedTuple):
+class Schedule(NamedTuple):
     """How a pass cuts its work.
 
     Args:
@@ -60,14 +64,14 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Launches of both passes.
+    """Schedules of both passes.
 
     The backward pass starts its tiles from saved states: they must be the tiles of the forward pass, or what a thread
     of it walks of one.
     """
 
-    forward: Launch
-    backward: Launch
+    forward: Schedule
+    backward: Schedule
 
 
 class Sizes(NamedTuple):
@@ -104,13 +108,13 @@ def plan_of(sizes: Sizes, processors: int) -> Plan:
     # a tile between threads.
     fits_at_once = 2 * processors < programs * chunks <= 3 * processors
     splits = 2 if programs * chunks <= 3 * processors else 1
-    forward = Launch(Tile(16, splits, 32), chunks, registers=168)
+    forward = Schedule(Tile(16, splits, 32), chunks, registers=168)
     # What is left over of programs sums the gradients of parameters over the batch, which saves memory.
     batches = max(programs * chunks // (5 * processors), 1)
-    return Plan(forward, Launch(Tile(8, 2, 32), chunks, batches, registers=168 if fits_at_once else None))
+    return Plan(forward, Schedule(Tile(8, 2, 32), chunks, batches, registers=168 if fits_at_once else None))
 
 
-plan = lru_cache(maxsize=4096)(plan_of)  # not for symbolic sizes, which cannot be hashed
+plan = lru_cache(maxsize=MAX_PLANS)(plan_of)  # not for symbolic sizes, which cannot be hashed
 
 
 def sizes_of(x: Tensor, dt_weight: Tensor, A: Tensor) -> Sizes:
@@ -124,36 +128,27 @@ def states_shape(sizes: Sizes, plan: Plan) -> Tuple[int, ...]:
 
 def scan_forward(
     x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, save: bool
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Sums of <C, h> / ln 2 over the routes by rows and over those by columns, each [B, H, W, D]; and with `save` the
-    states of `states_shape` / ln 2. All tensors are contiguous."""
+) -> Tuple[Tensor, Tensor]:
+    """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the states
+    of `states_shape` / ln 2. All tensors are contiguous."""
     sizes = sizes_of(x, dt_weight, A)
-    launches = plan(sizes, num_processors(x))
-    launch, wrap = launches.forward, _wraps(sizes, launches)
-    chunks, tiles = _cut(sizes, launch, wrap)
-    y_rows, y_columns = torch.empty_like(x), torch.empty_like(x)
-    shape = states_shape(sizes, launches) if save else (0, 0, 0)
+    launches, shape, summary_shape = _forward_launches(sizes, plan(sizes, num_processors(x)), save, _Numerics.of(x))
+    y = x.new_empty((2, *x.shape))
     states = torch.empty(shape, dtype=torch.float32, device=x.device)
-    tensors = x, x_dbl, dt_weight, dt_bias, A, y_rows, y_columns, states, *_summaries(sizes, chunks, A)
-    integers = sizes.height, sizes.width, sizes.dim, _magic_of(sizes, launch, wrap), chunks, tiles, shape[2]
-    programs = cdiv(sizes.dim, launch.tile.block_d) * 2 * chunks * sizes.batch
-    for summary in (True, False) if chunks > 1 else (False,):
-        saved = launch.steps // launches.backward.steps if save and not summary else 0
-        constants = saved, summary, *_constants_for(x, sizes, launch, wrap)
-        _scan(programs, tensors, integers, constants, launch.warps, _registers(x, launch))
-    return y_rows, y_columns, states
+    summaries = _summaries(summary_shape, A)
+    for launch in launches:
+        launch(x, x_dbl, dt_weight, dt_bias, A, y, states, *summaries)
+    return y, states
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of `scan_forward`: of x by the routes by rows and by columns [B, H, W, D]; partial sums along dimension 0
-    of those of x_dbl [.., B, H, W, 4, R + 2N], in x's dtype; and those of dt_weight, dt_bias and A in fp32."""
+    """Gradients of `scan_forward`, all parts to be summed over dimension 0: of x by the routes by rows and by columns
+    [2, B, H, W, D]; of x_dbl over blocks of channels [.., B, H, W, 4, R + 2N], in x's dtype; and of dt_weight, dt_bias and
+    A, one after the other [.., 4 * D * (R + 1 + N)], in fp32."""
 
-    x_rows: Tensor
-    x_columns: Tensor
+    x: Tensor
     x_dbl: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A: Tensor
+    parameters: Tensor
 
 
 def scan_backward(
@@ -167,39 +162,23 @@ def scan_backward(
     states: Tensor,
     log_A: bool = False,
 ) -> ScanGradients:
-    """Gradients of the merged map sum(D) * x + ln 2 * (y_rows + y_columns), given ln 2 times the map's.
+    """Gradients of the merged map sum(D) * x + ln 2 * sum(y), given ln 2 times the map's.
 
     Args:
         states: Of `scan_forward`.
         log_A: Return the gradient of log(-A) in place of A's.
     """
     sizes = sizes_of(x, dt_weight, A)
-    launches = plan(sizes, num_processors(x))
-    launch, wrap = launches.backward, _wraps(sizes, launches)
-    chunks, tiles = _cut(sizes, launch, wrap)
-    blocks, batch_groups = cdiv(sizes.dim, launch.tile.block_d), cdiv(sizes.batch, launch.batches)
-    x_rows, x_columns = torch.empty_like(x), torch.empty_like(x)
-    partial_x_dbl = torch.empty((blocks, *x_dbl.shape), dtype=x.dtype, device=x.device)
-    partial = torch.empty(batch_groups * chunks, sizes.parameters, dtype=torch.float32, device=x.device)
-    summaries = _summaries(sizes, chunks, A)
-    inputs = grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states
-    integers = (
-        *(sizes.batch, sizes.height, sizes.width, sizes.dim, _magic_of(sizes, launch, wrap)),
-        *(chunks, tiles, launch.batches, states.shape[2]),
+    launches, blocks, groups, summary_shape = _backward_launches(
+        sizes, plan(sizes, num_processors(x)), log_A, _Numerics.of(x)
     )
-    for summary in (True, False) if chunks > 1 else (False,):
-        _scan_backward(
-            blocks * 2 * chunks * batch_groups,
-            (*inputs, *summaries, x_rows, x_columns, partial_x_dbl, partial),
-            integers,
-            (summary, log_A, *_constants_for(x, sizes, launch, wrap)),
-            launch.warps,
-            _registers(x, launch),
-        )
-    parameters = dt_weight, dt_bias, A
-    totals = partial.sum(dim=0).split([parameter.numel() for parameter in parameters])
-    grads = (total.view(parameter.shape) for total, parameter in zip(totals, parameters))
-    return ScanGradients(x_rows, x_columns, partial_x_dbl, *grads)
+    grad_x = x.new_empty((2, *x.shape))
+    grad_x_dbl = x.new_empty((blocks, *x_dbl.shape))
+    parameters = torch.empty(groups, sizes.parameters, dtype=torch.float32, device=x.device)
+    summaries = _summaries(summary_shape, A)
+    for launch in launches:
+        launch(grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states, *summaries, grad_x, grad_x_dbl, parameters)
+    return ScanGradients(grad_x, grad_x_dbl, parameters)
 
 
 class MergeOutputs(NamedTuple):
@@ -209,30 +188,23 @@ class MergeOutputs(NamedTuple):
 
 
 def merge_forward(
-    y_rows: Tensor,
-    y_columns: Tensor,
-    x: Tensor,
-    D: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-    save: bool,
+    y: Tensor, x: Tensor, D: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, save: bool
 ) -> MergeOutputs:
-    """ln 2 * (y_rows + y_columns) + sum(D) * x, normalised if there is a weight; with `save` also what the backward pass
-    needs of the norm: the map before it, and means and reciprocal deviations [2, pixels]."""
-    pixels, block_d, rows = _merge_blocks(x)
+    """ln 2 * sum(y) + sum(D) * x, normalised if there is a weight; with `save` also what the backward pass needs of the
+    norm: the map before it, and means and reciprocal deviations [2, pixels]."""
     out = torch.empty_like(x)
     save = save and weight is not None
+    pixels, dim = x.numel() // x.shape[-1], x.shape[-1]
     merged = torch.empty_like(x) if save else None
-    moments = torch.empty(2, pixels, dtype=torch.float32, device=x.device) if save else None
-    tensors = y_rows, y_columns, x, D, weight, bias, merged, moments, out
-    _merge_norm(cdiv(pixels, rows), tensors, (pixels,), (eps, x.shape[-1], block_d, rows))
+    moments = x.new_empty((2, pixels), dtype=torch.float32) if save else None
+    _merge_launch(pixels, dim, eps)(y, x, D, weight, bias, merged, moments, out)
     return MergeOutputs(out, merged, moments)
 
 
 class MergeGradients(NamedTuple):
-    """ln 2 times the gradient of the merged map; those of the norm's weight, its bias and each route's D, [3, D] in fp32,
-    of which the first two mean nothing without a norm; and the output of the norm, if wanted."""
+    """ln 2 times the gradient of the merged map; partial sums [parts, 3, D] in fp32 of the gradients of the norm's weight,
+    its bias and each route's D, of which the first two mean nothing without a norm; and the output of the norm, if
+    wanted."""
 
     merged: Tensor
     vectors: Tensor
@@ -249,15 +221,23 @@ def merge_backward(
     recompute_out: bool = False,
 ) -> MergeGradients:
     """Gradients of `merge_forward`, the same at every run."""
-    pixels, block_d, rows = _merge_blocks(x)
-    programs = max(min(cdiv(pixels, rows), _MERGE_PROGRAMS_PER_PROCESSOR * num_processors(x)), 1)
-    rows_per_program = cdiv(cdiv(pixels, programs), rows) * rows
+    pixels, dim = x.numel() // x.shape[-1], x.shape[-1]
+    launch = _merge_backward_launch(pixels, dim, num_processors(x))
     grad_merged = torch.empty_like(x)
     out = torch.empty_like(x) if recompute_out else None
-    partial = torch.empty(programs, 3, x.shape[-1], dtype=torch.float32, device=x.device)
-    tensors = grad_out, merged, x, weight, bias, moments, grad_merged, out, partial
-    _merge_norm_backward(programs, tensors, (pixels, rows_per_program), (x.shape[-1], block_d, rows))
-    return MergeGradients(grad_merged, partial.sum(dim=0), out)
+    sums = x.new_empty((launch.grid[0], 3, dim), dtype=torch.float32)
+    launch(grad_out, merged, x, weight, bias, moments, grad_merged, out, sums)
+    return MergeGradients(grad_merged, sums, out)
+
+
+class _Numerics(NamedTuple):
+    exact: bool
+    nvidia: bool
+    precision: str
+
+    @classmethod
+    def of(cls, x: Tensor) -> '_Numerics':
+        return cls(x.dtype != torch.bfloat16, is_nvidia(x), dot_precision(x))
 
 
 class _Ranks(NamedTuple):
@@ -274,25 +254,82 @@ class _Flags(NamedTuple):
     precision: str
 
 
-def _constants_for(x: Tensor, sizes: Sizes, launch: Launch, wrap: bool) -> tuple:
+@lru_cache(maxsize=MAX_PLANS)
+def _forward_launches(
+    sizes: Sizes, plan: Plan, save: bool, numerics: _Numerics
+) -> Tuple[Tuple[Launch, ...], Tuple[int, ...], Optional[Tuple[int, ...]]]:
+    """The launches, the shape of the states, and that of what passes between tiles and chunks."""
+    schedule, wrap = plan.forward, _wraps(sizes, plan)
+    chunks, tiles = _cut(sizes, schedule, wrap)
+    shape = states_shape(sizes, plan) if save else (0, 0, 0)
+    integers = sizes.height, sizes.width, sizes.dim, _magic_of(sizes, schedule, wrap), chunks, tiles, shape[2]
+    programs = cdiv(sizes.dim, schedule.tile.block_d) * 2 * chunks * sizes.batch
+    launches = []
+    for summary in (True, False) if chunks > 1 else (False,):
+        saved = schedule.steps // plan.backward.steps if save and not summary else 0
+        constants = saved, summary, *_constants(sizes, schedule, wrap, numerics)
+        registers = schedule.registers if numerics.nvidia else None
+        launches.append(Launch(scan_kernel, programs, integers, constants, schedule.warps, registers))
+    return tuple(launches), shape, _summary_shape(sizes, chunks)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _backward_launches(
+    sizes: Sizes, plan: Plan, log_A: bool, numerics: _Numerics
+) -> Tuple[Tuple[Launch, ...], int, int, Optional[Tuple[int, ...]]]:
+    """The launches, blocks of channels, groups of batch entries and chunks, and the shape of what passes between tiles
+    and chunks."""
+    schedule, wrap = plan.backward, _wraps(sizes, plan)
+    chunks, tiles = _cut(sizes, schedule, wrap)
+    blocks, groups = cdiv(sizes.dim, schedule.tile.block_d), cdiv(sizes.batch, schedule.batches)
+    integers = (
+        *(sizes.batch, sizes.height, sizes.width, sizes.dim, _magic_of(sizes, schedule, wrap)),
+        *(chunks, tiles, schedule.batches, states_shape(sizes, plan)[2]),
+    )
+    launches = []
+    for summary in (True, False) if chunks > 1 else (False,):
+        constants = summary, log_A, *_constants(sizes, schedule, wrap, numerics)
+        registers = schedule.registers if numerics.nvidia else None
+        programs = blocks * 2 * chunks * groups
+        launches.append(Launch(scan_backward_kernel, programs, integers, constants, schedule.warps, registers))
+    return tuple(launches), blocks, groups * chunks, _summary_shape(sizes, chunks)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _merge_launch(pixels: int, dim: int, eps: float) -> Launch:
+    block_d = next_power_of_2(dim)
+    rows = max(_MERGE_ELEMENTS // block_d, 1)
+    return Launch(merge_norm_kernel, cdiv(pixels, rows), (pixels,), (eps, dim, block_d, rows))
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _merge_backward_launch(pixels: int, dim: int, processors: int) -> Launch:
+    block_d = next_power_of_2(dim)
+    rows = max(_MERGE_ELEMENTS // block_d, 1)
+    programs, rows_per_program = share_rows(pixels, rows, _MERGE_PROGRAMS_PER_PROCESSOR * processors)
+    return Launch(merge_norm_backward_kernel, programs, (pixels, rows_per_program), (dim, block_d, rows))
+
+
+def _constants(sizes: Sizes, schedule: Schedule, wrap: bool, numerics: _Numerics) -> tuple:
     """The last constants of both scans."""
     wide = sizes.seqlen * max(sizes.dim, sizes.projections) >= 2**31
     ranks = _Ranks(sizes.dt_rank, max(next_power_of_2(sizes.dt_rank), 16), sizes.dstate)
-    return ranks, launch.tile, _Flags(wrap, wide, x.dtype != torch.bfloat16, is_nvidia(x), dot_precision(x))
+    return ranks, schedule.tile, _Flags(wrap, wide, *numerics)
 
 
-def _summaries(sizes: Sizes, chunks: int, like: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Room for states between tiles [B, 4, chunks, N, D], for states at the ends of chunks, and for the sums of dt over
-    chunks [B, 4, chunks, D]."""
-    if chunks == 1 and sizes.dstate == 1:  # all stays in registers
+def _summary_shape(sizes: Sizes, chunks: int) -> Optional[Tuple[int, ...]]:
+    """[B, 4, chunks, N, D], or None where all stays in registers."""
+    if chunks == 1 and sizes.dstate == 1:
+        return None
+    return sizes.batch, NUM_ROUTES, chunks, sizes.dstate, sizes.dim
+
+
+def _summaries(shape: Optional[Tuple[int, ...]], like: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Room for states between tiles, for states at the ends of chunks, and for the sums of dt over chunks."""
+    if shape is None:
         return like, like, like
-    shape = sizes.batch, NUM_ROUTES, chunks, sizes.dstate, sizes.dim
     ends = torch.empty(shape, dtype=torch.float32, device=like.device)
-    return torch.empty_like(ends), ends, ends.new_empty(sizes.batch, NUM_ROUTES, chunks, sizes.dim)
-
-
-def _registers(x: Tensor, launch: Launch) -> Optional[int]:
-    return launch.registers if is_nvidia(x) else None
+    return torch.empty_like(ends), ends, ends.new_empty((*shape[:3], shape[4]))
 
 
 def _wraps(sizes: Sizes, plan: Plan) -> bool:
@@ -301,10 +338,10 @@ def _wraps(sizes: Sizes, plan: Plan) -> bool:
     return sizes.height > 1 and cdiv(sizes.height, steps) * steps > 1.2 * sizes.height
 
 
-def _cut(sizes: Sizes, launch: Launch, wraps: bool) -> Tuple[int, int]:
+def _cut(sizes: Sizes, schedule: Schedule, wraps: bool) -> Tuple[int, int]:
     """Chunks, none of them empty, and tiles of a chunk: an even number, since two routes meet half way."""
-    tiles = _tiles(sizes, launch.steps, wraps)
-    chunk_tiles = 2 * cdiv(tiles, 2 * launch.chunks)
+    tiles = _tiles(sizes, schedule.steps, wraps)
+    chunk_tiles = 2 * cdiv(tiles, 2 * schedule.chunks)
     return cdiv(tiles, chunk_tiles), chunk_tiles
 
 
@@ -316,15 +353,8 @@ def _tiles(sizes: Sizes, steps: int, wraps: bool) -> int:
     return max(tiles, sizes.width * cdiv(sizes.height, steps))
 
 
-def _magic_of(sizes: Sizes, launch: Launch, wraps: bool) -> int:
+def _magic_of(sizes: Sizes, schedule: Schedule, wraps: bool) -> int:
     """ceil(2**32 / divisor) as a signed integer of 32 bits; see `routes.line_of`."""
-    divisor = sizes.height if wraps else cdiv(sizes.height, launch.steps)
+    divisor = sizes.height if wraps else cdiv(sizes.height, schedule.steps)
     magic = cdiv(2**32, divisor) if divisor > 1 else 0
     return magic - 2**32 if magic >= 2**31 else magic
-
-
-def _merge_blocks(x: Tensor) -> Tuple[int, int, int]:
-    """Pixels, and the channels and pixels of a block of the merge."""
-    dim = x.shape[-1]
-    block_d = next_power_of_2(dim)
-    return x.numel() // dim, block_d, max(_MERGE_ELEMENTS // block_d, 1)

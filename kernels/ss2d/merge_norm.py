@@ -6,8 +6,7 @@ from .._launch import tl, triton
 
 @triton.jit(do_not_specialize_on_alignment=['pixels'])  # maps of any size run on the same compiled kernel
 def merge_norm_kernel(
-    y_rows,  # [pixels, dim]
-    y_columns,  # [pixels, dim]
+    y,  # [2, pixels, dim]
     x,  # [pixels, dim]
     D,  # [4, dim]
     weight,  # [dim], or None for no norm
@@ -21,7 +20,7 @@ def merge_norm_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """merged = ln 2 * (y_rows + y_columns) + sum(D) * x and out = LayerNorm(merged), for ROWS pixels."""
+    """merged = ln 2 * (y[0] + y[1]) + sum(D) * x and out = LayerNorm(merged), for ROWS pixels."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_D)
     has_channel = channel < dim
@@ -30,8 +29,8 @@ def merge_norm_kernel(
     skip = tl.zeros([BLOCK_D], tl.float32)
     for route in tl.static_range(4):
         skip += tl.load(D + route * dim + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
-    total = tl.load(y_rows + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
-    total += tl.load(y_columns + offset, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    total += tl.load(y + tl.cast(pixels, tl.int64) * dim + offset, mask=mask, other=0.0).to(tl.float32)
     total *= LN2
     total += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) * skip[None, :]
     if weight is not None:
