@@ -61,18 +61,19 @@ class Operator:
         self.name, self.results, self.macs = name, results, macs
         self._forward, self._backward, self._like = forward, backward, like
         schema = torch.library.infer_schema(forward, mutates_args=())
-        arguments, outputs = schema[1:].split(') -> ')
-        arguments = arguments.split(', ')[:-1]  # without save
+        schema, outputs = schema[1:].split(') -> ')
+        arguments = schema.split(', ')[:-1]  # without save
         names = [argument.split()[1] for argument in arguments]
         self._saved_results = saved_results
         self._inputs, self._outputs = len(arguments), outputs.count('Tensor')
         self._tensors = [i for i, argument in enumerate(arguments) if argument.startswith('Tensor')]
         self._constants = {names.index(name) for name in constants}
         self._unsaved = {names.index(name) for name in unsaved}
+        # PyTorch infers tuples of one tensor as they are written: some versions return them, others the tensor itself.
+        schema = f'({schema}) -> ({", ".join(["Tensor"] * self._outputs)})'
         self._op = _register(name, self._run_forward, self._fake_forward, schema)
-        self._op_backward = _register(
-            f'{name}_backward', self._run_backward, self._fake_backward, self._backward_schema(arguments)
-        )
+        schema = self._backward_schema(arguments)
+        self._op_backward = _register(f'{name}_backward', self._run_backward, self._fake_backward, schema)
         self._op.register_autograd(self._gradients, setup_context=self._setup_context)
         if macs is not None:
             self._register_flops(macs, backward_macs or (lambda *shapes: 2 * macs(*shapes)))

@@ -2,6 +2,8 @@
 
 They do what the modules of a block do one by one, with few launches, few tensors and little Python: that is what limits
 small maps and eager training. Where something has to see the modules or their operators, the modules run instead.
+
+All parameters are contiguous; maps may have any strides.
 """
 
 import torch

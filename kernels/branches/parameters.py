@@ -135,25 +135,25 @@ def lay_out_weights(
     A_log: Optional[Tensor] = None,
     layouts: Optional[Tuple[Optional[WeightLayout], ...]] = None,
 ) -> Tuple[Tensor, ...]:
-    """At most four weights in a dtype, contiguous and laid out, and A = -exp(A_log) in fp32 if there is an A_log; all by
-    one kernel. A weight that is so already is returned itself.
+    """At most four weights in a dtype and laid out, and A = -exp(A_log) in fp32 if there is an A_log; all by one kernel.
+
+    A weight that is so already is returned itself. All are contiguous.
 
     Args:
         layouts: Of each weight; None for the weight's own.
     """
     shapes = tuple([weight.shape for weight in weights])
-    changes = tuple([weight.dtype != dtype or not weight.is_contiguous() for weight in weights])
+    changes = tuple([weight.dtype != dtype for weight in weights])
     launch, shapes = _weights_launch(shapes, changes, layouts, 0 if A_log is None else A_log.numel())
     sources, written, laid_out = [None] * _MAX_WEIGHTS, [None] * _MAX_WEIGHTS, list(weights)
     for i, shape in enumerate(shapes):
         if shape is not None:
-            sources[i] = weights[i] if weights[i].is_contiguous() else weights[i].contiguous()
+            sources[i] = weights[i]
             written[i] = laid_out[i] = torch.empty(shape, dtype=dtype, device=weights[i].device)
     A = None
     if A_log is not None:
         A = torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
         laid_out.append(A)
-        A_log = A_log.contiguous()
     if launch is not None:
         launch(*sources, A_log, *written, A)
     return tuple(laid_out)

@@ -86,7 +86,7 @@ def ss2d_branch(
         norm_weight, norm_bias: [d].
         norm_eps: Added to the variance.
         in_proj_weight: [D or 2D, d].
-        conv_weight: [D, k, k] with odd k up to 5.
+        conv_weight: [D, 1, k, k] with odd k up to 5.
         conv_bias: [D].
         x_proj_weight: [4 * (R + 2N), D].
         dt_weight, dt_bias, A_log, D: As of `ss2d_scan`.

@@ -79,4 +79,5 @@ class BiMamba(nn.Module):
 
     def has_kernels(self) -> bool:
         """Whether the Triton kernels take this width of convolutions and number of states."""
-        return self.conv1d_weight.shape[-1] <= branches.MAX_TAPS and self.A_log.shape[-1] <= branches.MAX_STATES
+        taps, states = self._parameters['conv1d_weight'].shape[-1], self._parameters['A_log'].shape[-1]
+        return taps <= branches.MAX_TAPS and states <= branches.MAX_STATES

@@ -3,7 +3,7 @@
 `runs_fused` alone decides where these stand in for a branch's modules.
 """
 
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -15,6 +15,8 @@ from .bimamba import BiMamba
 from .norm import LayerNorm, RmsNorm
 from .plain import has_global_hooks, is_plain
 from .ss2d import SS2D
+
+_TENSORS = nn.Parameter, Tensor
 
 
 @register_notrace_function
@@ -28,11 +30,13 @@ def runs_fused(x: Tensor, norm: nn.Module, module: nn.Module, drop_path: nn.Modu
     if not branches.can_run(x) or has_global_hooks():
         return False
     stands_for = _STANDS_FOR.get(type(module))
-    if stands_for is None or not is_plain(module, type(module)) or not stands_for(norm, module):
-        return False
-    if not is_plain(drop_path, DropPath) and not is_plain(drop_path, nn.Identity):
-        return False
-    return all(_is_plain_tensor(parameter, x) for parameter in _parameters(norm, module))
+    return (
+        stands_for is not None
+        and is_plain(module, type(module))
+        and (is_plain(drop_path, nn.Identity) or is_plain(drop_path, DropPath))
+        and stands_for(norm, module)
+        and _has_plain_tensors(x, norm, module)
+    )
 
 
 def fused_branch(x: Tensor, norm: nn.Module, module: nn.Module, drop_path: nn.Module) -> Tensor:
@@ -49,66 +53,98 @@ def _drop_path_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
     return scale.div_(keep) if drop_path.scale_by_keep and keep > 0 else scale
 
 
-def _parameters(*modules: nn.Module) -> Iterator[Optional[Tensor]]:
-    for module in modules:
-        yield from module._parameters.values()
-        for child in module._modules.values():
-            yield from child._parameters.values()
-
-
-def _is_plain_tensor(parameter: Optional[Tensor], x: Tensor) -> bool:
-    """Whether a parameter is no subclass of a tensor, as quantised and distributed ones are, and is where x is."""
-    return parameter is None or (type(parameter) in (nn.Parameter, Tensor) and parameter.device == x.device)
+def _has_plain_tensors(x: Tensor, norm: nn.Module, module: nn.Module) -> bool:
+    """Whether all parameters are where x is, contiguous, and of no subclass, as quantised and distributed tensors are."""
+    device = x.device
+    for owner in (norm, module, *module._modules.values()):
+        for parameter in owner._parameters.values():
+            if parameter is not None and (
+                type(parameter) not in _TENSORS or parameter.device != device or not parameter.is_contiguous()
+            ):
+                return False
+    return True
 
 
 def _is_linear(module: nn.Module, bias: bool) -> bool:
-    return is_plain(module, nn.Linear) and (module.bias is not None) == bias
+    return is_plain(module, nn.Linear) and (module._parameters['bias'] is not None) == bias
 
 
-def _products_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
+def _is_idle(module: nn.Module) -> bool:
+    return is_plain(module, nn.Dropout) and (module.p == 0 or not module.training)
+
+
+def _products_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+# Attributes of a module that are parameters or modules take Python long to find: these functions look them up where
+# they are.
+
+
 def _stands_for_ss2d(norm: nn.Module, mixer: SS2D) -> bool:
-    linears = all(_is_linear(linear, bias=False) for linear in (mixer.in_proj, mixer.out_proj))
-    return linears and mixer.is_plain() and is_plain(norm, LayerNorm) and mixer.d_conv <= branches.MAX_WINDOW
+    modules = mixer._modules
+    return (
+        is_plain(norm, LayerNorm)
+        and _is_linear(modules['in_proj'], bias=False)
+        and _is_linear(modules['out_proj'], bias=False)
+        and mixer.is_plain()
+        and mixer.d_conv <= branches.MAX_WINDOW
+    )
 
 
 def _ss2d(x: Tensor, norm: LayerNorm, mixer: SS2D, scale: Optional[Tensor]) -> Tensor:
+    own, modules = mixer._parameters, mixer._modules
+    before, after = norm._parameters, modules['out_norm']._parameters
+    in_proj, out_proj = modules['in_proj']._parameters['weight'], modules['out_proj']._parameters['weight']
+    conv, x_proj = modules['conv2d']._parameters, modules['x_proj']._parameters['weight']
     return branches.ss2d_branch(
-        *(x, norm.weight, norm.bias, norm.eps, mixer.in_proj.weight),
-        *(mixer.conv2d.weight.squeeze(1), mixer.conv2d.bias, mixer.x_proj.weight),
-        *(mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D),
-        *(mixer.out_norm.weight, mixer.out_norm.bias, mixer.out_norm.eps, mixer.out_proj.weight),
-        *(scale, _products_dtype(mixer.in_proj.weight)),
+        *(x, before['weight'], before['bias'], norm.eps, in_proj, conv['weight'], conv['bias'], x_proj),
+        *(own['dt_proj_weight'], own['dt_proj_bias'], own['A_log'], own['D']),
+        *(after['weight'], after['bias'], modules['out_norm'].eps, out_proj, scale, _products_dtype(x, in_proj)),
     )
 
 
 def _stands_for_bimamba(norm: nn.Module, mixer: BiMamba) -> bool:
-    linears = all(_is_linear(linear, bias=False) for linear in (mixer.in_proj, mixer.out_proj))
-    return linears and is_plain(norm, RmsNorm) and mixer.has_kernels()
+    modules = mixer._modules
+    return (
+        is_plain(norm, RmsNorm)
+        and _is_linear(modules['in_proj'], bias=False)
+        and _is_linear(modules['out_proj'], bias=False)
+        and mixer.has_kernels()
+    )
 
 
 def _bimamba(x: Tensor, norm: RmsNorm, mixer: BiMamba, scale: Optional[Tensor]) -> Tensor:
+    own, modules = mixer._parameters, mixer._modules
+    in_proj, out_proj = modules['in_proj']._parameters['weight'], modules['out_proj']._parameters['weight']
     return branches.bimamba_branch(
-        *(x, norm.weight, norm.eps, mixer.in_proj.weight, mixer.conv1d_weight, mixer.conv1d_bias),
-        *(mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D),
-        *(mixer.out_proj.weight, scale, _products_dtype(mixer.in_proj.weight)),
+        *(x, norm._parameters['weight'], norm.eps, in_proj, own['conv1d_weight'], own['conv1d_bias']),
+        *(own['x_proj_weight'], own['dt_proj_weight'], own['dt_proj_bias'], own['A_log'], own['D']),
+        *(out_proj, scale, _products_dtype(x, in_proj)),
     )
 
 
 def _stands_for_mlp(norm: nn.Module, mlp: Mlp) -> bool:
-    linears = all(_is_linear(linear, bias=True) for linear in (mlp.fc1, mlp.fc2))
-    drops = all(is_plain(drop, nn.Dropout) and (drop.p == 0 or not drop.training) for drop in (mlp.drop1, mlp.drop2))
-    gelu = is_plain(mlp.act, nn.GELU) and mlp.act.approximate == 'none'
-    return linears and drops and gelu and is_plain(mlp.norm, nn.Identity) and is_plain(norm, LayerNorm)
+    modules = mlp._modules
+    act = modules['act']
+    return (
+        is_plain(norm, LayerNorm)
+        and is_plain(act, nn.GELU)
+        and act.approximate == 'none'
+        and is_plain(modules['norm'], nn.Identity)
+        and _is_linear(modules['fc1'], bias=True)
+        and _is_linear(modules['fc2'], bias=True)
+        and _is_idle(modules['drop1'])
+        and _is_idle(modules['drop2'])
+    )
 
 
 def _mlp(x: Tensor, norm: LayerNorm, mlp: Mlp, scale: Optional[Tensor]) -> Tensor:
+    before, fc1, fc2 = norm._parameters, mlp._modules['fc1']._parameters, mlp._modules['fc2']._parameters
     return branches.mlp_branch(
-        *(x, norm.weight, norm.bias, norm.eps, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
-        *(scale, _products_dtype(mlp.fc1.weight)),
+        *(x, before['weight'], before['bias'], norm.eps, fc1['weight'], fc1['bias'], fc2['weight'], fc2['bias']),
+        *(scale, _products_dtype(x, fc1['weight'])),
     )
 
 

@@ -101,18 +101,19 @@ class SS2D(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether `conv2d`, `x_proj` and `out_norm` are what they were made as, and nothing looks at their calls."""
+        modules = self._modules
         return (
             not has_global_hooks()
-            and is_plain(self.conv2d, nn.Conv2d)
+            and is_plain(modules['conv2d'], nn.Conv2d)
+            and is_plain(modules['x_proj'], nn.Linear)
+            and is_plain(modules['out_norm'], LayerNorm)
+            and modules['x_proj']._parameters['bias'] is None
             and self._is_depthwise()
-            and is_plain(self.x_proj, nn.Linear)
-            and self.x_proj.bias is None
-            and is_plain(self.out_norm, LayerNorm)
         )
 
     def _is_depthwise(self) -> bool:
         """Whether `conv2d` takes each channel by itself, to a map of the same size."""
-        conv, side = self.conv2d, self.d_conv
+        conv, side = self._modules['conv2d'], self.d_conv
         return (
             conv.kernel_size == (side, side)
             and conv.groups == conv.in_channels == conv.out_channels
