@@ -2,11 +2,11 @@
 
 from ._launch import use_triton
 from ._operator import OPERATORS
-from .add_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .bimamba import bidirectional_scan, bimamba_core
 from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
 from .naive import cross_merge, cross_scan
+from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 from .step import selective_state_update
@@ -15,8 +15,6 @@ __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
     'OPERATORS',
-    'add_layer_norm',
-    'add_rms_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'bimamba_core',

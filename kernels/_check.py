@@ -12,9 +12,9 @@ def check(function: str, sizes: Optional[Dict[str, int]] = None, **tensors: Spec
     """Checks tensors against their specs, in order.
 
     A spec has a word per dimension: a number, or a name that stands for the same size everywhere. 'L>0' must not be
-    empty. Specs of several ranks are separated by ' | '. Every tensor must be real and floating, on the device of the
-    first one, and without a tangent of forward-mode differentiation: PyTorch would silently take the result of an
-    operator with a backward pass of its own for constant.
+    empty. '...' at the beginning stands for any dimensions. Specs of several ranks are separated by ' | '. Every tensor
+    must be real and floating, on the device of the first one, and without a tangent of forward-mode differentiation:
+    PyTorch would silently take the result of an operator with a backward pass of its own for constant.
 
     Args:
         function: Name of the public function.
@@ -53,10 +53,15 @@ def _fits(tensor: Tensor, spec: str, sizes: Dict[str, int]) -> bool:
     """Whether a tensor fits a spec; adds to the sizes what the spec names first."""
     if not tensor.is_floating_point():
         return False
-    words = next((words for words in map(str.split, spec.split(' | ')) if len(words) == tensor.ndim), None)
+    shape = tensor.shape
+    if spec.startswith('... '):
+        words = spec.split()[1:]
+        shape = shape[-len(words) :]
+    else:
+        words = next((words for words in map(str.split, spec.split(' | ')) if len(words) == len(shape)), None)
     if words is None:
         return False
-    for word, size in zip(words, tensor.shape):
+    for word, size in zip(words, shape):
         name, _, positive = word.partition('>')
         if positive and size == 0:
             return False

@@ -47,7 +47,8 @@ def softplus_log2(x, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
 
 @triton.jit
 def last_of_axis(x):
-    """x[-1] in fp32, for tiles whose first axis a thread owns; as integers, since the compiler removes additions of 0."""
+    """x[-1] in fp32, for tiles whose first axis a thread owns; as integers, since the compiler removes additions of
+    0."""
     SIZE: tl.constexpr = x.shape[0]
     index = tl.reshape(tl.arange(0, SIZE), [SIZE] + [1] * (len(x.shape) - 1))
     bits = tl.where(index == SIZE - 1, x.to(tl.int32, bitcast=True), 0)

@@ -40,9 +40,6 @@ class Operator:
         results: How many outputs are results; the others are saved for the backward pass.
         macs: Multiply-adds of the forward pass, from the inputs with shapes in place of tensors.
         backward_macs: The same of the backward pass; 2 * macs by default.
-        constants: Tensor inputs without a gradient.
-        saved_results: Indices of results that are saved too, after the other outputs.
-        unsaved: Tensor inputs of which the backward pass needs shape and dtype only.
     """
 
     def __init__(
@@ -54,21 +51,14 @@ class Operator:
         results: int = 1,
         macs: Optional[Callable[..., int]] = None,
         backward_macs: Optional[Callable[..., int]] = None,
-        constants: Tuple[str, ...] = (),
-        saved_results: Tuple[int, ...] = (),
-        unsaved: Tuple[str, ...] = (),
     ) -> None:
         self.name, self.results, self.macs = name, results, macs
         self._forward, self._backward, self._like = forward, backward, like
         schema = torch.library.infer_schema(forward, mutates_args=())
         schema, outputs = schema[1:].split(') -> ')
         arguments = schema.split(', ')[:-1]  # without save
-        names = [argument.split()[1] for argument in arguments]
-        self._saved_results = saved_results
         self._inputs, self._outputs = len(arguments), outputs.count('Tensor')
         self._tensors = [i for i, argument in enumerate(arguments) if argument.startswith('Tensor')]
-        self._constants = {names.index(name) for name in constants}
-        self._unsaved = {names.index(name) for name in unsaved}
         # PyTorch infers tuples of one tensor as they are written: some versions return them, others the tensor itself.
         schema = f'({schema}) -> ({", ".join(["Tensor"] * self._outputs)})'
         self._op = _register(name, self._run_forward, self._fake_forward, schema)
@@ -120,9 +110,9 @@ class Operator:
         _, inputs, _ = self._backward_arguments(args)
         return _one_or_all(
             tuple(
-                torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
-                if self._has_gradient(inputs, i)
-                else inputs[0].new_empty(0)
+                inputs[0].new_empty(0)
+                if inputs[i] is None
+                else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
                 for i in self._tensors
             )
         )
@@ -134,23 +124,16 @@ class Operator:
 
     def _backward_schema(self, arguments: Sequence[str]) -> str:
         grads = [f'Tensor? grad_{i}' for i in range(self.results)]
-        saved = [f'Tensor saved_{i}' for i in range(self._outputs - self.results + len(self._saved_results))]
+        saved = [f'Tensor saved_{i}' for i in range(self._outputs - self.results)]
         returns = ', '.join(['Tensor'] * len(self._tensors))
         return f'({", ".join([*grads, *arguments, *saved])}) -> ({returns})'
-
-    def _has_gradient(self, inputs: Sequence[Any], i: int) -> bool:
-        return inputs[i] is not None and i not in self._constants
 
     def _setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
         *inputs, ctx.save = inputs
         outputs = (output,) if self._outputs == 1 else output
-        for i in self._unsaved:
-            if inputs[i] is not None:
-                inputs[i] = inputs[i].new_empty(()).expand(inputs[i].shape)
         ctx.others = [None if i in self._tensors else value for i, value in enumerate(inputs)]
         ctx.set_materialize_grads(False)  # zeros for what is saved
-        saved = *outputs[self.results :], *(outputs[i] for i in self._saved_results)
-        ctx.save_for_backward(*(inputs[i] for i in self._tensors), *saved)
+        ctx.save_for_backward(*(inputs[i] for i in self._tensors), *outputs[self.results :])
 
     def _gradients(self, ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         """Gradients of all inputs and of `save`, through the dispatcher where something watches."""
@@ -170,7 +153,7 @@ class Operator:
         else:
             computed = self.backward(grads, tuple(inputs), saved)
         for i, grad in zip(self._tensors, computed):
-            if self._has_gradient(inputs, i):
+            if inputs[i] is not None:
                 gradients[i] = grad
         return tuple(gradients)
 

@@ -71,7 +71,8 @@ def cross_scan(x: Tensor) -> Tensor:
 
 
 def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
-    """Sums y [B, 4, C, H * W] of the four routes at the pixels they visit, [B, C, H, W]: the adjoint of `cross_scan`."""
+    """Sums y [B, 4, C, H * W] of the four routes at the pixels they visit, [B, C, H, W]: the adjoint of
+    `cross_scan`."""
     positions = route_positions(height, width).to(y.device)
     merged = sum(y[:, k][..., torch.argsort(order)] for k, order in enumerate(positions))
     return merged.unflatten(-1, (height, width))

@@ -1,6 +1,6 @@
 """Vim's bidirectional Mamba on Triton: its kernels and products, in order, both ways."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .gate import gate_backward, gate_forward
 _ALIGNMENT = 8  # of rows, in elements, for fast matrix products
 
 
-class Layout(NamedTuple):
+class ProjectionLayout(NamedTuple):
     """How the projections of a position lie: those of dt, B and C, with zeros before B and at the end up to aligned
     places, without which matrix products are several times slower."""
 
@@ -30,10 +30,15 @@ class Layout(NamedTuple):
     def size(self) -> int:
         return cdiv(self.padded_rank + 2 * self.dstate, _ALIGNMENT) * _ALIGNMENT
 
-    def split(self, x_dbl: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """dt with the zeros after it, B and C of [..., size]."""
-        B, C = (x_dbl[..., self.padded_rank + i * self.dstate :][..., : self.dstate] for i in range(2))
-        return x_dbl[..., : self.padded_rank], B, C
+    def low_rank(self, x_dbl: Tensor) -> Tensor:
+        """The projections of dt, with the zeros after them, of [2, B * L, size]."""
+        return x_dbl.narrow(2, 0, self.padded_rank)
+
+    def coefficients(self, x_dbl: Tensor, shape: Tuple[int, ...]) -> Sequence[Tensor]:
+        """B, C and the zeros at the end of [2, B * L, size], each [B, 2, .., L], for maps of a shape [2, B, L, D]."""
+        padding = self.size - self.padded_rank - 2 * self.dstate
+        x_dbl = _as_sequences(x_dbl.view(*shape[:3], self.size))
+        return x_dbl.split([self.padded_rank, self.dstate, self.dstate, padding], dim=2)[1:]
 
     def x_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """[2, R + 2N, D] -> [2, size, D]"""
@@ -55,8 +60,8 @@ class Layout(NamedTuple):
 
 
 class CoreOutputs(NamedTuple):
-    """The output [B, L, D]; and for the backward pass the projections [2, B, L, size], the mean of both directions before
-    the gate, and the states before each tile."""
+    """The output [B, L, D]; and for the backward pass the projections [2, B * L, size], the mean of both directions
+    before the gate, and the states before each tile."""
 
     out: Tensor
     x_dbl: Optional[Tensor] = None
@@ -87,14 +92,14 @@ def core_forward(
     D: Tensor,
     save: bool,
 ) -> CoreOutputs:
-    """`bimamba_core` of a contiguous xz, with x_proj and dt_proj as `Layout` lays them out, in xz's dtype.
+    """`bimamba_core` of a contiguous xz, with x_proj and dt_proj as `ProjectionLayout` lays them out, in xz's dtype.
 
     Of the maps of both directions only one exists at a time beside their dt: the scan's output overwrites its input,
     which the backward pass recomputes.
     """
     x, z = xz.chunk(2, dim=-1)
     u = _convolve(x, conv_weight, conv_bias)
-    x_dbl = _product(u.flatten(1, 2), x_proj.mT).unflatten(1, u.shape[1:3])
+    x_dbl = _product(_rows(u), x_proj.mT)
     scan = _scan_of(u, x_dbl, dt_proj, dt_bias, A, D)
     _, states = scan_forward(scan, scan.u, save)
     del scan  # and dt with it
@@ -122,44 +127,52 @@ def core_backward(
     grad_x, grad_z = grad_xz.chunk(2, dim=-1)
     grad_y, out = gate_backward(grad_out, saved.mean, z, grad_z, recompute_out)
     u = _convolve(x, conv_weight, conv_bias)
-    scan = _scan_of(u, saved.x_dbl, dt_proj, dt_bias, A, D)
-    layout = Layout(dt_proj.shape[-1], A.shape[-1])
-    grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(saved.x_dbl)
-    grad_low_rank, grad_B, grad_C = layout.split(grad_x_dbl)
-    grad_x_dbl[..., layout.padded_rank + 2 * layout.dstate :] = 0
-    targets = Targets(*(_as_sequence(t) for t in (grad_u, grad_delta)), None, *map(_as_sequence, (grad_B, grad_C)))
-    grad_y = _as_sequence(grad_y.expand(2, -1, -1, -1))
+    x_dbl = saved.x_dbl
+    scan = _scan_of(u, x_dbl, dt_proj, dt_bias, A, D)
+    layout = ProjectionLayout(dt_proj.shape[-1], A.shape[-1])
+    grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(x_dbl)
+    grad_B, grad_C, padding = layout.coefficients(grad_x_dbl, u.shape)
+    if padding.numel():
+        padding.zero_()
+    targets = Targets(_as_sequences(grad_u), _as_sequences(grad_delta), None, grad_B, grad_C)
+    grad_y = grad_y.mT.unsqueeze(1).expand(-1, 2, -1, -1)  # [B, L, D] -> [B, 2, D, L]
     grads = scan_backward(scan, grad_y, None, saved.states, targets, log_A)
-    grad_delta, low_rank = grad_delta.flatten(1, 2), layout.split(saved.x_dbl)[0].flatten(1, 2)
-    torch.bmm(grad_delta, dt_proj, out=grad_low_rank.flatten(1, 2))
-    grad_dt_proj = _product(grad_delta.mT, low_rank)
-    projected = grad_x_dbl.flatten(1, 2)
-    grad_u.flatten(1, 2).baddbmm_(projected, x_proj)
-    grad_x_proj = _product(projected.mT, u.flatten(1, 2))
+    grad_delta, grad_low_rank = _rows(grad_delta), layout.low_rank(grad_x_dbl)
+    torch.bmm(grad_delta, dt_proj, out=grad_low_rank)
+    grad_dt_proj = _product(grad_delta.mT, layout.low_rank(x_dbl))
+    _rows(grad_u).baddbmm_(grad_x_dbl, x_proj)
+    grad_x_proj = _product(grad_x_dbl.mT, _rows(u))
     grad_conv = conv1d_backward(grad_u.permute(1, 2, 0, 3), x, conv_weight, conv_bias, True, grad_x)
     return CoreGradients(grad_xz, grad_x_proj, grad_dt_proj, grad_conv, grads.parameters, out)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The scans' input [2, B, L, D]."""
-    u = x.new_empty(2, *x.shape)
+    u = x.new_empty((2, *x.shape))
     conv1d_forward(x, weight, bias, True, out=u.permute(1, 2, 0, 3))
     return u
 
 
 def _scan_of(u: Tensor, x_dbl: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Scan:
     """The scans of both directions."""
-    low_rank, B, C = Layout(dt_proj.shape[-1], A.shape[-1]).split(x_dbl)
-    delta = _product(low_rank.flatten(1, 2), dt_proj.mT).view(u.shape)
-    u, delta, B, C = (_as_sequence(tensor) for tensor in (u, delta, B, C))
+    layout = ProjectionLayout(dt_proj.shape[-1], A.shape[-1])
+    delta = _product(layout.low_rank(x_dbl), dt_proj.mT).view(u.shape)
+    B, C, _ = layout.coefficients(x_dbl, u.shape)
+    u, delta = _as_sequences(u), _as_sequences(delta)
     return Scan(u, delta, A, B, C, D, None, dt_bias, None, softplus=True, reverse=False)
 
 
-def _as_sequence(x: Tensor) -> Tensor:
+def _as_sequences(x: Tensor) -> Tensor:
     """[2, B, L, E] -> [B, 2, E, L]"""
     return x.permute(1, 0, 3, 2)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[2, B, L, D] -> [2, B * L, D]"""
+    return x.view(2, -1, x.shape[-1])
+
+
 def _product(x: Tensor, y: Tensor) -> Tensor:
     """The product of a batch of matrices in x's dtype, also within autocast."""
-    return torch.bmm(x, y).to(x.dtype)
+    out = torch.bmm(x, y)
+    return out if out.dtype == x.dtype else out.to(x.dtype)

@@ -1,9 +1,7 @@
-"""Branches of residual blocks, x + scale * f(norm(x)), each as one function of its tensors with its own backward pass.
+"""Branches of residual blocks, x + scale * f(norm(x)), as one function of all tensors of a block.
 
-They do what the modules of a block do one by one, with few launches, few tensors and little Python: that is what limits
+It does what the modules of a block do one by one, with few launches, few tensors and little Python: that is what limits
 small maps and eager training. Where something has to see the modules or their operators, the modules run instead.
-
-All parameters are contiguous; maps may have any strides.
 """
 
 import torch
@@ -15,15 +13,29 @@ from .._operator import is_watched
 from ..conv1d import MAX_TAPS
 from ..conv2d import MAX_WINDOW
 from ..selective_scan.launch import MAX_STATES
-from .bimamba import bimamba_branch
-from .mlp import mlp_branch
-from .ss2d import ss2d_branch
+from .bimamba import BiMambaBranch, BiMambaParameters
+from .chain import Link, run_chain
+from .mlp import MlpBranch, MlpParameters
+from .ss2d import SS2DBranch, SS2DParameters
 
-__all__ = ['MAX_STATES', 'MAX_TAPS', 'MAX_WINDOW', 'bimamba_branch', 'can_run', 'mlp_branch', 'ss2d_branch']
+__all__ = [
+    'MAX_STATES',
+    'MAX_TAPS',
+    'MAX_WINDOW',
+    'BiMambaBranch',
+    'BiMambaParameters',
+    'Link',
+    'MlpBranch',
+    'MlpParameters',
+    'SS2DBranch',
+    'SS2DParameters',
+    'can_run',
+    'run_chain',
+]
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether branches run on a map x: on Triton, in fp32, and nothing is traced, compiled or transformed."""
+    """Whether `run_chain` runs on a map x: on Triton, in fp32, and nothing is traced, compiled or transformed."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype == torch.float32

@@ -70,12 +70,12 @@ def add_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample', 'rows_per_program'])
 def prepare_kernel(
-    grad,  # [rows, dim]: the gradient of the branch's output
+    grad,  # [rows, dim]: the gradient of the stream, or that of what is added to it; or None
     scale,  # [samples], or None
     normal,  # [rows, dim]: normalised before weight and bias
     weight,  # [dim]
     bias,  # [dim], or None
-    grad_y,  # [rows, dim]: written, scale * grad
+    grad_y,  # [rows, dim] or None: written, scale * grad
     normalised,  # [rows, dim]: written, weight * normal + bias
     sums,  # [programs, dim] or None: written, partial sums of grad_y over rows
     rows,
@@ -97,13 +97,15 @@ def prepare_kernel(
         row = first + start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (channel < dim)[None, :]
         place = row[:, None] * dim + channel[None, :]
-        value = _load_rows(grad, row, channel, dim, mask)  # [ROWS, BLOCK_D]
         out = _load_rows(normal, row, channel, dim, mask) * gain + shift  # [ROWS, BLOCK_D]
-        if scale is not None:
-            value *= _load_factors(scale, row, rows, rows_per_sample)
-        tl.store(grad_y + place, value.to(grad_y.dtype.element_ty), mask=mask)
         tl.store(normalised + place, out.to(normalised.dtype.element_ty), mask=mask)
-        total += value
+        if grad is not None:
+            value = _load_rows(grad, row, channel, dim, mask)  # [ROWS, BLOCK_D]
+            if scale is not None:
+                value *= _load_factors(scale, row, rows, rows_per_sample)
+            if grad_y is not None:
+                tl.store(grad_y + place, value.to(grad_y.dtype.element_ty), mask=mask)
+            total += value
     if sums is not None:
         tl.store(sums + tl.program_id(0) * dim + channel, tl.sum(total, axis=0), mask=channel < dim)
 
@@ -111,7 +113,8 @@ def prepare_kernel(
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_program'])
 def gelu_backward_kernel(
     grad,  # [rows, dim]: the gradient of GELU's output; overwritten by that of its input
-    hidden,  # [rows, dim]: GELU's input; overwritten by its output
+    hidden,  # [rows, dim]: GELU's input
+    out,  # [rows, dim]: written, GELU's output
     sums,  # [programs, dim]: written, partial sums over rows of the input's gradient
     rows,
     rows_per_program,
@@ -130,23 +133,22 @@ def gelu_backward_kernel(
         place = row[:, None] * dim + channel[None, :]
         activated, slope = gelu_with_gradient(_load_rows(hidden, row, channel, dim, mask), NVIDIA)
         value = _load_rows(grad, row, channel, dim, mask) * slope  # [ROWS, BLOCK_D]
-        tl.store(hidden + place, activated.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(out + place, activated.to(out.dtype.element_ty), mask=mask)
         tl.store(grad + place, value.to(grad.dtype.element_ty), mask=mask)
         total += value
     tl.store(sums + tl.program_id(0) * dim + channel, tl.sum(total, axis=0), mask=channel < dim)
 
 
 def add(x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
-    """x + scale * y in x's dtype, for contiguous x and y [B, ..., d] and a scale of each sample [B]."""
+    """x + scale * y in x's dtype [rows, d], with a scale of each sample [B] for equally many rows; all contiguous."""
     out = torch.empty_like(x)
-    shape = x.shape
-    _add_launch(x.numel() // shape[-1], shape[-1], shape[0])(x, y, scale, out)
+    _add_launch(*x.shape, 1 if scale is None else scale.shape[0])(x, y, scale, out)
     return out
 
 
 class Prepared(NamedTuple):
-    """The gradient of what a branch adds and the normalised map, both [rows, d]; and partial sums of the first over rows
-    [parts, d] in fp32, if they are wanted."""
+    """The gradient of what a branch adds, and the normalised map; and partial sums of the first over rows [parts, d] in
+    fp32, if they are wanted."""
 
     grad_y: Tensor
     normalised: Tensor
@@ -155,32 +157,39 @@ class Prepared(NamedTuple):
 
 def prepare(
     grad: Tensor,
+    grad_y: Optional[Tensor],
     scale: Optional[Tensor],
     normal: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
     sum_rows: bool = False,
 ) -> Prepared:
-    """scale * grad, and weight * normal + bias, both in the dtype of normal; all maps are contiguous [B, ..., d]."""
-    dim = normal.shape[-1]
-    rows = normal.numel() // dim
-    grad_y, normalised = normal.new_empty(rows, dim), normal.new_empty(rows, dim)
-    launch = _prepare_launch(rows, dim, normal.shape[0], num_processors(normal))
-    sums = torch.empty(launch.grid[0], dim, dtype=torch.float32, device=normal.device) if sum_rows else None
-    launch(grad, scale, normal, weight, bias, grad_y, normalised, sums)
+    """scale * grad unless it is given as `grad_y`, and weight * normal + bias, both in the dtype of normal; all maps
+    are contiguous [rows, d]."""
+    normalised = torch.empty_like(normal)
+    if grad_y is None:
+        grad_y = written = torch.empty_like(normal)
+    else:
+        grad, scale, written = grad_y if sum_rows else None, None, None
+    launch = _prepare_launch(*normal.shape, 1 if scale is None else scale.shape[0], num_processors(normal))
+    sums = None
+    if sum_rows:
+        sums = torch.empty((launch.grid[0], normal.shape[1]), dtype=torch.float32, device=normal.device)
+    launch(grad, scale, normal, weight, bias, written, normalised, sums)
     return Prepared(grad_y, normalised, sums)
 
 
-def gelu_backward_(grad: Tensor, hidden: Tensor) -> Tensor:
-    """Overwrites GELU's input `hidden` [rows, d] by its output, and the output's gradient by the input's.
+def gelu_backward_(grad: Tensor, hidden: Tensor) -> Tuple[Tensor, Tensor]:
+    """Overwrites the gradient of GELU's output by that of its input `hidden` [rows, d].
 
     Returns:
-        Partial sums over rows of the input's gradient [parts, d] in fp32.
+        GELU's output, and partial sums over rows of the input's gradient [parts, d] in fp32.
     """
+    out = torch.empty_like(hidden)
     launch = _gelu_backward_launch(*hidden.shape, is_nvidia(hidden), num_processors(hidden))
-    sums = torch.empty(launch.grid[0], hidden.shape[1], dtype=torch.float32, device=hidden.device)
-    launch(grad, hidden, sums)
-    return sums
+    sums = torch.empty((launch.grid[0], hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+    launch(grad, hidden, out, sums)
+    return out, sums
 
 
 @lru_cache(maxsize=MAX_PLANS)

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from math import prod
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -10,16 +10,15 @@ from torch import Tensor
 from .._device import LOG2_E
 from .._launch import MAX_PLANS, Launch, cdiv, tl, triton
 
-_MAX_WEIGHTS = 4
-_MAX_SUMS = 5
+_MAX_ARRAYS = 8  # of a launch
 _WEIGHT_BLOCK = 2048
-_SUM_BLOCK = 32, 64  # parts at a time, and columns
+_SUM_BLOCK = 128, 32  # parts at a time, and columns
 _ALIGNMENT = 32  # of sums within their buffer, in elements: what optimisers read at once
 
 
-class WeightLayout(NamedTuple):
-    """The shape in which a weight is laid out, with more rows than it has along an axis: its first `rank` rows, zeros up
-    to row `begin`, its other rows, and zeros."""
+class Layout(NamedTuple):
+    """The shape in which a weight is laid out, with more rows than it has along an axis: its first `rank` rows, zeros
+    up to row `begin`, its other rows, and zeros."""
 
     shape: Tuple[int, ...]
     axis: int
@@ -27,17 +26,36 @@ class WeightLayout(NamedTuple):
     begin: int
 
 
+class Weight(NamedTuple):
+    """A weight that is wanted in the products' dtype, or with `log_A` as A = -exp(weight) in fp32."""
+
+    weight: Tensor
+    layout: Optional[Layout] = None
+    log_A: bool = False
+
+
+class Parts(NamedTuple):
+    """Partial sums of gradients [parts, ...] in fp32: of the parameters of these names and shapes, one after the
+    other."""
+
+    array: Tensor
+    names: Tuple[str, ...]
+    shapes: Tuple[Tuple[int, ...], ...]
+
+
 @triton.jit
 def _lay_out(weight, target, size, BLOCK: tl.constexpr):
-    """A block of `target`, a weight [.., rows, width] as `WeightLayout` says: [.., target_rows, width]."""
-    count, rows, target_rows, width, rank, begin = size
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = index // width % target_rows
-    source = tl.where(row < rank, row, row - (begin - rank))
-    exists = ((row < rank) | (row >= begin)) & (source < rows) & (index < count)
-    place = (index // width // target_rows * rows + source) * width + index % width
-    value = tl.load(weight + place, mask=exists, other=0.0)  # [BLOCK]
-    tl.store(target + index, value.to(target.dtype.element_ty), mask=index < count)
+    """A block of `target`, a weight [.., rows, width] as `Layout` says: [.., target_rows, width]."""
+    if weight is not None:
+        count, rows, target_rows, width, rank, begin, log_A = size
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = index // width % target_rows
+        source = tl.where(row < rank, row, row - (begin - rank))
+        exists = ((row < rank) | (row >= begin)) & (source < rows) & (index < count)
+        place = (index // width // target_rows * rows + source) * width + index % width
+        value = tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)  # [BLOCK]
+        value = tl.where(log_A != 0, -tl.exp2(value * LOG2_E), value)
+        tl.store(target + index, value.to(target.dtype.element_ty), mask=index < count)
 
 
 @triton.jit
@@ -46,66 +64,83 @@ def weights_kernel(
     weight1,
     weight2,
     weight3,
-    A_log,  # [parameters], or None
+    weight4,
+    weight5,
+    weight6,
+    weight7,
     target0,  # written, each weight as it is laid out
     target1,
     target2,
     target3,
-    A,  # [parameters] or None: written, -exp(A_log)
-    A_size,
-    size0,  # of each: (count, rows, target_rows, width, rank, begin), see `_lay_out`
+    target4,
+    target5,
+    target6,
+    target7,
+    size0,  # of each: (count, rows, target_rows, width, rank, begin, log_A), see `_lay_out`
     size1,
     size2,
     size3,
+    size4,
+    size5,
+    size6,
+    size7,
     BLOCK: tl.constexpr,
 ):
     """One program lays out a block of one weight, which the second axis of the grid numbers."""
     which = tl.program_id(1)
-    if weight0 is not None:
-        if which == 0:
-            _lay_out(weight0, target0, size0, BLOCK)
-    if weight1 is not None:
-        if which == 1:
-            _lay_out(weight1, target1, size1, BLOCK)
-    if weight2 is not None:
-        if which == 2:
-            _lay_out(weight2, target2, size2, BLOCK)
-    if weight3 is not None:
-        if which == 3:
-            _lay_out(weight3, target3, size3, BLOCK)
-    if A_log is not None:
-        if which == 4:
-            index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            value = tl.load(A_log + index, mask=index < A_size, other=0.0).to(tl.float32)  # [BLOCK]
-            tl.store(A + index, -tl.exp2(value * LOG2_E), mask=index < A_size)
+    if which == 0:
+        _lay_out(weight0, target0, size0, BLOCK)
+    elif which == 1:
+        _lay_out(weight1, target1, size1, BLOCK)
+    elif which == 2:
+        _lay_out(weight2, target2, size2, BLOCK)
+    elif which == 3:
+        _lay_out(weight3, target3, size3, BLOCK)
+    elif which == 4:
+        _lay_out(weight4, target4, size4, BLOCK)
+    elif which == 5:
+        _lay_out(weight5, target5, size5, BLOCK)
+    elif which == 6:
+        _lay_out(weight6, target6, size6, BLOCK)
+    else:
+        _lay_out(weight7, target7, size7, BLOCK)
 
 
 @triton.jit
 def _sum(parts, count, length, out, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """A block of the sum over the parts of [count, length]."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([PARTS, BLOCK], tl.float32)
-    for start in range(0, count, PARTS):
-        part = start + tl.arange(0, PARTS)
-        mask = (part < count)[:, None] & (column < length)[None, :]
-        place = part.to(tl.int64)[:, None] * length + column[None, :]
-        total += tl.load(parts + place, mask=mask, other=0.0)  # [PARTS, BLOCK]
-    tl.store(out + column, tl.sum(total, axis=0), mask=column < length)
+    if parts is not None:
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([PARTS, BLOCK], tl.float32)
+        for start in range(0, count, PARTS):
+            part = start + tl.arange(0, PARTS)
+            mask = (part < count)[:, None] & (column < length)[None, :]
+            place = part.to(tl.int64)[:, None] * length + column[None, :]
+            total += tl.load(parts + place, mask=mask, other=0.0)  # [PARTS, BLOCK]
+        tl.store(out + column, tl.sum(total, axis=0), mask=column < length)
 
 
-@triton.jit(do_not_specialize_on_alignment=['count0', 'count1', 'count2', 'count3', 'count4'])
+@triton.jit(
+    do_not_specialize_on_alignment=['count0', 'count1', 'count2', 'count3', 'count4', 'count5', 'count6', 'count7']
+)
 def sum_kernel(
-    parts0,  # [count0, length0]
-    parts1,  # and so on, or None
+    parts0,  # [count0, length0], or None
+    parts1,
     parts2,
     parts3,
     parts4,
+    parts5,
+    parts6,
+    parts7,
     out,  # written: the sums over the parts, each at its offset
     count0,
     count1,
     count2,
     count3,
     count4,
+    count5,
+    count6,
+    count7,
     lengths,
     offsets,
     PARTS: tl.constexpr,
@@ -115,108 +150,94 @@ def sum_kernel(
     which = tl.program_id(1)
     if which == 0:
         _sum(parts0, count0, lengths[0], out + offsets[0], PARTS, BLOCK)
-    if parts1 is not None:
-        if which == 1:
-            _sum(parts1, count1, lengths[1], out + offsets[1], PARTS, BLOCK)
-    if parts2 is not None:
-        if which == 2:
-            _sum(parts2, count2, lengths[2], out + offsets[2], PARTS, BLOCK)
-    if parts3 is not None:
-        if which == 3:
-            _sum(parts3, count3, lengths[3], out + offsets[3], PARTS, BLOCK)
-    if parts4 is not None:
-        if which == 4:
-            _sum(parts4, count4, lengths[4], out + offsets[4], PARTS, BLOCK)
+    elif which == 1:
+        _sum(parts1, count1, lengths[1], out + offsets[1], PARTS, BLOCK)
+    elif which == 2:
+        _sum(parts2, count2, lengths[2], out + offsets[2], PARTS, BLOCK)
+    elif which == 3:
+        _sum(parts3, count3, lengths[3], out + offsets[3], PARTS, BLOCK)
+    elif which == 4:
+        _sum(parts4, count4, lengths[4], out + offsets[4], PARTS, BLOCK)
+    elif which == 5:
+        _sum(parts5, count5, lengths[5], out + offsets[5], PARTS, BLOCK)
+    elif which == 6:
+        _sum(parts6, count6, lengths[6], out + offsets[6], PARTS, BLOCK)
+    else:
+        _sum(parts7, count7, lengths[7], out + offsets[7], PARTS, BLOCK)
 
 
-def lay_out_weights(
-    weights: Tuple[Tensor, ...],
-    dtype: torch.dtype,
-    A_log: Optional[Tensor] = None,
-    layouts: Optional[Tuple[Optional[WeightLayout], ...]] = None,
-) -> Tuple[Tensor, ...]:
-    """At most four weights in a dtype and laid out, and A = -exp(A_log) in fp32 if there is an A_log; all by one kernel.
-
-    A weight that is so already is returned itself. All are contiguous.
-
-    Args:
-        layouts: Of each weight; None for the weight's own.
-    """
-    shapes = tuple([weight.shape for weight in weights])
-    changes = tuple([weight.dtype != dtype for weight in weights])
-    launch, shapes = _weights_launch(shapes, changes, layouts, 0 if A_log is None else A_log.numel())
-    sources, written, laid_out = [None] * _MAX_WEIGHTS, [None] * _MAX_WEIGHTS, list(weights)
-    for i, shape in enumerate(shapes):
+def lay_out_weights(weights: Sequence[Weight], dtype: torch.dtype) -> List[Tensor]:
+    """At most eight weights as they are wanted, all by one kernel; one that is so already is returned itself."""
+    key = tuple([(weight.shape, layout, log_A, weight.dtype == dtype) for weight, layout, log_A in weights])
+    launch, shapes = _weights_launch(key)
+    sources, targets, laid_out = [], [], []
+    for (weight, _, log_A), shape in zip(weights, shapes):
+        target = None
         if shape is not None:
-            sources[i] = weights[i]
-            written[i] = laid_out[i] = torch.empty(shape, dtype=dtype, device=weights[i].device)
-    A = None
-    if A_log is not None:
-        A = torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
-        laid_out.append(A)
+            target = torch.empty(shape, dtype=torch.float32 if log_A else dtype, device=weight.device)
+        sources.append(None if target is None else weight)
+        targets.append(target)
+        laid_out.append(weight if target is None else target)
     if launch is not None:
-        launch(*sources, A_log, *written, A)
-    return tuple(laid_out)
+        absent = (None,) * (_MAX_ARRAYS - len(sources))
+        launch(*sources, *absent, *targets, *absent)
+    return laid_out
 
 
-def sum_parts(*arrays: Tuple[Tensor, Tuple[Tuple[int, ...], ...]]) -> List[Tensor]:
-    """Sums of at most five arrays [parts, ...] in fp32 over the parts, by one kernel.
-
-    Args:
-        arrays: Each with the shapes of the tensors that its sum is made of, which lie one after the other.
-
-    Returns:
-        All these tensors, parts of one.
-    """
-    parts = [array for array, _ in arrays]
-    launch, pieces, shapes = _sum_launch(
-        tuple([array.shape[0] for array in parts]), tuple([shapes for _, shapes in arrays])
-    )
-    out = torch.empty(sum(pieces), dtype=torch.float32, device=parts[0].device)
-    launch(*parts, *[None] * (_MAX_SUMS - len(parts)), out)
+def sum_parts(arrays: Sequence[Parts]) -> List[Tensor]:
+    """The sums of at most eight arrays, each cut into its parameters' gradients; all by one kernel, in one buffer."""
+    launch, pieces, places = _sum_launch(tuple([(parts.array.shape[0], parts.shapes) for parts in arrays]))
+    out = torch.empty(sum(pieces), dtype=torch.float32, device=arrays[0].array.device)
+    launch(*[parts.array for parts in arrays], *[None] * (_MAX_ARRAYS - len(arrays)), out)
     sums = out.split(pieces)
-    return [sums[index] if len(shape) == 1 else sums[index].view(shape) for index, shape in shapes]
+    return [sums[index] if len(shape) == 1 else sums[index].view(shape) for index, shape in places]
 
 
 @lru_cache(maxsize=MAX_PLANS)
 def _weights_launch(
-    shapes: Tuple[Tuple[int, ...], ...],
-    changes: Tuple[bool, ...],
-    layouts: Optional[Tuple[Optional[WeightLayout], ...]],
-    A_size: int,
+    wanted: Tuple[Tuple[Tuple[int, ...], Optional[Layout], bool, bool], ...],
 ) -> Tuple[Optional[Launch], Tuple[Optional[Tuple[int, ...]], ...]]:
-    """The launch, None if nothing changes; and the shapes of the weights that change."""
+    """The launch, None if nothing changes; and the shapes of the weights that change.
+
+    Args:
+        wanted: Of each weight its shape, layout and `log_A`, and whether it has the dtype.
+    """
     written, sizes = [], []
-    for shape, changed, layout in zip(shapes, changes, layouts or [None] * len(shapes)):
-        if layout is None and not changed:
+    for shape, layout, log_A, has_dtype in wanted:
+        if layout is None and has_dtype and not log_A:
             written.append(None)
-            sizes.append((0,) * 6)
+            sizes.append((0,) * 7)
             continue
         target, axis, rank, begin = layout or (shape, 0, shape[0], shape[0])
         written.append(target)
-        sizes.append((prod(target), shape[axis], target[axis], prod(target[axis + 1 :]), rank, begin))
-    sizes += [(0,) * 6] * (_MAX_WEIGHTS - len(sizes))
-    largest = max(A_size, *(size[0] for size in sizes))
+        sizes.append((prod(target), shape[axis], target[axis], prod(target[axis + 1 :]), rank, begin, int(log_A)))
+    largest = max(size[0] for size in sizes)
     if largest == 0:
         return None, tuple(written)
-    grid = cdiv(largest, _WEIGHT_BLOCK), _MAX_WEIGHTS + 1
-    return Launch(weights_kernel, grid, (A_size, *sizes), (_WEIGHT_BLOCK,)), tuple(written)
+    grid = cdiv(largest, _WEIGHT_BLOCK), len(sizes)
+    sizes += [(0,) * 7] * (_MAX_ARRAYS - len(sizes))
+    return Launch(weights_kernel, grid, tuple(sizes), (_WEIGHT_BLOCK,)), tuple(written)
 
 
 @lru_cache(maxsize=MAX_PLANS)
 def _sum_launch(
-    counts: Tuple[int, ...], shapes: Tuple[Tuple[Tuple[int, ...], ...], ...]
+    arrays: Tuple[Tuple[int, Tuple[Tuple[int, ...], ...]], ...],
 ) -> Tuple[Launch, List[int], List[Tuple[int, Tuple[int, ...]]]]:
-    """The launch, the sizes of the buffer's pieces, and the piece and the shape of each tensor."""
-    pieces, tensors, lengths, offsets = [], [], [], []
-    for own_shapes in shapes:
-        sizes = [prod(shape) for shape in own_shapes]
-        offsets.append(sum(pieces))
+    """The launch, the sizes of the buffer's pieces, and the piece and the shape of each tensor.
+
+    Args:
+        arrays: Of each array the number of parts, and the shapes.
+    """
+    counts, lengths, offsets, pieces, places = [], [], [], [], []
+    for count, shapes in arrays:
+        sizes = [prod(shape) for shape in shapes]
+        counts.append(count)
         lengths.append(sum(sizes))
-        tensors += [(len(pieces) + i, shape) for i, shape in enumerate(own_shapes)]
+        offsets.append(sum(pieces))
+        places += [(len(pieces) + i, shape) for i, shape in enumerate(shapes)]
         pieces += [*sizes, -lengths[-1] % _ALIGNMENT]
+    absent = [0] * (_MAX_ARRAYS - len(arrays))
     block_parts, block = _SUM_BLOCK
-    absent = [0] * (_MAX_SUMS - len(counts))
-    grid = cdiv(max(lengths), block), len(counts)
     sizes = *counts, *absent, (*lengths, *absent), (*offsets, *absent)
-    return Launch(sum_kernel, grid, sizes, (block_parts, block)), pieces, tensors
+    grid = cdiv(max(lengths), block), len(arrays)
+    return Launch(sum_kernel, grid, sizes, (block_parts, block)), pieces, places

@@ -166,8 +166,9 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
     targets = empty_targets(scan)
     grads = scan_backward(scan, grad_y, grad_last, states, targets)
     dim, dstate = scan.A.shape
+    grad_initial = grads.adjoints[:, -1].mT
     grad_D, grad_bias, grad_A = grads.parameters.sum(dim=0).split([dim, dim, dim * dstate])
-    parameters = grad_A.view(dim, dstate), targets.B, targets.C, grad_D, targets.z, grad_bias, grads.initial
+    parameters = grad_A.view(dim, dstate), targets.B, targets.C, grad_D, targets.z, grad_bias, grad_initial
     return [None if tensor is None else grad for tensor, grad in zip(tensors, (targets.u, targets.delta, *parameters))]
 
 

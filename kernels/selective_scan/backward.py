@@ -31,8 +31,8 @@ from .tiles import (
 
 @triton.jit
 def _gradient_places(pointer, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers [BLOCK_N, 2, 2 * BLOCK_L] to gradients of B and C of BLOCK_N states, each there twice, and where they are
-    first."""
+    """Pointers [BLOCK_N, 2, 2 * BLOCK_L] to gradients of B and C of BLOCK_N states, each there twice, and where they
+    are first."""
     copy = tl.arange(0, 2)[None, :, None]
     step = tl.arange(0, 2 * BLOCK_L)[None, None, :]
     place = tl.arange(0, BLOCK_N)[:, None, None] * (2 * PACKED) + step // BLOCK_L * PACKED + step % BLOCK_L

@@ -109,10 +109,9 @@ class Cut(NamedTuple):
 class Scan(NamedTuple):
     """The tensors of a scan as the kernels take them.
 
-    Sequences are [batch, dim, L], B and C [batch, groups, N, L]. Where two directions are walked at once (the second one
-    against the sequence), sequences are [batch, 2, dim, L], B and C [batch, 2, N, L], and parameters have a first
-    dimension of 2. All but sequences, B and C are contiguous; A is fp32.
-    """
+    Sequences are [batch, dim, L], B and C [batch, groups, N, L]. Where two directions are walked at once (the second
+    one against the sequence), sequences are [batch, 2, dim, L], B and C [batch, 2, N, L], and parameters have a first
+    dimension of 2. All but sequences, B and C are contiguous; A is fp32. """
 
     u: Tensor
     delta: Tensor
@@ -183,8 +182,8 @@ def states_shape(u: Tensor, A: Tensor) -> Tuple[int, ...]:
 
 
 def scan_forward(scan: Scan, y: Tensor, save: bool) -> Tuple[Tensor, Tensor]:
-    """Fills y; returns the last state [entries, dim, N] and, with `save`, the states before each tile and after the last,
-    [entries, tiles + 1, N, dim]; entries are directions of elements of the batch."""
+    """Fills y; returns the last state [entries, dim, N] and, with `save`, the states before each tile and after the
+    last, [entries, tiles + 1, N, dim]; entries are directions of elements of the batch."""
     sizes = _Sizes.of(scan)
     strides = _strides_of(scan.u), _strides_of(scan.delta), _strides_of(scan.z), _strides_of(y)
     launch, cut, num_states, chunk_states = _forward_launch(sizes, strides, save, CONFIG)
@@ -213,10 +212,10 @@ def empty_targets(scan: Scan) -> Targets:
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of the initial state; and, as parts to be summed over dimension 0 [.., directions * dim * (2 + N)], those
-    of D, delta_bias and A of each direction."""
+    """Adjoint states of the chunks [entries, chunks, N, dim], the last of which is the gradient of the initial state;
+    and partial sums [parts, directions * dim * (2 + N)] of the gradients of D, delta_bias and A of all directions."""
 
-    initial: Tensor
+    adjoints: Tensor
     parameters: Tensor
 
 
@@ -238,7 +237,7 @@ def scan_backward(
     launch(*inputs, adjoints, sums, targets.u, targets.delta, targets.z, grad_BC)
     unpack = _move_launch(unpack_kernel, sizes, targets.B.stride(), targets.C.stride(), (splits,), CONFIG)
     unpack(grad_BC, targets.B, targets.C)
-    return ScanGradients(adjoints[:, -1].transpose(1, 2), sums)
+    return ScanGradients(adjoints, sums)
 
 
 @lru_cache(maxsize=MAX_PLANS)

@@ -125,8 +125,8 @@ def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     merge = merge_backward(grad_y.contiguous(), None, x, None, None)
     grads = scan_backward(merge.merged, x, _whole_words(x_dbl, x), *parameters, states)
     grad_parameters = _split_parameters(grads.parameters.sum(dim=0), *parameters[:3])
-    grad_D = merge.vectors.sum(dim=0)[2].expand(NUM_ROUTES, -1)
-    return grads.x[0].add_(grads.x[1]), grads.x_dbl.sum(dim=0, dtype=x.dtype), *grad_parameters, grad_D
+    grad_D = merge.vectors.sum(dim=0)[2:]
+    return grads.x, grads.x_dbl, *grad_parameters, grad_D
 
 
 def _split_parameters(total: Tensor, *parameters: Tensor) -> Tuple[Tensor, ...]:
@@ -196,14 +196,13 @@ def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     x, norm_weight, *parameters = (tensor.contiguous() for tensor in (x, norm_weight, *parameters))
     merge = merge_backward(grad_out.contiguous(), merged, x, norm_weight, moments)
     grads = scan_backward(merge.merged, x, x_dbl, *parameters, states)
-    grad_x = grads.x[0].add_(grads.x[1])
-    pixels = grads.x_dbl.sum(dim=0, dtype=x.dtype).flatten(0, 2).flatten(1)  # [B * H * W, 4 * (R + 2N)]
+    grad_x = grads.x
+    pixels = grads.x_dbl.view(-1, x_proj_weight.shape[0])  # [B * H * W, 4 * (R + 2N)]
     grad_x.view(-1, x.shape[-1]).addmm_(pixels, x_proj_weight.to(x.dtype))
     grad_x_proj_weight = torch.mm(pixels.t(), x.view(-1, x.shape[-1]))
     grad_parameters = _split_parameters(grads.parameters.sum(dim=0), *parameters[:3])
-    grad_norm_weight, grad_norm_bias, grad_D = merge.vectors.sum(dim=0)
-    grad_D = grad_D.expand(NUM_ROUTES, -1)
-    return grad_x, grad_x_proj_weight, *grad_parameters, grad_D, grad_norm_weight, grad_norm_bias
+    vectors = merge.vectors.sum(dim=0)
+    return grad_x, grad_x_proj_weight, *grad_parameters, vectors[2:], vectors[0], vectors[1]
 
 
 def _like_core(
@@ -251,7 +250,8 @@ _core = Operator(
 
 
 def _whole_words(x_dbl: Tensor, x: Tensor) -> Tensor:
-    """x_dbl in x's dtype, contiguous, where words of 32 bits begin, as the kernels read it: a view may begin anywhere."""
+    """x_dbl in x's dtype, contiguous, where words of 32 bits begin, as the kernels read it: a view may begin
+    anywhere."""
     x_dbl = x_dbl.to(x.dtype).contiguous()
     return x_dbl if x_dbl.data_ptr() % 4 == 0 else x_dbl.clone()
 

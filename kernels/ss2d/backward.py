@@ -312,3 +312,32 @@ def scan_backward_kernel(
         matrix = parameter[:, None] * R + (rank % BLOCK_R)[None, :]
         stored = has_channel[:, None] & tl.trans(same_route)
         tl.store(grad_parameters + matrix, total_weight * LOG2_E, mask=stored)
+
+
+@triton.jit
+def join_kernel(
+    x_parts,  # [2, x_size]: the first part is overwritten by the sum
+    x_dbl_parts,  # [blocks, x_dbl_size]
+    x_dbl,  # [x_dbl_size]: written, the sum over the blocks
+    x_size,
+    x_dbl_size,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    """One program sums up a block of the gradient of x, or, beyond them, of that of x_dbl."""
+    x_programs = tl.cdiv(x_size, BLOCK)
+    pid = tl.program_id(0)
+    if pid < x_programs:
+        index = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < x_size
+        total = tl.load(x_parts + index, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        total += tl.load(x_parts + tl.cast(x_size, tl.int64) + index, mask=mask, other=0.0).to(tl.float32)
+        tl.store(x_parts + index, total.to(x_parts.dtype.element_ty), mask=mask)
+    else:
+        index = (pid - x_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < x_dbl_size
+        total = tl.zeros([BLOCK], tl.float32)
+        for _ in range(blocks):
+            total += tl.load(x_dbl_parts + index, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+            x_dbl_parts += x_dbl_size
+        tl.store(x_dbl + index, total.to(x_dbl.dtype.element_ty), mask=mask)

@@ -16,12 +16,13 @@ from .._launch import (
     num_processors,
     share_rows,
 )
-from .backward import scan_backward_kernel
+from .backward import join_kernel, scan_backward_kernel
 from .forward import scan_kernel
 from .merge_norm import merge_norm_backward_kernel, merge_norm_kernel
 
 NUM_ROUTES = 4
 _MIN_CHUNK = 128  # steps
+_JOIN_BLOCK = 2048
 _MERGE_ELEMENTS = 2048  # pixels times channels that a program of the merge holds at a time
 _MERGE_PROGRAMS_PER_PROCESSOR = 8  # of the merge's backward pass, each of which leaves a partial sum
 
@@ -129,8 +130,8 @@ def states_shape(sizes: Sizes, plan: Plan) -> Tuple[int, ...]:
 def scan_forward(
     x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, save: bool
 ) -> Tuple[Tensor, Tensor]:
-    """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the states
-    of `states_shape` / ln 2. All tensors are contiguous."""
+    """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the
+    states of `states_shape` / ln 2. All tensors are contiguous."""
     sizes = sizes_of(x, dt_weight, A)
     launches, shape, summary_shape = _forward_launches(sizes, plan(sizes, num_processors(x)), save, _Numerics.of(x))
     y = x.new_empty((2, *x.shape))
@@ -142,9 +143,8 @@ def scan_forward(
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of `scan_forward`, all parts to be summed over dimension 0: of x by the routes by rows and by columns
-    [2, B, H, W, D]; of x_dbl over blocks of channels [.., B, H, W, 4, R + 2N], in x's dtype; and of dt_weight, dt_bias and
-    A, one after the other [.., 4 * D * (R + 1 + N)], in fp32."""
+    """Gradients of `scan_forward`: of x; of x_dbl, in x's dtype; and of dt_weight, dt_bias and A, one after the other,
+    as partial sums [parts, 4 * D * (R + 1 + N)] in fp32."""
 
     x: Tensor
     x_dbl: Tensor
@@ -172,13 +172,15 @@ def scan_backward(
     launches, blocks, groups, summary_shape = _backward_launches(
         sizes, plan(sizes, num_processors(x)), log_A, _Numerics.of(x)
     )
-    grad_x = x.new_empty((2, *x.shape))
-    grad_x_dbl = x.new_empty((blocks, *x_dbl.shape))
+    by_routes = x.new_empty((2, *x.shape))
+    by_blocks = x.new_empty((blocks, *x_dbl.shape))
     parameters = torch.empty(groups, sizes.parameters, dtype=torch.float32, device=x.device)
     summaries = _summaries(summary_shape, A)
     for launch in launches:
-        launch(grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states, *summaries, grad_x, grad_x_dbl, parameters)
-    return ScanGradients(grad_x, grad_x_dbl, parameters)
+        launch(grad_y, x, x_dbl, dt_weight, dt_bias, A, D, states, *summaries, by_routes, by_blocks, parameters)
+    grad_x_dbl = torch.empty_like(x_dbl, dtype=x.dtype)
+    _join_launch(x.numel(), x_dbl.numel(), blocks)(by_routes, by_blocks, grad_x_dbl)
+    return ScanGradients(by_routes[0], grad_x_dbl, parameters)
 
 
 class MergeOutputs(NamedTuple):
@@ -202,9 +204,9 @@ def merge_forward(
 
 
 class MergeGradients(NamedTuple):
-    """ln 2 times the gradient of the merged map; partial sums [parts, 3, D] in fp32 of the gradients of the norm's weight,
-    its bias and each route's D, of which the first two mean nothing without a norm; and the output of the norm, if
-    wanted."""
+    """ln 2 times the gradient of the merged map; partial sums [parts, 2 + 4, D] in fp32 of the gradients of the norm's
+    weight, its bias and each route's D, of which the first two mean nothing without a norm; and the output of the norm,
+    if wanted."""
 
     merged: Tensor
     vectors: Tensor
@@ -225,7 +227,7 @@ def merge_backward(
     launch = _merge_backward_launch(pixels, dim, num_processors(x))
     grad_merged = torch.empty_like(x)
     out = torch.empty_like(x) if recompute_out else None
-    sums = x.new_empty((launch.grid[0], 3, dim), dtype=torch.float32)
+    sums = x.new_empty((launch.grid[0], 2 + NUM_ROUTES, dim), dtype=torch.float32)
     launch(grad_out, merged, x, weight, bias, moments, grad_merged, out, sums)
     return MergeGradients(grad_merged, sums, out)
 
@@ -293,6 +295,12 @@ def _backward_launches(
         programs = blocks * 2 * chunks * groups
         launches.append(Launch(scan_backward_kernel, programs, integers, constants, schedule.warps, registers))
     return tuple(launches), blocks, groups * chunks, _summary_shape(sizes, chunks)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _join_launch(x_size: int, x_dbl_size: int, blocks: int) -> Launch:
+    programs = cdiv(x_size, _JOIN_BLOCK) + cdiv(x_dbl_size, _JOIN_BLOCK)
+    return Launch(join_kernel, programs, (x_size, x_dbl_size, blocks), (_JOIN_BLOCK,))
 
 
 @lru_cache(maxsize=MAX_PLANS)

@@ -58,7 +58,7 @@ def merge_norm_backward_kernel(
     moments,  # [2, pixels], or None
     grad_merged,  # [pixels, dim]: written, ln 2 times the gradient of merged
     out,  # [pixels, dim] or None: written, the output of the norm
-    sums,  # [programs, 3, dim]: written, parts of the gradients of weight, bias and the sum of D
+    sums,  # [programs, 2 + 4, dim]: written, parts of the gradients of weight, bias and each route's D
     pixels,
     rows_per_program,
     dim: tl.constexpr,
@@ -99,7 +99,9 @@ def merge_norm_backward_kernel(
         tl.store(grad_merged + offset, (grad * LN2).to(grad_merged.dtype.element_ty), mask=mask)
         u = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
         grad_skip += tl.where(mask, grad * u, 0.0)
-    sums += program * 3 * dim + channel
+    sums += program * 6 * dim + channel
     tl.store(sums, tl.sum(grad_weight, axis=0), mask=has_channel)
     tl.store(sums + dim, tl.sum(grad_bias, axis=0), mask=has_channel)
-    tl.store(sums + 2 * dim, tl.sum(grad_skip, axis=0), mask=has_channel)
+    skip = tl.sum(grad_skip, axis=0)
+    for route in tl.static_range(4):
+        tl.store(sums + (2 + route) * dim, skip, mask=has_channel)

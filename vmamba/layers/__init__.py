@@ -1,9 +1,9 @@
 """Mixers and the layers that timm.layers lacks."""
 
 from .bimamba import BiMamba
-from .fused import fused_branch, runs_fused
 from .image import ImageConv2d, check_images
 from .norm import LayerNorm, LayerNorm2d, RmsNorm
+from .residual import residual_branches
 from .ss2d import SS2D
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     'RmsNorm',
     'SS2D',
     'check_images',
-    'fused_branch',
-    'runs_fused',
+    'residual_branches',
 ]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 @register_notrace_function
 def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
-    """Raises TypeError unless images is a tensor, and ValueError unless it is a floating [B, in_chans, H, W] tensor with
-    H, W >= min_size."""
+    """Raises TypeError unless images is a tensor, and ValueError unless it is a floating [B, in_chans, H, W] tensor
+    with H, W >= min_size."""
     if not isinstance(images, Tensor):
         raise TypeError(f'expected a tensor of images [B, {in_chans}, H, W], got {type(images).__name__}')
     if images.ndim != 4:

@@ -12,7 +12,8 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     """
     state = module.__dict__
     hooks = (
-        state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks'] or state['_backward_pre_hooks']
+        state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks'] or
+        state['_backward_pre_hooks']
     )
     return type(module) is kind and not hooks and 'forward' not in state
 

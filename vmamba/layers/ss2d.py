@@ -26,8 +26,8 @@ class SS2D(nn.Module):
     routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
     multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
 
-    Kernels take the parameters of `conv2d`, `x_proj` and `out_norm`. Where one of these has hooks, is parametrised or is
-    another module (an adapter, a quantised layer, a dilated convolution), all three are called instead.
+    Kernels take the parameters of `conv2d`, `x_proj` and `out_norm`. Where one of these has hooks, is parametrised or
+    is another module (an adapter, a quantised layer, a dilated convolution), all three are called instead.
 
     Args:
         dim: Channels d of the map.

@@ -27,7 +27,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import BiMamba, RmsNorm, check_images, fused_branch, runs_fused
+from ..layers import BiMamba, RmsNorm, check_images, residual_branches
 from ..layers.norm import widen
 from ..layers.options import check_choice, check_counts, check_indices, check_rates
 from ..layers.plain import is_plain
@@ -83,8 +83,8 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
 class PatchEmbed(nn.Module):
     """Embeds patches, which may overlap: [B, in_chans, H, W] -> [B, h * w, d].
 
-    Where patches touch without overlap, the parameters of `proj` are those of a matrix product, unless `proj` has hooks,
-    is parametrised or is another module than a convolution of just these patches.
+    Where patches touch without overlap, the parameters of `proj` are those of a matrix product, unless `proj` has
+    hooks, is parametrised or is another module than a convolution of just these patches.
 
     Args:
         img_size: Image size.
@@ -187,13 +187,13 @@ class VimBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.norm = RmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
-        self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
+        self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        if isinstance(self.ls, nn.Identity) and runs_fused(x, self.norm, self.mixer, self.drop_path):
-            return fused_branch(x, self.norm, self.mixer, self.drop_path)
+        if self.ls is None:
+            return residual_branches(x, (self.norm, self.mixer, self.drop_path))
         return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
 
 
@@ -266,8 +266,8 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialises all weights from scratch: class token, position embedding and classifier from a truncated normal of
-        0.02, out_proj over sqrt(depth)."""
+        """Initialises all weights from scratch: class token, position embedding and classifier from a truncated normal
+        of 0.02, out_proj over sqrt(depth)."""
         reset_parameters(self)
         self._init_own()
 

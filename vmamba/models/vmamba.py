@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, fused_branch, runs_fused
+from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, residual_branches
 from ..layers.norm import widen
 from ..layers.options import check_choice, check_counts, check_indices, check_rates, scaled_channels
 from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
@@ -128,15 +128,10 @@ class VMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        if runs_fused(x, self.norm1, self.mixer, self.drop_path1):
-            x = fused_branch(x, self.norm1, self.mixer, self.drop_path1)
-        else:
-            x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        if not self.has_mlp:
-            return x
-        if runs_fused(x, self.norm2, self.mlp, self.drop_path2):
-            return fused_branch(x, self.norm2, self.mlp, self.drop_path2)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        branches = [(self.norm1, self.mixer, self.drop_path1)]
+        if self.has_mlp:
+            branches.append((self.norm2, self.mlp, self.drop_path2))
+        return residual_branches(x, *branches)
 
 
 class VMambaStage(nn.Module):
@@ -232,8 +227,8 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialises all weights from scratch: linear layers but x_proj from a truncated normal of 0.02, all else as when it
-        is made."""
+        """Initialises all weights from scratch: linear layers but x_proj from a truncated normal of 0.02, all else as
+        when it is made."""
         reset_parameters(self)
         self._init_linear(self)
 

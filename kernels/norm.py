@@ -1,4 +1,4 @@
-"""Norms over channels, and a residual connection with the norm that follows it, in one pass each way."""
+"""Norms over channels; within the branches, of a residual connection's sum, in one pass each way."""
 
 from functools import lru_cache
 from typing import NamedTuple, Optional, Sequence, Tuple
@@ -26,149 +26,55 @@ _BLOCK_ELEMENTS = 2048  # rows times channels that a program holds at a time, mo
 _PROGRAMS_PER_PROCESSOR = 8  # of the backward pass, each of which leaves a partial sum
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    eps: float = 1e-5,
-    scale: Optional[Tensor] = None,
-    out_dtype: Optional[torch.dtype] = None,
-) -> Tuple[Tensor, Tensor]:
-    """Adds to a residual stream in fp32, and normalises it by RMSNorm over the channels.
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None) -> Tensor:
+    """RMSNorm over the channels: weight * x / sqrt(mean(x^2) + eps).
 
-        summed = residual + scale * x,    normalised = weight * summed / sqrt(mean(summed^2) + eps)
-
-    On Triton one kernel, and one for its backward pass, for up to 8192 channels. In the graphs of torch.compile,
-    torch.export and torch.jit the operations are PyTorch's own. Differentiable in reverse mode in x, residual and
-    weight; scale is a constant.
+    Computed in fp32 (fp64 if x is fp64); on Triton by one kernel, and one for its backward pass, for up to 8192
+    channels. In the graphs of torch.compile, torch.export and torch.jit the operations are PyTorch's own.
+    Differentiable in reverse mode in every tensor.
 
     Args:
-        x: What is added, [B, ..., d], in any floating dtype.
-        residual: The stream so far, like x but in fp32 (fp64 if x is fp64); None to start it with x.
+        x: [B, ..., d], in any floating dtype.
         weight: [d].
         eps: Added to the mean square.
-        scale: Factor of each sample, [B], as stochastic depth draws it; None for 1.
-        out_dtype: Dtype of the normalised stream, the weight's by default.
+        out_dtype: Dtype of the result, the weight's by default.
 
     Returns:
-        normalised [B, ..., d], and summed [B, ..., d] in fp32 (fp64 if x is fp64), which is x itself if nothing is
-        added to it and it has that dtype.
+        [B, ..., d] in out_dtype.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together.
     """
-    _check('add_rms_norm', x, residual, weight, None, scale, out_dtype)
-    return _add_norm(x, residual, weight, None, eps, scale, out_dtype or weight.dtype)
-
-
-def add_layer_norm(
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    scale: Optional[Tensor] = None,
-    out_dtype: Optional[torch.dtype] = None,
-) -> Tuple[Tensor, Tensor]:
-    """Adds to a residual stream in fp32, and normalises it by LayerNorm over the channels.
-
-        summed = residual + scale * x,    normalised = weight * (summed - mean) / sqrt(variance + eps) + bias
-
-    Like `add_rms_norm` in all else; bias is [d], and differentiable too.
-    """
-    _check('add_layer_norm', x, residual, weight, bias, scale, out_dtype)
-    return _add_norm(x, residual, weight, bias, eps, scale, out_dtype or weight.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None) -> Tensor:
-    """RMSNorm over the channels, computed in fp32 (fp64 if x is fp64) of x in any floating dtype.
-
-    Returns:
-        [B, ..., d] in out_dtype, the weight's by default.
-    """
-    _check('rms_norm', x, None, weight, None, None, out_dtype)
-    return _norm(x, weight, None, eps, out_dtype or weight.dtype)
+    return _norm('rms_norm', x, weight, None, eps, out_dtype or weight.dtype)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None
 ) -> Tensor:
-    """LayerNorm over the channels, computed in fp32 (fp64 if x is fp64) of x in any floating dtype.
+    """LayerNorm over the channels: weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias.
 
-    Returns:
-        [B, ..., d] in out_dtype, the weight's by default.
+    Like `rms_norm` in all else; bias is [d], and differentiable too.
     """
-    _check('layer_norm', x, None, weight, bias, None, out_dtype)
-    return _norm(x, weight, bias, eps, out_dtype or weight.dtype)
+    return _norm('layer_norm', x, weight, bias, eps, out_dtype or weight.dtype)
 
 
-def _check(
-    function: str,
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    scale: Optional[Tensor],
-    out_dtype: Optional[torch.dtype],
-) -> None:
-    is_matrix = x.ndim >= 2 and x.shape[-1] > 0 and x.is_floating_point()
-    found = f'{tuple(x.shape)} {x.dtype}'
-    check_that(is_matrix, f'{function}: x must be a floating tensor [B, ..., d] with d > 0, got {found}')
-    middle = ' '.join(f'size_{i}' for i in range(1, x.ndim - 1))
-    shape = f'B {middle} d'
-    others = dict(weight=(weight, 'd'), bias=(bias, 'd'), scale=(scale, 'B'))
-    check(function, x=(x, shape), residual=(residual, shape), **others)
-    if residual is not None:
-        wide = _wide(x)
-        check_that(residual.dtype == wide, f'residual must be {wide} as x is {x.dtype}, got {residual.dtype}')
-    check_that(out_dtype is None or out_dtype.is_floating_point, f'out_dtype must be floating, got {out_dtype}')
-
-
-def _add_norm(
-    x: Tensor,
-    residual: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    eps: float,
-    scale: Optional[Tensor],
-    out_dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor]:
-    wide = _wide(x)
-    if residual is None and scale is None:
-        return _norm(x, weight, bias, eps, out_dtype), x.to(wide)
-    if _has_kernel(x):
-        return _add_norm_operator(x, residual, scale, weight, bias, eps, out_dtype)
-    summed = x.to(wide)
-    if scale is not None:
-        summed = summed * scale.detach().to(wide).view(-1, *(1,) * (x.ndim - 1))
-    if residual is not None:
-        summed = residual + summed
-    return _plain_norm(summed, weight, bias, eps, out_dtype), summed
-
-
-def _norm(x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype) -> Tensor:
-    if _has_kernel(x):
-        return _norm_operator(x, weight, bias, eps, out_dtype)
-    return _plain_norm(x, weight, bias, eps, out_dtype)
-
-
-def _plain_norm(x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype) -> Tensor:
-    wide = _wide(x)
+def _norm(
+    function: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    is_matrix = x.ndim >= 2 and x.shape[-1] > 0
+    check_that(is_matrix, f'{function}: x must be [B, ..., d] with d > 0, got {tuple(x.shape)}')
+    check(function, x=(x, '... d'), weight=(weight, 'd'), bias=(bias, 'd'))
+    check_that(out_dtype.is_floating_point, f'{function}: out_dtype must be floating, got {out_dtype}')
+    # A compiler fuses a norm with what is around it.
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not captured:
+        return _operator(x, weight, bias, eps, out_dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(wide), weight.to(wide)
     if bias is not None:
         return F.layer_norm(x, x.shape[-1:], weight, bias.to(wide), eps).to(out_dtype)
     # Not F.rms_norm, whose shape PyTorch 2.11 mistakes in graphs of any batch size.
     return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight).to(out_dtype)
-
-
-def _has_kernel(x: Tensor) -> bool:
-    """Whether x is normalised on Triton. A compiler fuses a norm with what is around it."""
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not captured
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _forward(
@@ -183,82 +89,18 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
     (grad_out,), (x, weight, bias, _, _), (moments,) = grads, inputs, saved
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = norm_backward(grad_out.contiguous(), x.contiguous(), weight.contiguous(), moments, bias is not None, grad_x)
-    return grad_x, *_parameter_gradients(sums)
+    total = sums.sum(dim=0)
+    return grad_x, total[0], None if bias is None else total[1]
 
 
 def _like(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype, save: bool
 ) -> Tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(_moments_shape(x, bias, save), dtype=torch.float32)
+    moments = (1 if bias is None else 2, x.shape[:-1].numel()) if save else (0,)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(moments, dtype=torch.float32)
 
 
-def _add_forward(
-    x: Tensor,
-    residual: Optional[Tensor],
-    scale: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    eps: float,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    summed = x.new_empty(x.shape, dtype=torch.float32)
-    residual, scale, bias = (None if t is None else t.contiguous() for t in (residual, scale, bias))
-    out, _, moments = norm_forward(
-        x.contiguous(), weight.contiguous(), bias, eps, out_dtype, save, residual, scale, summed
-    )
-    return out, summed, x.new_empty(0, dtype=torch.float32) if moments is None else moments
-
-
-def _add_backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
-    (grad_out, grad_summed), (x, residual, scale, weight, bias, _, _), (moments, summed) = grads, inputs, saved
-    grad_out = torch.zeros_like(summed) if grad_out is None else grad_out.contiguous()
-    grad_summed, scale = (None if t is None else t.contiguous() for t in (grad_summed, scale))
-    grad_residual = torch.empty_like(summed) if residual is not None else None
-    # With a residual and without a scale, an fp32 gradient of x is that of the residual.
-    is_shared = residual is not None and scale is None and x.dtype == torch.float32
-    grad_x = None if is_shared else summed.new_empty(summed.shape, dtype=x.dtype)
-    sums = norm_backward(
-        grad_out, summed, weight.contiguous(), moments, bias is not None, grad_x, grad_summed, grad_residual, scale
-    )
-    return grad_residual if is_shared else grad_x, grad_residual, None, *_parameter_gradients(sums)
-
-
-def _parameter_gradients(sums: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradients of weight and bias from their partial sums."""
-    total = sums.sum(dim=0)
-    return total[0], total[1] if total.shape[0] == 2 else None
-
-
-def _add_like(
-    x: Tensor,
-    residual: Optional[Tensor],
-    scale: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    eps: float,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    out, moments = _like(x, weight, bias, eps, out_dtype, save)
-    return out, x.new_empty(x.shape, dtype=torch.float32), moments
-
-
-def _moments_shape(x: Tensor, bias: Optional[Tensor], save: bool) -> Tuple[int, ...]:
-    return (1 if bias is None else 2, x.shape[:-1].numel()) if save else (0,)
-
-
-_norm_operator = Operator('norm', _forward, _backward, _like)
-_add_norm_operator = Operator(
-    'add_norm',
-    _add_forward,
-    _add_backward,
-    _add_like,
-    results=2,
-    constants=('scale',),
-    saved_results=(1,),
-    unsaved=('x', 'residual'),
-)
+_operator = Operator('norm', _forward, _backward, _like)
 
 
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # images of any size run on the same kernel
@@ -268,10 +110,10 @@ def norm_kernel(
     scale,  # [samples], or None
     weight,  # [dim]
     bias,  # [dim]; None for RMSNorm
-    out,  # [rows, dim]: written
+    out,  # [rows, dim]: written, the normalised residual + scale * x
     summed,  # [rows, dim] or None: written, residual + scale * x
     normal,  # [rows, dim] or None: written, the normalised sum before weight and bias
-    moments,  # [1 or 2, rows] or None: written, reciprocal deviations; of LayerNorm followed by means unless `normal` is
+    moments,  # [1 or 2, rows] or None: written, reciprocal deviations, and means of LayerNorm if there is no `normal`
     rows,
     rows_per_sample,
     eps: tl.constexpr,
@@ -321,7 +163,7 @@ def norm_backward_kernel(
     weight,  # [dim]
     moments,  # as in `norm_kernel`
     grad_residual,  # [rows, dim] or None: written
-    grad_x,  # [rows, dim] or None: written
+    grad_x,  # [rows, dim]: written
     sums,  # [programs, 1 or 2, dim]: written, parts of the gradients of weight and bias
     rows,
     rows_per_sample,
@@ -372,11 +214,10 @@ def norm_backward_kernel(
             grad += tl.load(grad_summed + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
         if grad_residual is not None:
             tl.store(grad_residual + offset, grad, mask=mask)
-        if grad_x is not None:
-            if scale is not None:
-                scales = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
-                grad *= scales[:, None]
-            tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)
+        if scale is not None:
+            scales = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
+            grad *= scales[:, None]
+        tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)
     if CENTRED:
         sums += program * 2 * dim + channel
         tl.store(sums + dim, tl.sum(grad_bias, axis=0), mask=has_channel)
@@ -406,16 +247,18 @@ def norm_forward(
     """LayerNorm of residual + scale * x on Triton, or RMSNorm without a bias. All tensors are contiguous.
 
     Args:
+        scale: Factor of each sample, [B]: equally many rows of x [..., d].
         save: Also return the moments [1 or 2, rows], reciprocal deviations and for LayerNorm means.
         summed: Where to write the sum.
         save_normal: Also return the normalised sum before weight and bias, in out_dtype; then no means are needed.
     """
     out = torch.empty_like(x, dtype=out_dtype)
     normal = torch.empty_like(out) if save_normal else None
-    rows, dim = x.numel() // x.shape[-1], x.shape[-1]
+    dim = x.shape[-1]
+    rows = x.numel() // dim
     means = save and bias is not None and not save_normal
     moments = x.new_empty((2 if means else 1, rows), dtype=torch.float32) if save else None
-    launch = _forward_launch(rows, rows // max(x.shape[0], 1), dim, eps)
+    launch = _forward_launch(rows, 1 if scale is None else rows // scale.shape[0], dim, eps)
     launch(x, residual, scale, weight, bias, out, summed, normal, moments)
     return NormOutputs(out, normal, moments)
 
@@ -426,7 +269,7 @@ def norm_backward(
     weight: Tensor,
     moments: Tensor,
     has_bias: bool,
-    grad_x: Optional[Tensor],
+    grad_x: Tensor,
     grad_summed: Optional[Tensor] = None,
     grad_residual: Optional[Tensor] = None,
     scale: Optional[Tensor] = None,
@@ -441,8 +284,9 @@ def norm_backward(
     Returns:
         Partial sums [parts, 1 or 2, dim] in fp32 of the gradients of the weight and, for LayerNorm, of the bias.
     """
-    rows, dim = summed.numel() // summed.shape[-1], summed.shape[-1]
-    rows_per_sample = rows // max(summed.shape[0], 1)
+    dim = summed.shape[-1]
+    rows = summed.numel() // dim
+    rows_per_sample = 1 if scale is None else rows // scale.shape[0]
     launch = _backward_launch(rows, rows_per_sample, dim, has_bias, is_normal, num_processors(summed))
     sums = summed.new_empty((launch.grid[0], 2 if has_bias else 1, dim), dtype=torch.float32)
     launch(grad_out, grad_summed, summed, scale, weight, moments, grad_residual, grad_x, sums)

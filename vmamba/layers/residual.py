@@ -1,0 +1,180 @@
+"""Residual branches of a block, x + drop_path(module(norm(x))) each, and where `vmamba.kernels.branches` computes
+them."""
+
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from ..kernels import branches as kernels
+from .bimamba import BiMamba
+from .norm import LayerNorm, RmsNorm
+from .plain import has_global_hooks, is_plain
+from .ss2d import SS2D
+
+_TENSORS = nn.Parameter, Tensor
+
+Branch = Tuple[nn.Module, nn.Module, nn.Module]
+
+
+def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
+    """x = x + drop_path(module(norm(x))) for each branch (norm, module, drop_path): [B, ..., d] -> [B, ..., d]
+
+    All at once where `runs_fused`, which gives the same.
+    """
+    if runs_fused(x, branches):
+        return _run_fused(x, branches)
+    for branch in branches:
+        if len(branches) > 1 and runs_fused(x, [branch]):
+            x = _run_fused(x, [branch])
+        else:
+            norm, module, drop_path = branch
+            x = x + drop_path(module(norm(x)))
+    return x
+
+
+def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether fused kernels may stand in for the modules of the branches.
+
+    Only on Triton, for an fp32 map; where nothing is traced, compiled or transformed; and where every module is the one
+    that the kernels stand for: of that very class, without hooks and a `forward` of its own, with weights that are
+    plain tensors. So adapters, quantised, pruned and parametrised layers are called. """
+    if not kernels.can_run(x) or has_global_hooks():
+        return False
+    for norm, module, drop_path in branches:
+        stands_for = _STANDS_FOR.get(type(module))
+        if (
+            stands_for is None
+            or not is_plain(module, type(module))
+            or not (is_plain(drop_path, nn.Identity) or is_plain(drop_path, DropPath))
+            or not stands_for(norm, module)
+            or not _has_plain_tensors(x, norm, module)
+        ):
+            return False
+    return len({_first_weight(module).dtype for _, module, _ in branches}) == 1
+
+
+def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    links = [_LINKS[type(module)](norm, module, _drop_path_scale(x, drop)) for norm, module, drop in branches]
+    return kernels.run_chain(x, links, _products_dtype(x, branches))
+
+
+def _drop_path_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
+    """Draws the factor of each sample by which timm's DropPath multiplies: [B, ...] -> [B] in fp32; None stands for
+    1."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
+        return None
+    keep = 1 - drop_path.drop_prob
+    scale = x.new_empty((x.shape[0],)).bernoulli_(keep)
+    return scale.div_(keep) if drop_path.scale_by_keep and keep > 0 else scale
+
+
+def _has_plain_tensors(x: Tensor, norm: nn.Module, module: nn.Module) -> bool:
+    """Whether all parameters are where x is, contiguous, and of no subclass, as quantised and distributed tensors
+    are."""
+    device = x.device
+    for owner in (norm, module, *module._modules.values()):
+        for parameter in owner._parameters.values():
+            if parameter is not None and (
+                type(parameter) not in _TENSORS or parameter.device != device or not parameter.is_contiguous()
+            ):
+                return False
+    return True
+
+
+def _is_linear(module: nn.Module, bias: bool) -> bool:
+    return is_plain(module, nn.Linear) and (module._parameters['bias'] is not None) == bias
+
+
+def _is_idle(module: nn.Module) -> bool:
+    return is_plain(module, nn.Dropout) and (module.p == 0 or not module.training)
+
+
+def _products_dtype(x: Tensor, branches: Sequence[Branch]) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return _first_weight(branches[0][1]).dtype
+
+
+def _first_weight(module: nn.Module) -> Tensor:
+    return next(iter(module._modules.values()))._parameters['weight']
+
+
+# Attributes of a module that are parameters or modules take Python long to find: these functions look them up where
+# they are.
+
+
+def _stands_for_ss2d(norm: nn.Module, mixer: SS2D) -> bool:
+    modules = mixer._modules
+    return (
+        is_plain(norm, LayerNorm)
+        and _is_linear(modules['in_proj'], bias=False)
+        and _is_linear(modules['out_proj'], bias=False)
+        and mixer.is_plain()
+        and mixer.d_conv <= kernels.MAX_WINDOW
+    )
+
+
+def _ss2d(norm: LayerNorm, mixer: SS2D, scale: Optional[Tensor]) -> kernels.Link:
+    own, modules = mixer._parameters, mixer._modules
+    before, after, conv = norm._parameters, modules['out_norm']._parameters, modules['conv2d']._parameters
+    in_proj, x_proj, out_proj = (modules[name]._parameters['weight'] for name in ('in_proj', 'x_proj', 'out_proj'))
+    parameters = kernels.SS2DParameters(
+        *(before['weight'], before['bias'], in_proj, conv['weight'], conv['bias'], x_proj),
+        *(own['dt_proj_weight'], own['dt_proj_bias'], own['A_log'], own['D']),
+        *(after['weight'], after['bias'], out_proj),
+    )
+    return kernels.Link(kernels.SS2DBranch(norm.eps, modules['out_norm'].eps), parameters, scale)
+
+
+def _stands_for_bimamba(norm: nn.Module, mixer: BiMamba) -> bool:
+    modules = mixer._modules
+    return (
+        is_plain(norm, RmsNorm)
+        and _is_linear(modules['in_proj'], bias=False)
+        and _is_linear(modules['out_proj'], bias=False)
+        and mixer.has_kernels()
+    )
+
+
+def _bimamba(norm: RmsNorm, mixer: BiMamba, scale: Optional[Tensor]) -> kernels.Link:
+    own, modules = mixer._parameters, mixer._modules
+    in_proj, out_proj = (modules[name]._parameters['weight'] for name in ('in_proj', 'out_proj'))
+    parameters = kernels.BiMambaParameters(
+        *(norm._parameters['weight'], in_proj, own['conv1d_weight'], own['conv1d_bias'], own['x_proj_weight']),
+        *(own['dt_proj_weight'], own['dt_proj_bias'], own['A_log'], own['D'], out_proj),
+    )
+    return kernels.Link(kernels.BiMambaBranch(norm.eps), parameters, scale)
+
+
+def _stands_for_mlp(norm: nn.Module, mlp: Mlp) -> bool:
+    modules = mlp._modules
+    act = modules['act']
+    return (
+        is_plain(norm, LayerNorm)
+        and is_plain(act, nn.GELU)
+        and act.approximate == 'none'
+        and is_plain(modules['norm'], nn.Identity)
+        and _is_linear(modules['fc1'], bias=True)
+        and _is_linear(modules['fc2'], bias=True)
+        and _is_idle(modules['drop1'])
+        and _is_idle(modules['drop2'])
+    )
+
+
+def _mlp(norm: LayerNorm, mlp: Mlp, scale: Optional[Tensor]) -> kernels.Link:
+    before, fc1, fc2 = (module._parameters for module in (norm, mlp._modules['fc1'], mlp._modules['fc2']))
+    parameters = kernels.MlpParameters(
+        before['weight'], before['bias'], fc1['weight'], fc1['bias'], fc2['weight'], fc2['bias']
+    )
+    return kernels.Link(kernels.MlpBranch(norm.eps), parameters, scale)
+
+
+_STANDS_FOR: Dict[type, Callable[[nn.Module, Any], bool]] = {
+    SS2D: _stands_for_ss2d,
+    BiMamba: _stands_for_bimamba,
+    Mlp: _stands_for_mlp,
+}
+_LINKS: Dict[type, Callable[..., kernels.Link]] = {SS2D: _ss2d, BiMamba: _bimamba, Mlp: _mlp}
