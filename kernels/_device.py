@@ -1,10 +1,11 @@
 """Device functions that the Triton kernels share."""
 
-from ._launch import tl, triton
+from ._launch import TRITON_VERSION, tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MAX_DECAY = tl.constexpr(3e38)
+_FLIPS_ANY_AXIS = tl.constexpr(TRITON_VERSION >= (3, 6))
 
 
 @triton.jit
@@ -43,6 +44,15 @@ def softplus_log2(x, EXACT: tl.constexpr, NVIDIA: tl.constexpr):
         series = power * 1.4426950408889634 * (1.0 - power * (0.5 - power * (0.33333334 - power * 0.25)))
         value = tl.where(power < 0.03, series, value)
     return tl.where(x > 28.853900817779268, x, value)
+
+
+@triton.jit
+def flip_first(x):
+    """x [a, b, c] with its first axis reversed. Free where threads own that axis: the compiler renames registers."""
+    if _FLIPS_ANY_AXIS:
+        return tl.flip(x, 0)
+    else:
+        return tl.permute(tl.flip(tl.permute(x, (1, 2, 0))), (2, 0, 1))
 
 
 @triton.jit

@@ -24,9 +24,11 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
+    TRITON_VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 except ImportError:
     triton = tl = _MissingTriton()
     HAS_TRITON = False
+    TRITON_VERSION = (0, 0)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PLANS = 4096  # launches that are kept for the next one of the same sizes, of each operator

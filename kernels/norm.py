@@ -23,15 +23,25 @@ from ._operator import Operator
 
 _MAX_CHANNELS = 8192  # of the Triton kernels, which hold a row in registers
 _BLOCK_ELEMENTS = 2048  # rows times channels that a program holds at a time, more only if one row has more
-_PROGRAMS_PER_PROCESSOR = 8  # of the backward pass, each of which leaves a partial sum
+
+
+class _Walk(NamedTuple):
+    """How the backward pass shares its rows: rows times channels that a program holds at a time, and programs for each
+    multiprocessor, each of which leaves a partial sum."""
+
+    elements: int
+    programs: int
+
+
+# By the largest number of channels that each is for.
+_WALKS = {256: _Walk(1024, 8), _MAX_CHANNELS: _Walk(2048, 4)}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, out_dtype: Optional[torch.dtype] = None) -> Tensor:
     """RMSNorm over the channels: weight * x / sqrt(mean(x^2) + eps).
 
     Computed in fp32 (fp64 if x is fp64); on Triton by one kernel, and one for its backward pass, for up to 8192
-    channels. In the graphs of torch.compile, torch.export and torch.jit the operations are PyTorch's own.
-    Differentiable in reverse mode in every tensor.
+    channels. Differentiable in reverse mode in every tensor.
 
     Args:
         x: [B, ..., d], in any floating dtype.
@@ -65,9 +75,7 @@ def _norm(
     check_that(is_matrix, f'{function}: x must be [B, ..., d] with d > 0, got {tuple(x.shape)}')
     check(function, x=(x, '... d'), weight=(weight, 'd'), bias=(bias, 'd'))
     check_that(out_dtype.is_floating_point, f'{function}: out_dtype must be floating, got {out_dtype}')
-    # A compiler fuses a norm with what is around it.
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not captured:
+    if runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not torch.jit.is_tracing():
         return _operator(x, weight, bias, eps, out_dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(wide), weight.to(wide)
@@ -295,7 +303,7 @@ def norm_backward(
 
 @lru_cache(maxsize=MAX_PLANS)
 def _forward_launch(rows: int, rows_per_sample: int, dim: int, eps: float) -> Launch:
-    block_d, block_rows, warps = _block(dim)
+    block_d, block_rows, warps = _block(dim, _BLOCK_ELEMENTS)
     constants = eps, dim, block_d, block_rows
     return Launch(norm_kernel, cdiv(rows, block_rows), (rows, rows_per_sample), constants, warps)
 
@@ -304,13 +312,14 @@ def _forward_launch(rows: int, rows_per_sample: int, dim: int, eps: float) -> La
 def _backward_launch(
     rows: int, rows_per_sample: int, dim: int, has_bias: bool, is_normal: bool, processors: int
 ) -> Launch:
-    block_d, block_rows, warps = _block(dim)
-    programs, rows_per_program = share_rows(rows, block_rows, _PROGRAMS_PER_PROCESSOR * processors)
+    walk = next(walk for most, walk in _WALKS.items() if dim <= most)
+    block_d, block_rows, warps = _block(dim, walk.elements)
+    programs, rows_per_program = share_rows(rows, block_rows, walk.programs * processors)
     sizes = rows, rows_per_sample, rows_per_program
     return Launch(norm_backward_kernel, programs, sizes, (dim, block_d, block_rows, has_bias, is_normal), warps)
 
 
-def _block(dim: int) -> Tuple[int, int, int]:
+def _block(dim: int, elements: int) -> Tuple[int, int, int]:
     """A program's channels and rows at a time, powers of 2, and warps."""
     block_d = next_power_of_2(dim)
-    return block_d, max(_BLOCK_ELEMENTS // block_d, 1), max(4, block_d // 512)
+    return block_d, max(elements // block_d, 1), max(4, block_d // 512)

@@ -190,7 +190,7 @@ def _arguments(
     D: Tensor,
 ) -> Tuple[tuple, ProjectionLayout]:
     """The arguments of `core_forward`."""
-    layout = ProjectionLayout(dt_weight.shape[-1], A.shape[-1])
+    layout = ProjectionLayout.of(dt_weight.shape[-1], A.shape[-1])
     projections = layout.x_proj(x_proj_weight, xz.dtype), layout.dt_proj(dt_weight, xz.dtype)
     dt_bias, A, D = dt_bias.contiguous(), A.float().contiguous(), D.contiguous()
     conv = conv_weight.contiguous(), conv_bias.contiguous()
@@ -224,7 +224,7 @@ def _like_core(
     if not save:
         return (out, *(A.new_empty(0) for _ in range(3)))
     _, dim, dstate = A.shape
-    projections = xz.new_empty(2, batch * seqlen, ProjectionLayout(dt_weight.shape[-1], dstate).size)
+    projections = xz.new_empty(2, batch * seqlen, ProjectionLayout.of(dt_weight.shape[-1], dstate).size)
     states = A.new_empty(2 * batch, cdiv(seqlen, PACKED) + 1, dstate, dim, dtype=torch.float32)
     return out, projections, torch.empty_like(out), states
 

@@ -1,7 +1,7 @@
 """The end of Vim's bidirectional Mamba: both directions' outputs are averaged and gated, in one pass each way."""
 
 from functools import lru_cache
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def gate_forward(y: Tensor, z: Tensor, save: bool) -> Tuple[Tensor, Optional[Ten
     """
     out = y.new_empty(z.shape)
     mean = torch.empty_like(out) if save else None
-    _launch_of(gate_kernel, *_sizes(z))(y, z, mean, out)
+    _launch(*_sizes(z), False)(y, z, mean, out)
     return out, mean
 
 
@@ -92,12 +92,13 @@ def gate_backward(
     lies like z."""
     grad_y = torch.empty_like(mean)
     out = torch.empty_like(mean) if recompute_out else None
-    _launch_of(gate_backward_kernel, *_sizes(z))(grad_out, mean, z, grad_y, grad_z, out)
+    _launch(*_sizes(z), True)(grad_out, mean, z, grad_y, grad_z, out)
     return grad_y, out
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _launch_of(kernel: Any, rows: int, dim: int, z_row: int) -> Launch:
+def _launch(rows: int, dim: int, z_row: int, backward: bool) -> Launch:
+    kernel = gate_backward_kernel if backward else gate_kernel
     block_rows, block_d = _BLOCK
     return Launch(kernel, cdiv(rows, block_rows) * cdiv(dim, block_d), (rows, dim, z_row), _BLOCK)
 

@@ -1,12 +1,13 @@
 """Vim's bidirectional Mamba on Triton: its kernels and products, in order, both ways."""
 
+from functools import lru_cache
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._launch import cdiv
+from .._launch import MAX_PLANS, cdiv
 from ..conv1d import conv1d_backward, conv1d_forward
 from ..selective_scan.launch import Scan, Targets, scan_backward, scan_forward
 from .gate import gate_backward, gate_forward
@@ -20,15 +21,14 @@ class ProjectionLayout(NamedTuple):
 
     rank: int
     dstate: int
+    padded_rank: int  # where B begins
+    size: int
 
-    @property
-    def padded_rank(self) -> int:
-        """Where B begins."""
-        return cdiv(self.rank, _ALIGNMENT) * _ALIGNMENT
-
-    @property
-    def size(self) -> int:
-        return cdiv(self.padded_rank + 2 * self.dstate, _ALIGNMENT) * _ALIGNMENT
+    @classmethod
+    @lru_cache(maxsize=MAX_PLANS)
+    def of(cls, rank: int, dstate: int) -> 'ProjectionLayout':
+        padded_rank = cdiv(rank, _ALIGNMENT) * _ALIGNMENT
+        return cls(rank, dstate, padded_rank, cdiv(padded_rank + 2 * dstate, _ALIGNMENT) * _ALIGNMENT)
 
     def low_rank(self, x_dbl: Tensor) -> Tensor:
         """The projections of dt, with the zeros after them, of [2, B * L, size]."""
@@ -129,7 +129,7 @@ def core_backward(
     u = _convolve(x, conv_weight, conv_bias)
     x_dbl = saved.x_dbl
     scan = _scan_of(u, x_dbl, dt_proj, dt_bias, A, D)
-    layout = ProjectionLayout(dt_proj.shape[-1], A.shape[-1])
+    layout = ProjectionLayout.of(dt_proj.shape[-1], A.shape[-1])
     grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(x_dbl)
     grad_B, grad_C, padding = layout.coefficients(grad_x_dbl, u.shape)
     if padding.numel():
@@ -155,7 +155,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _scan_of(u: Tensor, x_dbl: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Scan:
     """The scans of both directions."""
-    layout = ProjectionLayout(dt_proj.shape[-1], A.shape[-1])
+    layout = ProjectionLayout.of(dt_proj.shape[-1], A.shape[-1])
     delta = _product(layout.low_rank(x_dbl), dt_proj.mT).view(u.shape)
     B, C, _ = layout.coefficients(x_dbl, u.shape)
     u, delta = _as_sequences(u), _as_sequences(delta)

@@ -12,8 +12,8 @@ from .._launch import MAX_PLANS, Launch, cdiv, tl, triton
 
 _MAX_ARRAYS = 8  # of a launch
 _WEIGHT_BLOCK = 2048
-_SUM_BLOCK = 128, 32  # parts at a time, and columns
-_ALIGNMENT = 32  # of sums within their buffer, in elements: what optimisers read at once
+_SUM_BLOCK = 64, 32  # parts at a time, and columns
+_ALIGNMENT = 64  # of tensors within a buffer, in elements: what products and optimisers read at once
 
 
 class Layout(NamedTuple):
@@ -110,14 +110,15 @@ def weights_kernel(
 def _sum(parts, count, length, out, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """A block of the sum over the parts of [count, length]."""
     if parts is not None:
-        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([PARTS, BLOCK], tl.float32)
-        for start in range(0, count, PARTS):
-            part = start + tl.arange(0, PARTS)
-            mask = (part < count)[:, None] & (column < length)[None, :]
-            place = part.to(tl.int64)[:, None] * length + column[None, :]
-            total += tl.load(parts + place, mask=mask, other=0.0)  # [PARTS, BLOCK]
-        tl.store(out + column, tl.sum(total, axis=0), mask=column < length)
+        if tl.program_id(0) * BLOCK < length:
+            column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros([PARTS, BLOCK], tl.float32)
+            for start in range(0, count, PARTS):
+                part = start + tl.arange(0, PARTS)
+                mask = (part < count)[:, None] & (column < length)[None, :]
+                place = part.to(tl.int64)[:, None] * length + column[None, :]
+                total += tl.load(parts + place, mask=mask, other=0.0)  # [PARTS, BLOCK]
+            tl.store(out + column, tl.sum(total, axis=0), mask=column < length)
 
 
 @triton.jit(
@@ -167,20 +168,31 @@ def sum_kernel(
 
 
 def lay_out_weights(weights: Sequence[Weight], dtype: torch.dtype) -> List[Tensor]:
-    """At most eight weights as they are wanted, all by one kernel; one that is so already is returned itself."""
+    """At most eight weights as they are wanted, all by one kernel; one that is so already is returned itself.
+
+    Those in the dtype are parts of one tensor.
+    """
     key = tuple([(weight.shape, layout, log_A, weight.dtype == dtype) for weight, layout, log_A in weights])
-    launch, shapes = _weights_launch(key)
+    launch, pieces, shapes = _weights_launch(key)
+    if launch is None:
+        return [weight.weight for weight in weights]
+    device = weights[0].weight.device
+    buffer = iter(torch.empty(sum(pieces), dtype=dtype, device=device).split(pieces))
     sources, targets, laid_out = [], [], []
     for (weight, _, log_A), shape in zip(weights, shapes):
-        target = None
-        if shape is not None:
-            target = torch.empty(shape, dtype=torch.float32 if log_A else dtype, device=weight.device)
-        sources.append(None if target is None else weight)
+        if shape is None:
+            source, target = None, None
+        elif log_A:
+            source, target = weight, torch.empty(shape, dtype=torch.float32, device=device)
+        else:
+            source, target = weight, next(buffer)
+            target = target.view(shape) if len(shape) > 1 else target
+            next(buffer)  # up to the alignment
+        sources.append(source)
         targets.append(target)
         laid_out.append(weight if target is None else target)
-    if launch is not None:
-        absent = (None,) * (_MAX_ARRAYS - len(sources))
-        launch(*sources, *absent, *targets, *absent)
+    absent = (None,) * (_MAX_ARRAYS - len(sources))
+    launch(*sources, *absent, *targets, *absent)
     return laid_out
 
 
@@ -196,27 +208,30 @@ def sum_parts(arrays: Sequence[Parts]) -> List[Tensor]:
 @lru_cache(maxsize=MAX_PLANS)
 def _weights_launch(
     wanted: Tuple[Tuple[Tuple[int, ...], Optional[Layout], bool, bool], ...],
-) -> Tuple[Optional[Launch], Tuple[Optional[Tuple[int, ...]], ...]]:
-    """The launch, None if nothing changes; and the shapes of the weights that change.
+) -> Tuple[Optional[Launch], List[int], List[Optional[Tuple[int, ...]]]]:
+    """The launch, None if nothing changes; the sizes of the buffer's pieces; and the shapes of the weights that change.
 
     Args:
         wanted: Of each weight its shape, layout and `log_A`, and whether it has the dtype.
     """
-    written, sizes = [], []
+    pieces, shapes, sizes = [], [], []
     for shape, layout, log_A, has_dtype in wanted:
         if layout is None and has_dtype and not log_A:
-            written.append(None)
+            shapes.append(None)
             sizes.append((0,) * 7)
             continue
         target, axis, rank, begin = layout or (shape, 0, shape[0], shape[0])
-        written.append(target)
-        sizes.append((prod(target), shape[axis], target[axis], prod(target[axis + 1 :]), rank, begin, int(log_A)))
+        count = prod(target)
+        shapes.append(target)
+        sizes.append((count, shape[axis], target[axis], prod(target[axis + 1 :]), rank, begin, int(log_A)))
+        if not log_A:
+            pieces += [count, -count % _ALIGNMENT]
     largest = max(size[0] for size in sizes)
     if largest == 0:
-        return None, tuple(written)
+        return None, pieces, shapes
     grid = cdiv(largest, _WEIGHT_BLOCK), len(sizes)
     sizes += [(0,) * 7] * (_MAX_ARRAYS - len(sizes))
-    return Launch(weights_kernel, grid, tuple(sizes), (_WEIGHT_BLOCK,)), tuple(written)
+    return Launch(weights_kernel, grid, tuple(sizes), (_WEIGHT_BLOCK,)), pieces, shapes
 
 
 @lru_cache(maxsize=MAX_PLANS)

@@ -82,7 +82,7 @@ class SS2DBranch(NamedTuple):
         x_dbl = linear(u.view(-1, u.shape[-1]), x_proj)
         y, states = scan_forward(u, x_dbl, p.dt_weight, p.dt_bias, A, save)
         out, merged, out_moments = merge_forward(
-            y, u, p.D, p.out_norm_weight, p.out_norm_bias, self.out_norm_eps, save
+            y, u, p.D, p.out_norm_weight, p.out_norm_bias, self.out_norm_eps, save, overwrite=True
         )
         del u, y
         if z is not None:

@@ -235,8 +235,7 @@ def scan_backward(
     grad_BC = scan.A.new_empty((splits, *B.shape[:-1], 2, PACKED))
     inputs = grad_y, grad_last, scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.delta_bias, states
     launch(*inputs, adjoints, sums, targets.u, targets.delta, targets.z, grad_BC)
-    unpack = _move_launch(unpack_kernel, sizes, targets.B.stride(), targets.C.stride(), (splits,), CONFIG)
-    unpack(grad_BC, targets.B, targets.C)
+    _unpack_launch(sizes, targets.B.stride(), targets.C.stride(), splits, CONFIG)(grad_BC, targets.B, targets.C)
     return ScanGradients(adjoints, sums)
 
 
@@ -315,17 +314,32 @@ def _summary_launches(
 
 
 @lru_cache(maxsize=MAX_PLANS)
+def _pack_launch(
+    sizes: _Sizes, B_strides: Tuple[int, ...], C_strides: Tuple[int, ...], config: Config
+) -> Tuple[Launch, Tuple[int, ...]]:
+    """The launch that packs B and C [batch, groups, N, L] with these strides, and the shape of either."""
+    padded, groups = _padded(sizes, config), max(sizes.groups, sizes.directions)
+    launch = _move_launch(pack_kernel, sizes, padded, groups, (), B_strides, C_strides)
+    return launch, (sizes.batch, groups, sizes.tiles, padded, PACKED)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _unpack_launch(
+    sizes: _Sizes, B_strides: Tuple[int, ...], C_strides: Tuple[int, ...], splits: int, config: Config
+) -> Launch:
+    padded, groups = _padded(sizes, config), max(sizes.groups, sizes.directions)
+    return _move_launch(unpack_kernel, sizes, padded, groups, (splits,), B_strides, C_strides)
+
+
 def _move_launch(
     kernel: Any,
     sizes: _Sizes,
+    padded: int,
+    groups: int,
+    more: Tuple[int, ...],
     B_strides: Tuple[int, ...],
     C_strides: Tuple[int, ...],
-    more: Tuple[int, ...],
-    config: Config,
 ) -> Launch:
-    """Of `pack_kernel` or `unpack_kernel`, for B and C [batch, groups, N, L] with these strides."""
-    padded = _padded(sizes, config)
-    groups = max(sizes.groups, sizes.directions)
     block = MoveBlock(PACKED, 4, min(16, next_power_of_2(padded)))
     return Launch(
         kernel,
@@ -385,13 +399,14 @@ def _strides_of(tensor: Optional[Tensor]) -> Tuple[int, ...]:
 
 def _pack_coefficients(scan: Scan, sizes: _Sizes) -> Tuple[Tensor, Tensor]:
     """B and C as the kernels load them, in bf16 if they are bf16 and else in fp32."""
-    shape = (*scan.B.shape[:2], sizes.tiles, _padded(sizes, CONFIG), PACKED)
-    B, C = (
-        tensor.new_empty(shape, dtype=torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32)
-        for tensor in (scan.B, scan.C)
-    )
-    _move_launch(pack_kernel, sizes, scan.B.stride(), scan.C.stride(), (), CONFIG)(scan.B, scan.C, B, C)
+    launch, shape = _pack_launch(sizes, scan.B.stride(), scan.C.stride(), CONFIG)
+    B, C = scan.A.new_empty(shape, dtype=_packed_dtype(scan.B)), scan.A.new_empty(shape, dtype=_packed_dtype(scan.C))
+    launch(scan.B, scan.C, B, C)
     return B, C
+
+
+def _packed_dtype(coefficients: Tensor) -> torch.dtype:
+    return torch.bfloat16 if coefficients.dtype == torch.bfloat16 else torch.float32
 
 
 def _summarise(

@@ -9,7 +9,7 @@ A sequence stands for (pointer, offsets of its channels [BLOCK_D], distance of i
 constants of `launch.py`.
 """
 
-from .._device import LN2, LOG2_E, keep_second, last_of_axis, softplus_log2
+from .._device import LN2, LOG2_E, flip_first, keep_second, last_of_axis, softplus_log2
 from .._launch import tl, triton
 
 PACKED = tl.constexpr(16)  # steps of a state that B and C are packed by, and after which states are saved
@@ -279,11 +279,10 @@ def recur_back(decay, value, carry):
     Returns:
         g, like the tile, and decay * g of the first step [BLOCK_N, BLOCK_D].
     """
-    # Free, since threads own all steps: the compiler renames registers.
-    decay, value = tl.flip(decay, 0), tl.flip(value, 0)
+    decay, value = flip_first(decay), flip_first(value)
     value = tl.where(tl.arange(0, value.shape[0])[:, None, None] == 0, value + carry[None, :, :], value)
     decays, g = tl.associative_scan((_shift(decay, carry), value), 0, _step_after)
-    return tl.flip(g, 0), last_of_axis(decay) * last_of_axis(g)
+    return flip_first(g), last_of_axis(decay) * last_of_axis(g)
 
 
 @triton.jit

@@ -190,11 +190,18 @@ class MergeOutputs(NamedTuple):
 
 
 def merge_forward(
-    y: Tensor, x: Tensor, D: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, save: bool
+    y: Tensor,
+    x: Tensor,
+    D: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    save: bool,
+    overwrite: bool = False,
 ) -> MergeOutputs:
     """ln 2 * sum(y) + sum(D) * x, normalised if there is a weight; with `save` also what the backward pass needs of the
-    norm: the map before it, and means and reciprocal deviations [2, pixels]."""
-    out = torch.empty_like(x)
+    norm: the map before it, and means and reciprocal deviations [2, pixels]. `overwrite` puts the output in y's place."""
+    out = y[0] if overwrite else torch.empty_like(x)
     save = save and weight is not None
     pixels, dim = x.numel() // x.shape[-1], x.shape[-1]
     merged = torch.empty_like(x) if save else None

@@ -8,7 +8,7 @@ steps of a column, so that scans over the first axis stay inside threads, and wa
 `plane` stands for (height, width, magic); see `line_of` for the last.
 """
 
-from .._device import MAX_DECAY, last_of_axis
+from .._device import MAX_DECAY, flip_first, last_of_axis
 from .._launch import tl, triton
 
 
@@ -163,9 +163,8 @@ def recur_back(decay, value, carry, STEPS: tl.constexpr, SPLITS: tl.constexpr, C
     Returns:
         decay * g of the step after each step, and the next carry, decay * g of the first step.
     """
-    # Free, since threads own whole columns of steps: the compiler renames registers.
-    decay = tl.flip(decay, 0)
-    value = tl.flip(value, 0)
+    decay = flip_first(decay)
+    value = flip_first(value)
     nothing = tl.full([STEPS, SPLITS, COLUMNS], -0.0, tl.float32)
     one = tl.full([STEPS, SPLITS, COLUMNS], 1.0, tl.float32)
     if SPLITS == 1:
@@ -173,7 +172,7 @@ def recur_back(decay, value, carry, STEPS: tl.constexpr, SPLITS: tl.constexpr, C
         value = decay * tl.where(first, value + carry[None, :, :], value)
         after = tl.where(first, carry[None, :, :], nothing)
         decays, g, leads, after = tl.associative_scan((decay, value, one, after), 0, _step_after_with_before)
-        return tl.flip(after, 0), last_of_axis(g)
+        return flip_first(after), last_of_axis(g)
     else:
         decays, g, leads, after = tl.associative_scan((decay, decay * value, one, nothing), 0, _step_after_with_before)
         through = last_of_axis(decays)
@@ -186,7 +185,7 @@ def recur_back(decay, value, carry, STEPS: tl.constexpr, SPLITS: tl.constexpr, C
             (through, end, unit, arriving), 0, _step_after_with_before, reverse=True
         )
         carry = tl.associative_scan(end, 0, _first)
-        return tl.flip(after + leads * arriving[None, :, :], 0), carry
+        return flip_first(after + leads * arriving[None, :, :]), carry
 
 
 @triton.jit
