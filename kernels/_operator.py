@@ -98,12 +98,15 @@ class Operator:
         return _one_or_all(self._like(*args))
 
     def _run_backward(self, *args: Any) -> Any:
-        """Contiguous gradients in the inputs' dtypes, empty where there is none, and no tensor twice."""
+        """Contiguous gradients in the inputs' dtypes, empty where there is none, and no two in the same memory."""
         grads, inputs, saved = self._backward_arguments(args)
-        outputs = []
+        outputs, memory = [], set()
         for i, grad in zip(self._tensors, self.backward(grads, inputs, saved)):
             grad = inputs[0].new_empty(0) if grad is None else grad.to(inputs[i].dtype).contiguous()
-            outputs.append(grad.clone() if any(grad is other for other in outputs) else grad)
+            if grad.untyped_storage().data_ptr() in memory:
+                grad = grad.clone()
+            memory.add(grad.untyped_storage().data_ptr())
+            outputs.append(grad)
         return _one_or_all(outputs)
 
     def _fake_backward(self, *args: Any) -> Any:

@@ -174,18 +174,90 @@ def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def causal_conv1d(x, weight, bias):
-    """Depthwise: x [batch, L, dim], weight [dim, 1, width] whose last tap meets the present position."""
+def causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
+    """Depthwise: x [batch, dim, L], weight [dim, width] whose last tap meets the present position.
+
+    Returns:
+        out [batch, dim, L], and the last width - 1 columns of initial_states and x.
+    """
+    batch, dim, seqlen = x.shape
     width = weight.shape[-1]
-    out = []
-    for step in range(x.shape[1]):
-        total = bias
+    past = torch.cat([x.new_zeros(batch, dim, width - 1) if initial_states is None else initial_states, x], dim=-1)
+    columns = []
+    for position in range(seqlen):
+        total = (x.new_zeros(dim) if bias is None else bias).expand(batch, dim)
         for tap in range(width):
-            past = step - (width - 1 - tap)
-            if past >= 0:
-                total = total + weight[:, 0, tap] * x[:, past]
-        out.append(total.expand(x.shape[0], -1))
-    return torch.stack(out, dim=1)
+            source = position - (width - 1) + tap
+            seen = past[:, :, position + tap]
+            if seq_idx is not None:
+                same = source >= 0 and (seq_idx[:, source] == seq_idx[:, position])[:, None]
+                seen = torch.where(torch.as_tensor(same), seen, 0)
+            total = total + weight[:, tap] * seen
+        total = total if activation is None else silu(total)
+        if seq_idx is not None:
+            total = torch.where((seq_idx[:, position] < 0)[:, None], 0, total)  # padding
+        columns.append(total)
+    return torch.stack(columns, dim=-1), past[..., past.shape[-1] - (width - 1) :]
+
+
+def bidirectional_conv1d(x, weight, bias, activation=None):
+    """Depthwise, along a sequence and against it: x [batch, L, dim], weight [2, dim, width] -> [batch, L, 2, dim]."""
+    along, _ = causal_conv1d(x.mT, weight[0], bias[0], activation=activation)
+    against, _ = causal_conv1d(x.flip(1).mT, weight[1], bias[1], activation=activation)
+    return torch.stack([along.mT, against.mT.flip(1)], dim=2)
+
+
+def depthwise_conv2d(x, weight, bias=None, activation=None):
+    """x [batch, H, W, dim], weight [dim, k, k] whose centre meets the pixel itself; zero outside of the map."""
+    _, height, width, dim = x.shape
+    kernel = weight.shape[-1]
+    rows = []
+    for row in range(height):
+        pixels = []
+        for column in range(width):
+            total = (x.new_zeros(dim) if bias is None else bias).expand(x.shape[0], dim)
+            for i in range(kernel):
+                for j in range(kernel):
+                    h, w = row + i - kernel // 2, column + j - kernel // 2
+                    if 0 <= h < height and 0 <= w < width:
+                        total = total + weight[:, i, j] * x[:, h, w]
+            pixels.append(total if activation is None else silu(total))
+        rows.append(torch.stack(pixels, dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A, D):
+    """Two scans of a sequence, the second by flipping what it sees and flipping its output back; in float64."""
+    total = 0
+    for k in range(2):
+        turn = (lambda t: t.flip(1)) if k else (lambda t: t)
+        dt, B, C = turn(x_dbl[:, :, k]).split([dt_weight.shape[-1], A.shape[-1], A.shape[-1]], dim=-1)
+        y, _ = selective_scan(
+            turn(u[:, :, k]).transpose(1, 2),
+            (dt @ dt_weight[k].T).transpose(1, 2),
+            A[k],
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            D[k],
+            delta_bias=dt_bias[k],
+            delta_softplus=True,
+        )
+        total = total + turn(y.transpose(1, 2))
+    return total
+
+
+def bimamba_core(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D):
+    """What lies between the projections of a bidirectional Mamba block; differentiable, in float64."""
+    x, z = xz.chunk(2, dim=-1)
+    u = silu(bidirectional_conv1d(x, conv_weight, conv_bias))
+    x_dbl = torch.einsum('blkd,kpd->blkp', u, x_proj_weight)
+    return bidirectional_scan(u, x_dbl, dt_weight, dt_bias, A, D) / 2 * silu(z)
+
+
+def ss2d_core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps=1e-5):
+    """`ss2d_scan` of a map with its projections, normalised; differentiable, in float64."""
+    x_dbl = torch.einsum('bhwd,pd->bhwp', x, x_proj_weight).unflatten(-1, (4, -1))
+    return layer_norm(ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D), norm_weight, norm_bias, norm_eps)
 
 
 def resize_grid(grid, height, width):

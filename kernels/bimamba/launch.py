@@ -25,7 +25,6 @@ class ProjectionLayout(NamedTuple):
     size: int
 
     @classmethod
-    @lru_cache(maxsize=MAX_PLANS)
     def of(cls, rank: int, dstate: int) -> 'ProjectionLayout':
         padded_rank = cdiv(rank, _ALIGNMENT) * _ALIGNMENT
         return cls(rank, dstate, padded_rank, cdiv(padded_rank + 2 * dstate, _ALIGNMENT) * _ALIGNMENT)
@@ -57,6 +56,9 @@ class ProjectionLayout(NamedTuple):
     def dt_proj(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """[2, D, R] -> [2, D, padded_rank]"""
         return F.pad(weight.to(dtype), (0, self.padded_rank - self.rank))
+
+
+projection_layout = lru_cache(maxsize=MAX_PLANS)(ProjectionLayout.of)  # not for symbolic sizes, which have no hash
 
 
 class CoreOutputs(NamedTuple):
@@ -129,7 +131,7 @@ def core_backward(
     u = _convolve(x, conv_weight, conv_bias)
     x_dbl = saved.x_dbl
     scan = _scan_of(u, x_dbl, dt_proj, dt_bias, A, D)
-    layout = ProjectionLayout.of(dt_proj.shape[-1], A.shape[-1])
+    layout = projection_layout(dt_proj.shape[-1], A.shape[-1])
     grad_u, grad_delta, grad_x_dbl = torch.empty_like(u), torch.empty_like(u), torch.empty_like(x_dbl)
     grad_B, grad_C, padding = layout.coefficients(grad_x_dbl, u.shape)
     if padding.numel():
@@ -155,7 +157,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _scan_of(u: Tensor, x_dbl: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Scan:
     """The scans of both directions."""
-    layout = ProjectionLayout.of(dt_proj.shape[-1], A.shape[-1])
+    layout = projection_layout(dt_proj.shape[-1], A.shape[-1])
     delta = _product(layout.low_rank(x_dbl), dt_proj.mT).view(u.shape)
     B, C, _ = layout.coefficients(x_dbl, u.shape)
     u, delta = _as_sequences(u), _as_sequences(delta)

@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
-from ..bimamba.launch import CoreOutputs, ProjectionLayout, core_backward, core_forward
+from ..bimamba.launch import CoreOutputs, core_backward, core_forward, projection_layout
 from .chain import Link, ParameterGradients
 from .elementwise import prepare
 from .parameters import Layout, Parts, Weight
@@ -53,7 +53,7 @@ class BiMambaBranch(NamedTuple):
     def weights(self, parameters: BiMambaParameters) -> List[Weight]:
         p = parameters
         directions, dim, rank = p.dt_weight.shape
-        layout = ProjectionLayout.of(rank, p.A_log.shape[-1])
+        layout = projection_layout(rank, p.A_log.shape[-1])
         x_proj = Layout((directions, layout.size, dim), 1, rank, layout.padded_rank)
         dt_proj = Layout((directions, dim, layout.padded_rank), 2, rank, layout.padded_rank)
         return [
@@ -92,7 +92,7 @@ class BiMambaBranch(NamedTuple):
         grad, sums_norm = grad_of_stream(
             grad, grad_normalised, saved.normal, saved.moments, p.norm_weight, None, before
         )
-        layout = ProjectionLayout.of(p.dt_weight.shape[-1], A.shape[-1])
+        layout = projection_layout(p.dt_weight.shape[-1], A.shape[-1])
         complete = dict(
             in_proj_weight=grad_in_proj,
             x_proj_weight=layout.of_x_proj(core.x_proj),
