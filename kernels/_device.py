@@ -72,6 +72,12 @@ def keep_second(first, second):
 
 
 @triton.jit
+def load_factors(scale, row, rows, rows_per_sample):
+    """The factor of each row's sample [ROWS, 1], of scale [samples]."""
+    return tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def _fast_reciprocal(x, NVIDIA: tl.constexpr):
     if NVIDIA:
         return tl.inline_asm_elementwise(

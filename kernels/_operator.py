@@ -98,9 +98,10 @@ class Operator:
         return _one_or_all(self._like(*args))
 
     def _run_backward(self, *args: Any) -> Any:
-        """Contiguous gradients in the inputs' dtypes, empty where there is none, and no two in the same memory."""
+        """Contiguous gradients in the inputs' dtypes, empty where there is none, each in memory of its own."""
         grads, inputs, saved = self._backward_arguments(args)
-        outputs, memory = [], set()
+        memory = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        outputs = []
         for i, grad in zip(self._tensors, self.backward(grads, inputs, saved)):
             grad = inputs[0].new_empty(0) if grad is None else grad.to(inputs[i].dtype).contiguous()
             if grad.untyped_storage().data_ptr() in memory:

@@ -112,7 +112,8 @@ def _forward(
     for link, own in zip(links, weights):
         stream, kept = link.branch.forward(stream, link, own, save)
         saved.append(kept)
-    return stream.total().view(x.shape), weights, saved
+    # No view: autograd refuses to change a view that a function returns in place.
+    return stream.total().resize_(x.shape), weights, saved
 
 
 def _links(branches: Sequence[Branch], tensors: Iterator[Optional[Tensor]]) -> List[Link]:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._device import gelu_with_gradient
+from .._device import gelu_with_gradient, load_factors
 from .._launch import (
     MAX_PLANS,
     Launch,
@@ -38,12 +38,6 @@ def _load_vector(pointer, channel, dim):
     return tl.load(pointer + channel, mask=channel < dim, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
-def _load_factors(scale, row, rows, rows_per_sample):
-    """The factor of each row's sample [ROWS, 1]."""
-    return tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-
-
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # maps of any size run on the same kernel
 def add_kernel(
     x,  # [rows, dim]
@@ -63,7 +57,7 @@ def add_kernel(
     mask = (row < rows)[:, None] & (channel < dim)[None, :]
     added = _load_rows(y, row, channel, dim, mask)  # [ROWS, BLOCK_D]
     if scale is not None:
-        added *= _load_factors(scale, row, rows, rows_per_sample)
+        added *= load_factors(scale, row, rows, rows_per_sample)
     total = _load_rows(x, row, channel, dim, mask) + added
     tl.store(out + row[:, None] * dim + channel[None, :], total.to(out.dtype.element_ty), mask=mask)
 
@@ -102,7 +96,7 @@ def prepare_kernel(
         if grad is not None:
             value = _load_rows(grad, row, channel, dim, mask)  # [ROWS, BLOCK_D]
             if scale is not None:
-                value *= _load_factors(scale, row, rows, rows_per_sample)
+                value *= load_factors(scale, row, rows, rows_per_sample)
             if grad_y is not None:
                 tl.store(grad_y + place, value.to(grad_y.dtype.element_ty), mask=mask)
             total += value

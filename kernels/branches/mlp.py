@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._device import gelu
+from .._device import gelu, load_factors
 from .._launch import MAX_PLANS, Launch, cdiv, is_nvidia, tl, triton
 from .chain import Link, ParameterGradients
 from .elementwise import gelu_backward_, prepare
@@ -124,12 +124,6 @@ def _mlp_in_slices(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: 
 
 
 @triton.jit
-def _load_factors(scale, row, rows, rows_per_sample):
-    """The factor of each row's sample [ROWS, 1]."""
-    return tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-
-
-@triton.jit
 def _load_part(pointer, row_offset, channel, mask):
     return tl.load(pointer + row_offset + channel[None, :], mask=mask, other=0.0)
 
@@ -174,7 +168,7 @@ def mlp_kernel(
         y_a = _load_part(y, offset, a, has_row).to(tl.float32)  # [ROWS, FIRST]
         y_b = _load_part(y, offset, b, has_row).to(tl.float32)  # [ROWS, SECOND]
         if y_scale is not None:
-            factor = _load_factors(y_scale, row, rows, rows_per_sample)
+            factor = load_factors(y_scale, row, rows, rows_per_sample)
             y_a *= factor
             y_b *= factor
         x_a += y_a
@@ -203,7 +197,7 @@ def mlp_kernel(
         out_a = tl.dot(hidden, tl.load(fc2_weight + a[None, :] * H + h[:, None]), out_a)  # [BLOCK_H, FIRST]
         out_b = tl.dot(hidden, tl.load(fc2_weight + b[None, :] * H + h[:, None]), out_b)  # [BLOCK_H, SECOND]
     if scale is not None:
-        factor = _load_factors(scale, row, rows, rows_per_sample)
+        factor = load_factors(scale, row, rows, rows_per_sample)
         out_a *= factor
         out_b *= factor
     tl.store(out + offset + a[None, :], x_a + out_a, mask=has_row)

@@ -168,10 +168,12 @@ def sum_kernel(
 
 
 def lay_out_weights(weights: Sequence[Weight], dtype: torch.dtype) -> List[Tensor]:
-    """At most eight weights as they are wanted, all by one kernel; one that is so already is returned itself.
+    """Weights as they are wanted, eight by one kernel; one that is so already is returned itself.
 
-    Those in the dtype are parts of one tensor.
+    Those in the dtype of one kernel are parts of one tensor.
     """
+    if len(weights) > _MAX_ARRAYS:
+        return lay_out_weights(weights[:_MAX_ARRAYS], dtype) + lay_out_weights(weights[_MAX_ARRAYS:], dtype)
     key = tuple([(weight.shape, layout, log_A, weight.dtype == dtype) for weight, layout, log_A in weights])
     launch, pieces, shapes = _weights_launch(key)
     if launch is None:
@@ -197,7 +199,9 @@ def lay_out_weights(weights: Sequence[Weight], dtype: torch.dtype) -> List[Tenso
 
 
 def sum_parts(arrays: Sequence[Parts]) -> List[Tensor]:
-    """The sums of at most eight arrays, each cut into its parameters' gradients; all by one kernel, in one buffer."""
+    """The sums of arrays, each cut into its parameters' gradients; of eight by one kernel, in one buffer."""
+    if len(arrays) > _MAX_ARRAYS:
+        return sum_parts(arrays[:_MAX_ARRAYS]) + sum_parts(arrays[_MAX_ARRAYS:])
     launch, pieces, places = _sum_launch(tuple([(parts.array.shape[0], parts.shapes) for parts in arrays]))
     out = torch.empty(sum(pieces), dtype=torch.float32, device=arrays[0].array.device)
     launch(*[parts.array for parts in arrays], *[None] * (_MAX_ARRAYS - len(arrays)), out)
