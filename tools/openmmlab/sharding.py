@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from training.parallel import shard_units, whole
+from training.parallel import blocks_of, whole
 
 from .runs import StrictRunner
 
@@ -69,9 +69,8 @@ def shard(model: nn.Module, optimizer: Optimizer) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    recomputed = any(getattr(module, 'grad_checkpointing', False) for module in model.modules())
-    for unit in (*shard_units(model, recomputed), model):
-        fully_shard(unit, mesh=mesh)
+    for module in (*blocks_of(model), model):
+        fully_shard(module, mesh=mesh)
     shards = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group['params'] = [shards[names[parameter]] for parameter in group['params']]

@@ -14,9 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from user_errors import UserError
 
-from vmamba.models.vim import VimBlock
-from vmamba.models.vmamba import VMambaBlock
-
 from .checkpoint import Checkpoints
 from .config import Config
 from .runtime import Runtime
@@ -89,11 +86,10 @@ class Shards:
         self.skeleton = _without_weights(self.model)
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world,))
         self.group = dist.new_group(backend='gloo')  # for decisions, which so do not wait for the GPU
-        for unit in shard_units(self.model, config.grad_checkpointing):
+        for block in blocks_of(self.model):
             if config.compile:
-                for module in unit:
-                    module.compile()
-            fully_shard(unit, mesh=self.mesh)
+                block.compile()
+            fully_shard(block, mesh=self.mesh)
         fully_shard(self.model, mesh=self.mesh)
         if task.has_ema():
             shards = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -153,22 +149,13 @@ def check_version(device: str) -> None:
         raise UserError(f'sharding needs GPUs, or PyTorch {needed} on a CPU; this is {torch.__version__}')
 
 
-def shard_units(model: nn.Module, recomputed: bool) -> List[List[nn.Module]]:
-    """Modules whose weights are gathered together, inner ones first; the model itself takes what they leave.
+def blocks_of(model: nn.Module) -> List[nn.Module]:
+    """The blocks of a model, as timm's models name them, inner ones first.
 
-    They are the blocks, as timm's models name them. Blocks of ours pass a residual stream on only where nothing stands
-    between them, so there it is what they call that is gathered; recomputed blocks pass none, and have to be gathered
-    before they are recomputed.
+    The weights of each are gathered together; the model itself takes what they leave.
     """
     lists = [module for name, module in model.named_modules() if name.rpartition('.')[2] == 'blocks']
-    blocks = [block for parent in reversed(lists) for block in parent.children()]
-    return [[block] if recomputed else _branches(block) for block in blocks]
-
-
-def _branches(block: nn.Module) -> List[nn.Module]:
-    if not isinstance(block, (VMambaBlock, VimBlock)):
-        return [block]
-    return [module for name, module in block.named_children() if name in ('mixer', 'mlp')]
+    return [block for parent in reversed(lists) for block in parent.children()]
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
