@@ -5,14 +5,13 @@ python tools/convert.py vmamba_t mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth bac
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
 from output_files import write_atomically
 from safetensors.torch import save
-from user_errors import UserError
+from user_errors import UserError, one_line_errors
 
 import vmamba  # noqa: F401
 
@@ -27,9 +26,8 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
         num_classes: Classes of the checkpoint, the variant's own if None; 0 to drop or do without a classifier.
 
     Raises:
-        RuntimeError: If the model is unknown, or a weight is missing or of another shape.
         FileNotFoundError: If there is no such checkpoint.
-        UserError: If the output cannot be written.
+        UserError: If the model is unknown, a weight is missing or of another shape, or the output cannot be written.
     """
     overlay: Dict[str, Any] = {'file': str(checkpoint)}
     args = {}
@@ -37,7 +35,10 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
         args['num_classes'] = num_classes
     if num_classes:
         overlay['num_classes'] = num_classes  # so that a classifier that does not fit is an error
-    built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    try:
+        built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
     state = {key: value.contiguous() for key, value in built.state_dict().items()}
     write_atomically(output, lambda file: file.write(save(state)))
 
@@ -61,10 +62,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors('convert.py'):
         convert(args.model, args.checkpoint, args.output, args.num_classes)
-    except (OSError, RuntimeError, UserError) as error:
-        sys.exit(f'convert.py: {" ".join(str(error).split())}')
     print(f'Wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)')
 
 

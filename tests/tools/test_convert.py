@@ -53,12 +53,12 @@ def test_output_is_overwritten_only_by_force(checkpoint, tmp_path, capsys):
     assert load_file(output)
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(checkpoint, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(checkpoint, tmp_path, capsys):
     output = tmp_path / 'out.safetensors'
     output.write_text('precious')
     with full_disk(10_000), pytest.raises(SystemExit) as error:
         run('vmamba_nano', checkpoint[1], output, '--force')
-    assert f'cannot write {output}: File too large' in error.value.code
+    assert error.value.code == 2 and f'cannot write {output}: File too large' in capsys.readouterr().err
     assert output.read_text() == 'precious' and not list(tmp_path.glob('.*'))
 
 
@@ -68,13 +68,14 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(checkpoint, tmp_path)
         ('vmamba_nano', 'absent.pth', (), 'there is no checkpoint file'),
         ('vmamba_t', 'checkpoint.pth', (), 'does not fit VMamba'),
         ('vmamba_nano', 'checkpoint.pth', ('--num-classes', 10), 'does not fit VMamba'),
+        ('vmamba_nano', 'checkpoint.pth', ('--num-classes', -1), 'num_classes must be'),
         ('no_such_model', 'checkpoint.pth', (), 'Unknown model'),
     ],
-    ids=['no file', 'other variant', 'other classes', 'no model'],
+    ids=['no file', 'other variant', 'other classes', 'no classes', 'no model'],
 )
-def test_expected_failures_are_one_line(checkpoint, tmp_path, model, name, options, message):
+def test_expected_failures_are_one_line(checkpoint, tmp_path, capsys, model, name, options, message):
     with pytest.raises(SystemExit) as error:
         run(model, tmp_path / name, tmp_path / 'out.safetensors', *options)
-    assert message in error.value.code
-    assert '\n' not in error.value.code
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and message in printed and printed.count('\n') == 1
     assert not (tmp_path / 'out.safetensors').exists()
