@@ -3,19 +3,24 @@
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+_OWN_CALLS = {'forward', '_compiled_call_impl', '_is_replica'}  # attributes of a module by itself
+
 
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether a module is of the class itself and computes as such, and nothing looks at its calls.
 
     Not plain are modules with hooks, a `forward` of their own (as some libraries put in its place) or parametrised
-    weights, whose class is another.
+    weights, whose class is another; modules that are compiled by themselves; and the replicas of DataParallel, which
+    have no parameters but plain attributes.
     """
     state = module.__dict__
     hooks = (
-        state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks'] or
-        state['_backward_pre_hooks']
+        state['_forward_hooks']
+        or state['_forward_pre_hooks']
+        or state['_backward_hooks']
+        or state['_backward_pre_hooks']
     )
-    return type(module) is kind and not hooks and 'forward' not in state
+    return type(module) is kind and not hooks and state.keys().isdisjoint(_OWN_CALLS)
 
 
 def has_global_hooks() -> bool:

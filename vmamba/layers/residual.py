@@ -37,9 +37,10 @@ def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
 def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether fused kernels may stand in for the modules of the branches.
 
-    Only on Triton, for an fp32 map; where nothing is traced, compiled or transformed; and where every module is the one
-    that the kernels stand for: of that very class, without hooks and a `forward` of its own, with weights that are
-    plain tensors. So adapters, quantised, pruned and parametrised layers are called. """
+    Only on Triton, for an fp32 map and weights of at most fp32; where nothing is traced, compiled or transformed; and
+    where every module is the one that the kernels stand for: of that very class, without hooks and a `forward` of its
+    own, with weights that are plain tensors. So adapters, quantised, pruned and parametrised layers are called.
+    """
     if not kernels.can_run(x) or has_global_hooks():
         return False
     for norm, module, drop_path in branches:
@@ -52,7 +53,8 @@ def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
             or not _has_plain_tensors(x, norm, module)
         ):
             return False
-    return len({_first_weight(module).dtype for _, module, _ in branches}) == 1
+    dtypes = {_first_weight(module).dtype for _, module, _ in branches}
+    return len(dtypes) == 1 and torch.float64 not in dtypes
 
 
 def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:
