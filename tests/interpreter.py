@@ -21,6 +21,9 @@ patched, dtypes, blocks, tensors_of_type = set(), {}, {}, {}
 def speed_up():
     for owner, name, function in FASTER:
         setattr(owner, name, function)
+    # Triton 3.3 calls this of its compiler's builder for masks of constants; its interpreter's builder lacks it.
+    if not hasattr(interpreter.InterpreterBuilder, 'get_int1_ty'):
+        interpreter.InterpreterBuilder.get_int1_ty = lambda self: tl.int1
 
 
 def _scan(scan, tensors):

@@ -213,7 +213,7 @@ def bimamba(mixer, h):
 
 def _mamba_direction(mixer, b, x, z):
     rank, dstate = mixer[f'dt_proj{b}.weight'].shape[1], mixer[f'A{b}_log'].shape[1]
-    u = oracles.silu(oracles.causal_conv1d(x, mixer[f'conv1d{b}.weight'], mixer[f'conv1d{b}.bias']))
+    u = oracles.silu(_causal_conv1d(x, mixer[f'conv1d{b}.weight'], mixer[f'conv1d{b}.bias']))
     dt, B, C = (u @ mixer[f'x_proj{b}.weight'].T).split([rank, dstate, dstate], dim=-1)
     y, _ = oracles.selective_scan(
         u.transpose(1, 2),
@@ -227,3 +227,8 @@ def _mamba_direction(mixer, b, x, z):
         delta_softplus=True,
     )
     return y.transpose(1, 2)
+
+
+def _causal_conv1d(x, weight, bias):
+    """[B, L, D] with a weight [D, 1, width]"""
+    return oracles.causal_conv1d(x.mT, weight.squeeze(1), bias)[0].mT

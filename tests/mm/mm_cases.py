@@ -1,4 +1,4 @@
-"""The configs made small, and batches of random images for them."""
+"""The backbones and the configs made small, and batches of random images for them."""
 
 from copy import deepcopy
 from functools import cache
@@ -6,13 +6,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+import vmamba.mm  # noqa: F401  registers the backbones
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 3
 NANO_VIM = dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16)
+SMALL = dict(embed_dim=8, depths=(1, 1, 2, 1))
+SMALL_V0 = dict(embed_dim=8, depths=(1, 1, 1, 1))
+SMALL_VIM = dict(img_size=32, patch_size=16, embed_dim=24, expand=2.0, d_state=16)
+
+
+def vmamba_backbone(variant='vmamba_nano', options=SMALL, **kwargs):
+    return MODELS.build(dict(type='VMambaBackbone', variant=variant, model_options=options, **kwargs))
+
+
+def vim_backbone(depth=4, out_indices=(0, 1, 2, 3), stride=16, **kwargs):
+    options = dict(SMALL_VIM, depth=depth, stride=stride)
+    return MODELS.build(
+        dict(type='VimBackbone', variant='vim_nano', out_indices=out_indices, model_options=options, **kwargs)
+    )
+
+
+def with_random_norms(backbone):
+    for name, parameter in backbone.named_parameters():
+        if name.startswith('outnorm'):
+            nn.init.normal_(parameter, mean=1.0)
+    return backbone.eval()
+
+
+def normalised(backbone, i, x):
+    """outnorm{i} of a map [B, h, w, d] as [B, d, h, w], in float64"""
+    norm = getattr(backbone, f'outnorm{i}')
+    out = F.layer_norm(x, x.shape[-1:], norm.weight.double(), norm.bias.double(), 1e-5)
+    return out.permute(0, 3, 1, 2)
 
 
 def config_files(folder):

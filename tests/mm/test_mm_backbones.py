@@ -3,41 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mm_cases import SMALL_V0, normalised, vim_backbone, vmamba_backbone, with_random_norms
 from mmengine.registry import MODELS
 from official import vim_state, vim_tokens, vmamba_maps, vmamba_state
 from timm.layers import DropPath
-from torch import nn
 
-import vmamba.mm  # noqa: F401  registers the backbones
-
-SMALL = dict(embed_dim=8, depths=(1, 1, 2, 1))
-SMALL_V0 = dict(embed_dim=8, depths=(1, 1, 1, 1))
-SMALL_VIM = dict(img_size=32, patch_size=16, embed_dim=24, expand=2.0, d_state=16)
-
-
-def vmamba_backbone(variant='vmamba_nano', options=SMALL, **kwargs):
-    return MODELS.build(dict(type='VMambaBackbone', variant=variant, model_options=options, **kwargs))
-
-
-def vim_backbone(depth=4, out_indices=(0, 1, 2, 3), stride=16, **kwargs):
-    options = dict(SMALL_VIM, depth=depth, stride=stride)
-    return MODELS.build(
-        dict(type='VimBackbone', variant='vim_nano', out_indices=out_indices, model_options=options, **kwargs)
-    )
-
-
-def with_random_norms(backbone):
-    for name, parameter in backbone.named_parameters():
-        if name.startswith('outnorm'):
-            nn.init.normal_(parameter, mean=1.0)
-    return backbone.eval()
-
-
-def normalised(backbone, i, x):
-    """outnorm{i} of a map [B, h, w, d] as [B, d, h, w], in float64"""
-    norm = getattr(backbone, f'outnorm{i}')
-    out = F.layer_norm(x, x.shape[-1:], norm.weight.double(), norm.bias.double(), 1e-5)
-    return out.permute(0, 3, 1, 2)
+import vmamba
 
 
 @torch.no_grad()
@@ -93,7 +64,7 @@ def test_vim_gives_a_pyramid_of_its_blocks(padded):
     state['pos_embed'] = state['pos_embed'][:, :16]
     backbone = vim_backbone()
     backbone.model.set_input_size((48, 80))
-    backbone.model.embed.dynamic_img_size = True
+    backbone.model.patch_embed.dynamic_img_size = True
     weights = vmamba.models.vim.checkpoint_filter_fn(state, backbone.model)
     backbone.model.load_state_dict({key: weights[key] for key in backbone.model.state_dict()})
     with_random_norms(backbone)
@@ -123,7 +94,7 @@ def test_vim_resizes_its_position_embedding_to_each_input():
     backbone = vim_backbone().eval()
     small, large = backbone(torch.zeros(1, 3, 32, 32))[2], backbone(torch.zeros(1, 3, 96, 64))[2]
     assert large.shape[-2:] == (6, 4) and large.std(dim=(-1, -2)).min() > 0
-    backbone.model.embed.pos_embed.zero_()
+    backbone.model.pos_embed.zero_()
     assert not torch.allclose(backbone(torch.zeros(1, 3, 32, 32))[2], small)
 
 
@@ -132,11 +103,13 @@ def test_vim_resizes_its_position_embedding_to_each_input():
 def test_frozen_stages(make, layers, frozen):
     backbone = make(frozen_stages=frozen, drop_path_rate=0.5).train()
     model = backbone.model
-    stem = model.stem if layers == 'stages' else model.embed
+    stem = model.stem if layers == 'stages' else model.patch_embed
     parts = [stem, *getattr(model, layers)]
     assert [part.training for part in parts] == [i > frozen for i in range(5)]
     for i, part in enumerate(parts):
         assert {parameter.requires_grad for parameter in part.parameters()} == {i > frozen}
+    if layers == 'blocks':
+        assert model.cls_token.requires_grad == model.pos_embed.requires_grad == (frozen < 0)
     sum(out.square().sum() for out in backbone(torch.randn(2, 3, 64, 64))).backward()
     for name, parameter in backbone.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

@@ -7,12 +7,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from mm_cases import ROOT, small_model
+from mm_cases import ROOT, SMALL_V0, normalised, small_model, vim_backbone, vmamba_backbone, with_random_norms
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from mmengine.runner import save_checkpoint as save
 from official import vim_state, vmamba_maps, vmamba_state
-from test_mm_backbones import SMALL_V0, normalised, vim_backbone, vmamba_backbone, with_random_norms
 
 import vmamba.mm
 from vmamba.models.vmamba import checkpoint_filter_fn
@@ -74,7 +73,7 @@ def test_pretrained_vim(tmp_path):
     weights = backbone.model.state_dict()
     for i in range(4):
         assert torch.equal(weights[f'blocks.{i}.mixer.out_proj.weight'], state[f'layers.{i}.mixer.out_proj.weight'])
-    assert weights['embed.pos_embed'].shape == (1, 5, 24)  # resized to the model's 2 x 2 patches
+    assert weights['pos_embed'].shape == (1, 5, 24)  # resized to the model's 2 x 2 patches
 
 
 OWN = {'vmamba': vmamba_backbone, 'vim': vim_backbone}
@@ -114,7 +113,7 @@ def test_own_dense_checkpoints_of_vim_have_no_final_norm(tmp_path, caplog):
     with caplog.at_level('WARNING'):
         model = timm.create_model('vim_nano', num_classes=0, **options)
     assert 'no final norm' in caplog.text and (model.norm.weight == 1).all()
-    assert torch.equal(model.embed.pos_embed, source.model.embed.pos_embed)
+    assert torch.equal(model.pos_embed, source.model.pos_embed)
     with pytest.raises(RuntimeError, match=r'missing: head\.weight'):
         timm.create_model('vim_nano', **options)
 
@@ -294,7 +293,7 @@ def test_own_checkpoints_come_back(tmp_path, make):
             assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize('lost', ['pyramid.0.0.weight', 'model.blocks.3.norm.weight', 'model.embed.pos_embed'])
+@pytest.mark.parametrize('lost', ['pyramid.0.0.weight', 'model.blocks.3.norm.weight', 'model.pos_embed'])
 def test_own_checkpoints_of_vim_are_checked(lost):
     backbone = vim_backbone()
     with pytest.raises(RuntimeError, match=f'missing: {re.escape(lost)}'):

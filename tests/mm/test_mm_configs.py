@@ -184,7 +184,7 @@ def test_the_position_embedding_of_vim_is_that_of_the_images(path, tmp_path):
     init_default_scope(config.default_scope)
     with torch.device('meta'):
         backbone = MODELS.build({**config.model.backbone, 'pretrained': None})
-    grid = backbone.model.embed.grid_size
+    grid = backbone.model.patch_embed.grid_size
     if config.default_scope == 'mmseg':
         assert config.model.test_cfg.mode == 'slide'
         sizes = [config.model.test_cfg.crop_size, config.model.data_preprocessor['size']]

@@ -1,8 +1,8 @@
 """Learning rates and weight decay of every parameter."""
 
 import pytest
+from mm_cases import vim_backbone, vmamba_backbone
 from mmengine.optim import build_optim_wrapper
-from test_mm_backbones import vim_backbone, vmamba_backbone
 from torch import nn
 
 
@@ -37,7 +37,10 @@ def test_layer_decay_of_vim():
         if name.startswith('backbone.model.blocks.'):
             expected = 0.5 ** (4 - int(name.split('.')[3]))
         else:
-            expected = 0.5**5 if name.startswith('backbone.model.embed') else 1.0
+            stem = name.startswith(
+                tuple(f'backbone.model.{part}' for part in ('patch_embed', 'cls_token', 'pos_embed'))
+            )
+            expected = 0.5**5 if stem else 1.0
         assert scale == pytest.approx(expected), name
 
 
@@ -103,7 +106,7 @@ def test_a_wrapped_model():
     wrapper = dict(constructor='LayerDecayConstructor', optimizer=dict(type='SGD', lr=1.0))
     optimizer = build_optim_wrapper(Wrapper(model), dict(wrapper, paramwise_cfg=dict(layer_decay_rate=0.5))).optimizer
     rates = {p: group['lr'] for group in optimizer.param_groups for p in group['params']}
-    assert rates[model.backbone.model.embed.pos_embed] == 0.5**5 and rates[model.head.weight] == 1
+    assert rates[model.backbone.model.pos_embed] == 0.5**5 and rates[model.head.weight] == 1
 
 
 def test_a_misspelt_option_is_an_error():
