@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._check import check_that
+
 
 def selective_scan(
     u: Tensor,
@@ -66,6 +68,7 @@ def route_positions(height: int, width: int) -> Tensor:
 
 def cross_scan(x: Tensor) -> Tensor:
     """The pixels of x [B, C, H, W] in the order of the four routes, [B, 4, C, H * W]; see `route_positions`."""
+    check_that(x.ndim == 4, f'cross_scan: x must be [B, C, H, W], got {tuple(x.shape)}')
     positions = route_positions(*x.shape[-2:]).to(x.device)
     return torch.stack([x.flatten(2)[..., order] for order in positions], dim=1)
 
@@ -73,6 +76,9 @@ def cross_scan(x: Tensor) -> Tensor:
 def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
     """Sums y [B, 4, C, H * W] of the four routes at the pixels they visit, [B, C, H, W]: the adjoint of
     `cross_scan`."""
+    fits = y.ndim == 4 and y.shape[1] == 4 and y.shape[3] == height * width
+    expected = f'[B, 4, C, {height * width}] of a {height}x{width} map'
+    check_that(fits, f'cross_merge: y must be {expected}, got {tuple(y.shape)}')
     positions = route_positions(height, width).to(y.device)
     merged = sum(y[:, k][..., torch.argsort(order)] for k, order in enumerate(positions))
     return merged.unflatten(-1, (height, width))
