@@ -1,239 +1,392 @@
-"""ss2d_scan against a float64 walk along routes of (row, column) pairs: output and every gradient."""
+"""SS2D: the routes over a map, and the scans along them, against walks over (row, column) pairs in float64.
 
+Without a GPU the kernels run in Triton's interpreter (see conftest.py), mostly on tiles of 16 steps by 16 channels.
+"""
+
+from itertools import product
+
+import kernel_cases
 import oracles
 import pytest
 import torch
-from vmamba.kernels import recurrence, reference, ss2d_scan
+import torch.nn.functional as F
+from cases import DEVICE, needs_triton
+from kernel_cases import CASES, compare, in_double, run
+from recorder import Recorder
+from torch.utils.flop_counter import FlopCounterMode
+from vmamba.kernels import (
+    NUM_ROUTES,
+    chunked,
+    cross_merge,
+    cross_scan,
+    layer_norm,
+    naive,
+    ss2d_core,
+    ss2d_scan,
+    use_triton,
+)
+from vmamba.kernels._launch import tl, triton
+from vmamba.kernels.ss2d import launch
+from vmamba.kernels.ss2d.launch import Plan, Schedule, Sizes, Tile
+from vmamba.kernels.ss2d.routes import line_of
 
-NAMES = ('x', 'x_dbl', 'dt_weight', 'dt_bias', 'A', 'D')
+SCAN, CORE = CASES['ss2d_scan'], CASES['ss2d_core']
+SMALL = Schedule(Tile(8, 2, 16), chunks=1)
 
-
-def arguments(size=(3, 5), batch=2, dim=5, dstate=2, dt_rank=2, dtype=torch.float64):
-    wide = torch.promote_types(dtype, torch.float32)
-    shapes = (
-        (batch, *size, dim),
-        (batch, *size, 4, dt_rank + 2 * dstate),
-        (4, dim, dt_rank),
-        (4, dim),
-        (4, dim, dstate),
-        (4, dim),
-    )
-    x, x_dbl, dt_weight, dt_bias, A, D = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    tensors = x.to(dtype), x_dbl.to(dtype), dt_weight.to(dtype), dt_bias.to(wide) - 2, -A.abs().to(wide), D.to(wide)
-    return dict(zip(NAMES, tensors))
-
-
-def run(function, tensors):
-    """Output and gradients by name."""
-    leaves = {k: t.detach().clone().requires_grad_() for k, t in tensors.items()}
-    y = function(**leaves)
-    torch.manual_seed(1)
-    y.backward(torch.randn(y.shape, dtype=torch.float64).to(torch.bfloat16).to(y))
-    return {'y': y, **{f'grad_{k}': t.grad for k, t in leaves.items()}}
-
-
-def compare(tensors, dtype):
-    expected = run(oracles.ss2d_scan, {k: t.double() for k, t in tensors.items()})
-    oracles.assert_all_match(run(ss2d_scan, tensors), expected, dtype)
+# What lies beyond the end of a tensor may be anything; arithmetic on it makes NaN now and then.
+pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
+scan_and_core = pytest.mark.parametrize('case', [SCAN, CORE], ids=['scan', 'core'])
 
 
-@pytest.mark.parametrize('dstate', [1, 2, 16])
-@pytest.mark.parametrize('size', [(1, 1), (1, 7), (6, 1), (3, 5), (5, 3), (7, 7), (4, 13)], ids='{0[0]}x{0[1]}'.format)
-def test_outputs_and_gradients_in_double(size, dstate):
-    compare(arguments(size, dstate=dstate), torch.float64)
+@pytest.fixture
+def dtype(backend):
+    """The most exact one."""
+    return torch.float32 if backend else torch.float64
 
 
-@pytest.mark.parametrize('dtype', oracles.DTYPES, ids=str)
-@pytest.mark.parametrize('dstate,dim,dt_rank', [(1, 24, 2), (16, 6, 1), (3, 1, 5)])
-def test_dtypes(dtype, dstate, dim, dt_rank):
-    tensors = arguments((5, 9), 1, dim, dstate, dt_rank, dtype)
-    assert ss2d_scan(**tensors).dtype == dtype
-    compare(tensors, dtype)
+@pytest.fixture
+def schedule(monkeypatch):
+    """Sets the schedules of both passes, which are the same unless they are given separately."""
+
+    def set_schedules(forward=SMALL, backward=None):
+        plan = Plan(forward, backward or forward)
+        monkeypatch.setattr(launch, 'plan', lambda sizes, processors: plan)
+
+    set_schedules()
+    return set_schedules
 
 
-@pytest.mark.parametrize('x,x_dbl,weight', [('bfloat16', 'bfloat16', 'float32'), ('bfloat16', 'float32', 'float32')])
-def test_mixed_dtypes(x, x_dbl, weight):
-    """As under autocast: the map in bfloat16 and the parameters in fp32. The output has x's dtype."""
-    tensors = arguments(dtype=torch.bfloat16)
-    for name, dtype in (('x', x), ('x_dbl', x_dbl), ('dt_weight', weight)):
-        tensors[name] = tensors[name].to(getattr(torch, dtype))
-    assert ss2d_scan(**tensors).dtype == torch.bfloat16
-    compare(tensors, torch.bfloat16)
-
-
-@pytest.mark.parametrize('size', [(2, 3), (5, 1)], ids='{0[0]}x{0[1]}'.format)
-def test_the_reference_agrees(size):
-    tensors = arguments(size)
-    oracles.assert_all_match(run(reference.ss2d_scan, tensors), run(oracles.ss2d_scan, tensors), torch.float64)
-
-
-@pytest.mark.parametrize('case', ['underflow', 'tiny-steps', 'wide-range'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
-def test_extreme_steps_and_decays(case, dtype):
-    tensors = arguments((9, 11), dim=3, dtype=dtype)
-    if case == 'underflow':
-        tensors['dt_bias'] = tensors['dt_bias'] + 60
-        tensors['A'] = tensors['A'] * 1e3
-    elif case == 'tiny-steps':
-        tensors['dt_bias'] = tensors['dt_bias'] - 15
-        tensors['A'] = tensors['A'] * 1e-3
-    else:
-        tensors['dt_bias'] = tensors['dt_bias'] * 20
-        tensors['A'] = -(10 ** (-tensors['A'] * 4 - 3))
-    results = run(ss2d_scan, tensors)
-    assert all(t.isfinite().all() for t in results.values())
-    compare(tensors, dtype)
-
-
-@pytest.mark.parametrize('size', [(2, 3), (6, 5)], ids='{0[0]}x{0[1]}'.format)
-def test_transposing_the_map_swaps_rows_and_columns_among_the_routes(size):
-    tensors, swap = arguments(size), [1, 0, 3, 2]
-    turned = {k: tensors[k][swap] for k in ('dt_weight', 'dt_bias', 'A', 'D')}
-    turned['x'] = tensors['x'].transpose(1, 2)
-    turned['x_dbl'] = tensors['x_dbl'].transpose(1, 2)[:, :, :, swap]
-    oracles.assert_matches(ss2d_scan(**turned).transpose(1, 2), ss2d_scan(**tensors), torch.float64)
-
-
-@pytest.mark.parametrize('size', [(2, 3), (6, 5)], ids='{0[0]}x{0[1]}'.format)
-def test_turning_the_map_by_half_swaps_directions_among_the_routes(size):
-    tensors, swap = arguments(size), [2, 3, 0, 1]
-    turned = {k: tensors[k][swap] for k in ('dt_weight', 'dt_bias', 'A', 'D')}
-    turned['x'] = tensors['x'].flip(1, 2)
-    turned['x_dbl'] = tensors['x_dbl'].flip(1, 2)[:, :, :, swap]
-    oracles.assert_matches(ss2d_scan(**turned).flip(1, 2), ss2d_scan(**tensors), torch.float64)
-
-
-def test_every_route_matters():
-    tensors = arguments((4, 3))
-    y = ss2d_scan(**tensors)
-    for k in range(4):
-        changed = tensors['A'].clone()
-        changed[k] *= 2
-        assert oracles.relative_error(ss2d_scan(**{**tensors, 'A': changed}), y) > 1e-3
-
-
-@pytest.mark.parametrize('batch', [0, 1])
-def test_small_batches(batch):
-    compare(arguments(batch=batch), torch.float64)
-
-
-LAYOUTS = {
-    'channels-first': lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1) if t.ndim > 2 else t.t().contiguous().t(),
-    'reversed': lambda t: t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim))),
-    'sliced': lambda t: t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float('nan'))[..., ::2].copy_(t),
+# Pixels of a map numbered row by row, in the order that each route visits them.
+ROUTES = {
+    (2, 3): [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]],
+    (3, 2): [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5], [5, 4, 3, 2, 1, 0], [5, 3, 1, 4, 2, 0]],
+    (1, 4): [[0, 1, 2, 3], [0, 1, 2, 3], [3, 2, 1, 0], [3, 2, 1, 0]],
+    (3, 1): [[0, 1, 2], [0, 1, 2], [2, 1, 0], [2, 1, 0]],
+    (1, 1): [[0], [0], [0], [0]],
 }
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_memory_layout_does_not_matter(layout):
-    tensors = arguments()
-    expected = run(oracles.ss2d_scan, tensors)
-    leaves = {k: LAYOUTS[layout](t).requires_grad_() for k, t in tensors.items()}
-    assert not leaves['x'].is_contiguous()
-    y = ss2d_scan(**leaves)
-    assert y.is_contiguous()
-    torch.manual_seed(1)
-    grad = torch.randn(y.shape, dtype=torch.float64).to(torch.bfloat16).double()
-    y.backward(LAYOUTS[layout](grad))
-    oracles.assert_matches(y, expected['y'], torch.float64)
-    for name, leaf in leaves.items():
-        oracles.assert_matches(leaf.grad, expected[f'grad_{name}'], torch.float64, name)
+@pytest.mark.parametrize('size', ROUTES, ids='{0[0]}x{0[1]}'.format)
+def test_routes_visit_the_pixels_in_the_order_written_out(size):
+    x = torch.arange(size[0] * size[1], dtype=torch.float32).view(1, 1, *size)
+    visited = cross_scan(torch.cat([x, x + 100], dim=1))
+    expected = torch.tensor(ROUTES[size], dtype=torch.float32)
+    assert torch.equal(visited[0, :, 0], expected)
+    assert torch.equal(visited[0, :, 1], expected + 100)
 
 
-def test_an_expanded_map_and_gradient():
-    tensors = arguments()
-    tensors['x'] = tensors['x'][:1, :1].expand_as(tensors['x'])
-    expected, actual = ({k: t.detach().requires_grad_() for k, t in tensors.items()} for _ in range(2))
-    oracles.ss2d_scan(**expected).sum().backward()
-    ss2d_scan(**actual).sum().backward()
-    for name in NAMES:
-        oracles.assert_matches(actual[name].grad, expected[name].grad, torch.float64, name)
+@pytest.mark.parametrize('size', ROUTES, ids='{0[0]}x{0[1]}'.format)
+def test_merging_sums_the_routes_where_they_passed(size):
+    pixels = size[0] * size[1]
+    y = torch.randn(2, NUM_ROUTES, 3, pixels, dtype=torch.float64)
+    expected = torch.zeros(2, 3, pixels, dtype=torch.float64)
+    for k, route in enumerate(ROUTES[size]):
+        for step, pixel in enumerate(route):
+            expected[:, :, pixel] += y[:, k, :, step]
+    oracles.assert_matches(cross_merge(y, *size), expected.view(2, 3, *size), torch.float64)
 
 
-@pytest.mark.parametrize('elements,wide', [(1, 1), (500, 2**14), (2000, 2**14)])
-def test_blocks_of_any_size_agree(monkeypatch, elements, wide):
-    monkeypatch.setattr(recurrence, '_BLOCK_ELEMENTS', elements)
-    monkeypatch.setattr(recurrence, '_BLOCK_WIDTH', max(elements // 8, 1))
-    monkeypatch.setattr(recurrence, '_WIDE_STEP', wide)
-    compare(arguments((7, 11)), torch.float64)
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 1), (2, 3), (7, 5), (13, 6)], ids='{0[0]}x{0[1]}'.format)
+def test_scan_and_merge_are_each_the_adjoint_of_the_other(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, NUM_ROUTES, 3, size[0] * size[1], dtype=torch.float64, requires_grad=True)
+    scanned, merged = cross_scan(x), cross_merge(y, *size)
+    torch.testing.assert_close((scanned * y).sum(), (x * merged).sum())
+    (grad_x,) = torch.autograd.grad(scanned, x, y.detach())
+    (grad_y,) = torch.autograd.grad(merged, y, x.detach())
+    oracles.assert_matches(grad_x, merged, torch.float64)
+    oracles.assert_matches(grad_y, scanned, torch.float64)
+    expected = [[h * size[1] + w for h, w in pixels] for pixels in oracles.route_pixels(*size)]
+    assert naive.route_positions(*size).tolist() == expected
+
+
+def test_memory_layouts_and_empty_batches_of_the_routes():
+    x, y = torch.randn(2, 3, 5, 4), torch.randn(2, NUM_ROUTES, 3, 20)
+    assert torch.equal(cross_scan(x.contiguous(memory_format=torch.channels_last)), cross_scan(x))
+    moved = y.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    assert torch.equal(cross_merge(moved, 5, 4), cross_merge(y, 5, 4))
+    assert cross_scan(x[:0]).shape == (0, NUM_ROUTES, 3, 20)
+    assert cross_merge(y[:0], 5, 4).shape == (0, 3, 5, 4)
 
 
 @pytest.mark.parametrize(
-    'name,shape,dtype',
+    'call,shown',
     [
-        ('x', (2, 15, 5), torch.float32),
-        ('x', (2, 3, 5, 5), torch.int64),
-        ('x_dbl', (2, 3, 5, 4, 7), torch.float32),
-        ('x_dbl', (2, 3, 5, 2, 6), torch.float32),
-        ('x_dbl', (2, 5, 3, 4, 6), torch.float32),
-        ('dt_weight', (5, 2), torch.float32),
-        ('dt_weight', (4, 6, 2), torch.float32),
-        ('dt_bias', (4, 6), torch.float32),
-        ('A', (20, 2), torch.float32),
-        ('A', (4, 6, 2), torch.float32),
-        ('D', (20,), torch.float32),
+        pytest.param(lambda: cross_scan(torch.zeros(3, 5, 4)), r'\(3, 5, 4\)', id='map-rank'),
+        pytest.param(lambda: cross_merge(torch.zeros(4, 3, 20), 5, 4), r'\(4, 3, 20\)', id='rank'),
+        pytest.param(lambda: cross_merge(torch.zeros(1, 4, 3, 21), 5, 4), r'5x4 map, got \(1, 4, 3, 21\)', id='length'),
+        pytest.param(lambda: cross_merge(torch.zeros(1, 3, 3, 20), 5, 4), r'\(1, 3, 3, 20\)', id='three-routes'),
     ],
 )
-def test_a_bad_argument_is_an_error_that_shows_it(name, shape, dtype):
-    tensors = {**arguments(dtype=torch.float32), name: torch.zeros(shape, dtype=dtype)}
-    shown = str(shape) if dtype == torch.float32 else 'int64'
-    with pytest.raises(ValueError) as caught:
-        ss2d_scan(**tensors)
-    assert shown in str(caught.value) or str(list(shape)) in str(caught.value)
+def test_bad_arguments_of_the_routes_are_errors_that_show_them(call, shown):
+    with pytest.raises(ValueError, match=shown):
+        call()
 
 
-@pytest.mark.parametrize('size', [(3, 0), (0, 3)])
-def test_a_map_without_pixels_is_an_error_or_empty(size):
-    tensors = arguments(size, dtype=torch.float32)
-    try:
-        y = ss2d_scan(**tensors)
-    except ValueError as error:
-        assert str(tuple(tensors['x'].shape)) in str(error)
+MAPS = [
+    pytest.param(SCAN, dict(size=(1, 1)), id='pixel'),
+    pytest.param(CORE, dict(size=(1, 1), dim=3), id='pixel-core-dim3'),
+    pytest.param(SCAN, dict(size=(1, 19), dstate=2), id='row-n2'),
+    pytest.param(SCAN, dict(size=(19, 1)), id='column'),
+    pytest.param(CORE, dict(size=(16, 1)), id='column-of-a-tile-core'),
+    pytest.param(CORE, dict(size=(5, 4)), id='tiles-cross-columns-core'),
+    pytest.param(SCAN, dict(size=(3, 6), dstate=3), id='tiles-cross-columns-n3'),
+    pytest.param(CORE, dict(size=(15, 2), dstate=2), id='tiles-end-with-columns-core-n2'),
+    pytest.param(CORE, dict(size=(2, 2), dstate=19, dim=3), id='n19-core'),
+    pytest.param(CORE, dict(size=(3, 3), dim=33), id='dim33-core'),
+    pytest.param(SCAN, dict(size=(2, 3), dim=1, dt_rank=1), id='dim1-rank1'),
+    pytest.param(SCAN, dict(size=(2, 3), dt_rank=17), id='rank17'),
+    pytest.param(CORE, dict(size=(2, 3), batch=3, dt_rank=5), id='batch3-rank5-core'),
+]
+
+
+def arguments(case, size=(5, 4), batch=1, dim=16, dstate=1, dt_rank=3, dtype=torch.float32):
+    return case.arguments(batch, size, dim, dstate, dt_rank, dtype)
+
+
+@pytest.mark.parametrize('case,sizes', MAPS)
+def test_maps(case, sizes, dtype, schedule):
+    compare(case, arguments(case, **sizes, dtype=dtype), dtype)
+
+
+# The tiles of the backward pass are those of the forward pass, or what a thread walks of one.
+SCHEDULES = [
+    pytest.param(Schedule(Tile(16, 1, 16), 1), None, dict(size=(3, 11)), id='one-split'),
+    pytest.param(Schedule(Tile(8, 2, 32), 1), None, dict(size=(3, 3), dim=40), id='channels-32'),
+    pytest.param(Schedule(Tile(16, 2, 16), 1), SMALL, dict(size=(27, 2)), id='half-tiles'),
+    pytest.param(Schedule(Tile(16, 4, 16), 1), Schedule(Tile(4, 4, 16), 1), dict(size=(11, 7)), id='quarter-tiles'),
+    pytest.param(SMALL._replace(chunks=2), None, dict(size=(3, 11), dstate=2), id='chunks-cross-columns-n2'),
+    pytest.param(SMALL._replace(chunks=5), None, dict(size=(15, 3)), id='fewer-tiles-than-chunks'),
+    pytest.param(
+        Schedule(Tile(16, 2, 16), 2), Schedule(Tile(16, 1, 16), 4), dict(size=(1, 65)), id='half-tiles-in-more-chunks'
+    ),
+    pytest.param(SMALL, SMALL._replace(chunks=2, batches=2), dict(size=(3, 11), batch=3, dim=5), id='batches-chunks'),
+]
+
+
+@pytest.mark.parametrize('forward,backward,sizes', SCHEDULES)
+def test_schedules(forward, backward, sizes, triton_kernels, schedule):
+    schedule(forward, backward)
+    compare(SCAN, arguments(SCAN, **sizes), torch.float32)
+
+
+def test_the_schedules_that_are_chosen(triton_kernels):
+    compare(CORE, arguments(CORE, (3, 6)), torch.float32)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 7), (56, 56), (4096, 1), (1, 4096), (512, 512)], ids=str)
+def test_chosen_schedules_fit_together(size):
+    for batch, dim, dstate, processors in product((0, 1, 64), (1, 33, 96, 768), (1, 16), (1, 20, 132)):
+        sizes = Sizes(batch, *size, dim, 6, dstate)
+        forward, backward = plan = launch.plan_of(sizes, processors)
+        assert backward.steps in (forward.steps, forward.tile.steps)
+        for chosen in plan:
+            assert chosen.steps >= 16 and chosen.tile.block_d % 16 == 0
+            assert min(chosen.chunks, chosen.batches, chosen.warps) >= 1
+            assert launch._cut(sizes, chosen, launch._wraps(sizes, plan))[0] >= 1
+        unused = launch.states_shape(sizes, plan)[2] * backward.steps - size[0] * size[1]
+        assert unused < max(backward.steps, 0.21 * size[0] * size[1]), 'tiles are nearly full'
+
+
+def test_several_tiles_in_half_precision(triton_kernels, schedule):
+    compare(SCAN, arguments(SCAN, (3, 6), dim=13, dtype=torch.float16), torch.float16)
+
+
+def core_with_rounded_projections(x, x_proj_weight, norm_weight, norm_bias, norm_eps, **parameters):
+    """The definition with projections that are made as those of a map in fp16."""
+    x_dbl = half(x @ half(x_proj_weight).T).unflatten(-1, (NUM_ROUTES, -1))
+    return oracles.layer_norm(oracles.ss2d_scan(x, x_dbl, **parameters), norm_weight, norm_bias, norm_eps)
+
+
+def half(x):
+    """x rounded to fp16, with the gradient of x."""
+    return x + (x.half() - x).detach()
+
+
+@pytest.mark.parametrize('wide', ['', 'x_proj_weight', 'dt_weight norm_weight'])
+def test_parameters_in_half_precision(wide, backend, schedule):
+    """As of a model that is in half precision as a whole, except some."""
+    tensors = {k: t if k in wide.split() else t.half() for k, t in arguments(CORE, (2, 3)).items()}
+    compare(CORE._replace(definition=core_with_rounded_projections), tensors, torch.float16)
+
+
+def test_projections_wider_than_the_map(backend, schedule):
+    """As under autocast, where what is not made by a linear layer stays in fp32."""
+    tensors = arguments(SCAN, (2, 3))
+    tensors['x'] = tensors['x'].half()
+    compare(SCAN, tensors, torch.float16)
+
+
+@scan_and_core
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_autocast_does_not_change_the_dtype(case, dtype, backend, schedule):
+    tensors = arguments(case, (2, 3), dtype=dtype)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = case.function(**tensors, **case.options)
+    assert y.dtype == dtype
+    oracles.assert_matches(y.cpu(), case.definition(**in_double(tensors), **case.options), torch.bfloat16)
+
+
+def test_the_core_is_its_parts(dtype, schedule):
+    """A projection, the scan and the norm."""
+
+    def parts(x, x_proj_weight, norm_weight, norm_bias, norm_eps, **parameters):
+        x_dbl = F.linear(x, x_proj_weight).unflatten(-1, (NUM_ROUTES, -1))
+        return layer_norm(ss2d_scan(x, x_dbl, **parameters), norm_weight, norm_bias, norm_eps)
+
+    tensors = arguments(CORE, (2, 3), dstate=2, dtype=dtype)
+    oracles.assert_all_match(run(ss2d_core, tensors, norm_eps=1e-3), run(parts, tensors, norm_eps=1e-3), dtype)
+
+
+def test_eps_of_the_norm(dtype, schedule):
+    compare(CORE, arguments(CORE, (2, 3), dtype=dtype), dtype, norm_eps=1.0)
+
+
+@pytest.mark.filterwarnings('ignore:overflow:RuntimeWarning')
+@pytest.mark.parametrize('extreme', ['underflow', 'tiny-steps', 'wide-range'])
+def test_extreme_steps_and_decays(extreme, dtype, schedule):
+    tensors = arguments(SCAN, (3, 6), dim=4, dtype=dtype)
+    if extreme == 'underflow':
+        tensors['dt_bias'] += 60
+        tensors['A'] *= 1e3
+    elif extreme == 'tiny-steps':
+        tensors['dt_bias'] -= 15
+        tensors['A'] *= 1e-3
     else:
-        assert y.shape == tensors['x'].shape
+        tensors['dt_bias'] *= 20
+        tensors['A'] = -(10 ** (-tensors['A'] * 4 - 3))
+    compare(SCAN, tensors, dtype)  # not numbers, and infinite ones, match nothing
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('layout', ['plain', *LAYOUTS])
-@pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
-def test_registration_of_the_operators(layout, dtype, backward):
-    args = [LAYOUTS.get(layout, torch.clone)(t) for t in arguments(dtype=dtype).values()]
-    if backward:
-        grad = torch.randn_like(args[0])
-        torch.library.opcheck(torch.ops.vmamba.ss2d_scan_backward.default, (grad, *args))
-    else:
-        args = [a.requires_grad_() for a in args]
-        torch.library.opcheck(torch.ops.vmamba.ss2d_scan.default, tuple(args), **oracles.OPCHECK_TOLERANCE)
+def test_tiny_steps_in_half_precision(backend, schedule):
+    """Whose sums with 1 would be 1 in fp32, on a map that makes them count."""
+    tensors = arguments(SCAN, (3, 6), dim=4, dtype=torch.float16)
+    tensors['x'], tensors['x_dbl'] = 32 * tensors['x'], 16 * tensors['x_dbl']
+    tensors['dt_weight'], tensors['D'] = tensors['dt_weight'] / 16, 0 * tensors['D']
+    tensors['dt_bias'] -= 17
+    expected = oracles.ss2d_scan(**in_double(tensors))
+    assert oracles.relative_error(ss2d_scan(**tensors).cpu(), expected) < 2e-3
 
 
-def test_gradients_by_finite_differences():
-    tensors = arguments((2, 3), 1, 2, 2, 1)
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    assert torch.autograd.gradcheck(ss2d_scan, leaves, fast_mode=True)
+@pytest.mark.filterwarnings('ignore:overflow:RuntimeWarning')
+def test_states_without_input_stay_zero_whatever_they_grow_by(backend, schedule):
+    """Even past all numbers within a chunk."""
+    schedule(SMALL._replace(chunks=2))
+    tensors = arguments(SCAN, (1, 128))
+    tensors['A'] = torch.full_like(tensors['A'], 0.5)
+    tensors['dt_bias'] = torch.full_like(tensors['dt_bias'], 3.0)
+    tensors['x_dbl'] *= 1e-3
+    tensors['x'].zero_()
+    assert not ss2d_scan(**tensors).any()
 
 
-@pytest.mark.parametrize('dtype', oracles.DTYPES, ids=str)
-def test_two_runs_are_equal_bit_by_bit(dtype):
-    tensors = arguments((9, 7), dtype=dtype)
-    first, second = run(ss2d_scan, tensors), run(ss2d_scan, tensors)
-    assert all(torch.equal(first[k], second[k]) for k in first)
+TURNS = {
+    'transposed': (lambda t: t.transpose(1, 2), [1, 0, 3, 2]),
+    'by-half': (lambda t: t.flip(1, 2), [2, 3, 0, 1]),
+}
+
+
+@pytest.mark.parametrize('turn', TURNS)
+def test_turning_the_map_swaps_the_routes(turn, dtype, schedule):
+    """Transposed, rows and columns; by half, directions."""
+    turn, order = TURNS[turn]
+    tensors = arguments(SCAN, (2, 3), dim=5, dstate=2, dtype=dtype)
+    turned = {k: tensors[k][order] for k in ('dt_weight', 'dt_bias', 'A', 'D')}
+    turned['x'], turned['x_dbl'] = turn(tensors['x']), turn(tensors['x_dbl'])[:, :, :, order]
+    actual, expected = turn(ss2d_scan(**turned)), ss2d_scan(**tensors)
+    oracles.assert_matches(actual.cpu(), expected.cpu(), dtype)
+
+
+def test_an_expanded_map(dtype, schedule):
+    tensors = arguments(CORE, (2, 2), 2, dtype=dtype)
+    tensors['x'] = tensors['x'][:1, :1].expand_as(tensors['x'])
+    compare(CORE, tensors, dtype)
+    assert ss2d_core(**tensors).is_contiguous()
+
+
+def test_gradients_in_any_layout(backend, schedule):
+    leaves = [t.requires_grad_() for t in arguments(SCAN, (2, 3)).values()]
+    y = ss2d_scan(*leaves)
+    grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    actual = torch.autograd.grad(y, leaves, grad.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0))
+    for ours, theirs in zip(actual, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('elements,width,wide', [(1, 1, 1), (500, 62, 2**14), (2000, 250, 2**14)])
+def test_chunks_of_any_size_in_plain_pytorch(elements, width, wide, monkeypatch):
+    monkeypatch.setattr(chunked, '_CHUNK_ELEMENTS', elements)
+    monkeypatch.setattr(chunked, '_CHUNK_WIDTH', width)
+    monkeypatch.setattr(chunked, '_WIDE_STEP', wide)
+    with use_triton(False):
+        compare(SCAN, kernel_cases.ss2d_scan(size=(7, 11), dtype=torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize('size', [(2, 3), (5, 1)], ids='{0[0]}x{0[1]}'.format)
+def test_the_naive_scan_agrees(size):
+    tensors = in_double(kernel_cases.ss2d_scan(size=size))
+    oracles.assert_all_match(run(naive.ss2d_scan, tensors), run(oracles.ss2d_scan, tensors), torch.float64)
 
 
 @pytest.mark.parametrize('dstate', [1, 16])
-def test_memory_for_the_backward_pass_holds_no_copies_of_the_map(dstate):
-    """Only the inputs are saved: neither the four routes' copies of the map nor states."""
-    tensors = arguments((13, 11), dim=24, dstate=dstate, dtype=torch.float32)
-    leaves = {k: t.requires_grad_() for k, t in tensors.items()}
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+def test_in_plain_pytorch_only_the_arguments_are_kept(dstate):
+    """Neither the four routes' copies of the map nor states."""
+    leaves = {k: t.requires_grad_() for k, t in kernel_cases.ss2d_scan(size=(13, 11), dim=24, dstate=dstate).items()}
+    kept = []
+    with use_triton(False), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ss2d_scan(**leaves)
-    distinct = {t.data_ptr(): t.numel() for t in saved}
-    assert 0 < sum(distinct.values()) <= 1.1 * sum(t.numel() for t in tensors.values())
+    assert {t.data_ptr() for t in kept if t.numel()} == {t.data_ptr() for t in leaves.values()}
 
 
-def test_inputs_are_left_alone():
-    tensors = arguments((1, 1))
-    copies = {k: t.clone() for k, t in tensors.items()}
-    run(ss2d_scan, tensors)
-    ss2d_scan(**tensors).zero_()
-    assert all(torch.equal(t, copies[k]) for k, t in tensors.items())
+@scan_and_core
+def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(case, triton_kernels, schedule):
+    leaves = {k: t.requires_grad_() for k, t in arguments(case, (3, 6), dim=3, dstate=2).items()}
+    with Recorder() as keeping:
+        y = case.function(**leaves)
+    assert all(t.numel() for t in keeping.outputs[0][1:])
+    with torch.no_grad(), Recorder() as forgetting:
+        without_grad = case.function(**leaves)
+    # The norm is compiled again where nothing is kept, and may be contracted otherwise.
+    tolerance = dict(rtol=1e-6, atol=1e-6) if case is CORE else dict(rtol=0, atol=0)
+    torch.testing.assert_close(without_grad, y, **tolerance)
+    assert not any(t.numel() for t in forgetting.outputs[0][1:])
+
+
+@triton.jit
+def lines_of(tile_ptr, line_ptr, magic, tiles, BLOCK: tl.constexpr):
+    """The lines of tiles, as the scans find them by a multiplication."""
+    place = tl.arange(0, BLOCK)
+    tl.store(line_ptr + place, line_of(tl.load(tile_ptr + place), magic, tiles))
+
+
+@pytest.mark.parametrize('tiles', [1, 2, 3, 97, 62_500, 741_456, 1_000_000])
+def test_lines_of_the_last_tiles_of_long_and_narrow_maps(tiles, triton_kernels):
+    last = [min(lines * tiles + offset, 2**31 - 1) for lines in (1, 2, 3, 1000, 2000) for offset in (-1, 0, 1)]
+    tile = torch.tensor([*last, 2**31 - 1], dtype=torch.int32, device=DEVICE)
+    sizes = Sizes(1, 16 * tiles, 1, 16, 1, 1)
+    lines = torch.empty_like(tile)
+    lines_of[(1,)](tile, lines, launch._magic_of(sizes, SMALL, False), tiles, len(tile))
+    assert lines.tolist() == [t // tiles for t in tile.tolist()]
+
+
+@needs_triton
+@scan_and_core
+def test_both_backends_count_the_same_operations(case, schedule):
+    """Forward and backward."""
+    totals = []
+    for enabled in (False, True):
+        leaves = {k: t.requires_grad_() for k, t in arguments(case, (2, 3)).items()}
+        with use_triton(enabled), FlopCounterMode(display=False) as counter:
+            case.function(**leaves).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+@scan_and_core
+@pytest.mark.parametrize('shape', [(6, 16), (2, 3, 5, 4, 16), (1, 0, 3, 16), (1, 3, 0, 16), (1, 2, 3, 0)], ids=str)
+def test_what_is_no_map_is_an_error_that_shows_it(case, shape):
+    tensors = {**arguments(case, (2, 3)), 'x': torch.zeros(shape, device=DEVICE)}
+    with pytest.raises(ValueError, match='x must be') as error:
+        case.function(**tensors)
+    assert str(shape) in str(error.value)
