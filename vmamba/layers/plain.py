@@ -3,8 +3,6 @@
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-_OWN_CALLS = {'forward', '_compiled_call_impl', '_is_replica'}  # attributes of a module by itself
-
 
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether a module is of the class itself and computes as such, and nothing looks at its calls.
@@ -20,7 +18,8 @@ def is_plain(module: nn.Module, kind: type) -> bool:
         or state['_backward_hooks']
         or state['_backward_pre_hooks']
     )
-    return type(module) is kind and not hooks and state.keys().isdisjoint(_OWN_CALLS)
+    called = 'forward' in state or '_compiled_call_impl' in state or '_is_replica' in state
+    return type(module) is kind and not hooks and not called
 
 
 def has_global_hooks() -> bool:
