@@ -204,6 +204,19 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
     assert_one_line('mm_test.py', mm_test.main, arguments, ['text.pth is no checkpoint'], capsys)
 
 
+def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path):
+    from openmmlab.checkpoints import read_checkpoint
+
+    path = tmp_path / 'damaged.pth'
+    torch.save({'state_dict': {'weight': torch.ones(5000)}}, path)
+    assert read_checkpoint(str(path))['state_dict']['weight'].sum() == 5000
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='damaged.pth is no checkpoint .*/data/0 is damaged'):
+        read_checkpoint(str(path))
+
+
 def test_without_mmengine_the_tools_say_what_to_install():
     hide = 'import runpy, sys; sys.modules["mmengine"] = None; sys.argv = sys.argv[1:]; '
     script = ROOT / 'tools/mm_train.py'

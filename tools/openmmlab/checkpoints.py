@@ -12,6 +12,8 @@ from mmengine.logging import HistoryBuffer, print_log
 from torch import nn
 from user_errors import UserError, listed, nearest
 
+from vmamba.models._pretrained import check_sums
+
 MAX_MESSAGE = 800  # characters about weights that do not fit
 MAX_KEYS = 5  # of each kind in it
 OUTPUT_NORM = re.compile(r'(^|\.)outnorm\d+\.(weight|bias)$')  # official checkpoints may lack those of the backbones
@@ -21,11 +23,12 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """The content of a checkpoint file, without running any code that it may hold.
 
     Raises:
-        UserError: If there is no such file, or it is no checkpoint.
+        UserError: If there is no such file, or it is damaged or no checkpoint.
     """
     if not Path(path).is_file():
         raise UserError(f'there is no checkpoint {path}')
     try:
+        check_sums(Path(path))
         with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a broken file makes the reader stumble over

@@ -143,7 +143,7 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        _check_sums(path)
+        check_sums(path)
         with torch.serialization.safe_globals(
             [argparse.Namespace, *((record, name) for name, record in _RECORDS.items())]
         ):
@@ -155,7 +155,7 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
     return _select_weights(checkpoint, path, use_ema)
 
 
-def _check_sums(path: Path) -> None:
+def check_sums(path: Path) -> None:
     """Raises RuntimeError, naming the first damaged entry, if the file is an archive that fails its checksums."""
     if not zipfile.is_zipfile(path):
         return
