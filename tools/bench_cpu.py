@@ -4,7 +4,6 @@ python tools/bench_cpu.py --output bench_cpu.csv
 """
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 import timm
 import torch
 from benchmarks.measure import device_name
+from output_files import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from user_errors import one_line_errors
 
 import vmamba  # noqa: F401
 
@@ -100,17 +101,16 @@ def print_report(medians: Medians, console: Console, title: str) -> None:
     console.print(table)
 
 
-def write_csv(medians: Medians, device: str, path: Path) -> None:
+def write_results(medians: Medians, device: str, path: Path) -> None:
     """One row a median (in milliseconds), then one a ratio."""
     about = [device, torch.__version__, torch.get_num_threads(), SIZE]
+    rows = [['kind', 'work', 'name', 'value', 'device', 'torch', 'threads', 'size']]
+    for work, by_model in medians.items():
+        rows += [['median_ms', work, name, 1e3 * seconds, *about] for name, seconds in by_model.items()]
+    for ratio, value in ratios(medians).items():
+        rows.append(['ratio', ratio.work, f'{ratio.model}/{ratio.baseline}', value, *about])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['kind', 'work', 'name', 'value', 'device', 'torch', 'threads', 'size'])
-        for work, by_model in medians.items():
-            writer.writerows(['median_ms', work, name, 1e3 * seconds, *about] for name, seconds in by_model.items())
-        for ratio, value in ratios(medians).items():
-            writer.writerow(['ratio', ratio.work, f'{ratio.model}/{ratio.baseline}', value, *about])
+    write_csv(path, rows)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -131,7 +131,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         medians, console, f'{SIZE}x{SIZE}, float32, {args.repeats} rounds\n{device}, torch {torch.__version__}'
     )
     if args.output:
-        write_csv(medians, device, args.output)
+        with one_line_errors('bench_cpu.py'):
+            write_results(medians, device, args.output)
         console.print(f'Wrote {args.output}')
 
 

@@ -233,7 +233,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         table.add_row(*row)
     console.print(table)
     if args.docs:
-        write_docs(results, args.device, args.repeats, command_of('bench_mm', argv, OUTPUTS), args.docs)
+        with one_line_errors('bench_mm.py'):
+            write_docs(results, args.device, args.repeats, command_of('bench_mm', argv, OUTPUTS), args.docs)
 
 
 if __name__ == '__main__':

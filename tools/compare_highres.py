@@ -25,6 +25,7 @@ from benchmarks.worker import Worker
 from rich.console import Console
 from rich.progress import track
 from terminal import open_console
+from user_errors import one_line_errors
 
 MODELS = (
     'vmamba_t',
@@ -195,6 +196,11 @@ def preset_of(args: argparse.Namespace) -> Optional[str]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    with one_line_errors('compare_highres.py'):
+        run(args, argv)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     console = open_console(WIDTH)
     preset = preset_of(args)
     name = f'highres_{preset}' if preset else 'highres'

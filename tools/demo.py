@@ -4,7 +4,6 @@ Writes training.csv, training.png, highres.csv and highres.png. Exits with an er
 """
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -18,11 +17,13 @@ from compare_highres import MODELS, compare
 from figures.plots import plot_training
 from images.digits import NUM_CLASSES, Digits, Epoch, load_digits, train
 from images.packaged_data import HELD_OUT, stratified_split
+from output_files import write_csv
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from terminal import open_console
 from training.config import read_yaml
+from user_errors import one_line_errors
 
 import vmamba  # noqa: F401
 
@@ -89,10 +90,8 @@ def train_all(args: argparse.Namespace, console: Console) -> Dict[str, List[Epoc
 
 
 def write_training(histories: Dict[str, List[Epoch]], output: Path) -> None:
-    with (output / 'training.csv').open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['model', *Epoch._fields])
-        writer.writerows([name, *record] for name, history in histories.items() for record in history)
+    rows = [[name, *epoch] for name, history in histories.items() for epoch in history]
+    write_csv(output / 'training.csv', [['model', *Epoch._fields], *rows])
     plot_training(histories, output / 'training.png')
 
 
@@ -121,6 +120,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
+    with one_line_errors('demo.py'):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     console = open_console(WIDTH)
     start = time.perf_counter()

@@ -8,13 +8,12 @@ on those; without, by stratified cross-validation. Maps are averaged over their 
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from features.store import check_comparable, read_features, read_index, read_settings
-from output_files import writing
+from output_files import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -157,10 +156,7 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
         )
     console.print(table)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output), output.open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+    write_csv(output, [Row._fields, *rows])
     console.print(f'Results are in {output}')
 
 

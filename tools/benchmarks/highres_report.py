@@ -1,11 +1,11 @@
 """What compare_highres.py reports: CSV, tables, and a section with a picture in Markdown."""
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 from typing import Iterable, List, Sequence, Tuple
 
 from figures.plots import plot_comparison
+from output_files import write_csv
 from rich.console import Console
 from rich.table import Table
 
@@ -39,20 +39,16 @@ def run_of(case: Case) -> str:
 def record(measurements: Iterable[Measurement], path: Path, command: str) -> List[Measurement]:
     """Writes a row of CSV as soon as each case is measured; an interrupt ends it with what there is, if anything."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    recorded = []
-    with path.open('w', newline='') as file:
-        try:
-            for case, result in measurements:
-                row = {**asdict(case), **asdict(result), 'command': command}
-                writer = csv.DictWriter(file, fieldnames=list(row))
-                if not recorded:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                recorded.append((case, result))
-        except KeyboardInterrupt:
-            if not recorded:
-                raise
+    recorded, table = [], []
+    try:
+        for case, result in measurements:
+            row = {**asdict(case), **asdict(result), 'command': command}
+            table = [*(table or [list(row)]), list(row.values())]
+            write_csv(path, table)
+            recorded.append((case, result))
+    except KeyboardInterrupt:
+        if not recorded:
+            raise
     return recorded
 
 

@@ -4,6 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Sequence
 
+from output_files import write_text
+
 
 def command_of(tool: str, argv: Sequence[str], outputs: Sequence[str]) -> str:
     """The command line of a tool, without the options in `outputs`, which name the files that it writes."""
@@ -29,7 +31,7 @@ def write_section(path: Path, name: str, parts: Sequence[str]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.is_file() else '# Benchmarks\n'
-    path.write_text(replace_section(text, name, '\n\n'.join(parts)))
+    write_text(path, replace_section(text, name, '\n\n'.join(parts)))
 
 
 def replace_section(text: str, name: str, body: str) -> str:

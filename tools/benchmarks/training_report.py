@@ -1,6 +1,5 @@
 """What compare_training.py reports: CSV, tables, a picture, and a section in Markdown."""
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
@@ -8,6 +7,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 import timm
 import torch
 from figures.plots import plot_accuracies
+from output_files import write_csv
 from rich.console import Console
 from rich.table import Table
 
@@ -55,16 +55,12 @@ def versions() -> str:
 
 def record(results: Iterable[Result], path: Path, setting: Setting) -> List[Result]:
     """Writes a row of CSV as soon as each run ends; returns them in the order of tasks, models and seeds."""
-    recorded = []
-    with path.open('w', newline='') as file:
-        for result in results:
-            row = {**_row(result), **setting._asdict(), 'versions': versions()}
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if not recorded:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            recorded.append(result)
+    recorded, table = [], []
+    for result in results:
+        row = {**_row(result), **setting._asdict(), 'versions': versions()}
+        table = [*(table or [list(row)]), list(row.values())]
+        write_csv(path, table)
+        recorded.append(result)
     return recorded
 
 
