@@ -8,7 +8,7 @@ start of each chunk.
 
 import math
 import threading
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -166,7 +166,12 @@ def routed_scan_backward(
 
 
 def linear_recurrence_(
-    decay: Tensor, value: Tensor, initial: Tensor, products: Tensor, grows: bool = False, reverse: bool = False
+    decay: Tensor,
+    value: Tensor,
+    initial: Tensor,
+    products: Tensor,
+    grows: Optional[bool] = False,
+    reverse: bool = False,
 ) -> None:
     """Computes h_t = decay_t * h_{t-1} + value_t in place of `value` (h_t = decay_t * h_{t+1} + value_t in reverse).
 
@@ -179,7 +184,8 @@ def linear_recurrence_(
         value: [batch, T, ...], overwritten by the states.
         initial: [batch, ...], the state before the first step.
         products: Scratch memory of decay's shape for products of decays; decay itself if it is not needed again.
-        grows: A decay may be above 1. Then products of decays could overflow, so that steps are walked one by one.
+        grows: A decay may be above 1. Then products of decays could overflow, so that steps are walked one by one. None
+            if it is not known; then products stop at the largest number, as an infinite one would make a NaN of a zero.
         reverse: Walk from the last step to the first.
     """
     first = -1 if reverse else 0
@@ -189,7 +195,7 @@ def linear_recurrence_(
         return
     if products is not decay:
         products.copy_(decay)
-    _reduce_(products, value, reverse)
+    _reduce_(products, value, reverse, grows is None)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -214,10 +220,10 @@ def scratch(slot: str, like: Tensor, shape: Tuple[int, ...]) -> Tensor:
     return buffer[:size].view(shape)
 
 
-def _grows(A: Tensor, delta: Tensor, delta_softplus: bool) -> bool:
-    """Whether a decay exp(delta * A) may be above 1; False on other devices than a CPU, which would have to wait."""
+def _grows(A: Tensor, delta: Tensor, delta_softplus: bool) -> Optional[bool]:
+    """Whether a decay exp(delta * A) may be above 1; None on other devices than a CPU, which would have to wait."""
     if A.device.type != 'cpu':
-        return False
+        return None
     return bool((A > 0).any()) or not (delta_softplus or bool((delta >= 0).all()))
 
 
@@ -246,7 +252,7 @@ def _walk_chunks(
     state: Tensor,
     chunks: List[slice],
     delta_softplus: bool,
-    grows: bool,
+    grows: Optional[bool],
 ) -> Iterator[Tuple[slice, Tensor]]:
     """Yields each chunk of L with its states [batch, S, G, N, D/G], which the next chunk's states overwrite."""
     for chunk in chunks:
@@ -272,7 +278,7 @@ def _compute_states(
     decay: Tensor,
     states: Tensor,
     products: Tensor,
-    grows: bool,
+    grows: Optional[bool],
 ) -> None:
     """Fills decay and states [batch, S, G, N, D/G] of one chunk; its decays are lost if `products` is decay."""
     torch.mul(dt.unsqueeze(-2), A_log2, out=decay).exp2_()
@@ -312,8 +318,8 @@ def _walk_(decay: Tensor, value: Tensor, reverse: bool) -> None:
         states[step].addcmul_(decays[step], states[step - 1])
 
 
-def _reduce_(decay: Tensor, value: Tensor, reverse: bool) -> None:
-    """Odd-even reduction; turns every second decay into a product of decays."""
+def _reduce_(decay: Tensor, value: Tensor, reverse: bool, bounded: bool) -> None:
+    """Odd-even reduction; turns every second decay into a product of decays, where `bounded` of the largest number."""
     steps = value.shape[1]
     if steps <= _FEW_STEPS:
         _walk_(decay, value, reverse)
@@ -328,7 +334,9 @@ def _reduce_(decay: Tensor, value: Tensor, reverse: bool) -> None:
     half_decay, half_value = decay[:, absorbing], value[:, absorbing]
     half_value.addcmul_(half_decay, value[:, absorbed])
     half_decay.mul_(decay[:, absorbed])
-    _reduce_(half_decay, half_value, reverse)
+    if bounded:
+        half_decay.clamp_(max=torch.finfo(decay.dtype).max)
+    _reduce_(half_decay, half_value, reverse, bounded)
     value[:, between].addcmul_(decay[:, between], value[:, solved])
 
 

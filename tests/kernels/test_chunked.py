@@ -123,6 +123,17 @@ def test_decays_that_grow_are_walked(reverse):
     assert not recurrence(decay, zeros, torch.zeros_like(state), reverse, grows=True).any()
 
 
+@both_ways
+def test_decays_of_which_it_is_not_known_whether_they_grow(reverse):
+    """As on other devices than a CPU: they are reduced, and make no NaN of a zero either."""
+    decay, value, state = inputs(2, 60, 3)
+    expected = walk(2 * decay, value, state, reverse)
+    oracles.assert_matches(recurrence(2 * decay, value, state, reverse, grows=None), expected, torch.float64)
+    zeros = torch.zeros_like(value)
+    assert not recurrence(1e100 + decay, zeros, torch.zeros_like(state), reverse, grows=None).any()
+    assert chunked._grows(torch.ones(1, device='meta'), torch.ones(1, device='meta'), False) is None
+
+
 @pytest.mark.parametrize(
     'A,delta,softplus,expected',
     [
