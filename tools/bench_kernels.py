@@ -1,18 +1,21 @@
-"""Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory and shares of the limits.
+"""Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory, limits and the host.
 
 python tools/bench_kernels.py --csv kernels.csv --docs docs/benchmarks.md
 python tools/bench_kernels.py --only model --compile-training --activation-memory-budget 0.5
 python tools/bench_kernels.py --only scan --case '*_n16_*'
+python tools/bench_kernels.py --only host --repeats 100 --docs docs/benchmarks.md
 python tools/bench_kernels.py --device cpu --batch 1 --repeats 1 --case ss2d_vmamba_t_stage4
 """
 
 import argparse
+import statistics
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -23,9 +26,11 @@ from benchmarks.kernel_cases import (
     FORWARD,
     KINDS,
     Case,
+    HostCase,
     ModelCase,
     ScanCase,
     Workload,
+    host_cases,
     mamba_ssm_scan,
     model_cases,
     scan_cases,
@@ -34,11 +39,12 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
 from benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
 from benchmarks.sections import command_of
-from benchmarks.timing import measure_ceilings, median_ms, peak_mib, settled_memory
+from benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from terminal import open_console
 from torch import Tensor
+from user_errors import one_line_errors
 
 MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--csv', '--docs')
@@ -48,15 +54,21 @@ WIDTH = 200  # of the tables where there is no terminal
 def measure(case: Case, device: torch.device, repeats: int) -> Result:
     """Measures a case; whatever goes wrong is noted in the result, beside what was measured before."""
     result = Result(case)
-    try:
+    with _noted(result):
         _measure(result, device, repeats)
+    if isinstance(case, ModelCase) and case.compile:
+        torch.compiler.reset()  # the next model shall not count as a recompilation of this one
+    return result
+
+
+@contextmanager
+def _noted(result: Result) -> Iterator[None]:
+    """Ends what goes wrong inside by a note in the result."""
+    try:
+        yield
     except Exception as error:
         result.status = 'OOM' if is_out_of_memory(error) else 'failed'
         result.message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    finally:
-        if isinstance(case, ModelCase) and case.compile:
-            torch.compiler.reset()  # the next model shall not count as a recompilation of this one
-    return result
 
 
 def _measure(result: Result, device: torch.device, repeats: int) -> None:
@@ -101,6 +113,35 @@ def _backward_ms(workload: Workload, result: Result, device: torch.device, repea
         return result.forward_backward_ms - result.forward_ms, 'difference'
 
 
+def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Result]:
+    """Measures the forward and the backward pass of all models, one model after another in each round."""
+    results = [Result(case) for case in cases]
+    workloads: Dict[str, Workload] = {}
+    times: Dict[str, List[Tuple[float, float]]] = {case.name: [] for case in cases}
+    for result in results:
+        with _noted(result):
+            workloads[result.case.name] = result.case.workload(device)
+    for _ in range(WARM_UPS[device.type] + repeats):
+        for result in results:
+            if result.status == 'ok':
+                with _noted(result):
+                    times[result.case.name].append(_wall_times(workloads[result.case.name], device))
+    for result in results:
+        if result.status == 'ok':
+            measured = times[result.case.name][-repeats:]
+            result.forward_ms, result.backward_ms = map(statistics.median, zip(*measured))
+    return results
+
+
+def _wall_times(workload: Workload, device: torch.device) -> Tuple[float, float]:
+    """Milliseconds of a forward and of a backward pass that leaves the gradients to the parameters, as in training."""
+    for parameter in workload.inputs:
+        parameter.grad = None
+    forward_ms, y = wall_ms(workload.forward, device)
+    backward_ms, _ = wall_ms(partial(y.backward, torch.ones_like(y)), device)
+    return forward_ms, backward_ms
+
+
 def with_peer(cases: Sequence[Case], peer: Optional[Callable[..., Tensor]]) -> List[Case]:
     """Each scan is followed by the same one of the peer, if there is a peer."""
     found = []
@@ -112,16 +153,18 @@ def with_peer(cases: Sequence[Case], peer: Optional[Callable[..., Tensor]]) -> L
 
 
 def bench(cases: Sequence[Case], device: torch.device, repeats: int, console: Console) -> List[Result]:
-    """Measures every case, one after another, under a progress bar."""
+    """Measures the cases one after another, those of the host's time in turn, under a progress bar."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('{task.description}')
     results = []
+    alone, in_turn = ([case for case in cases if isinstance(case, HostCase) == is_host] for is_host in (False, True))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task('', total=len(cases))
-        for case in cases:
+        for case in alone:
             progress.update(task, description=f'{case.name} ({case.implementation})')
             results.append(measure(case, device, repeats))
             progress.advance(task)
-    return results
+        progress.update(task, description=', '.join(case.name for case in in_turn))
+        return results + measure_in_turn(in_turn, device, repeats)
 
 
 def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Sequence[str]]) -> List[Case]:
@@ -143,7 +186,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='kinds of cases')
     parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
-    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names')
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names, for the kind model')
     parser.add_argument('--compile-training', action='store_true', help='also train under torch.compile')
     parser.add_argument(
         '--activation-memory-budget',
@@ -168,7 +211,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
-    cases = [*scan_cases(), *ss2d_cases(), *model_cases(args.models, args.compile_training)]
+    cases = [*scan_cases(), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
     try:
         args.cases = select(cases, args.only, args.case)
     except ValueError as error:
@@ -181,6 +224,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    with one_line_errors('bench_kernels.py'):
+        run(args, argv)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     console = open_console(WIDTH)
     if args.list:
         console.print('\n'.join(case.name for case in args.cases), highlight=False)
@@ -191,12 +239,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     ceilings = measure_ceilings(args.device, args.repeats)
     cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)
     results = bench(cases, args.device, args.repeats, console)
-    run = Run(device, ceilings, args.repeats, command_of('bench_kernels', argv, OUTPUTS), results)
-    write_report(run, console)
+    found = Run(device, ceilings, args.repeats, command_of('bench_kernels', argv, OUTPUTS), results)
+    write_report(found, console)
     if args.csv:
-        write_csv(run, args.csv)
+        write_csv(found, args.csv)
     if args.docs:
-        write_docs(run, args.docs)
+        write_docs(found, args.docs)
 
 
 if __name__ == '__main__':

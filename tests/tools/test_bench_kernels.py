@@ -4,8 +4,8 @@ from dataclasses import replace
 import bench_kernels
 import pytest
 import torch
-from benchmarks import kernel_report
-from benchmarks.kernel_cases import Reference, ScanCase, SS2DCase, model_cases, scan_cases, ss2d_cases
+from benchmarks import kernel_cases, kernel_report, timing
+from benchmarks.kernel_cases import HostCase, Reference, ScanCase, SS2DCase, Workload
 from benchmarks.kernel_report import Result, Run, number, records, write_docs
 from benchmarks.sections import replace_section
 from benchmarks.timing import Ceilings
@@ -14,6 +14,8 @@ from rich.console import Console
 CPU = ['--device', 'cpu', '--batch', '1', '--repeats', '1']
 SCAN = ScanCase('scan_tiny', 2, Reference('mamba_ssm', 1.0, 8.0), dim=8, length=10, dstate=3, groups=2)
 SS2D = SS2DCase('ss2d_tiny', 2, None, dim=8, size=3, dstate=2, dt_rank=1)
+OURS = HostCase('host_vmamba_nano', 1, None, 'vmamba_nano', True, False, size=32, beside='test_vit')
+THEIRS = HostCase('host_test_vit', 1, None, 'test_vit', True, False, size=160)
 CEILINGS = Ceilings(copy=1e6, matmul=1e9, exp2=1e6)
 
 
@@ -65,6 +67,51 @@ def test_models_are_measured(tmp_path):
     assert inference['implementation'] == 'vmamba' and inference['status'] == training['status'] == 'ok'
     assert float(inference['images_per_second']) == pytest.approx(1e3 / float(inference['forward_ms']))
     assert float(training['images_per_second']) == pytest.approx(1e3 / float(training['forward_backward_ms']))
+
+
+def test_host_times_of_models_are_written_beside_those_of_their_peers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_kernels, 'host_cases', lambda: [OURS, THEIRS])
+    output, docs = tmp_path / 'host.csv', tmp_path / 'benchmarks.md'
+    bench_kernels.main([*CPU, '--only', 'host', '--csv', str(output), '--docs', str(docs)])
+    ours, theirs = csv.DictReader(output.open())
+    for row in (ours, theirs):
+        assert (row['status'], row['kind'], row['batch']) == ('ok', 'host', '1')
+        assert float(row['forward_ms']) > 0 and float(row['backward_ms']) > 0
+    assert [(row['implementation'], row['peer']) for row in (ours, theirs)] == [('vmamba', 'test_vit'), ('timm', '')]
+    for name in ('forward', 'backward'):
+        assert ours[f'peer_{name}_ms'] == theirs[f'{name}_ms']
+    ratios = [number(float(ours[f'{name}_ms']) / float(theirs[f'{name}_ms'])) for name in ('forward', 'backward')]
+    for text in (docs.read_text(), capsys.readouterr().out):
+        assert 'backward over its' in text and all(ratio in text for ratio in ratios)
+        assert 'models take turns' in text and 'CUDA events' not in text
+
+
+def test_host_times_are_taken_in_turn_with_the_device_idle_around_each(monkeypatch):
+    events, clock = [], iter(range(99))
+
+    def workload(case, device):
+        def forward():
+            events.append(f'forward {case.model}')
+            if case.model == 'b' and events.count('forward b') == 2:
+                raise ValueError('broken')
+            y = torch.ones(3, requires_grad=True) + 0
+            y.register_hook(lambda grad: events.append(f'backward {case.model}'))
+            return y
+
+        return Workload(forward, ())
+
+    monkeypatch.setattr(HostCase, 'workload', workload)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('idle'))
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock) ** 2)
+    monkeypatch.setitem(bench_kernels.WARM_UPS, 'cuda', 1)
+    cases = [replace(THEIRS, name=f'host_{model}', model=model) for model in 'ab']
+    a, b = bench_kernels.measure_in_turn(cases, torch.device('cuda'), 2)
+    rounds = ('forward a', 'backward a', 'forward b', 'backward b'), ('forward a', 'backward a', 'forward b')
+    expected = [event for name in sum(rounds, ()) for event in ('idle', name, 'idle')]
+    assert events == [*expected[:-1], 'idle', 'forward a', 'idle', 'idle', 'backward a', 'idle']
+    # Of the rounds after the first: 9^2 - 8^2 and 14^2 - 13^2 forward, 11^2 - 10^2 and 16^2 - 15^2 backward.
+    assert (a.forward_ms, a.backward_ms) == (1e3 * (17 + 27) / 2, 1e3 * (21 + 31) / 2)
+    assert (b.status, b.message, b.forward_ms) == ('failed', 'broken', None)
 
 
 def test_bytes_and_updates_of_a_scan():
@@ -168,11 +215,6 @@ def test_docs_keep_what_is_not_theirs(tmp_path):
     assert 'NVIDIA H100 80GB HBM3' in text and torch.__version__ in text
 
 
-def test_docs_may_lie_in_a_folder_to_be_made(tmp_path):
-    write_docs(run_of(result_of()), tmp_path / 'new' / 'folder' / 'benchmarks.md')
-    assert (tmp_path / 'new' / 'folder' / 'benchmarks.md').read_text().startswith('# Benchmarks\n\n<!-- bench_kernels')
-
-
 def test_a_lonely_marker_is_an_error():
     with pytest.raises(ValueError, match='only one of'):
         replace_section('<!-- a: begin -->', 'a', 'body')
@@ -195,14 +237,17 @@ def test_what_there_is_not_is_a_clear_error(capsys, arguments, message):
 
 
 def test_registry():
-    cases = [*scan_cases(), *ss2d_cases(), *model_cases(bench_kernels.MODELS, compile_training=True)]
+    cases = [*kernel_cases.scan_cases(), *kernel_cases.ss2d_cases(), *kernel_cases.host_cases()]
+    cases += kernel_cases.model_cases(bench_kernels.MODELS, compile_training=True)
     names = [case.name for case in cases]
-    assert len(set(names)) == len(names) == 7 + 12 + 12
+    assert len(set(names)) == len(names) == 7 + 12 + 12 + 4
     by_name = dict(zip(names, cases))
     stage = by_name['ss2d_vmamba_t_v0_stage2']
     assert (stage.batch, stage.dim, stage.size, stage.dstate, stage.dt_rank) == (64, 384, 28, 16, 12)
     assert by_name['ss2d_vmamba_t_stage4'].reference == Reference('official', 0.981, None, 2.812, 89, 102)
     assert by_name['model_vmamba_t_training'].reference.training_peak_mib == 6051
+    beside = {case.model: case.beside for case in cases if case.kind == 'host' and case.beside}
+    assert beside == {'vmamba_t': 'convnext_tiny', 'vim_t': 'deit_tiny_patch16_224'}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core
 
-KINDS = ('scan', 'ss2d', 'model')
+KINDS = ('scan', 'ss2d', 'model', 'host')
 REFERENCE_GPU = 'H100'
 FORWARD, BACKWARD, BOTH = 'forward', 'backward', 'forward_backward'
 
@@ -58,6 +58,10 @@ class Case(ABC):
     def passes(self) -> Tuple[str, ...]:
         """Which of FORWARD, BACKWARD and BOTH to time."""
         return FORWARD, BACKWARD, BOTH
+
+    def is_peer_of(self, other: 'Case') -> bool:
+        """Whether the other case is to be compared with this one, where both are measured in a run."""
+        return False
 
     @property
     @abstractmethod
@@ -120,6 +124,9 @@ class ScanCase(KernelCase):
     @property
     def implementation(self) -> str:
         return self.function.__module__.split('.')[0]
+
+    def is_peer_of(self, other: Case) -> bool:
+        return other.name == self.name and self.implementation == 'mamba_ssm' != other.implementation
 
     @property
     def shape(self) -> str:
@@ -214,6 +221,21 @@ class ModelCase(Case):
         return Workload(forward, tuple(model.parameters()))
 
 
+@dataclass(frozen=True)
+class HostCase(ModelCase):
+    """A model whose forward and backward pass take as long as the host does, measured in turn with others.
+
+    Attributes:
+        beside: The model of another case, with which it is compared.
+    """
+
+    beside: Optional[str] = None
+    kind = 'host'
+
+    def is_peer_of(self, other: Case) -> bool:
+        return isinstance(other, HostCase) and other.beside == self.model
+
+
 def mamba_ssm_scan() -> Optional[Callable[..., Tensor]]:
     """mamba_ssm's own selective scan, where it can be imported."""
     try:
@@ -298,6 +320,16 @@ def model_cases(models: Sequence[str], compile_training: bool = False) -> List[M
             reference = _model_reference(peer, batch, trains, *figures) if figures else None
             cases.append(ModelCase(f'model_{model}_{work}', batch, reference, model, trains, compiles))
     return cases
+
+
+def host_cases() -> List[HostCase]:
+    """Of images one by one: models of this library, each followed by the one of timm that it is compared with."""
+    pairs = ('vmamba_t', 'convnext_tiny'), ('vim_t', 'deit_tiny_patch16_224')
+    models = [(model, beside) for ours, theirs in pairs for model, beside in ((ours, theirs), (theirs, None))]
+    return [
+        HostCase(f'host_{model}', 1, None, model, training=True, compile=False, beside=beside)
+        for model, beside in models
+    ]
 
 
 def _model_reference(peer: str, batch: int, training: bool, images_per_second: float, peak: float) -> Reference:

@@ -1,6 +1,5 @@
 """What bench_kernels.py reports: records of the results, as tables, as CSV and in Markdown."""
 
-import csv
 from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
+from output_files import write_csv as write_table
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +16,12 @@ from .sections import markdown_table, write_section
 from .timing import Ceilings, triton_version
 
 EARLIER = 'peer, H100, measured earlier, not in this run'
-TITLES = {'scan': 'Selective scan', 'ss2d': 'SS2D core', 'model': 'Models at 224x224, bf16 autocast'}
+TITLES = {
+    'scan': 'Selective scan',
+    'ss2d': 'SS2D core',
+    'model': 'Models at 224x224, bf16 autocast',
+    'host': 'Host time of eager training, bf16 autocast',
+}
 NOTES = """\
 Medians of CUDA events; in brackets, of replays of a CUDA graph. Peaks are those of PyTorch's allocator, inputs,
 parameters and gradients included. A ratio is the peer's time without graphs over ours without graphs; in brackets, over
@@ -30,6 +35,12 @@ are found there, so that small cases may take less than the floor.
 The floor is the time of the fewest bytes at the speed of a copy: forward, inputs read once and the output written once;
 backward, inputs and the output's gradient read once and a gradient of each input written once. The forward's share and
 rate are of the graph's time where there is one. A state update counts as one exp2."""
+HOST_NOTES = """\
+Medians of milliseconds on the host's clock, of the forward and of the backward pass apart, each from one
+synchronisation of the device to the next. The models take turns in one process, a forward and a backward pass each, so
+that drift of the machine hits all alike. The last columns are the model's time over that of the model beside it in the same run: above
+1, the model is slower."""
+_KIND_NOTES = {'model': NOTES, 'host': HOST_NOTES}
 
 Record = Dict[str, Any]
 
@@ -77,11 +88,10 @@ def difference(a: Optional[float], b: Optional[float]) -> Optional[float]:
 
 def records(run: Run) -> List[Record]:
     """A flat dictionary a result, with what follows from it; the columns of the CSV."""
-    measured = {result.case.name: result for result in run.results if result.case.implementation == 'mamba_ssm'}
-    return [_record(result, run, measured) for result in run.results]
+    return [_record(result, run) for result in run.results]
 
 
-def _record(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
+def _record(result: Result, run: Run) -> Record:
     case, ceilings = result.case, run.ceilings
     record = dict(case=case.name, kind=case.kind, implementation=case.implementation, batch=case.batch)
     record['shape'] = case.shape
@@ -102,7 +112,7 @@ def _record(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
     record['images_per_second'] = over(1e3 * case.batch, ms) if is_model else None
     graph_ms = result.forward_graph_ms or result.forward_backward_graph_ms
     record['graph_images_per_second'] = over(1e3 * case.batch, graph_ms) if is_model else None
-    record.update(_peer(result, run, measured))
+    record.update(_peer(result, run))
     record.update(
         repeats=run.repeats,
         device=run.device,
@@ -117,15 +127,15 @@ def _record(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
     return record
 
 
-def _peer(result: Result, run: Run, measured: Dict[str, Result]) -> Record:
+def _peer(result: Result, run: Run) -> Record:
     """The peer's figures, of this run where it ran, and ratios of times taken on the same kind of GPU."""
     case = result.case
-    peer = None if case.implementation == 'mamba_ssm' else measured.get(case.name)
+    peer = next((other for other in run.results if other.case.is_peer_of(case)), None)
     when = 'this run' if peer else 'earlier'
     reference = peer or case.reference
     comparable = peer is not None or REFERENCE_GPU in run.device
     if peer:
-        name = 'mamba_ssm'
+        name = peer.case.model if case.kind == 'host' else peer.case.implementation
     else:
         name = reference.peer if reference else ''
     record = {'peer': name, 'peer_measured': when if name else ''}
@@ -213,6 +223,13 @@ _MODEL_TIMES = [
     Column('ms', lambda record: number(record['forward_ms'] or record['forward_backward_ms'])),
     Column('peak MiB', lambda record: number(record['forward_peak_mib'] or record['training_peak_mib'])),
 ]
+_HOST_TIMES = [
+    _status(_numbers('forward, ms', 'forward_ms')),
+    _numbers('backward, ms', 'backward_ms'),
+    _text('beside', 'peer'),
+    Column('forward over its', lambda record: number(over(record['forward_ms'], record['peer_forward_ms']))),
+    Column('backward over its', lambda record: number(over(record['backward_ms'], record['peer_backward_ms']))),
+]
 
 
 def _peer_columns(kind: str, rows: Sequence[Record]) -> List[Column]:
@@ -240,14 +257,22 @@ def _peer_columns(kind: str, rows: Sequence[Record]) -> List[Column]:
 
 def tables_of(kind: str, rows: Sequence[Record]) -> List[List[List[str]]]:
     """Cells of the tables of one kind of cases, each table with its header first."""
-    times = _MODEL_TIMES if kind == 'model' else _KERNEL_TIMES
-    layouts = [[*_CASE, *times, *_peer_columns(kind, rows)]]
-    if kind != 'model':
-        layouts.append([*_CASE, _text('shape', 'shape'), *_LIMITS])
+    shape = _text('shape', 'shape')
+    if kind == 'host':
+        layouts = [[*_CASE, shape, *_HOST_TIMES]]
+    elif kind == 'model':
+        layouts = [[*_CASE, *_MODEL_TIMES, *_peer_columns(kind, rows)]]
+    else:
+        layouts = [[*_CASE, *_KERNEL_TIMES, *_peer_columns(kind, rows)], [*_CASE, shape, *_LIMITS]]
     return [
         [[column.header for column in columns], *([column.cell(record) for column in columns] for record in rows)]
         for columns in layouts
     ]
+
+
+def notes_of(kind: str) -> str:
+    """How the figures of a kind of cases came about."""
+    return _KIND_NOTES.get(kind, f'{NOTES}\n{KERNEL_NOTES}')
 
 
 def by_kind(run: Run) -> Dict[str, List[Record]]:
@@ -268,7 +293,8 @@ def write_report(run: Run, console: Console) -> None:
             for row in cells:
                 table.add_row(*row)
             console.print(table)
-    console.print(f'{NOTES}\n{KERNEL_NOTES}', highlight=False, markup=False)
+    for notes in dict.fromkeys(map(notes_of, by_kind(run))):
+        console.print(notes, highlight=False, markup=False)
     for result in run.results:
         if result.message:
             text = f'{result.case.name} ({result.case.implementation}): {result.status}: {result.message}'
@@ -279,10 +305,7 @@ def write_csv(run: Run, path: Path) -> None:
     """One row a result, with everything needed to tell it from a run elsewhere."""
     rows = records(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, [list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def write_docs(run: Run, path: Path) -> None:
@@ -297,5 +320,5 @@ def _section(kind: str, rows: Sequence[Record], run: Run) -> List[str]:
         f'- versions: {run.versions}, timm {timm.__version__}\n'
         f'- command: `{run.command}`; medians of {run.repeats}'
     )
-    parts = [f'## {TITLES[kind]}', about, NOTES if kind == 'model' else f'{NOTES}\n{KERNEL_NOTES}']
+    parts = [f'## {TITLES[kind]}', about, notes_of(kind)]
     return parts + [markdown_table(cells, left=2) for cells in tables_of(kind, rows)]

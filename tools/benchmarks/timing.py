@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ except ImportError:
 MIB = 2**20
 WARM_UPS = {'cuda': 5, 'cpu': 1}
 EXP2_PROGRAMS, EXP2_WIDTH, EXP2_STEPS = 8192, 1024, 1024
+
+T = TypeVar('T')
 
 
 class Ceilings(NamedTuple):
@@ -58,6 +60,20 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int, war
         end.record()
     torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def wall_ms(run: Callable[[], T], device: torch.device) -> Tuple[float, T]:
+    """Milliseconds that a run takes on the host's clock, until the device is done with it, and what it returns."""
+    _synchronize(device)
+    start = time.perf_counter()
+    out = run()
+    _synchronize(device)
+    return 1e3 * (time.perf_counter() - start), out
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 def settled_memory(device: torch.device) -> int:
