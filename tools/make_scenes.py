@@ -7,7 +7,7 @@ The folder has the layouts of ADE20K and COCO at once, over the same images:
     images/{training,validation}/*.jpg
     annotations/{training,validation}/*.png         class of each pixel: 1 the photograph, 2 and on the digits
     annotations/instances_{training,validation}.json   boxes and masks (RLE) of the digits
-    scenes.json                                     the arguments, but for the folder
+    scenes.json                                     the arguments, except the folder
 """
 
 import argparse

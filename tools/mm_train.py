@@ -125,7 +125,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         default=(),
         metavar='MODULE',
-        help='modules or weights that begin anew, such as heads for other classes, where load_from has all the others',
+        help='modules or weights that start fresh, such as heads for other classes, where load_from has all the others',
     )
     parser.add_argument(
         '--amp',

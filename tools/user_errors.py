@@ -1,4 +1,4 @@
-"""Errors that a person can mend: one line that says what is wrong and the way out, exit code 2, no traceback."""
+"""Errors that a person can correct: one line that says what is wrong and the way out, exit code 2, no traceback."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors(tool: str) -> Iterator[None]:
-    """Ends the process with code 2 and one line on what a person can mend, for the tool of this name.
+    """Ends the process with code 2 and one line on what a person can correct, for the tool of this name.
 
     That is a UserError, an OSError or a missing package; other errors keep their traceback.
     """

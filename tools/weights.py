@@ -162,7 +162,7 @@ def _weight_args(spec: Spec, arguments: Dict[str, Any]) -> Dict[str, Any]:
     arguments = {'num_classes': _classes_of(checkpoint), **_size_of(checkpoint, spec.name, arguments), **arguments}
     overlay: Dict[str, Any] = {'file': spec.weights}
     if arguments['num_classes']:
-        overlay['num_classes'] = arguments['num_classes']  # so that another classifier is an error, not made anew
+        overlay['num_classes'] = arguments['num_classes']  # so that another classifier is an error, not replaced
     return {'pretrained': True, 'pretrained_cfg_overlay': overlay, **arguments}
 
 

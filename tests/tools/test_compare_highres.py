@@ -81,7 +81,7 @@ def test_running_out_of_memory_is_a_result(tmp_path):
     assert (tmp_path / 'highres.png').is_file()
 
 
-def test_failing_is_a_result_and_the_process_starts_anew():
+def test_failing_is_a_result_and_the_process_starts_again():
     failing, working = Case('no_such_model', 32), Case('vmamba_nano', 32, dtype='bfloat16', repeats=1)
     worker = Worker(timeout=60)
     try:
@@ -225,11 +225,8 @@ def test_the_paper_and_what_replaces_parts_of_it():
     cases = parse_args(['--paper', '--device', 'cpu']).cases
     assert [case.size for case in cases] == [512, 640, 738, 1024, 1248] * 3
     assert {case.batch_size for case in cases} == {8}
-    assert list(dict.fromkeys(case.model for case in cases)) == [
-        'vim_t',
-        'deit_tiny_patch16_224:plain',
-        'deit_tiny_patch16_224:fused',
-    ]
+    models = ['vim_t', 'deit_tiny_patch16_224:plain', 'deit_tiny_patch16_224:fused']
+    assert list(dict.fromkeys(case.model for case in cases)) == models
     (case,) = parse_args(['--paper', '--models', 'vim_s', '--sizes', '512', '--batch-sizes', '2']).cases
     assert (case.model, case.size, case.batch_size) == ('vim_s', 512, 2)
 

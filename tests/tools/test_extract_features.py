@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -220,13 +219,9 @@ def test_maps_have_their_room_on_the_disk_before_they_are_written(tmp_path, caps
 
 @pytest.mark.parametrize('form', ['safetensors', 'npz'])
 def test_a_full_disk_is_one_line(photographs, tmp_path, capsys, form):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    try:
-        options = '--features', 'stages.0', '--img-size', 64, '--format', form, '--output', tmp_path
+    options = '--features', 'stages.0', '--img-size', 64, '--format', form, '--output', tmp_path
+    with full_disk(10_000):
         assert '00000000.tmp: File too large; make room' in failure(capsys, photographs, *NANO, *options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize('name, size, images', [('settings.json', 100, 1), ('index.csv', 10_000, 300)])

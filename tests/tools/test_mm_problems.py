@@ -1,4 +1,4 @@
-"""What the user can mend, said in one line by the tools for mmdet and mmseg."""
+"""What the user can correct, said in one line by the tools for mmdet and mmseg."""
 
 import json
 import subprocess
@@ -47,11 +47,7 @@ def in_scenes(scenes, monkeypatch):
 
 PROBLEMS = {
     'no images': (SEGMENTATION, ['train_dataloader.dataset.data_prefix.img_path=absent'], 'there is no', 'absent'),
-    'head of other classes': (
-        DETECTION,
-        ['model.roi_head.bbox_head.num_classes=7'],
-        'roi_head.bbox_head has num_classes 7, but the data have 3 classes',
-    ),
+    'head of other classes': (DETECTION, ['model.roi_head.bbox_head.num_classes=7'], 'has num_classes 7, but the data'),
     'segmentor of other classes': (
         SEGMENTATION,
         ['model.decode_head.num_classes=9', 'model.decode_head.loss_decode.class_weight=None'],
@@ -79,10 +75,8 @@ PROBLEMS = {
     'unknown variant': (DETECTION, ['model.backbone.variant=vmamba_x'], 'vmamba_x'),
     'unknown argument': (DETECTION, ['model.backbone.drop_path=0.1'], 'model cannot be built', "'drop_path'"),
     'unknown option of the optimizer': (
-        SEGMENTATION,
-        ['optim_wrapper.paramwise_cfg.rate=0.9'],
-        'optim_wrapper cannot be built',
-        'unknown options of paramwise_cfg: rate',
+        *(SEGMENTATION, ['optim_wrapper.paramwise_cfg.rate=0.9']),
+        *('optim_wrapper cannot be built', 'unknown options of paramwise_cfg: rate'),
     ),
     'unknown loop': (DETECTION, ['train_cfg.max_iters=3'], 'train_cfg cannot be built', "'max_iters'"),
     'maps for the head': (
@@ -92,16 +86,12 @@ PROBLEMS = {
         'out_indices (0, 1, 2), gives 3 of [32, 64, 128]',
     ),
     'maps for the neck': (DETECTION, ['model.backbone.out_indices=(0,1,2)'], 'neck takes maps [0, 1, 2, 3]'),
-    'misspelt key': (
-        DETECTION,
-        ['optim_wraper.optimizer.lr=1e-9'],
-        "the config has no 'optim_wraper'; did you mean optim_wrapper?",
-    ),
+    'misspelt key': (DETECTION, ['optim_wraper.lr=1e-9'], "has no 'optim_wraper'; did you mean optim_wrapper?"),
 }
 
 
 @pytest.mark.parametrize('case', PROBLEMS)
-def test_what_the_user_can_mend_is_one_line(case, tmp_path, capsys):
+def test_what_the_user_can_correct_is_one_line(case, tmp_path, capsys):
     if case == 'no GPU' and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     config, options, *messages = PROBLEMS[case]
@@ -267,19 +257,12 @@ def test_labels_that_the_data_do_not_have_are_refused_wherever_they_are_read(par
             check(runner, 0, {'data_samples': samples})
 
 
+DRAWN = '--config', 'c.py', '--checkpoint', 'l.pth', 'i.jpg'
 WRONG_OPTIONS = {
     'images to draw': (mm_test, ['config.py', 'last.pth', '--limit', '-1'], "got '-1'"),
     'folder of metrics': (mm_test, ['config.py', 'last.pth', '--output', 'data'], "ends with .json, got 'data'"),
-    'folder of a picture': (
-        mm_infer,
-        ['--output', 'data', '--config', 'c.py', '--checkpoint', 'l.pth', 'i.jpg'],
-        'data',
-    ),
-    'picture without suffix': (
-        mm_infer,
-        ['--output', 'drawn', '--config', 'c.py', '--checkpoint', 'l.pth', 'i.jpg'],
-        'drawn',
-    ),
+    'folder of a picture': (mm_infer, ['--output', 'data', *DRAWN], 'data'),
+    'picture without suffix': (mm_infer, ['--output', 'drawn', *DRAWN], 'drawn'),
 }
 
 
@@ -295,13 +278,8 @@ def test_wrong_options_are_refused(case, capsys):
 @pytest.mark.parametrize(
     'text, value',
     [
-        ('false', False),
-        ('True', True),
-        ('NONE', None),
-        ('[true,x]', [True, 'x']),
-        ("'false'", 'false'),
-        ('1e-4', 1e-4),
-        ('data/none', 'data/none'),
+        *[('false', False), ('True', True), ('NONE', None), ('[true,x]', [True, 'x'])],
+        *[("'false'", 'false'), ('1e-4', 1e-4), ('data/none', 'data/none')],
     ],
 )
 def test_values_of_options_are_read_as_mmengines_tools_read_them(text, value):

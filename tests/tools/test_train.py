@@ -5,7 +5,6 @@ import functools
 import importlib
 import os
 import re
-import resource
 import shlex
 import shutil
 
@@ -154,7 +153,7 @@ def test_fine_tuning_without_weights_is_told(run, tmp_path):
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fails, tmp_path):
     args = *SMALL, '--epochs', 1, '--output', tmp_path
-    assert 'starting anew' in run(*args, '--resume')[0]
+    assert 'starting a new run' in run(*args, '--resume')[0]
     assert '--resume goes on with it' in fails(*args)
     message = fails(*args, '--resume', '--weight-decay', 0.1)
     assert 'weight_decay 0.05, now 0.1; give what it had, or another --output' in message
@@ -192,12 +191,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
     assert not list(tmp_path.glob('*config.yaml*'))
     run(*args, '--epochs', 1)
     before = {path: path.read_bytes() for path in tmp_path.glob('*.pt')}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
+    with full_disk(1_000_000):
         message = fails(*args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 'cannot write' in message and ': File too large; what was saved before is intact' in message
     assert {path: path.read_bytes() for path in tmp_path.glob('*.pt')} == before
     assert not list(tmp_path.glob('.*.part'))
@@ -350,7 +345,6 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--crop-pct', '0'], 'crop_pct must be above 0 and at most 1, got 0'),
         (['--scale', '[1.0, 0.5]'], 'scale must be two numbers, the lower first, got [1.0, 0.5]'),
         (['--warmup-epochs', '2'], 'warmup_epochs 2 must be below epochs 2'),
-        (['--data', 'hfd/foo'], "data 'hfd/foo' is none of packaged/..., hfds/..."),
         (['--data', 'hfd/foo'], 'for the folder data_dir; did you mean hfds/'),
         (['--data', 'synthetik'], 'did you mean synthetic?'),
         (['--val-split', 'train'], "train_split and val_split are both 'train'"),
@@ -365,10 +359,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--batch-size', '500', '--drop-last'], 'fewer images than an update of 500'),
         (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
         (['--pretrained', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights: leave pretrained out'),
-        (
-            ['--teacher', 'test_vit'],
-            'the teacher test_vit have 1000 classes, the data 2; give --teacher-checkpoint FILE',
-        ),
+        (['--teacher', 'test_vit'], 'test_vit have 1000 classes, the data 2; give --teacher-checkpoint FILE'),
         (['--teacher', 'test_vitt'], "there is no teacher 'test_vitt'; did you mean test_vit"),
         (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
         (['--checkpoint', 'nothing.pt'], 'cannot build test_vit'),

@@ -1,7 +1,6 @@
 """train.py with models sharded over two processes (FSDP2), and the checkpoints of which each writes a share."""
 
 import pickle
-import resource
 import shutil
 import signal
 import zlib
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from folders import full_disk
 from test_train_interrupted import assert_same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -179,16 +179,9 @@ def test_a_broken_checkpoint_is_skipped_and_the_two_newest_are_kept(checkpoints,
 def test_a_full_disk_leaves_the_previous_checkpoint(checkpoints, tmp_path):
     path = checkpoints.save(state_of(5, checkpoints.mesh), 5)
     (tmp_path / '.checkpoint-00000004.part').mkdir()  # of a run that was killed
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(
-            UserError,
-            match='cannot write .*checkpoint-00000010: the disk took only a part of it; what was saved before',
-        ):
-            checkpoints.save(state_of(10, checkpoints.mesh), 10)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = 'cannot write .*checkpoint-00000010: the disk took only a part of it; what was saved before'
+    with full_disk(100_000), pytest.raises(UserError, match=message):
+        checkpoints.save(state_of(10, checkpoints.mesh), 10)
     assert list(tmp_path.iterdir()) == [path]
     assert checkpoints.load_newest(pytest.fail)[0]['update'] == 5
 

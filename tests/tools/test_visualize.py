@@ -98,7 +98,10 @@ def test_mixers_are_found_with_what_they_take():
     assert list(mixers) == [f'blocks.{i}' for i in range(4)]
     images = torch.randn(1, 3, 32, 32)
     inputs = inputs_of(model, images, ['blocks.0'])
-    torch.testing.assert_close(inputs['blocks.0'], model.blocks[0].norm(model.embed(images)))
+    tokens = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: tokens.extend(args))
+    model(images)
+    torch.testing.assert_close(inputs['blocks.0'], model.blocks[0].norm(*tokens))
     assert not any(mixer._forward_pre_hooks for mixer in mixers.values())
 
 

@@ -130,7 +130,7 @@ def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -
     different = [key for key in settings if begun.get(key) != json.loads(json.dumps(settings[key]))]
     if different:
         pairs = ', '.join(f'{key} {begun.get(key)!r}, now {settings[key]!r}' for key in different)
-        raise UserError(f'{folder} was begun with {pairs}: give another --output, or --overwrite to start anew')
+        raise UserError(f'{folder} was begun with {pairs}: give another --output, or --overwrite to start again')
 
 
 def _remove(folder: Path) -> None:

@@ -36,7 +36,7 @@ class FileList:
 
 
 class CheckedImages(ImageDataset):
-    """timm's dataset but for unreadable files: their target is UNREADABLE and their image is black.
+    """timm's dataset, except for unreadable files: their target is UNREADABLE and their image is black.
 
     timm's own gives the next readable image in the place of a broken one, so that some images count twice.
     """
@@ -182,7 +182,7 @@ def _entries(path: str) -> Tuple[List[os.DirEntry], List[os.DirEntry]]:
 
 
 def _files_below(folder: Path, without: Optional[Path]) -> Iterator[Path]:
-    """Files of a folder and those below it, but for one folder and for written features."""
+    """Files of a folder and those below it, except one folder and written features."""
     left_out = without and os.path.realpath(without)
     for _, real, folders, files in walk(folder):
         if real == left_out or _FEATURES <= {entry.name for entry in files}:

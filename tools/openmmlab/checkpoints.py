@@ -54,7 +54,7 @@ def _statistics(owner: Any, name: str) -> Any:
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str, fresh: Sequence[str] = ()) -> None:
-    """Loads all weights of the model, but for the norms of a backbone's outputs where the checkpoint has others.
+    """Loads all weights of the model, except the norms of a backbone's outputs where the checkpoint has others.
 
     Args:
         model: All of it, without wrappers.
@@ -87,7 +87,7 @@ def check_names(model: nn.Module, fresh: Sequence[str]) -> None:
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())} - {''}
     for name in fresh:
         if name not in names:
-            raise UserError(f'the model has no module or weight {name!r} to start anew{nearest(name, names)}')
+            raise UserError(f'the model has no module or weight {name!r} to keep fresh{nearest(name, names)}')
 
 
 def within(key: str, modules: Sequence[str]) -> bool:

@@ -92,7 +92,7 @@ class StrictRunner(Runner):
             if self._resume or not isinstance(self._train_loop, BaseLoop):  # for a test, it is not built
                 raise
             raise UserError(
-                f'{error}; --fresh MODULE lets a module begin anew, such as a head of other classes'
+                f'{error}; --fresh MODULE lets a module start with new weights, such as a head of other classes'
             ) from error
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')

@@ -21,7 +21,7 @@ class Checkpoints:
 
     Args:
         folder: Of the run.
-        keep: Newest ones to keep; more than one, lest the newest be broken.
+        keep: Newest ones to keep; more than one, in case the newest is broken.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -78,7 +78,7 @@ class Checkpoints:
                 self.broken = paths[:number]
                 return state, path
         if paths:
-            raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start anew in another --output')
+            raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start again in another --output')
         return None
 
     def read(self, path: Path) -> Dict[str, Any]:

@@ -34,7 +34,7 @@ class Config:
     drop_path: Optional[float] = _key(None, 'rate of stochastic depth')
     pretrained: bool = _key(False, 'start from published weights')
     checkpoint: Optional[str] = _key(None, 'start from the weights in this file')
-    new_head: bool = _key(False, 'start the classifier anew where the weights have another number of classes')
+    new_head: bool = _key(False, 'start with a new classifier where the weights have another number of classes')
     teacher: Optional[str] = _key(None, 'timm model to distil from')
     teacher_checkpoint: Optional[str] = _key(None, "file of the teacher's weights; default: the published ones")
     distill_weight: float = _key(1.0, 'weight of the distillation loss')

@@ -83,7 +83,7 @@ class Samples(Dataset):
             raise UserError(f'none of the {len(self)} images can be read, such as {self._name(0, absolute=True)}')
         if not self.skip_bad and self.bad.any():
             index = int(self.bad.nonzero()[0])
-            raise UserError(f'{self._describe(index)}; mend or remove it, or give --skip-bad-images')
+            raise UserError(f'{self._describe(index)}; repair or remove it, or give --skip-bad-images')
 
     def report(self) -> Optional[str]:
         """What was skipped, if there is more of it than the last time."""
@@ -172,7 +172,7 @@ class StreamedData:
     """Batches of a dataset that can only be read in its own order (TFDS, WebDataset, streamed Hugging Face data).
 
     A run continues by reading and discarding what it had seen of the epoch; the reader decides on the order. Its
-    loading processes start anew with each epoch, seeded by it, so that what readers shuffle follows from nothing else.
+    loading processes start again with each epoch, seeded by it, so that what readers shuffle follows from nothing else.
     """
 
     def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:

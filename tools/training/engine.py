@@ -109,7 +109,7 @@ class Trainer:
         for step in range(self.config.accumulate):
             batch = next(batches, None)
             if batch is None:
-                raise UserError(f'the data ended after update {self.update}: it has fewer images than it tells of')
+                raise UserError(f'the data ended after update {self.update}: it has fewer images than its length says')
             seed_all(derive_seed(self.config.seed, self.runtime.rank, self.update, step))
             if step < self.config.accumulate - 1:
                 with self.parallel.no_sync():
@@ -199,7 +199,7 @@ class Trainer:
                 self._stop_if_asked()
         (loss, top1, top5, count), *averaged = self.runtime.sum(scores)
         if not count:
-            raise UserError('none of the images to validate on can be read; mend them')
+            raise UserError('none of the images to validate on can be read; repair them')
         row = dict(val_loss=loss / count, val_top1=top1 / count, val_top5=top5 / count)
         for _, top1, top5, _ in averaged:
             row.update(ema_top1=top1 / count, ema_top5=top5 / count)
@@ -215,7 +215,7 @@ class Trainer:
         return torch.stack([loss, top1, top5, torch.ones_like(loss)]).double() * len(targets)
 
     def _end_epoch(self, row: Dict[str, float]) -> None:
-        """Goes to the start of the next epoch, tells of this one and saves."""
+        """Goes to the start of the next epoch, reports this one and saves."""
         self.history.append(row)
         self.epoch, self.position = self.epoch + 1, 0
         self.sums.zero_()
@@ -289,7 +289,7 @@ class Trainer:
         """
         found = self.checkpoints.load_newest(self.report.warn)
         if found is None:
-            self.report.say(f'nothing to resume in {self.config.output}: starting anew')
+            self.report.say(f'nothing to resume in {self.config.output}: starting a new run')
             return False
         state, path = found
         ours = dict(num_classes=self.num_classes, update_size=self.update_size, data=self._data_facts())

@@ -25,7 +25,7 @@ def check_same_run(state: Dict[str, Any], ours: Dict[str, Any], path: Path) -> N
         ours: What this run would write for the same keys: num_classes, update_size, config and data.
         path: Of the checkpoint.
     """
-    state = {'data': ours['data'], **state}  # older checkpoints do not tell of the data
+    state = {'data': ours['data'], **state}  # older checkpoints do not record the data
     was, now = _facts(state), _facts(ours)
     differences = changes(was, now)
     if differences:

@@ -157,7 +157,7 @@ def create_task(config: Config, model: nn.Module, device: torch.device) -> Train
 
 
 def _check_teacher(config: Config, num_classes: int) -> None:
-    """Raises UserError for a teacher whose classifier timm would make anew, so that it taught at random."""
+    """Raises UserError for a teacher whose classifier timm would replace, so that it taught at random."""
     _check_model('teacher', config.teacher)
     if config.teacher_checkpoint:
         return

@@ -11,7 +11,7 @@ from .config import Config
 
 
 def create_train_transform(config: Config, data_config: Dict[str, Any]) -> Callable:
-    """timm's transform, but for random erasing, which comes after the transfer to the device.
+    """timm's transform without random erasing, which comes after the transfer to the device.
 
     Raises:
         UserError: If timm knows no such policy.
