@@ -78,7 +78,7 @@ class Checkpoints:
                 self.broken = paths[:number]
                 return state, path
         if paths:
-            raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; start again in another --output')
+            raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; restart in another --output')
         return None
 
     def read(self, path: Path) -> Dict[str, Any]:
