@@ -152,7 +152,7 @@ def test_one_result_alone_has_gradients(result, precision):
 
 @pytest.mark.parametrize(
     'seqlen,chunks,subchunks,reverse',
-    [(33, 2, 1, False), (66, 3, 2, True), (20, 100, 1, False)],
+    [(33, 2, 1, False), (66, 2, 2, True), (20, 100, 1, False)],
 )
 def test_parts_of_the_sequence_in_parallel(seqlen, chunks, subchunks, reverse, configure, triton_kernels):
     configure(chunks=chunks, subchunks=subchunks)
@@ -201,15 +201,20 @@ def sizes_on(processors, seqlen):
     return launch._Sizes(**sizes, exact=True, nvidia=True, processors=processors)
 
 
+@pytest.mark.parametrize('programs,summary_programs', [(2, 2), (150, 40), (1000, 500)])
 @pytest.mark.parametrize('processors', [1, 4, 132, 1000])
-def test_parts_cover_the_sequence(processors):
-    """Without one that is empty, for each number of processors and tiles; subchunks are of one size."""
-    config = launch.Config().fit(16)
-    for tiles in range(1, 200):
-        cut = launch._cut(config, sizes_on(processors, 16 * tiles), 2, 2)
+def test_parts_cover_the_sequence(processors, programs, summary_programs):
+    """Without one that is empty, whatever the number of tiles. The subchunks of a chunk are of one size."""
+    config, found = launch.Config().fit(16), []
+    for tiles in range(1, 300):
+        cut = launch._cut(config, sizes_on(processors, 16 * tiles), programs, summary_programs)
         assert (cut.chunks - 1) * cut.chunk_tiles < tiles <= cut.chunks * cut.chunk_tiles
         assert cut.chunk_tiles % cut.subchunks == 0
-        assert processors < 132 or tiles < 50 or cut.chunks > 4
+        found.append(cut)
+    idle = config.slots(processors) // programs
+    assert (max(cut.chunks for cut in found) > 1) == (idle > 1)
+    if (processors, programs) == (132, 150):
+        assert max(cut.subchunks for cut in found) > 1
 
 
 @pytest.mark.parametrize('dstate', [1, 4, 16, 63, 64])
@@ -323,10 +328,10 @@ def test_softplus_of_extreme_steps(backend):
 
 
 @pytest.mark.parametrize('chunks,reverse', [(1, False), (3, True)])
-def test_growth_leaves_zeros_alone(chunks, reverse, configure, precision):
+def test_growth_leaves_zeros_alone(chunks, reverse, configure, backend):
     """Where the product of all decays overflows, states and adjoint states that are zero stay zero."""
     configure(chunks=chunks)
-    tensors = small(seqlen=48, optional='z', dtype=precision)
+    tensors = small(seqlen=48, optional='z')
     tensors.update(u=0 * tensors['u'], delta=0 * tensors['delta'] + 0.5, A=0 * tensors['A'] + 100)
     leaves = {k: t.requires_grad_() for k, t in tensors.items() if t is not None}
     results = selective_scan(**leaves, return_last_state=True, reverse=reverse)
