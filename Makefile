@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test test-timm lint clean
+.PHONY: demo demo-mm test test-fast test-targets test-timm lint clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -16,6 +16,15 @@ demo-mm: .venv/.mm
 # A thread for each worker: more would fight over the processor.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# For people who change something: the operators in plain PyTorch, layers and models, in two minutes on two cores.
+test-fast: .venv/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k "not triton" \
+		tests/kernels tests/layers tests/models
+
+# Compiles every kernel of the models for each kind of GPU; none is needed. Takes an hour on two cores.
+test-targets: .venv/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -rP --confcutdir tests/targets tests/targets
 
 # timm's own tests of models, on those of this library (see tests/timm_plugin.py). Only timm's source distribution has
 # them, which is downloaded in the version installed. Takes 40 minutes on two cores.

@@ -109,6 +109,20 @@ def _num_processors(index: Optional[int]) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 1
 
 
+def shared_memory(tensor: Tensor) -> int:
+    """Most bytes of shared memory that a program on the tensor's device can have; many where there is no such limit."""
+    return _shared_memory(tensor.device.index) if tensor.is_cuda else 2**20
+
+
+@functools.cache
+def _shared_memory(index: Optional[int]) -> int:
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return 2**20
+    properties = torch.cuda.get_device_properties(index)
+    # What programs can have on request is not known of AMD's GPUs, which have no more than they get without.
+    return getattr(properties, 'shared_memory_per_block_optin', 0) or properties.shared_memory_per_block
+
+
 def is_nvidia(tensor: Tensor) -> bool:
     """Whether kernels on this tensor are compiled for an NVIDIA GPU."""
     return tensor.is_cuda and torch.version.hip is None and not INTERPRETED

@@ -104,8 +104,8 @@ class Operator:
         outputs = []
         for i, grad in zip(self._tensors, self.backward(grads, inputs, saved)):
             grad = inputs[0].new_empty(0) if grad is None else grad.to(inputs[i].dtype).contiguous()
-            if grad.untyped_storage().data_ptr() in memory:
-                grad = grad.clone()
+            if grad.untyped_storage().data_ptr() in memory or grad.storage_offset():
+                grad = grad.clone()  # a part of a tensor, such as of sums over several
             memory.add(grad.untyped_storage().data_ptr())
             outputs.append(grad)
         return _one_or_all(outputs)

@@ -22,6 +22,8 @@ from vmamba.kernels import chunked, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
 
+collect_ignore = ['targets']  # kernels that are compiled cannot be interpreted; see `make test-targets`
+
 
 def pytest_collection_modifyitems(items):
     """The tools come first: their tests run for long, and one that begins last would leave other workers idle."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._device import gelu, load_factors
-from .._launch import MAX_PLANS, Launch, cdiv, is_nvidia, tl, triton
+from .._launch import MAX_PLANS, Launch, cdiv, is_nvidia, shared_memory, tl, triton
 from .chain import Link, ParameterGradients
 from .elementwise import gelu_backward_, prepare
 from .parameters import Parts, Weight
@@ -20,17 +20,19 @@ _HIDDEN_BYTES = 2**27
 
 
 class _Tile(NamedTuple):
-    """Rows of a program, hidden channels at a time, warps, and stages of the loop over hidden channels."""
+    """Rows of a program, hidden channels at a time, warps, stages of the loop over hidden channels, and KiB of shared
+    memory that it needs at most."""
 
     rows: int
     block_h: int
     warps: int
     stages: int
+    shared: int
 
 
 # Of the kernel that holds the hidden map on the chip, by the largest number of channels that each is for. More channels
 # leave too few registers: there the library's products and a pass over the hidden map are faster.
-_TILES = {128: _Tile(128, 32, 4, 3), 192: _Tile(128, 64, 8, 3)}
+_TILES = {128: _Tile(128, 32, 4, 3, shared=96), 192: _Tile(128, 64, 8, 3, shared=200)}
 
 
 class MlpParameters(NamedTuple):
@@ -217,8 +219,10 @@ def _tile_of(fc1_weight: Tensor) -> Optional[_Tile]:
     """The tile of the kernel; None where it cannot run, or the library's products are faster."""
     hidden, dim = fc1_weight.shape
     tile = next((tile for most, tile in _TILES.items() if dim <= most), None)
-    is_half = fc1_weight.dtype in (torch.float16, torch.bfloat16)
-    return tile if tile and is_half and _parts_of(dim) and hidden % tile.block_h == 0 else None
+    if tile is None or fc1_weight.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    fits = _parts_of(dim) and hidden % tile.block_h == 0 and tile.shared * 1024 <= shared_memory(fc1_weight)
+    return tile if fits else None
 
 
 def _run_kernel(

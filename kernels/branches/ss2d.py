@@ -109,9 +109,7 @@ class SS2DBranch(NamedTuple):
         )
         out = merge.out if z is None else merge.out * gate
         grad_out_proj = weight_gradient(grad_y, out.view(rows.shape), p.out_proj_weight.dtype)
-        scans = scan_backward(
-            merge.merged, u, saved.x_dbl, p.dt_weight, p.dt_bias, A, p.D, saved.states, log_A=True
-        )
+        scans = scan_backward(merge.merged, u, saved.x_dbl, p.dt_weight, p.dt_bias, A, p.D, saved.states, log_A=True)
         scans.x.view(rows.shape).addmm_(scans.x_dbl, x_proj)
         grad_x_proj = weight_gradient(scans.x_dbl, rows, p.x_proj_weight.dtype)
         grad_projected, sums_conv = conv2d_backward(scans.x, x, p.conv_weight, p.conv_bias, silu=True)

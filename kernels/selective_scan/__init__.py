@@ -102,7 +102,7 @@ def _check(
     out_dtype: Optional[torch.dtype],
 ) -> None:
     floating = out_dtype is None or out_dtype.is_floating_point
-    check_that(floating, f'out_dtype must be a floating dtype, got {out_dtype}')
+    check_that(floating, f'selective_scan: out_dtype must be a floating dtype, got {out_dtype}')
     specs = 'dim N | batch N L | batch {} N L'
     check(
         'selective_scan',
@@ -120,9 +120,12 @@ def _check(
     groups = {name: tensor.shape[1] for name, tensor in (('B', B), ('C', C)) if tensor.ndim == 4}
     for name, number in {'delta': delta.shape[1], **groups}.items():
         divides = number > 0 and dim % number == 0
-        check_that(divides, f'dimension 1 of {name} must be a divisor of the {dim} channels, got {number}')
+        check_that(
+            divides, f'selective_scan: dimension 1 of {name} must be a divisor of the {dim} channels, got {number}'
+        )
     fit = not groups or max(groups.values()) % min(groups.values()) == 0
-    check_that(fit, f'of the groups of B and C one number must divide the other, got {list(groups.values())}')
+    found = list(groups.values())
+    check_that(fit, f'selective_scan: of the groups of B and C one number must divide the other, got {found}')
 
 
 def _forward(

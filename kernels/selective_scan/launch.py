@@ -111,7 +111,7 @@ class Scan(NamedTuple):
 
     Sequences are [batch, dim, L], B and C [batch, groups, N, L]. Where two directions are walked at once (the second
     one against the sequence), sequences are [batch, 2, dim, L], B and C [batch, 2, N, L], and parameters have a first
-    dimension of 2. All but sequences, B and C are contiguous; A is fp32. """
+    dimension of 2. All but sequences, B and C are contiguous; A is fp32."""
 
     u: Tensor
     delta: Tensor

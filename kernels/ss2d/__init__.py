@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import check
-from .._launch import num_processors, runs_on_triton
+from .._launch import num_processors, runs_on_triton, shared_memory
 from .._operator import Operator
 from ..chunked import routed_scan, routed_scan_backward, scratch
 from .launch import (
@@ -143,7 +143,9 @@ def _like_scan(
 
 def _like_states(x: Tensor, dt_weight: Tensor, A: Tensor, triton: bool, save: bool) -> Tensor:
     sizes = sizes_of(x, dt_weight, A)
-    shape = (0,) if not triton else (0, 0, 0) if not save else states_shape(sizes, plan_of(sizes, num_processors(x)))
+    shape = (0, 0, 0) if triton else (0,)
+    if triton and save:
+        shape = states_shape(sizes, plan_of(sizes, num_processors(x), shared_memory(x)))
     return x.new_empty(shape, dtype=torch.float32)
 
 

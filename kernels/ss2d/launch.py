@@ -15,6 +15,7 @@ from .._launch import (
     next_power_of_2,
     num_processors,
     share_rows,
+    shared_memory,
 )
 from .backward import join_kernel, scan_backward_kernel
 from .forward import scan_kernel
@@ -23,6 +24,9 @@ from .merge_norm import merge_norm_backward_kernel, merge_norm_kernel
 NUM_ROUTES = 4
 _MIN_CHUNK = 128  # steps
 _JOIN_BLOCK = 2048
+# The backward pass needs up to 88 KiB for 32 channels where the rank of dt is above 32, and about half for 16.
+_MAX_SMALL_RANK = 32
+_LARGE_SHARED_MEMORY = 96 * 1024
 _MERGE_ELEMENTS = 2048  # pixels times channels that a program of the merge holds at a time
 _MERGE_PROGRAMS_PER_PROCESSOR = 8  # of the merge's backward pass, each of which leaves a partial sum
 
@@ -98,7 +102,7 @@ class Sizes(NamedTuple):
         return NUM_ROUTES * self.dim * (self.dt_rank + 1 + self.dstate)
 
 
-def plan_of(sizes: Sizes, processors: int) -> Plan:
+def plan_of(sizes: Sizes, processors: int, shared_bytes: int) -> Plan:
     """Few chunks while the batch and the channels alone give every processor enough programs."""
     programs = sizes.batch * 2 * cdiv(sizes.dim, 32)
     # As many programs as run at once where each has two warps with 168 registers a thread.
@@ -112,7 +116,9 @@ def plan_of(sizes: Sizes, processors: int) -> Plan:
     forward = Schedule(Tile(16, splits, 32), chunks, registers=168)
     # What is left over of programs sums the gradients of parameters over the batch, which saves memory.
     batches = max(programs * chunks // (5 * processors), 1)
-    return Plan(forward, Schedule(Tile(8, 2, 32), chunks, batches, registers=168 if fits_at_once else None))
+    fits = sizes.dt_rank <= _MAX_SMALL_RANK or shared_bytes >= _LARGE_SHARED_MEMORY
+    tile = Tile(8, 2, 32 if fits else 16)
+    return Plan(forward, Schedule(tile, chunks, batches, registers=168 if fits_at_once else None))
 
 
 plan = lru_cache(maxsize=MAX_PLANS)(plan_of)  # not for symbolic sizes, which cannot be hashed
@@ -133,7 +139,8 @@ def scan_forward(
     """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the
     states of `states_shape` / ln 2. All tensors are contiguous."""
     sizes = sizes_of(x, dt_weight, A)
-    launches, shape, summary_shape = _forward_launches(sizes, plan(sizes, num_processors(x)), save, _Numerics.of(x))
+    planned = plan(sizes, num_processors(x), shared_memory(x))
+    launches, shape, summary_shape = _forward_launches(sizes, planned, save, _Numerics.of(x))
     y = x.new_empty((2, *x.shape))
     states = torch.empty(shape, dtype=torch.float32, device=x.device)
     summaries = _summaries(summary_shape, A)
@@ -169,9 +176,8 @@ def scan_backward(
         log_A: Return the gradient of log(-A) in place of A's.
     """
     sizes = sizes_of(x, dt_weight, A)
-    launches, blocks, groups, summary_shape = _backward_launches(
-        sizes, plan(sizes, num_processors(x)), log_A, _Numerics.of(x)
-    )
+    planned = plan(sizes, num_processors(x), shared_memory(x))
+    launches, blocks, groups, summary_shape = _backward_launches(sizes, planned, log_A, _Numerics.of(x))
     by_routes = x.new_empty((2, *x.shape))
     by_blocks = x.new_empty((blocks, *x_dbl.shape))
     parameters = torch.empty(groups, sizes.parameters, dtype=torch.float32, device=x.device)
@@ -200,7 +206,7 @@ def merge_forward(
     overwrite: bool = False,
 ) -> MergeOutputs:
     """ln 2 * sum(y) + sum(D) * x, normalised if there is a weight; with `save` also what the backward pass needs of the
-    norm: the map before it, and means and reciprocal deviations [2, pixels]. `overwrite` puts the output in y's place."""
+    norm: the map before it, and means and reciprocal deviations [2, pixels]. With `overwrite` the output lies in y."""
     out = y[0] if overwrite else torch.empty_like(x)
     save = save and weight is not None
     pixels, dim = x.numel() // x.shape[-1], x.shape[-1]

@@ -5,8 +5,9 @@ from typing import Any, Callable, Dict, NamedTuple
 import oracles
 import torch
 from cases import DEVICE
-from vmamba import kernels
 from vmamba.kernels import NUM_DIRECTIONS, NUM_ROUTES
+
+from vmamba import kernels
 
 
 class Case(NamedTuple):
@@ -41,7 +42,7 @@ def place(maps, parameters, dtype):
 
 
 def scan_parameters(routes, dim, dstate, dt_rank):
-    """Of scans whose steps stay small, as in a model: sums over states are then no worse conditioned than their terms."""
+    """Of scans whose steps stay small, as in a model, so that the sums over states are well conditioned."""
     return {
         'dt_weight': randn(routes, dim, dt_rank) * dt_rank**-0.5,
         'dt_bias': randn(routes, dim) - 2,
@@ -88,7 +89,7 @@ def ss2d_scan(batch=2, size=(3, 5), dim=5, dstate=2, dt_rank=2, dtype=torch.floa
 
 
 def ss2d_core(batch=2, size=(3, 5), dim=5, dstate=2, dt_rank=2, dtype=torch.float32):
-    projection = {'x_proj_weight': randn(NUM_ROUTES * (dt_rank + 2 * dstate), dim) * (3 / dim) ** 0.5}
+    projection = {'x_proj_weight': randn(NUM_ROUTES * (dt_rank + 2 * dstate), dim) * dim**-0.5}
     norm = {'norm_weight': 1 + 0.3 * randn(dim), 'norm_bias': randn(dim)}
     parameters = {**projection, **scan_parameters(NUM_ROUTES, dim, dstate, dt_rank), **norm}
     return place({'x': randn(batch, *size, dim)}, parameters, dtype)
@@ -106,7 +107,7 @@ def bimamba_core(batch=2, seqlen=9, dim=5, dstate=3, dt_rank=2, width=4, dtype=t
     parameters = {
         'conv_weight': randn(NUM_DIRECTIONS, dim, width),
         'conv_bias': randn(NUM_DIRECTIONS, dim),
-        'x_proj_weight': randn(NUM_DIRECTIONS, dt_rank + 2 * dstate, dim) * (3 / dim) ** 0.5,
+        'x_proj_weight': randn(NUM_DIRECTIONS, dt_rank + 2 * dstate, dim) * dim**-0.5,
         **scan_parameters(NUM_DIRECTIONS, dim, dstate, dt_rank),
     }
     return place({'xz': randn(batch, seqlen, 2 * dim)}, parameters, dtype)
@@ -158,9 +159,7 @@ CASES = {
     'bidirectional_conv1d': Case(
         kernels.bidirectional_conv1d, bidirectional_conv1d, _activated(oracles.bidirectional_conv1d), dict(silu=True)
     ),
-    'causal_conv1d': Case(
-        kernels.causal_conv1d, causal_conv1d, _first(oracles.causal_conv1d), dict(activation='silu')
-    ),
+    'causal_conv1d': Case(kernels.causal_conv1d, causal_conv1d, _first(oracles.causal_conv1d), dict(activation='silu')),
     'depthwise_conv2d': Case(
         kernels.depthwise_conv2d, depthwise_conv2d, _activated(oracles.depthwise_conv2d), dict(silu=True)
     ),

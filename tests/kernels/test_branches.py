@@ -107,8 +107,14 @@ CHAINS = {
     'bimamba-of-odd-sizes': (TOKENS, lambda: [Link(BIMAMBA, bimamba_parameters(7, 9, width=2, rank=3, dstate=5))]),
     'dropped': (MAP, lambda: [Link(MLP, mlp_parameters(), FACTORS)]),
     'block': (MAP, lambda: [Link(SS2D, ss2d_parameters(), FACTORS), Link(MLP, mlp_parameters(), FACTORS.flip(0))]),
-    'plain-after-dropped': (TOKENS, lambda: [Link(BIMAMBA, bimamba_parameters(), FACTORS), Link(MLP, mlp_parameters())]),
-    'three': (MAP, lambda: [Link(MLP, mlp_parameters()), Link(MLP, mlp_parameters(), FACTORS), Link(SS2D, ss2d_parameters())]),
+    'plain-after-dropped': (
+        TOKENS,
+        lambda: [Link(BIMAMBA, bimamba_parameters(), FACTORS), Link(MLP, mlp_parameters())],
+    ),
+    'three': (
+        MAP,
+        lambda: [Link(MLP, mlp_parameters()), Link(MLP, mlp_parameters(), FACTORS), Link(SS2D, ss2d_parameters())],
+    ),
 }
 
 
@@ -137,7 +143,10 @@ def run(function, x, links):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (out.double() * weights.to(out.device)).sum().backward()
     grads = {
-        f'{i}.{name}': t.grad for i, link in enumerate(links) for name, t in link.parameters._asdict().items() if t is not None
+        f'{i}.{name}': t.grad
+        for i, link in enumerate(links)
+        for name, t in link.parameters._asdict().items()
+        if t is not None
     }
     return {k: t.detach().cpu() for k, t in {'out': out, 'x': x.grad, **grads}.items()}
 

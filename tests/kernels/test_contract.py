@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 from cases import DEVICE
-from kernel_cases import CASES, assert_equal, compare, run
+from kernel_cases import CASES, assert_equal, compare, in_double, run
 from recorder import Recorder
 from torch.autograd import forward_ad
 
@@ -12,6 +12,11 @@ from torch.autograd import forward_ad
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
 PLAIN_ONLY = ('bidirectional_scan',)
+OF_PYTORCH = ('depthwise_conv2d', 'rms_norm', 'layer_norm')  # by its own operators where not on Triton
+# Widths of convolutions, which no other tensor shares.
+FREE_SIZES = ('bimamba_core', 'conv_weight', 2), ('bidirectional_conv1d', 'weight', 2), ('causal_conv1d', 'weight', 1)
+# Their parts are compared one by one: here what passes between them is rounded too.
+IN_TWO_PARTS = ('ss2d_core', 'bimamba_core')
 
 
 @pytest.fixture(params=CASES)
@@ -27,11 +32,19 @@ def name(case):
 
 
 @pytest.mark.parametrize('dtype', oracles.DTYPES, ids=str)
-def test_results_and_gradients(case, backend, dtype):
+def test_results_and_gradients(case, name, backend, dtype):
     """Against the definition; raw bfloat16 is not interpreted as a GPU computes it."""
     if backend and (dtype == torch.float64 or DEVICE == 'cpu' and dtype == torch.bfloat16):
         pytest.skip('not on Triton')
-    compare(case, case.arguments(dtype=dtype), dtype)
+    tensors = case.arguments(dtype=dtype)
+    if name not in IN_TWO_PARTS or dtype.itemsize > 2:
+        compare(case, tensors, dtype)
+        return
+    expected = run(case.definition, in_double(tensors), **case.options)
+    actual = run(case.function, tensors, **case.options)
+    bound, *_ = oracles.TOLERANCES[dtype]
+    errors = {k: oracles.relative_error(actual[k], expected[k]) for k in expected}
+    assert max(errors.values()) < 2**0.5 * bound, errors
 
 
 def test_gradients_have_the_dtypes_of_their_tensors(case):
@@ -166,20 +179,20 @@ def one_of(case):
     return function, tensors[first]
 
 
-def test_gradients_of_gradients_are_an_error(case, backend):
+def test_gradients_of_gradients_are_an_error(case, name, backend):
     function, x = one_of(case)
     leaf = x.clone().requires_grad_()
     y = function(leaf)
     (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    if backend or 'norm' not in case.arguments.__name__:
+    if backend or name not in OF_PYTORCH:
         with pytest.raises(RuntimeError, match='once_differentiable'):
             grad.sum().backward()
 
 
-def test_functional_transforms_are_an_error(case, backend):
+def test_functional_transforms_are_an_error(case, name, backend):
     """Of PyTorch, for all operators with a backward pass of their own."""
     function, x = one_of(case)
-    if backend or 'norm' not in case.arguments.__name__:
+    if backend or name not in OF_PYTORCH:
         with pytest.raises(RuntimeError, match='functorch transforms'):
             torch.func.grad(lambda x: function(x).sum())(x)
 
@@ -221,13 +234,14 @@ def test_a_bad_argument_is_an_error_that_shows_it(case, name):
     for of, tensor in tensors.items():
         bad = [tensor.to(torch.int32)]
         if of != first:
-            bad += [torch.cat([tensor, tensor], dim=i) for i in range(tensor.ndim)]
+            fixed = [i for i in range(tensor.ndim) if (name, of, i) not in FREE_SIZES]
+            bad += [torch.cat([tensor, tensor], dim=i) for i in fixed]
             bad += [tensor.unsqueeze(0).expand(2, 2, *tensor.shape)]
         for other in bad:
             with pytest.raises(ValueError, match=name) as error:
                 case.function(**{**tensors, of: other}, **case.options)
-            shown = of in str(error.value) or str(other.shape[-1]) in str(error.value)
-            assert shown and len(str(error.value).splitlines()) == 1, (of, other.shape, str(error.value))
+            message = str(error.value)
+            assert any(k in message for k in tensors) and len(message.splitlines()) == 1, (of, other.shape, message)
         if of != first:
             with pytest.raises(ValueError, match=rf'^{name} .* got {first} on {DEVICE}.* and {of} on meta$'):
                 case.function(**{**tensors, of: tensor.to('meta')}, **case.options)

@@ -171,7 +171,6 @@ class Kernel:
         self.launched.append((tuple(grid), arguments[9:]))
 
 
-
 class Driver:
     @staticmethod
     def get_current_stream(device):

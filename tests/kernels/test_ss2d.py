@@ -50,7 +50,7 @@ def schedule(monkeypatch):
 
     def set_schedules(forward=SMALL, backward=None):
         plan = Plan(forward, backward or forward)
-        monkeypatch.setattr(launch, 'plan', lambda sizes, processors: plan)
+        monkeypatch.setattr(launch, 'plan', lambda *facts: plan)
 
     set_schedules()
     return set_schedules
@@ -178,7 +178,7 @@ def test_the_schedules_that_are_chosen(triton_kernels):
 def test_chosen_schedules_fit_together(size):
     for batch, dim, dstate, processors in product((0, 1, 64), (1, 33, 96, 768), (1, 16), (1, 20, 132)):
         sizes = Sizes(batch, *size, dim, 6, dstate)
-        forward, backward = plan = launch.plan_of(sizes, processors)
+        forward, backward = plan = launch.plan_of(sizes, processors, 2**16)
         assert backward.steps in (forward.steps, forward.tile.steps)
         for chosen in plan:
             assert chosen.steps >= 16 and chosen.tile.block_d % 16 == 0
@@ -186,6 +186,13 @@ def test_chosen_schedules_fit_together(size):
             assert launch._cut(sizes, chosen, launch._wraps(sizes, plan))[0] >= 1
         unused = launch.states_shape(sizes, plan)[2] * backward.steps - size[0] * size[1]
         assert unused < max(backward.steps, 0.21 * size[0] * size[1]), 'tiles are nearly full'
+
+
+def test_little_shared_memory_takes_narrower_tiles_for_large_ranks():
+    sizes = Sizes(64, 7, 7, 768, 48, 1)
+    widths = [launch.plan_of(sizes, 40, kibibytes * 1024).backward.tile.block_d for kibibytes in (64, 99, 227)]
+    assert widths == [16, 32, 32]
+    assert launch.plan_of(sizes._replace(dt_rank=24), 40, 64 * 1024).backward.tile.block_d == 32
 
 
 def test_several_tiles_in_half_precision(triton_kernels, schedule):

@@ -1,0 +1,39 @@
+"""Every kernel that models and operators launch compiles for each architecture, within its shared memory.
+
+Models run here in training and inference, by the fused branches of their blocks and by their modules. Nothing is run on
+a GPU, so that none is needed; `make test-targets` takes an hour on two cores.
+"""
+
+import pytest
+import torch
+from compiler import DEVICES, compile_for, record_calls, record_models
+from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update
+
+MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t'
+DTYPES = torch.float32, torch.bfloat16
+
+
+def mamba(dtype, batch=8, dim=1536, seqlen=2048, dstate=16):
+    """The operators of a Mamba layer with its gradients, and of its step."""
+    x = torch.empty(batch, seqlen, dim, dtype=dtype).mT.requires_grad_()
+    B, C = (torch.empty(batch, dstate, seqlen, dtype=dtype) for _ in range(2))
+    A, D, bias = torch.empty(dim, dstate), torch.empty(dim), torch.empty(dim)
+    u = causal_conv1d(x, torch.empty(dim, 4, dtype=dtype), torch.empty(dim, dtype=dtype), activation='silu')
+    selective_scan(u, u, A, B, C, D, z=x, delta_bias=bias, delta_softplus=True).sum().backward()
+    state, step = torch.empty(batch, dim, dstate), torch.empty(batch, dim, dtype=dtype)
+    selective_state_update(state, step, step, A, B[..., 0], C[..., 0], D, step, bias, dt_softplus=True)
+
+
+@pytest.mark.parametrize('name', DEVICES)
+def test_kernels_compile_and_fit(name):
+    device = DEVICES[name]
+    launches = record_models(device, MODELS, DTYPES)
+    launches.update(record_calls(device, [lambda: mamba(dtype) for dtype in DTYPES]))  # noqa: B023
+    needed = {}
+    for recorded in launches.values():
+        needed.setdefault(recorded.kernel, []).append((compile_for(device, recorded), recorded.key))
+    for kernel, all_needed in sorted(needed.items()):
+        print(f'{name} {kernel}: {len(all_needed)} compiled, at most {max(all_needed)[0] / 1024:.0f} KiB')
+    too_large = [(memory, key) for found in needed.values() for memory, key in found if memory > device.shared_memory]
+    assert not too_large
+    assert len(launches) > 150 and {'scan_backward_kernel', 'join_kernel', 'state_update_kernel'} <= needed.keys()
