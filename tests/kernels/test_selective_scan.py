@@ -59,14 +59,14 @@ SIZES = {
     'two-steps-of-one-channel': dict(seqlen=2, dim=1, B=0, C=0, reverse=True),
     'a-tile': dict(seqlen=16),
     'a-tile-and-one': dict(seqlen=17, dstate=1, B=0, C=0, reverse=True),
-    'several-tiles': dict(seqlen=43),
+    'several-tiles': dict(seqlen=35),
     'more-groups-of-C': dict(B=1, C=2, dstate=1, reverse=True),
     'more-groups-of-B': dict(B=2, C=1),
     'a-group-a-channel': dict(dim=2, B=2, C=2, dstate=2, reverse=True),
     'constants': dict(dim=2, B=None, C=None),
     'constant-B': dict(dim=2, B=None, C=2, reverse=True),
     'constant-C': dict(dim=2, B=0, C=None, dstate=1),
-    'steps-shared-by-2': dict(batch=2, share=2),
+    'steps-shared-by-2': dict(share=2),
     'steps-shared-by-all': dict(share=4, B=0, C=0, dstate=1, reverse=True),
 }
 
@@ -189,7 +189,7 @@ def test_blocks_of_channels(splits, groups, configure, triton_kernels):
     compare(SCAN, tensors, torch.float32)
 
 
-@pytest.mark.parametrize('dstate,warps', [(5, 1), (5, 2), (3, 8)])
+@pytest.mark.parametrize('dstate,warps', [(5, 1), (3, 8)])
 def test_states_of_a_warp(dstate, warps, configure, triton_kernels):
     configure(warps=warps)
     compare(SCAN, small(dstate=dstate), torch.float32)
@@ -228,7 +228,7 @@ def test_programs_have_the_registers_that_they_ask_for(dstate):
 @pytest.mark.parametrize('reverse,dstate', [(False, 1), (True, 2)])
 def test_very_long_sequences(dstate, reverse):
     """Steps that remember thousands of them, in fp32 against a walk in double precision."""
-    tensors = arguments(1, 2, 2**15, dstate, B=0, C=0, optional='s', steps=5e-3)
+    tensors = arguments(1, 2, 2**14, dstate, B=0, C=0, optional='s', steps=5e-3)
     y, state = selective_scan(**tensors, return_last_state=True, reverse=reverse)
     u, delta, A, B, C, h = (t[0] if t.ndim > 2 else t for t in in_double(tensors).values() if t is not None)
     decay = torch.exp(delta[:, None] * A[:, :, None]).numpy()
@@ -246,7 +246,7 @@ def test_very_long_sequences(dstate, reverse):
 
 @pytest.mark.parametrize('seqlen,reverse', [(1, False), (7, True)])
 def test_a_sequence_can_be_continued_from_its_state(seqlen, reverse, precision):
-    """After `seqlen` of 20 positions, with gradients through the state."""
+    """After `seqlen` of 12 positions, with gradients through the state."""
 
     def continued(initial_state, **given):
         ys, state = [], initial_state
@@ -257,7 +257,7 @@ def test_a_sequence_can_be_continued_from_its_state(seqlen, reverse, precision):
             ys.append(y)
         return torch.cat(ys[::-1] if reverse else ys, dim=-1), state
 
-    tensors = small(seqlen=20, dtype=precision)
+    tensors = small(seqlen=12, dtype=precision)
     expected = run(SCAN.function, tensors, reverse=reverse)
     oracles.assert_all_match(run(continued, tensors), expected, precision)
 
@@ -273,10 +273,9 @@ def test_reverse_is_forward_on_the_flipped_sequence(reverse, precision):
 
 
 @both_ways
-@pytest.mark.parametrize('chunks', [1, 2])
-def test_later_steps_do_not_change_earlier_ones(chunks, reverse, configure, backend):
+def test_later_steps_do_not_change_earlier_ones(reverse, configure, backend):
     """Bit by bit, even where they are NaN."""
-    configure(chunks=chunks)
+    configure(chunks=2)
     tensors = small(seqlen=40)
     before, after = (slice(21, None), slice(0, 21)) if reverse else (slice(0, 21), slice(21, None))
     changed = {k: t.clone() for k, t in tensors.items()}
