@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..layers import BiMamba, RmsNorm, check_images, residual_branches
 from ..layers.norm import widen
 from ..layers.options import check_choice, check_counts, check_indices, check_rates
-from ..layers.plain import is_plain
+from ..layers.plain import has_global_hooks, is_plain
 from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
 
 try:
@@ -145,7 +145,7 @@ class PatchEmbed(nn.Module):
                 f'with img_size={size} or with dynamic_img_size=True'
             )
         height, width = self.dynamic_feat_size(size)
-        if not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
+        if has_global_hooks() or not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
             return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
         # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
         batch, side = images.shape[0], self.patch_size
