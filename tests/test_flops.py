@@ -3,20 +3,15 @@
 import pytest
 import timm
 import torch
+from cases import BACKENDS, DEVICE, needs_triton
 from torch.utils.flop_counter import FlopCounterMode
 from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_core, ss2d_scan, use_triton
-from vmamba.kernels.backend import triton
 
 from vmamba.flops import count_macs
 
 pytest.importorskip('fvcore')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-BACKENDS = [
-    pytest.param(False, id='plain'),
-    pytest.param(True, id='triton', marks=pytest.mark.skipif(triton is None, reason='needs the package triton')),
-]
 OFFICIAL = [
     # name, 10^9 multiply-adds as printed
     ('vmamba_t', '4.905610'),
@@ -37,7 +32,7 @@ def test_the_official_counts(name, printed):
     assert f'{count_macs(timm.create_model(name)) / 1e9:.{digits}f}' == printed
 
 
-@pytest.mark.skipif(triton is None, reason='needs the package triton')
+@needs_triton
 @pytest.mark.parametrize('d_state', [1, 2])
 def test_the_count_does_not_depend_on_the_kernels(d_state):
     model = timm.create_model('vmamba_nano', depths=(1,), embed_dim=8, d_state=d_state).to(DEVICE)

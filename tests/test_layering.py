@@ -1,4 +1,4 @@
-"""Imports go one way: tools, tests -> vmamba.mm -> vmamba.models -> vmamba.layers -> vmamba.kernels -> torch, triton."""
+"""Imports go one way: tests, tools -> vmamba.mm -> vmamba.models -> vmamba.layers -> vmamba.kernels -> torch, triton"""
 
 import ast
 import sys

@@ -101,7 +101,7 @@ def test_vim_adapts_its_patch_embedding_to_the_image_channels(tmp_path, in_chans
     model = load(save_vim(tmp_path / 'vim.pth', state), in_chans=in_chans)
     weight = state['patch_embed.proj.weight']
     expected = weight.sum(1, keepdim=True) if in_chans == 1 else torch.cat([weight, weight[:, :1]], 1) * 3 / 4
-    torch.testing.assert_close(model.embed.proj.weight, expected)
+    torch.testing.assert_close(model.patch_embed.proj.weight, expected)
 
 
 @pytest.mark.parametrize('classes,shape', [(7, (7, 16)), (0, None)], ids=['seven', 'none'])
@@ -120,7 +120,7 @@ def test_vim_takes_another_classifier_only_when_asked(tmp_path, classes, shape):
     [
         ('layers.0.mixer.A_b_log', r'blocks\.0\.mixer\.A_log'),
         ('layers.0.mixer.conv1d.bias', r'blocks\.0\.mixer\.conv1d_bias'),
-        ('pos_embed', r'embed\.pos_embed'),
+        ('pos_embed', r'pos_embed'),
         ('norm_f.weight', r'norm\.weight'),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-from vmamba.layers import resize_pos_embed
+from vmamba.models.vim import resize_pos_embed
 
 VMAMBA = dict(depths=(1, 1), embed_dim=8)
 VIM = dict(depth=1, embed_dim=16, img_size=32)
@@ -69,7 +69,7 @@ DISCRETE = [
     ('vim_t', 'layers.0.mixer.A_log', torch.int32, r'mixer\.A_log torch\.int32'),
     ('vim_t', 'layers.0.mixer.D_b', torch.int32, r'unexpected: .*mixer\.D_b'),
     ('vim_t', 'layers.0.mixer.out_proj.weight', torch.int8, r'mixer\.out_proj\.weight torch\.int8'),
-    ('vim_t', 'pos_embed', torch.uint8, r'embed\.pos_embed torch\.uint8'),
+    ('vim_t', 'pos_embed', torch.uint8, r'pos_embed torch\.uint8'),
     ('vim_t', 'head.weight', torch.complex64, r'head\.weight torch\.complex64'),
 ]
 
@@ -148,7 +148,7 @@ def test_positions_are_resized_from_the_grid_of_the_stated_image_size(tmp_path, 
     stated = dict(input_size=(3, *source))
     model = load(tmp_path / 'own.pth', state, 'vim_t', img_size=target, overlay=stated)
     grids = [tuple(side // 16 for side in size) for size in (source, target)]
-    assert torch.equal(model.embed.pos_embed, resize_pos_embed(state['embed.pos_embed'], *grids))
+    assert torch.equal(model.pos_embed, resize_pos_embed(state['pos_embed'], *grids))
 
 
 def test_positions_are_resized_from_the_grid_of_the_models_arguments(tmp_path):
@@ -156,7 +156,7 @@ def test_positions_are_resized_from_the_grid_of_the_models_arguments(tmp_path):
     source = timm.create_model('vim_t', **{**VIM, 'img_size': (32, 64)})
     timm.models.save_for_hf(source, tmp_path)
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=(64, 32))
-    assert torch.equal(model.embed.pos_embed, resize_pos_embed(source.embed.pos_embed, (2, 4), (4, 2)))
+    assert torch.equal(model.pos_embed, resize_pos_embed(source.pos_embed, (2, 4), (4, 2)))
 
 
 @pytest.mark.parametrize('source,target,warned', [
@@ -167,5 +167,5 @@ def test_positions_are_resized_from_the_grid_of_the_models_arguments(tmp_path):
 def test_positions_of_a_grid_that_nobody_states_are_kept_with_a_warning(tmp_path, caplog, source, target, warned):
     state = own_vim(source)
     model = load(tmp_path / 'own.pth', state, 'vim_t', img_size=target)
-    assert torch.equal(model.embed.pos_embed, state['embed.pos_embed'])
+    assert torch.equal(model.pos_embed, state['pos_embed'])
     assert ('input_size=(3, height, width)' in caplog.text) == warned

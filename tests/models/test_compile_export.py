@@ -2,14 +2,15 @@
 
 import shutil
 
+import chains
+import model_cases
 import oracles
 import pytest
-import test_timm_api
 import torch
-from test_timm_api import SMALL, images
+from cases import DEVICE, needs_triton
+from model_cases import SMALL, images
 from timm.models import create_feature_extractor, get_graph_node_names
-from vmamba.kernels import add_norm, use_triton
-from vmamba.kernels.backend import triton
+from vmamba.kernels import use_triton
 
 SHALLOW = {'vmamba': dict(depths=(1, 1)), 'v0': dict(depths=(1, 1)), 'vim': dict(depth=2)}
 CASES = [
@@ -22,7 +23,7 @@ CASES = [
 
 
 def small(family, **kwargs):
-    return test_timm_api.small(family, **{**SHALLOW[family], **kwargs})
+    return model_cases.small(family, **{**SHALLOW[family], **kwargs})
 
 
 @pytest.fixture(autouse=True)
@@ -75,21 +76,24 @@ def test_compiled_to_native_code_equals_eager(family):
         assert oracles.relative_error(actual, expected) < 1e-4
 
 
-@pytest.mark.skipif(triton is None, reason='needs the package triton')
-@pytest.mark.parametrize('fused', [False, True], ids=['plain-norms', 'fused-norms'])
+@needs_triton
 @pytest.mark.parametrize('family', SMALL)
-def test_compiled_on_the_kernels_equals_eager(family, fused, monkeypatch):
-    monkeypatch.setattr(add_norm, '_FUSE_WHEN_COMPILED', fused)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+def test_compiled_on_the_kernels_equals_eager(family, monkeypatch):
+    """Compiled graphs hold operators; eager blocks run fused."""
     options = dict(depth=1, img_size=16) if family == 'vim' else dict(depths=(1,))
-    model = small(family, d_state=2, **options).train().to(device)
-    x = images(2, 3, 16, 16).to(device)
+    model = small(family, d_state=2, **options).train().to(DEVICE)
+    x = images(2, 3, 16, 16).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    ran = chains.record(monkeypatch)
     with use_triton(True):
-        for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
-            assert oracles.relative_error(actual, expected) < 1e-4
-        graph = str(torch.export.export(model.eval(), (x,)).graph)
-    assert ('add_norm_fused' in graph) == fused
+        actual = outputs_and_gradients(model, compiled, x)
+        assert not ran
+        expected = outputs_and_gradients(model, model, x)
+        assert len(ran) == 1
+        with torch.no_grad():
+            graph = str(torch.export.export(model.eval(), (x,)).graph)
+    assert all(oracles.relative_error(ours, theirs) < 1e-4 for ours, theirs in zip(actual, expected, strict=True))
+    assert 'vmamba.norm.default' in graph and len(ran) == 1
 
 
 @torch.no_grad()
@@ -161,3 +165,15 @@ def test_captured_graphs_still_refuse_bad_images(family):
     compiled(images())
     with pytest.raises(ValueError, match='got 4'):
         compiled(images(2, 4, 32, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', SMALL)
+def test_fx_traces_models_that_drop_paths(family):
+    options = dict(features_only=True, feature_cls='fx', out_indices=(1, 3), drop_path_rate=0.5)
+    features, x = model_cases.small(family, **options), images()
+    torch.manual_seed(1)
+    dropping = features.train()(x)
+    torch.manual_seed(2)
+    assert not torch.equal(features(x)[1], dropping[1])
+    assert torch.equal(features.eval()(x)[1], features(x)[1])

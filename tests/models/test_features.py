@@ -6,7 +6,7 @@ import oracles
 import pytest
 import timm
 import torch
-from test_timm_api import SMALL, images, small
+from model_cases import SMALL, images, small
 from torch import nn
 
 DEPTH = 4

@@ -5,7 +5,7 @@ import oracles
 import pytest
 import timm
 import torch
-from test_timm_api import SMALL, images, small
+from model_cases import SMALL, images, small
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def test_vim_dynamic_set_and_static_sizes_agree(size):
     static = small('vim', img_size=size).eval()
     static.load_state_dict(resized.state_dict())
     assert torch.equal(static(x), logits)
-    assert static.embed.grid_size == (size[0] // 4, size[1] // 4)
+    assert static.patch_embed.grid_size == (size[0] // 4, size[1] // 4)
 
 
 @torch.no_grad()
@@ -61,12 +61,12 @@ def test_vim_features_follow_a_dynamic_size():
 def test_vim_with_overlapping_patches_follows_a_dynamic_size():
     options = dict(depth=1, embed_dim=16, patch_size=8, stride=4, num_classes=3)
     model = timm.create_model('vim_nano', img_size=32, dynamic_img_size=True, **options).eval()
-    assert model.embed.grid_size == (7, 7)
+    assert model.patch_embed.grid_size == (7, 7)
     x = images(1, 3, 48, 28)
     y = model(x)
     model.set_input_size((48, 28))
     assert torch.equal(model(x), y)
-    assert model.embed.pos_embed.shape == (1, 11 * 6 + 1, 16)
+    assert model.pos_embed.shape == (1, 11 * 6 + 1, 16)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 import pytest
 import timm
 
-from vmamba.layers import SS2D, BiMamba, TokenEmbed
+from vmamba.layers import SS2D, BiMamba
+from vmamba.models.vim import PatchEmbed
 
 MODELS = [
     ('num_classes', -1),
@@ -64,14 +65,14 @@ def test_a_model_names_the_option_and_its_value(name, option):
         (BiMamba, dict(dt_rank=-1)),
         (BiMamba, dict(d_state=0)),
         (BiMamba, dict(expand=0.1)),
-        (TokenEmbed, dict(stride=0)),
-        (TokenEmbed, dict(embed_dim=0)),
+        (PatchEmbed, dict(stride=0)),
+        (PatchEmbed, dict(embed_dim=0)),
     ],
     ids=lambda value: getattr(value, '__name__', None) or str(value),
 )
 def test_a_layer_names_the_option_and_its_value(layer, options):
     ((key, value),) = options.items()
-    arguments = {} if layer is TokenEmbed else dict(dim=8)
+    arguments = {} if layer is PatchEmbed else dict(dim=8)
     with pytest.raises(ValueError, match=f'{key}.*{value}'):
         layer(device='meta', **arguments, **options)
 

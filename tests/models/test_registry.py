@@ -102,7 +102,7 @@ def test_vim(name, official_name, count, embed_dim, patches, repo, file):
     model = timm.create_model(name, device='meta')
     assert isinstance(model, Vim)
     assert parameters(model) == count
-    assert model.embed.pos_embed.shape == (1, patches + 1, embed_dim)
+    assert model.pos_embed.shape == (1, patches + 1, embed_dim)
     assert len(model.blocks) == 24
     assert model.pretrained_cfg['hf_hub_id'] == f'hustvl/{repo}-midclstok'
     assert model.pretrained_cfg['hf_hub_filename'] == file

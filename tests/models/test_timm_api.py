@@ -7,29 +7,13 @@ import oracles
 import pytest
 import timm
 import torch
+from model_cases import SMALL, images, small
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-
-import vmamba  # noqa: F401, registers the models
 
 CURRENT = ['vmamba_t', 'vmamba_s', 'vmamba_b', 'vmamba_t_s2l5', 'vmamba_s_s1l20', 'vmamba_b_s1l20']
 V0 = ['vmamba_t_v0', 'vmamba_s_v0', 'vmamba_b_v0']
 VIM = ['vim_t', 'vim_t_stride8', 'vim_s', 'vim_s_stride8', 'vim_b']
-SMALL = {
-    'vmamba': ('vmamba_nano', dict(embed_dim=8, num_classes=10)),
-    'v0': ('vmamba_t_v0', dict(depths=(1, 1, 2, 1), embed_dim=8, num_classes=10)),
-    'vim': ('vim_nano', dict(embed_dim=16, d_state=16, patch_size=4, stride=4, global_pool='token', num_classes=10)),
-}
-
-
-def small(family, **kwargs):
-    """A small model with weights that differ from layer to layer."""
-    name, options = SMALL[family]
-    return timm.create_model(name, **{**options, **kwargs})
-
-
-def images(*shape):
-    return torch.randn(*(shape or (2, 3, 32, 32)))
 
 
 @torch.no_grad()
@@ -227,7 +211,8 @@ def test_parameters_without_weight_decay(family):
 def first_to_last(family, model):
     """Prefixes of parameter names from the input to the output of a model."""
     if family == 'vim':
-        return ['embed.', *(f'blocks.{i}.' for i in range(len(model.blocks))), 'norm.', 'head.']
+        blocks = [f'blocks.{i}.' for i in range(len(model.blocks))]
+        return [('patch_embed.', 'cls_token', 'pos_embed'), *blocks, 'norm.', 'head.']
     order = ['stem.']
     for i, stage in enumerate(model.stages):
         order += [f'stages.{i}.downsample.', *(f'stages.{i}.blocks.{j}.' for j in range(len(stage.blocks)))]

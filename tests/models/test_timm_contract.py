@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from test_timm_api import SMALL, images, small
+from model_cases import SMALL, images, small, tokens_of
 from timm.models import is_model_pretrained
 from torch import nn
 
@@ -114,15 +114,15 @@ def test_vims_class_token_is_no_prefix():
     """A reader that cuts the first tokens off would take the class token for a patch."""
     model = small('vim')
     assert model.num_prefix_tokens == 0
-    nn.init.constant_(model.embed.cls_token, 100.0)
-    assert model.embed(images())[0].mean(dim=1).argmax() == 32
+    nn.init.constant_(model.cls_token, 100.0)
+    assert tokens_of(model, images())[0].mean(dim=1).argmax() == 32
 
 
 def test_setting_the_image_size_is_known_to_timm(tmp_path):
     traits = pytest.importorskip('timm.models._input')
     model = small('vim').eval()
     model.set_input_size()
-    assert model.embed.img_size == (32, 32)
+    assert model.patch_embed.img_size == (32, 32)
     model.set_input_size((32, 48))
     assert traits.get_model_input_config(model)['input_size'] == (3, 32, 48)
     timm.models.save_for_hf(model, tmp_path)

@@ -1,9 +1,11 @@
+"""Convolutions of images, and what is no image."""
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vmamba.layers.patches import ImageConv2d
+from vmamba.layers import ImageConv2d, check_images
 
 
 def convolution(in_chans, device='cpu'):
@@ -62,3 +64,21 @@ def test_channels_of_zeros_change_nothing(in_chans, autocast):
     ]
     assert gradients[0][0].shape == conv.weight.shape
     torch.testing.assert_close(gradients[0][0].double(), gradients[1][0], rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.parametrize('image,error,message', [
+    pytest.param([[0.0]], TypeError, r'\[B, 3, H, W\], got list', id='list'),
+    pytest.param(torch.zeros(3, 8, 8), ValueError, r'got shape \(3, 8, 8\)', id='rank'),
+    pytest.param(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ValueError, 'torch.uint8', id='integers'),
+    pytest.param(torch.zeros(1, 4, 8, 8), ValueError, 'got 4: create it with in_chans=4', id='channels'),
+    pytest.param(torch.zeros(1, 3, 3, 8), ValueError, 'at least 4x4, got 3x8', id='rows'),
+    pytest.param(torch.zeros(1, 3, 8, 3), ValueError, 'at least 4x4, got 8x3', id='columns'),
+])  # fmt: skip
+def test_what_is_no_image_is_an_error_that_shows_it(image, error, message):
+    with pytest.raises(error, match=message):
+        check_images(image, 3, 4)
+
+
+def test_images_of_any_batch_dtype_and_size_pass():
+    for shape, dtype in (((0, 3, 4, 4), torch.float32), ((2, 3, 5, 99), torch.bfloat16), ((1, 3, 4, 4), torch.double)):
+        check_images(torch.zeros(shape, dtype=dtype), 3, 4)

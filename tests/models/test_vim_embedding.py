@@ -1,11 +1,17 @@
-"""TokenEmbed: where the class token stands, and how the position embedding follows the image size."""
+"""Vim's tokens: where the class token stands, and how the position embedding follows the image size."""
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import tokens_of
 
-from vmamba.layers import TokenEmbed, insert_class_token, resize_pos_embed, split_class_token
+from vmamba.models.vim import Vim, insert_class_token, resize_pos_embed, split_class_token
+
+
+def make_model(img_size=32, patch_size=16, stride=16, **options):
+    """A Vim whose embedding alone matters."""
+    return Vim(img_size, patch_size, stride, embed_dim=6, depth=1, num_classes=0, **options)
 
 
 @pytest.mark.parametrize('patches', [1, 2, 9, 196, 729])
@@ -33,19 +39,20 @@ def test_the_class_token_stands_at_half_of_the_patches(patches):
     ],
 )
 def test_tokens_are_patches_with_the_class_token_among_them_plus_positions(size, patch, stride, grid):
-    embed = TokenEmbed(size, patch, stride, in_chans=2, embed_dim=6)
-    for parameter in embed.parameters():
+    model = make_model(size, patch, stride, in_chans=2)
+    for parameter in (*model.patch_embed.parameters(), model.cls_token, model.pos_embed):
         torch.nn.init.normal_(parameter)
+    proj = model.patch_embed.proj
     images = torch.randn(2, 2, *size)
     tokens = []
     for row in range(grid[0]):
         for column in range(grid[1]):
             patch_pixels = images[:, :, row * stride : row * stride + patch, column * stride : column * stride + patch]
-            tokens.append(torch.einsum('bchw,dchw->bd', patch_pixels, embed.proj.weight) + embed.proj.bias)
-    tokens.insert(grid[0] * grid[1] // 2, embed.cls_token[:, 0].expand(2, -1))
-    expected = torch.stack(tokens, dim=1) + embed.pos_embed
-    assert embed.grid_size == grid
-    assert oracles.relative_error(embed(images), expected) < 1e-5
+            tokens.append(torch.einsum('bchw,dchw->bd', patch_pixels, proj.weight) + proj.bias)
+    tokens.insert(grid[0] * grid[1] // 2, model.cls_token[:, 0].expand(2, -1))
+    expected = torch.stack(tokens, dim=1) + model.pos_embed
+    assert model.patch_embed.grid_size == grid
+    assert oracles.relative_error(tokens_of(model, images), expected) < 1e-5
 
 
 @pytest.mark.parametrize('old,new', [((3, 3), (4, 6)), ((14, 14), (27, 27)), ((4, 6), (3, 2)), ((2, 3), (3, 2))])
@@ -81,21 +88,21 @@ def test_positions_keep_their_dtype():
 @torch.no_grad()
 @pytest.mark.parametrize('size', [(32, 32), (48, 32), (80, 64)], ids='{0[0]}x{0[1]}'.format)
 def test_dynamic_sizes_equal_setting_the_size(size):
-    embed = TokenEmbed(32, 16, 16, embed_dim=6, dynamic_img_size=True)
+    model = make_model(dynamic_img_size=True)
     images = torch.randn(1, 3, *size)
-    dynamic = embed(images)
-    embed.set_input_size(size)
-    embed.dynamic_img_size = False
-    assert torch.equal(embed(images), dynamic)
-    assert embed.grid_size == (size[0] // 16, size[1] // 16)
-    assert embed.pos_embed.requires_grad
+    dynamic = tokens_of(model, images)
+    model.set_input_size(size)
+    model.patch_embed.dynamic_img_size = False
+    assert torch.equal(tokens_of(model, images), dynamic)
+    assert model.patch_embed.grid_size == (size[0] // 16, size[1] // 16)
+    assert model.pos_embed.requires_grad
 
 
 def test_gradients_reach_the_positions_through_the_resizing():
-    embed = TokenEmbed(32, 16, 16, embed_dim=6, dynamic_img_size=True)
-    embed(torch.randn(1, 3, 48, 80)).square().sum().backward()
-    assert (embed.pos_embed.grad.abs().sum(dim=-1) > 0).all()
-    assert (embed.cls_token.grad.abs() > 0).all()
+    model = make_model(dynamic_img_size=True)
+    tokens_of(model, torch.randn(1, 3, 48, 80)).square().sum().backward()
+    assert (model.pos_embed.grad.abs().sum(dim=-1) > 0).all()
+    assert (model.cls_token.grad.abs() > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -109,24 +116,24 @@ def test_gradients_reach_the_positions_through_the_resizing():
 )
 def test_a_bad_image_is_an_error_that_shows_it(shape, value):
     with pytest.raises(ValueError, match=value):
-        TokenEmbed(32, 16, 16, embed_dim=6)(torch.zeros(shape))
+        make_model()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize('size', [(33, 32), (32, 40), (8, 32), (15, 15)], ids='{0[0]}x{0[1]}'.format)
 def test_a_size_that_patches_do_not_cover_is_an_error_that_shows_it(size):
-    embed = TokenEmbed(32, 16, 16, embed_dim=6, dynamic_img_size=True)
+    model = make_model(dynamic_img_size=True)
     shown = f'{size[0]}x{size[1]}'
     with pytest.raises(ValueError, match=shown):
-        embed(torch.zeros(1, 3, *size))
+        model(torch.zeros(1, 3, *size))
     with pytest.raises(ValueError, match=shown):
-        embed.set_input_size(size)
+        model.set_input_size(size)
     with pytest.raises(ValueError, match=shown):
-        TokenEmbed(size, 16, 16)
-    assert embed.grid_size == (2, 2)
+        make_model(size)
+    assert model.patch_embed.grid_size == (2, 2) and model.pos_embed.shape == (1, 5, 6)
 
 
 def test_setting_the_size_keeps_frozen_positions_frozen():
-    embed = TokenEmbed(32, 16, 16, embed_dim=6)
-    embed.pos_embed.requires_grad_(False)
-    embed.set_input_size(48)
-    assert not embed.pos_embed.requires_grad
+    model = make_model()
+    model.pos_embed.requires_grad_(False)
+    model.set_input_size(48)
+    assert not model.pos_embed.requires_grad
