@@ -14,6 +14,7 @@ from .._check import check
 from .._launch import num_processors, runs_on_triton, shared_memory
 from .._operator import Operator
 from ..chunked import routed_scan, routed_scan_backward, scratch
+from ..norm import layer_norm
 from .launch import (
     NUM_ROUTES,
     merge_backward,
@@ -94,8 +95,7 @@ def ss2d_core(
         return _core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps)
     x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
     y = ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
-    dim = x.shape[-1]
-    return F.layer_norm(y, (dim,), norm_weight.to(y.dtype), norm_bias.to(y.dtype), norm_eps).to(x.dtype)
+    return layer_norm(y, norm_weight, norm_bias, norm_eps, x.dtype)
 
 
 def _check_scan(function: str, x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> dict:
