@@ -4,6 +4,8 @@
 - Whenever a kernel calls a function it replaces the functions of the language; here, when it first calls one of a
   module.
 - It finds out what follows from a type and a shape for every tensor; here, once.
+- It computes integers a second time in 64 bits for a check of overflows that only debugging makes; here, it does not.
+- It broadcasts tensors of one type to each other; here, it leaves them alone.
 """
 
 from itertools import accumulate
@@ -13,6 +15,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, ReduceOps, ScanOps
 
+# A class from triton 3.4 on.
+TritonSemantic = getattr(tl.semantic, 'TritonSemantic', None)
+broadcast = TritonSemantic and TritonSemantic.broadcast_impl_value
 reduce_elements, call_and_patch = ReduceOps.generic_reduce, InterpretedFunction.__call__
 find_dtype, init_block, init_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
 patched, dtypes, blocks, tensors_of_type = set(), {}, {}, {}
@@ -86,6 +91,14 @@ def _init_tensor(tensor, handle, type):
     vars(tensor).update(tensors_of_type[type.name], handle=handle, type=type)
 
 
+def _check_no_overflow(*arguments):
+    pass
+
+
+def _broadcast(semantic, left, right):
+    return (left, right) if left.type.name == right.type.name else broadcast(semantic, left, right)
+
+
 FASTER = (
     (ScanOps, 'generic_scan', _scan),
     (ReduceOps, 'generic_reduce', _reduce),
@@ -94,4 +107,9 @@ FASTER = (
     (tl.block_type, '__init__', _init_block),
     (tl.tensor, '__init__', _init_tensor),
 )
+if TritonSemantic is not None:
+    FASTER += (
+        (TritonSemantic, 'binary_op_sanitize_overflow_impl', _check_no_overflow),
+        (TritonSemantic, 'broadcast_impl_value', _broadcast),
+    )
 AS_IT_WAS = tuple((owner, name, getattr(owner, name)) for owner, name, _ in FASTER)
