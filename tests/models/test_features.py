@@ -83,8 +83,8 @@ def own_key(key):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx'])
-def test_lists_hooks_and_graphs_give_vims_tokens_with_the_class_token(feature_cls):
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+def test_hooks_and_graphs_give_vims_tokens_with_the_class_token(feature_cls):
     name, options = SMALL['vim']
     features = timm.create_model(
         name, features_only=True, feature_cls=feature_cls, out_indices=(1, 3), **{**options, 'num_classes': 0}
@@ -93,9 +93,14 @@ def test_lists_hooks_and_graphs_give_vims_tokens_with_the_class_token(feature_cl
     state = {own_key(key).replace('blocks_', 'blocks.'): value for key, value in features.state_dict().items()}
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     outputs, _ = collected(model, x)
-    found = features(x)
-    for feature, tokens in zip(found.values() if feature_cls == 'dict' else found, outputs[1::2], strict=True):
+    for feature, tokens in zip(features(x), outputs[1::2], strict=True):
         assert torch.equal(feature, tokens)
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict'])
+def test_lists_of_vims_modules_are_an_error_that_names_the_choices(feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls must be one of 'getter', 'hook', 'fx', got '{feature_cls}'"):
+        small('vim', features_only=True, feature_cls=feature_cls, out_indices=(1, 3))
 
 
 @torch.no_grad()
@@ -175,7 +180,8 @@ def test_no_index_is_an_error(family, indices):
         model.forward_intermediates(images(1, 3, 32, 32), indices=indices)
     with pytest.raises(ValueError, match='indices must hold at least one index, got'):
         model.prune_intermediate_layers(indices)
-    for feature_cls in ({}, dict(feature_cls='list'), dict(feature_cls='getter'), dict(feature_cls='fx')):
+    modules = 'hook' if family == 'vim' else 'list'
+    for feature_cls in ({}, dict(feature_cls=modules), dict(feature_cls='getter'), dict(feature_cls='fx')):
         with pytest.raises(ValueError, match='out_indices must hold at least one index, got'):
             small(family, features_only=True, out_indices=indices, **feature_cls)
 

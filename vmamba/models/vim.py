@@ -593,7 +593,10 @@ _EMA_VARIANTS = ('vim_b',)  # its published accuracy is that of the averaged wei
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
-    feature_cfg = dict(out_indices=3, feature_cls='getter', flatten_sequential=True)
+    feature_cls = kwargs.get('feature_cls', 'getter')
+    if isinstance(feature_cls, str):  # lists of modules would leave out class token and positions, the model's own
+        check_choice(('getter', 'hook', 'fx'), feature_cls=feature_cls)
+    feature_cfg = dict(out_indices=3, feature_cls='getter')
     return build_model(Vim, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)
 
 
