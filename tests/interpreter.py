@@ -12,11 +12,12 @@ from itertools import accumulate
 
 import numpy as np
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, ReduceOps, ScanOps
 
 # A class from triton 3.4 on.
-TritonSemantic = getattr(tl.semantic, 'TritonSemantic', None)
+TritonSemantic = getattr(semantic, 'TritonSemantic', None)
 broadcast = TritonSemantic and TritonSemantic.broadcast_impl_value
 reduce_elements, call_and_patch = ReduceOps.generic_reduce, InterpretedFunction.__call__
 find_dtype, init_block, init_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
