@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import check
-from .._launch import num_processors, runs_on_triton, shared_memory
+from .._launch import runs_on_triton
 from .._operator import Operator
 from ..chunked import routed_scan, routed_scan_backward, scratch
 from ..norm import layer_norm
 from .launch import (
     NUM_ROUTES,
+    Device,
     merge_backward,
     merge_forward,
     plan_of,
@@ -145,7 +146,7 @@ def _like_states(x: Tensor, dt_weight: Tensor, A: Tensor, triton: bool, save: bo
     sizes = sizes_of(x, dt_weight, A)
     shape = (0, 0, 0) if triton else (0,)
     if triton and save:
-        shape = states_shape(sizes, plan_of(sizes, num_processors(x), shared_memory(x)))
+        shape = states_shape(sizes, plan_of(sizes, Device.of(x)))
     return x.new_empty(shape, dtype=torch.float32)
 
 

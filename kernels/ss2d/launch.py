@@ -1,7 +1,7 @@
 """Launches of SS2D's kernels: how they cut their work, by the sizes of the map and the GPU."""
 
 from functools import lru_cache
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from .merge_norm import merge_norm_backward_kernel, merge_norm_kernel
 NUM_ROUTES = 4
 _MIN_CHUNK = 128  # steps
 _JOIN_BLOCK = 2048
-# The backward pass needs up to 88 KiB for 32 channels where the rank of dt is above 32, and about half for 16.
-_MAX_SMALL_RANK = 32
-_LARGE_SHARED_MEMORY = 96 * 1024
+# KiB of shared memory that programs of 32 channels need, and more for each row of the padded rank of dt, by the precision
+# of products, on the architecture that needs most. 16 channels need about half. `make test-targets` checks it.
+_FORWARD_KIB = {'tf32x3': (4, 1.25), 'tf32': (4, 0.625), 'ieee': (4, 0.625)}
+_BACKWARD_KIB = {'tf32x3': (34, 2.25), 'tf32': (16, 1.125), 'ieee': (16, 1.125)}
 _MERGE_ELEMENTS = 2048  # pixels times channels that a program of the merge holds at a time
 _MERGE_PROGRAMS_PER_PROCESSOR = 8  # of the merge's backward pass, each of which leaves a partial sum
 
@@ -92,6 +93,11 @@ class Sizes(NamedTuple):
         return self.height * self.width
 
     @property
+    def block_r(self) -> int:
+        """The rank, padded for products."""
+        return max(next_power_of_2(self.dt_rank), 16)
+
+    @property
     def projections(self) -> int:
         """Projections of a pixel, R + 2N for each route."""
         return NUM_ROUTES * (self.dt_rank + 2 * self.dstate)
@@ -102,8 +108,22 @@ class Sizes(NamedTuple):
         return NUM_ROUTES * self.dim * (self.dt_rank + 1 + self.dstate)
 
 
-def plan_of(sizes: Sizes, processors: int, shared_bytes: int) -> Plan:
+class Device(NamedTuple):
+    """What plans depend on beside the sizes: the precision of products, multiprocessors, and the bytes of shared memory
+    that a program can have."""
+
+    precision: str
+    processors: int
+    shared_memory: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> 'Device':
+        return cls(dot_precision(x), num_processors(x), shared_memory(x))
+
+
+def plan_of(sizes: Sizes, device: Device) -> Plan:
     """Few chunks while the batch and the channels alone give every processor enough programs."""
+    processors = device.processors
     programs = sizes.batch * 2 * cdiv(sizes.dim, 32)
     # As many programs as run at once where each has two warps with 168 registers a thread.
     wanted = 6 * processors // max(programs, 1) if programs < processors else 1
@@ -113,12 +133,18 @@ def plan_of(sizes: Sizes, processors: int, shared_bytes: int) -> Plan:
     # a tile between threads.
     fits_at_once = 2 * processors < programs * chunks <= 3 * processors
     splits = 2 if programs * chunks <= 3 * processors else 1
-    forward = Schedule(Tile(16, splits, 32), chunks, registers=168)
+    block_d = _block_d(sizes, device, _FORWARD_KIB)
+    forward = Schedule(Tile(16, splits, block_d), chunks, registers=168)
     # What is left over of programs sums the gradients of parameters over the batch, which saves memory.
     batches = max(programs * chunks // (5 * processors), 1)
-    fits = sizes.dt_rank <= _MAX_SMALL_RANK or shared_bytes >= _LARGE_SHARED_MEMORY
-    tile = Tile(8, 2, 32 if fits else 16)
+    tile = Tile(8, 2, _block_d(sizes, device, _BACKWARD_KIB))
     return Plan(forward, Schedule(tile, chunks, batches, registers=168 if fits_at_once else None))
+
+
+def _block_d(sizes: Sizes, device: Device, needed: Dict[str, Tuple[float, float]]) -> int:
+    """Channels of a tile, fewer where the shared memory has no room for more."""
+    fixed, per_row = needed[device.precision]
+    return 32 if (fixed + per_row * sizes.block_r) * 1024 <= device.shared_memory else 16
 
 
 plan = lru_cache(maxsize=MAX_PLANS)(plan_of)  # not for symbolic sizes, which cannot be hashed
@@ -139,7 +165,7 @@ def scan_forward(
     """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the
     states of `states_shape` / ln 2. All tensors are contiguous."""
     sizes = sizes_of(x, dt_weight, A)
-    planned = plan(sizes, num_processors(x), shared_memory(x))
+    planned = plan(sizes, Device.of(x))
     launches, shape, summary_shape = _forward_launches(sizes, planned, save, _Numerics.of(x))
     y = x.new_empty((2, *x.shape))
     states = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -176,7 +202,7 @@ def scan_backward(
         log_A: Return the gradient of log(-A) in place of A's.
     """
     sizes = sizes_of(x, dt_weight, A)
-    planned = plan(sizes, num_processors(x), shared_memory(x))
+    planned = plan(sizes, Device.of(x))
     launches, blocks, groups, summary_shape = _backward_launches(sizes, planned, log_A, _Numerics.of(x))
     by_routes = x.new_empty((2, *x.shape))
     by_blocks = x.new_empty((blocks, *x_dbl.shape))
@@ -334,7 +360,7 @@ def _merge_backward_launch(pixels: int, dim: int, processors: int) -> Launch:
 def _constants(sizes: Sizes, schedule: Schedule, wrap: bool, numerics: _Numerics) -> tuple:
     """The last constants of both scans."""
     wide = sizes.seqlen * max(sizes.dim, sizes.projections) >= 2**31
-    ranks = _Ranks(sizes.dt_rank, max(next_power_of_2(sizes.dt_rank), 16), sizes.dstate)
+    ranks = _Ranks(sizes.dt_rank, sizes.block_r, sizes.dstate)
     return ranks, schedule.tile, _Flags(wrap, wide, *numerics)
 
 

@@ -178,7 +178,7 @@ def test_the_schedules_that_are_chosen(triton_kernels):
 def test_chosen_schedules_fit_together(size):
     for batch, dim, dstate, processors in product((0, 1, 64), (1, 33, 96, 768), (1, 16), (1, 20, 132)):
         sizes = Sizes(batch, *size, dim, 6, dstate)
-        forward, backward = plan = launch.plan_of(sizes, processors, 2**16)
+        forward, backward = plan = launch.plan_of(sizes, launch.Device('tf32', processors, 2**16))
         assert backward.steps in (forward.steps, forward.tile.steps)
         for chosen in plan:
             assert chosen.steps >= 16 and chosen.tile.block_d % 16 == 0
@@ -188,11 +188,20 @@ def test_chosen_schedules_fit_together(size):
         assert unused < max(backward.steps, 0.21 * size[0] * size[1]), 'tiles are nearly full'
 
 
-def test_little_shared_memory_takes_narrower_tiles_for_large_ranks():
-    sizes = Sizes(64, 7, 7, 768, 48, 1)
-    widths = [launch.plan_of(sizes, 40, kibibytes * 1024).backward.tile.block_d for kibibytes in (64, 99, 227)]
-    assert widths == [16, 32, 32]
-    assert launch.plan_of(sizes._replace(dt_rank=24), 40, 64 * 1024).backward.tile.block_d == 32
+@pytest.mark.parametrize(
+    'precision,kibibytes,rank,widths',
+    [
+        ('tf32', 64, 48, (32, 16)),
+        ('tf32', 64, 24, (32, 32)),
+        ('tf32', 99, 48, (32, 32)),
+        ('tf32x3', 163, 48, (32, 16)),
+        ('tf32x3', 227, 48, (32, 32)),
+        ('tf32x3', 99, 128, (16, 16)),
+    ],
+)
+def test_little_shared_memory_takes_narrower_tiles_for_large_ranks(precision, kibibytes, rank, widths):
+    plan = launch.plan_of(Sizes(64, 7, 7, 768, rank, 1), launch.Device(precision, 132, kibibytes * 1024))
+    assert tuple(schedule.tile.block_d for schedule in plan) == widths
 
 
 def test_several_tiles_in_half_precision(triton_kernels, schedule):
