@@ -24,8 +24,8 @@ from .merge_norm import merge_norm_backward_kernel, merge_norm_kernel
 NUM_ROUTES = 4
 _MIN_CHUNK = 128  # steps
 _JOIN_BLOCK = 2048
-# KiB of shared memory that programs of 32 channels need, and more for each row of the padded rank of dt, by how products
-# are computed, on the architecture that needs most. 16 channels need about half. `make test-targets` checks it.
+# KiB of shared memory that programs of 32 channels need, and more for each row of the padded rank of dt, by how
+# products are computed, on the architecture that needs most. 16 channels need half. `make test-targets` checks it.
 _FORWARD_KIB = {'tf32x3': (4, 1.25), 'tf32': (4, 0.625), 'ieee': (4, 0.625)}
 _BACKWARD_KIB = {'tf32x3': (34, 2.25), 'tf32': (16, 1.125), 'ieee': (16, 1.125)}
 _MERGE_ELEMENTS = 2048  # pixels times channels that a program of the merge holds at a time
