@@ -5,7 +5,8 @@ from torch import nn
 
 from ..layers import LayerNorm2d
 
-MODELS.register_module(module=LayerNorm2d)  # for the norm_cfg of necks and heads, as in ViTDet
+# For the norm_cfg of necks and heads, as in ViTDet; the second name is that of configs which earlier runs saved.
+MODELS.register_module(['LayerNorm2d', 'FusedLayerNorm2d'], module=LayerNorm2d)
 
 
 def make_resample(dim: int, stride: int, out_stride: int) -> nn.Module:

@@ -7,7 +7,7 @@ _base_ = [
 custom_imports = dict(imports=['vmamba.mm', 'vmamba.mm.roi_extractor'], allow_failed_imports=False)
 
 image_size = (1024, 1024)
-norm_cfg = dict(type='FusedLayerNorm2d', eps=1e-6, autocast=True)
+norm_cfg = dict(type='LayerNorm2d', eps=1e-6, autocast=True)
 bbox_heads = [
     dict(
         type='Shared4Conv1FCBBoxHead',
