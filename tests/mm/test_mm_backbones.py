@@ -1,5 +1,7 @@
 """The backbones' outputs against the official definitions, and their options."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,10 @@ from mm_cases import SMALL_V0, normalised, vim_backbone, vmamba_backbone, with_r
 from mmengine.registry import MODELS
 from official import vim_state, vim_tokens, vmamba_maps, vmamba_state
 from timm.layers import DropPath
+from torch import nn
 
 import vmamba
+from vmamba.layers import LayerNorm2d
 
 
 @torch.no_grad()
@@ -161,6 +165,23 @@ def test_the_registry_is_that_of_every_package():
 
     for name in ('VMambaBackbone', 'VimBackbone', 'MM_VSSM'):
         assert MODELS.get(name) is DETECTION.get(name) is SEGMENTATION.get(name) is getattr(vmamba.mm, name)
+    # The norm of the maps also under the name that it had in configs which earlier runs saved.
+    assert DETECTION.get('FusedLayerNorm2d') is DETECTION.get('LayerNorm2d') is LayerNorm2d
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('make', [vmamba_backbone, vim_backbone])
+@pytest.mark.parametrize('whole', [False, True], ids=['backbone', 'detector'])
+def test_backbones_of_earlier_checkpoints_load(make, whole):
+    """Vim's embedding was a module, `embed`."""
+    source, backbone = with_random_norms(make()), make().eval()
+    prefix = 'backbone.' if whole else ''
+    now = re.compile(r'^model\.(patch_embed\.(?=proj)|(?=pos_embed|cls_token))')
+    state = {prefix + now.sub('model.embed.', key): value for key, value in source.state_dict().items()}
+    assert any(f'{prefix}model.embed.' in key for key in state) == (make is vim_backbone)
+    (nn.ModuleDict({'backbone': backbone}) if whole else backbone).load_state_dict(state)
+    x = torch.randn(1, 3, 32, 48)
+    assert all(map(torch.equal, backbone(x), source(x)))
 
 
 @pytest.mark.parametrize('make', [vmamba_backbone, vim_backbone])
