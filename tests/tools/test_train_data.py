@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train_interrupted import assert_same
 from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, get_worker_info
 from training.config import Config
 from training.data import IndexedData, StreamedData, Validation
 from training.runtime import Runtime
-from training_runs import ROOT, SMALL, newest, rows, signals_kept
+from training_runs import ROOT, SMALL, assert_same, newest, rows, signals_kept
 from user_errors import UserError
 
 DATA_CONFIG = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from folders import in_use, write_digits
 from output_files import lock_folder
-from training_runs import CONFIGS, SMALL, TORCHRUN, finish, image_folder, newest, rows, start, wait_for
+from training_runs import CONFIGS, SMALL, TORCHRUN, assert_same, finish, image_folder, newest, rows, start, wait_for
 from user_errors import UserError
 
 # Everything that draws random numbers or has a state.
@@ -20,23 +20,6 @@ STATEFUL = (
     *('--auto-augment', 'rand-m9-mstd0.5-inc1', '--drop-path', 0.2, '--ema-decay', 0.9, '--checkpoint-every', 2),
     *('--log-every', 1, '--device', 'cpu'),
 )
-
-
-def assert_same(ours, theirs):
-    """Compares nested states bit by bit."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs)
-        for pair in zip(ours, theirs):
-            assert_same(*pair)
-    else:
-        assert ours == theirs
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone, tmp_path):

@@ -79,3 +79,20 @@ def signals_kept():
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
+
+
+def assert_same(ours, theirs):
+    """Compares nested states bit by bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for pair in zip(ours, theirs):
+            assert_same(*pair)
+    else:
+        assert ours == theirs
