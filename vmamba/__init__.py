@@ -1,4 +1,4 @@
-"""Vision Mamba (Vim) and VMamba backbones. Importing this package registers them with timm."""
+"""Vision Mamba (Vim) and VMamba backbones; importing this package registers them with timm."""
 
 from .models import Vim, VMamba
 

@@ -1,6 +1,6 @@
-"""DINO with VMamba-T, as a start: no figures are published.
+"""DINO with VMamba-T, as a starting point; no figures are published.
 
-In fp32: for bf16 mmcv has deformable attention only in plain PyTorch, not compiled.
+In fp32, since mmcv's compiled deformable attention does not support bf16.
 """
 
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
@@ -17,4 +17,4 @@ model = dict(
     ),
     neck=dict(in_channels=[192, 384, 768]),
 )
-optim_wrapper = dict(constructor='LayerDecayConstructor')  # with the recipe's 0.1 of lr for the backbone
+optim_wrapper = dict(constructor='LayerDecayConstructor')  # keeps the recipe's lr factor 0.1 for the backbone

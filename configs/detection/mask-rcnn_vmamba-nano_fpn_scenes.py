@@ -1,4 +1,4 @@
-"""Mask R-CNN with VMamba-nano from scratch on the scenes of tools/make_scenes.py, within minutes on two CPU cores."""
+"""Mask R-CNN with VMamba-nano from scratch on the scenes of tools/make_scenes.py; minutes on two CPU cores."""
 
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
 custom_imports = dict(imports=['vmamba.mm'])

@@ -1,6 +1,6 @@
-"""Mask2Former with VMamba-T, as a start: no figures are published. It needs mmdet.
+"""Mask2Former with VMamba-T, as a starting point; no figures are published. It needs mmdet.
 
-In fp32: for bf16 mmcv has deformable attention only in plain PyTorch, not compiled.
+In fp32, since mmcv's compiled deformable attention does not support bf16.
 """
 
 _base_ = ['./_base_/ade20k_512x512.py', './_base_/runtime.py']

@@ -1,4 +1,4 @@
-"""UPerNet with VMamba-nano from scratch on the scenes of tools/make_scenes.py, within minutes on two CPU cores."""
+"""UPerNet with VMamba-nano from scratch on the scenes of tools/make_scenes.py; minutes on two CPU cores."""
 
 _base_ = './_base_/upernet.py'
 
@@ -6,7 +6,7 @@ data_root = 'data/scenes/'
 classes = ('photograph', 'zero', 'one', 'two')
 norm_cfg = dict(type='BN', requires_grad=True)
 channels = 64
-class_weight = [0.5, 1.0, 1.0, 1.0]  # else the classes of the few pixels of digits are learnt late
+class_weight = [0.5, 1.0, 1.0, 1.0]  # digits cover few pixels and would be learned late
 
 model = dict(
     data_preprocessor=dict(size=(96, 96)),

@@ -1,4 +1,4 @@
-"""Crops of 640 x 640, and images resized to a shorter side of 640."""
+"""Crops of 640 x 640; images are resized to a shorter side of 640."""
 
 _base_ = './upernet_vmamba-s_160k_ade20k-512x512.py'
 

@@ -1,4 +1,4 @@
-"""Crops of 896 x 896, and images resized to a shorter side of 896."""
+"""Crops of 896 x 896; images are resized to a shorter side of 896."""
 
 _base_ = './upernet_vmamba-s_160k_ade20k-512x512.py'
 

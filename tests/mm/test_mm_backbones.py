@@ -198,9 +198,9 @@ def test_bf16_autocast(make):
 
 ERRORS = [
     (dict(type='VMambaBackbone', variant='vmamba_x'), ValueError, "unknown variant 'vmamba_x'.*vmamba_nano"),
-    (dict(type='VMambaBackbone', variant='resnet18'), ValueError, 'resnet18 is no VMamba'),
-    (dict(type='VMambaBackbone', variant='vim_nano'), ValueError, 'vim_nano is no VMamba'),
-    (dict(type='VimBackbone', variant='vmamba_nano'), ValueError, 'vmamba_nano is no Vim'),
+    (dict(type='VMambaBackbone', variant='resnet18'), ValueError, 'resnet18 is not a VMamba'),
+    (dict(type='VMambaBackbone', variant='vim_nano'), ValueError, 'vim_nano is not a VMamba'),
+    (dict(type='VimBackbone', variant='vmamba_nano'), ValueError, 'vmamba_nano is not a Vim'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=(0, 4)), ValueError, r'0\.\.3 .* \(0, 4\)'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=(1, 0)), ValueError, 'ascending'),
     (dict(type='VMambaBackbone', variant='vmamba_nano', out_indices=()), ValueError, 'out_indices'),

@@ -180,7 +180,7 @@ def test_a_checkpoint_with_the_wanted_number_of_classes_keeps_its_classifier(tmp
     model = load(save(tmp_path / 'ckpt.pth', state), num_classes=7)
     assert torch.equal(model.head.fc.weight, state['classifier.head.weight'])
     assert torch.equal(model.head.fc.bias, state['classifier.head.bias'])
-    assert 'fresh' not in caplog.text
+    assert 're-initialised' not in caplog.text
 
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(num_classes=1000)], ids=['default', 'explicit'])

@@ -20,9 +20,9 @@ from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negativ
 class BiMamba(nn.Module):
     """Bidirectional Mamba over a token sequence.
 
-    x, z = in_proj(h).chunk(2);  u_k = silu(conv1d_k(x));  y = sum over both directions k of a selective scan of u_k
-    with the projections x_proj_k(u_k);  out = out_proj(y / 2 * silu(z)); see `vmamba.kernels.bimamba_core`.
-    Direction 0 walks and convolves from the first token, direction 1 from the last; each has its own parameters.
+    x, z = in_proj(h).chunk(2);  u_k = silu(conv1d_k(x));  y = sum over directions k of selective_scan_k(u_k), with
+    projections x_proj_k(u_k);  out = out_proj(y / 2 * silu(z)). See `vmamba.kernels.bimamba_core`.
+    Direction 0 convolves and scans from the first token, direction 1 from the last. Each has its own parameters.
 
     Args:
         dim: Token channels d.
@@ -59,7 +59,7 @@ class BiMamba(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters of the directions; in_proj and out_proj initialise themselves."""
+        """Initialises all parameters except in_proj and out_proj, which initialise themselves."""
         for parameter in (self.conv1d_weight, self.conv1d_bias):
             bound = self.conv1d_weight.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
@@ -78,6 +78,6 @@ class BiMamba(nn.Module):
         return self.out_proj(y)
 
     def has_kernels(self) -> bool:
-        """Whether the Triton kernels take this width of convolutions and number of states."""
+        """Whether the Triton kernels support this convolution width and state dimension."""
         taps, states = self._parameters['conv1d_weight'].shape[-1], self._parameters['A_log'].shape[-1]
         return taps <= branches.MAX_TAPS and states <= branches.MAX_STATES

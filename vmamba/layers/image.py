@@ -1,4 +1,4 @@
-"""What is particular to images: checks of them, and convolutions of few channels."""
+"""Image inputs: checks, and convolutions of few channels."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,18 @@ from torch import Tensor, nn
 
 @register_notrace_function
 def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
-    """Raises TypeError unless images is a tensor, and ValueError unless it is a floating [B, in_chans, H, W] tensor
-    with H, W >= min_size."""
+    """Checks that images is a floating-point tensor [B, in_chans, H, W] with H, W >= min_size.
+
+    Raises:
+        TypeError: If images is not a tensor.
+        ValueError: If its shape or dtype is wrong.
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f'expected a tensor of images [B, {in_chans}, H, W], got {type(images).__name__}')
     if images.ndim != 4:
         raise ValueError(f'expected a batch of images [B, {in_chans}, H, W], got shape {tuple(images.shape)}')
     if not images.is_floating_point():
-        raise ValueError(f'expected floating images (scaled and normalised), got {images.dtype}')
+        raise ValueError(f'expected floating-point images (scaled and normalised), got {images.dtype}')
     channels, height, width = images.shape[1:]
     if channels != in_chans:
         raise ValueError(
@@ -27,14 +31,14 @@ def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
 
 @register_notrace_module
 class ImageConv2d(nn.Conv2d):
-    """A convolution of images, in channels-last memory, whatever theirs.
+    """Convolution of images that always runs in channels-last memory.
 
-    On a GPU those of 16 bits get channels of zeros up to a multiple of 8, without which none run on tensor cores.
+    On a GPU, 16-bit inputs are zero-padded to a multiple of 8 channels, as tensor cores need.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, d, H', W']"""
-        autocast = torch.is_autocast_enabled('cuda') and x.dtype != torch.float64  # it leaves fp64 alone
+        autocast = torch.is_autocast_enabled('cuda') and x.dtype != torch.float64  # autocast skips fp64
         dtype = torch.get_autocast_dtype('cuda') if autocast else x.dtype
         if not x.is_cuda or dtype.itemsize != 2:
             return super().forward(x.contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""timm's norms, computed in at least fp32, with results in the dtype that their reader takes."""
+"""timm's norms, computed in at least fp32 and returned in the dtype of the next layer."""
 
 import torch
 from timm.layers import LayerNorm as TimmLayerNorm
@@ -12,18 +12,18 @@ from ..kernels import layer_norm, rms_norm
 
 @register_notrace_function
 def widen(x: Tensor) -> Tensor:
-    """x in at least fp32: the dtype of a residual stream."""
+    """x in at least fp32, the dtype of the residual stream."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _AutocastNorm(nn.Module):
-    """Lets a norm of timm return autocast's dtype.
+    """Mixin that lets a timm norm return autocast's dtype.
 
     Args:
         dim: Channels d.
         eps: Added to the mean square or the variance.
-        autocast: Return autocast's dtype where that is enabled, for a layer that would cast to it anyway; the weight's
-            dtype otherwise.
+        autocast: Return autocast's dtype if autocast is enabled, for a next layer that casts to it anyway. Otherwise
+            the weight's dtype is returned.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, autocast: bool = False, device=None, dtype=None) -> None:
@@ -31,8 +31,8 @@ class _AutocastNorm(nn.Module):
         self.autocast = autocast
 
     def out_dtype(self, device: str) -> torch.dtype:
-        """Dtype of the results on a type of device."""
-        # Autocast leaves fp64 alone, and does not know tensors without data.
+        """Output dtype on a device type."""
+        # Autocast skips fp64 and does not support the meta device.
         if not self.autocast or self.weight.dtype == torch.float64 or device == 'meta':
             return self.weight.dtype
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
@@ -58,7 +58,7 @@ class LayerNorm(_AutocastNorm, TimmLayerNorm):
 
 @register_notrace_module
 class LayerNorm2d(_AutocastNorm, TimmLayerNorm2d):
-    """LayerNorm over the channels of a map."""
+    """LayerNorm over the channels of a channels-first map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, d, H, W] -> [B, d, H, W], in channels-last memory"""

@@ -1,15 +1,14 @@
-"""Whether kernels may take a module's parameters in place of a call of the module."""
+"""Whether kernels may use a module's parameters instead of calling the module."""
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is of the class itself and computes as such, and nothing looks at its calls.
+    """Whether a module is exactly of class `kind`, with its original `forward` and no hooks.
 
-    Not plain are modules with hooks, a `forward` of their own (as some libraries put in its place) or parametrised
-    weights, whose class is another; modules that are compiled by themselves; and the replicas of DataParallel, which
-    have no parameters but plain attributes.
+    Not plain are modules with hooks, a replaced `forward` (as some libraries do), parametrised weights (which change
+    the class), modules compiled separately, and replicas of DataParallel (whose parameters are plain attributes).
     """
     state = module.__dict__
     hooks = (
@@ -23,7 +22,7 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether there are hooks of all modules, so that no module is plain."""
+    """Whether global module hooks are registered, which makes no module plain."""
     return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks

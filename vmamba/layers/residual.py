@@ -1,5 +1,4 @@
-"""Residual branches of a block, x + drop_path(module(norm(x))) each, and where `vmamba.kernels.branches` computes
-them."""
+"""Residual branches x + drop_path(module(norm(x))) of a block, and when `vmamba.kernels.branches` fuses them."""
 
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -21,7 +20,7 @@ Branch = Tuple[nn.Module, nn.Module, nn.Module]
 def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
     """x = x + drop_path(module(norm(x))) for each branch (norm, module, drop_path): [B, ..., d] -> [B, ..., d]
 
-    All at once where `runs_fused`, which gives the same.
+    Branches run fused where `runs_fused`, with the same result.
     """
     if runs_fused(x, branches):
         return _run_fused(x, branches)
@@ -35,11 +34,11 @@ def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
 
 
 def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
-    """Whether fused kernels may stand in for the modules of the branches.
+    """Whether fused kernels may replace the modules of the branches.
 
-    Only on Triton, for an fp32 map and weights of at most fp32; where nothing is traced, compiled or transformed; and
-    where every module is the one that the kernels stand for: of that very class, without hooks and a `forward` of its
-    own, with weights that are plain tensors. So adapters, quantised, pruned and parametrised layers are called.
+    This needs Triton, an fp32 map, weights of at most fp32, and no tracing, compilation or transform. Every module must
+    be exactly of the class that the kernels implement, without hooks or a replaced `forward`, with plain weight
+    tensors. So adapters and quantised, pruned or parametrised layers are called as modules.
     """
     if not kernels.can_run(x) or has_global_hooks():
         return False
@@ -63,8 +62,7 @@ def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:
 
 
 def _drop_path_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
-    """Draws the factor of each sample by which timm's DropPath multiplies: [B, ...] -> [B] in fp32; None stands for
-    1."""
+    """Draws the per-sample factor of timm's DropPath: [B, ...] -> [B] in fp32; None for 1."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
         return None
     keep = 1 - drop_path.drop_prob
@@ -73,8 +71,8 @@ def _drop_path_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
 
 
 def _has_plain_tensors(x: Tensor, norm: nn.Module, module: nn.Module) -> bool:
-    """Whether all parameters are where x is, contiguous, and of no subclass, as quantised and distributed tensors
-    are."""
+    """Whether all parameters are on x's device, contiguous, and no subclass (as quantised and distributed tensors
+    are)."""
     device = x.device
     for owner in (norm, module, *module._modules.values()):
         for parameter in owner._parameters.values():
@@ -104,8 +102,7 @@ def _first_weight(module: nn.Module) -> Tensor:
     return next(iter(module._modules.values()))._parameters['weight']
 
 
-# Attributes of a module that are parameters or modules take Python long to find: these functions look them up where
-# they are.
+# nn.Module's attribute lookup is slow in Python: these functions read `_parameters` and `_modules` directly.
 
 
 def _stands_for_ss2d(norm: nn.Module, mixer: SS2D) -> bool:

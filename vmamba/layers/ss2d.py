@@ -22,12 +22,12 @@ from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negativ
 class SS2D(nn.Module):
     """2-D selective scan over a channels-last map.
 
-    y = out_proj(LayerNorm(scan(silu(conv2d(in_proj(x)))))), where scan sums a selective scan along each of the four
-    routes over the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also makes z and the normalised scan is
-    multiplied by silu(z). State, A, D and the step's bias are fp32 under autocast.
+    y = out_proj(LayerNorm(scan(silu(conv2d(in_proj(x)))))), where scan sums selective scans along the four routes over
+    the map (see `vmamba.kernels.ss2d_scan`). With a gate, in_proj also returns z, and the normalised scan is multiplied
+    by silu(z). State, A, D and the dt bias are fp32 under autocast.
 
-    Kernels take the parameters of `conv2d`, `x_proj` and `out_norm`. Where one of these has hooks, is parametrised or
-    is another module (an adapter, a quantised layer, a dilated convolution), all three are called instead.
+    Kernels use the parameters of `conv2d`, `x_proj` and `out_norm` directly. If one of these modules has hooks, is
+    parametrised or was replaced (by an adapter, a quantised layer, a dilated convolution), all three are called.
 
     Args:
         dim: Channels d of the map.
@@ -35,8 +35,8 @@ class SS2D(nn.Module):
         d_state: State dimension N.
         dt_rank: Rank R of the step-size projection, ceil(dim / 16) by default.
         d_conv: Odd kernel size of the depthwise convolution.
-        conv_bias: Give the depthwise convolution a bias.
-        gate: Gate the output by silu(z).
+        conv_bias: Whether the depthwise convolution has a bias.
+        gate: Whether silu(z) gates the output.
         norm_eps: Epsilon of the output LayerNorm.
     """
 
@@ -74,7 +74,7 @@ class SS2D(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the state-space parameters; the linear and convolution layers initialise themselves."""
+        """Initialises the state-space parameters; linear and convolution layers initialise themselves."""
         init_dt_weight_(self.dt_proj_weight)
         init_dt_bias_(self.dt_proj_bias)
         init_A_log_(self.A_log)
@@ -100,7 +100,7 @@ class SS2D(nn.Module):
         return self.out_proj(y)
 
     def is_plain(self) -> bool:
-        """Whether `conv2d`, `x_proj` and `out_norm` are what they were made as, and nothing looks at their calls."""
+        """Whether `conv2d`, `x_proj` and `out_norm` are the original modules, without hooks."""
         modules = self._modules
         return (
             not has_global_hooks()
@@ -112,7 +112,7 @@ class SS2D(nn.Module):
         )
 
     def _is_depthwise(self) -> bool:
-        """Whether `conv2d` takes each channel by itself, to a map of the same size."""
+        """Whether `conv2d` is depthwise and keeps the size of the map."""
         conv, side = self._modules['conv2d'], self.d_conv
         return (
             conv.kernel_size == (side, side)

@@ -1,4 +1,4 @@
-"""The state-space parameters, as in Mamba: initial values and what is computed from them.
+"""Initialisation of the state-space parameters, as in Mamba.
 
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
@@ -34,5 +34,5 @@ def init_dt_bias_(bias: Tensor) -> Tensor:
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in fp32 also for parameters of half precision."""
+    """A = -exp(A_log) in at least fp32."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

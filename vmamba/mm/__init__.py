@@ -1,7 +1,7 @@
 """Backbones for OpenMMLab's mmdet, mmseg and mmpretrain.
 
-`custom_imports = dict(imports=['vmamba.mm'])` in a config registers them, and lets mmdet run with an mmcv that was
-installed without its compiled operators.
+`custom_imports = dict(imports=['vmamba.mm'])` in a config registers them and lets mmdet run without mmcv's compiled
+operators.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ if _missing:
 
 from . import ops  # noqa: E402
 
-ops.install()  # before anything imports mmcv.ops
+ops.install()  # must precede any import of mmcv.ops
 
 from .backbones import VimBackbone, VMambaBackbone  # noqa: E402
 from .official import MM_VSSM  # noqa: E402

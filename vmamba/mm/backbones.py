@@ -20,12 +20,12 @@ from .pyramid import make_resample
 
 @MODELS.register_module()
 class VMambaBackbone(TimmBackbone):
-    """VMamba's stages at strides 4, 8, 16 and 32, each through a LayerNorm of its own, `outnorm{i}`.
+    """VMamba's stages at strides 4, 8, 16 and 32, each followed by its own LayerNorm `outnorm{i}`.
 
     Args:
         variant: Registered name, e.g. 'vmamba_t'.
         out_indices: Stages whose outputs are returned.
-        **kwargs: See `TimmBackbone`. Of the frozen stages 0 is the stem alone; the output norms are always trained.
+        **kwargs: See `TimmBackbone`. frozen_stages=0 freezes only the stem; the output norms are always trained.
     """
 
     family = VMamba
@@ -44,24 +44,24 @@ class VMambaBackbone(TimmBackbone):
         return (self.model.stem,)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """Images [B, 3, H, W] of any size -> a map [B, d_i, ceil(H / s_i), ceil(W / s_i)] for each output"""
+        """Images [B, 3, H, W] of any size -> one map [B, d_i, ceil(H / s_i), ceil(W / s_i)] per output"""
         maps = self.model.forward_intermediates(x, indices=self.out_indices, stop_early=True, intermediates_only=True)
         return tuple(getattr(self, f'outnorm{i}')(x) for i, x in zip(self.out_indices, maps))
 
 
 @MODELS.register_module()
 class VimBackbone(TimmBackbone):
-    """Vim's patch tokens of some blocks as a simple feature pyramid, without the class token.
+    """A simple feature pyramid of Vim's patch tokens after selected blocks, without the class token.
 
-    Output i is the map of its block through a LayerNorm of its own, `outnorm{block}`, then brought from the model's
-    stride to its own by transposed convolutions or max pooling (`pyramid.{i}`). Images are padded with zeros on the
-    right and below to whole patches, and the position embedding is resized to them.
+    Each block's map goes through its own LayerNorm `outnorm{block}`. Transposed convolutions or max pooling
+    (`pyramid.{i}`) then resample it from the model's stride to output i's. Images are zero-padded on the right and
+    bottom to whole patches, and the position embedding is resized to match.
 
     Args:
         variant: Registered name, e.g. 'vim_t'.
         out_indices: Blocks whose outputs are returned.
-        out_strides: Stride of each output; the ratios to the model's stride are powers of 2.
-        **kwargs: See `TimmBackbone`. Of the frozen stages n is the patch embedding and the first n blocks.
+        out_strides: Stride of each output: the model's stride times or divided by a power of 2.
+        **kwargs: See `TimmBackbone`. frozen_stages=n freezes the patch embedding and the first n blocks.
     """
 
     family = Vim
@@ -97,7 +97,7 @@ class VimBackbone(TimmBackbone):
         return () if own else (f'pyramid.{name}' for name in self.pyramid.state_dict())
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """Images [B, 3, H, W] of any size -> a map [B, d, h_i, w_i] for each output"""
+        """Images [B, 3, H, W] of any size -> one map [B, d, h_i, w_i] per output"""
         maps = self.model.forward_intermediates(
             self._pad(x), indices=self.out_indices, stop_early=True, intermediates_only=True
         )

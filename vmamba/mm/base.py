@@ -1,4 +1,4 @@
-"""What the backbones share: a timm model inside an mmengine module, its weights, and what of it is trained."""
+"""Base class of the backbones: a timm model in an mmengine module, with weight loading and frozen stages."""
 
 from numbers import Integral
 from pathlib import Path
@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 from ..models._pretrained import check_fit
 
-_ADVICE = 'Check that the variant and its options are those of the checkpoint'
+_ADVICE = 'Check that the variant and its options match the checkpoint'
 
 _OWN_OPTIONS = ('num_classes', 'drop_path_rate', 'features_only', 'out_indices', 'pretrained', 'pretrained_cfg_overlay')
 
 
 class TimmBackbone(BaseModule):
-    """A registered timm model as a backbone: `model`, of which what no output needs is removed.
+    """A registered timm model as a backbone, `model`, without the layers that no output needs.
 
-    Loading a state dict into it, also as a part of a detector or segmentor, takes this library's and the official
-    layouts, and raises RuntimeError where weights of the model are missing, unexpected or of another shape.
+    State dicts in this library's and the official layouts load, also as part of a detector or segmentor. Missing,
+    unexpected or differently shaped weights of the model raise RuntimeError.
 
     Args:
-        variant: Registered name of timm.
+        variant: Name registered with timm.
         out_indices: Stages or blocks whose outputs are returned, ascending.
-        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
-        frozen_stages: Stages or blocks that are not trained, from the first on, with the stem; -1 for none.
+        drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
+        frozen_stages: Freeze the stem and this many first stages or blocks; -1 freezes nothing.
         with_cp: Recompute each block's activations in the backward pass.
-        pretrained: Checkpoint of a classifier, or of a detector or segmentor, whose backbone is taken without the norms
-            of its outputs; loaded by `init_weights`: a file, a URL, or True for the variant's published weights.
+        pretrained: Checkpoint of a classifier, detector or segmentor that `init_weights` loads, without output norms: a
+            file, a URL, or True for the variant's published weights.
         init_cfg: The same as dict(type='Pretrained', checkpoint=...).
-        model_options: Further arguments of the timm model, but for those that follow from the backbone's own.
+        model_options: Other arguments of the timm model, except those that the backbone sets.
     """
 
     family: type
@@ -42,7 +42,7 @@ class TimmBackbone(BaseModule):
 
     @staticmethod
     def rename_earlier(key: str) -> str:
-        """The name of a parameter of the model that an earlier version of this library called `key`."""
+        """Current name of a model parameter that an earlier version of this library called `key`."""
         return key
 
     def __init__(
@@ -76,11 +76,13 @@ class TimmBackbone(BaseModule):
             raise ValueError(f'unknown variant {self.variant!r}: {type(self).__name__} takes {", ".join(known)}')
         model = timm.create_model(self.variant, num_classes=0, **self.model_options, **kwargs)
         if not isinstance(model, self.family):
-            raise ValueError(f'{self.variant} is no {self.family.__name__}: {type(self).__name__} takes {known}')
+            raise ValueError(
+                f'{self.variant} is not a {self.family.__name__} model: {type(self).__name__} takes {", ".join(known)}'
+            )
         return model
 
     def _depth(self) -> int:
-        """Stages or blocks that the model has (left)."""
+        """Number of stages or blocks that the model has left."""
         return len(self._layers())
 
     def _layers(self) -> Sequence[nn.Module]:
@@ -98,16 +100,16 @@ class TimmBackbone(BaseModule):
                 part.eval()
 
     def train(self, mode: bool = True) -> 'TimmBackbone':
-        """Sets the training mode, but for the frozen layers, which stay in evaluation mode."""
+        """Sets the training mode; frozen layers stay in eval mode."""
         super().train(mode)
         self._freeze()
         return self
 
     def init_weights(self) -> None:
-        """Loads the pretrained checkpoint if there is one; without it, the model keeps its own initialisation.
+        """Loads the pretrained checkpoint, if any; otherwise the model keeps its initialisation.
 
         Raises:
-            RuntimeError: If the checkpoint cannot be fetched or read or does not fit, with the names of the keys.
+            RuntimeError: If the checkpoint cannot be downloaded or read, or does not fit; the message names the keys.
         """
         if self.pretrained:
             overlay = None if self.pretrained is True else {'file': _fetch(self.pretrained)}
@@ -117,12 +119,12 @@ class TimmBackbone(BaseModule):
         self._is_init = True
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that take no weight decay: embeddings, A_log, D, and all of one dimension."""
+        """Names of the parameters without weight decay: embeddings, A_log, D, and all 1-D parameters."""
         flat = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
         return flat | {f'model.{name}' for name in self.model.no_weight_decay()}
 
     def layer_numbers(self) -> Dict[str, int]:
-        """Number of the layer of each of the model's parameters by name, from 0 for the stem, for layer-wise decay."""
+        """Layer number of each model parameter by name, 0 for the stem, for layer-wise learning-rate decay."""
         numbers = group_parameters(self.model, self.model.group_matcher(), reverse=True)
         return {f'model.{name}': number for name, number in numbers.items()}
 
@@ -131,7 +133,7 @@ class TimmBackbone(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fit_checkpoint(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """Renames the weights under the prefix to this module's names, and checks that they are all there."""
+        """Renames the weights under the prefix to this module's names and checks that they are complete."""
         given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = any(key.startswith('model.') for key in given)
         fitted = {self._rename(key): value for key, value in given.items()} if own else self._convert(given)
@@ -152,7 +154,7 @@ class TimmBackbone(BaseModule):
         return {**{f'model.{key}': v for key, v in weights.items() if not key.startswith('head.')}, **norms}
 
     def _fresh(self, own: bool) -> Iterable[str]:
-        """Names of parameters that a checkpoint in this library's layout (own) or an official one may lack."""
+        """Names of parameters that a checkpoint may lack; own: it is in this library's layout."""
         return ()
 
 
@@ -185,7 +187,7 @@ def _check_indices(out_indices: Sequence[int], depth: int, variant: str) -> List
 
 
 def _fetch(source: Union[str, Path]) -> str:
-    """Path of a file or of a downloaded URL; one process of each machine downloads, the others wait."""
+    """Local path of a file or URL; one process per machine downloads, the others wait."""
     if not str(source).startswith(('http://', 'https://')):
         return str(source)
     try:
@@ -194,6 +196,4 @@ def _fetch(source: Union[str, Path]) -> str:
         barrier()
         return download_cached_file(str(source), check_hash=False)
     except OSError as error:
-        raise RuntimeError(
-            f'could not download {source} ({error}): with a local copy, give its path instead'
-        ) from error
+        raise RuntimeError(f'could not download {source} ({error}): with a local copy, pass its path') from error

@@ -1,4 +1,4 @@
-"""The backbone under the name and with the arguments of the official configs, so that these load unchanged.
+"""The backbone under the official name and with the official arguments, so that official configs load unchanged.
 
 https://github.com/MzeroMiko/VMamba (MIT), detection/ and segmentation/
 """
@@ -13,16 +13,16 @@ from .backbones import VMambaBackbone
 
 _STEMS = {'v1': 'patch', 'v2': 'conv'}
 _DOWNSAMPLES = {'v1': 'patch', 'v3': 'conv'}
-# Names of one computation in several implementations: with and without the gate.
+# Official names of implementations of the same scan, with and without the gate.
 _GATED = ('v0', 'v2', 'v3', 'v4', 'v5', 'v05')
 _UNGATED = tuple(f'{name}{mark}' for name in _GATED[1:] for mark in ('noz', '_noz'))
-# Official arguments that have one value here.
+# Official arguments of which one value is supported.
 _FIXED = {
     'patch_size': 4, 'patch_norm': True, 'ssm_dt_rank': 'auto', 'ssm_conv': 3, 'ssm_act_layer': 'silu',
     'ssm_drop_rate': 0.0, 'ssm_init': 'v0', 'mlp_act_layer': 'gelu', 'mlp_drop_rate': 0.0, 'gmlp': False,
     'posembed': False,
 }  # fmt: skip
-# What official configs inherit from those of Swin Transformer, or the official backbone makes no use of.
+# Arguments that official configs inherit from Swin Transformer's, or that the official backbone ignores.
 _IGNORED = {
     'init_cfg', 'attn_drop_rate', 'convert_weights', 'drop_rate', 'embed_dims', 'num_heads', 'qk_scale', 'qkv_bias',
     'window_size', 'pretrain_img_size', 'strides', 'use_abs_pos_embed', 'act_cfg', 'norm_cfg', 'num_classes', 'imgsize',
@@ -31,34 +31,34 @@ _IGNORED = {
 
 @MODELS.register_module()
 class MM_VSSM(VMambaBackbone):  # noqa: N801
-    """`VMambaBackbone` from the official arguments; of those, values that change the model otherwise are errors.
+    """`VMambaBackbone` with the official arguments; unsupported values are errors.
 
-    What the official configs inherit from Swin Transformer's is ignored, as there; its `init_cfg` too: weights are
-    loaded from `pretrained` only. But `with_cp` saves memory as `use_checkpoint` does.
+    As in the official code, arguments inherited from Swin Transformer's configs are ignored, including `init_cfg`:
+    weights are loaded from `pretrained` only. `with_cp` is not ignored: it works like `use_checkpoint`.
 
     Args:
-        dims: Channels of the first stage, or of all.
+        dims: Channels of the first stage, or of each stage.
         depths: Blocks per stage.
         out_indices: Stages whose outputs are returned.
-        pretrained: Classification checkpoint, '' or None for none.
+        pretrained: Classification checkpoint; '' or None for none.
         ssm_d_state: State dimension N.
         ssm_ratio: Inner channels of SS2D over the stage's channels.
-        ssm_conv_bias: Give SS2D's convolutions a bias.
-        forward_type: Name of the scan's implementation, which here decides only whether there is a gate.
+        ssm_conv_bias: Whether SS2D's convolutions have a bias.
+        forward_type: Official name of the scan's implementation; here it only selects whether there is a gate.
         mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
         downsample_version: 'v1' or 'v3'.
         patchembed_version: 'v1' or 'v2'.
         drop_path_rate: Stochastic depth rate of the last block.
-        norm_layer: 'ln' or 'ln2d', which here are the same.
+        norm_layer: 'ln' or 'ln2d', with the same result.
         use_checkpoint: Recompute each block's activations in the backward pass.
         frozen_stages: See `VMambaBackbone`.
         in_chans: Image channels.
-        with_cp: As `use_checkpoint`.
-        **others: Further official arguments, of the one value that there is here, and arguments of Swin Transformer.
+        with_cp: Same as `use_checkpoint`.
+        **others: Other official arguments at their one supported value, and ignored ones of Swin Transformer.
 
     Raises:
-        ValueError: If an argument has a value that there is not here.
-        TypeError: If there is no such argument.
+        ValueError: If an argument has an unsupported value.
+        TypeError: If an argument is unknown.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
 
 
 def _choose(name: str, value: Any, known: Dict[Any, Any]) -> Any:
-    if value not in list(known):  # which may be something without a hash
+    if value not in list(known):  # a list, as the value may be unhashable
         raise ValueError(f'{name} must be one of {", ".join(map(str, known))}, got {value!r}')
     return known[value]
 
@@ -126,5 +126,5 @@ def _embed_dim(dims: Union[int, Sequence[int]], stages: int) -> int:
     if isinstance(dims, int):
         return dims
     if list(dims) != [dims[0] * 2**i for i in range(stages)]:
-        raise ValueError(f'dims must double from each of the {stages} stages to the next, got {list(dims)}')
+        raise ValueError(f'dims must double from stage to stage for {stages} stages, got {list(dims)}')
     return dims[0]

@@ -1,7 +1,7 @@
 """A stand-in for mmcv's compiled operators, for an mmcv installed without them.
 
-mmdet imports `mmcv.ops`, which needs the compiled module `mmcv._ext`. Where there is none, `install` registers a module
-of that name whose operators call torchvision, on the CPU and on CUDA, and whose other operators raise when called.
+mmdet imports `mmcv.ops`, which needs the compiled module `mmcv._ext`. If it is missing, `install` registers a module of
+that name. Its operators call torchvision or plain PyTorch, on CPU and CUDA; all others raise NotImplementedError.
 """
 
 import importlib.util
@@ -16,19 +16,19 @@ import torchvision
 from torch import Tensor
 
 _NAME = 'mmcv._ext'
-_AVERAGE = 1  # mmcv's number of the pooling mode
-_HARD, _LINEAR, _GAUSSIAN = range(3)  # mmcv's numbers of the soft-NMS methods
+_AVERAGE = 1  # mmcv's code for the pooling mode
+_HARD, _LINEAR, _GAUSSIAN = range(3)  # mmcv's codes for the soft-NMS methods
 
 
 def install() -> bool:
-    """Registers the stand-in as `mmcv._ext` unless a compiled module is there; returns whether it stands in."""
+    """Registers the stand-in as `mmcv._ext` if there is no compiled module; returns whether it is in use."""
     if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is None:
         sys.modules[_NAME] = StandIn()
     return isinstance(sys.modules.get(_NAME), StandIn)
 
 
 class StandIn(ModuleType):
-    """Module whose attributes are the operators of torchvision under mmcv's names, and errors for all others."""
+    """Module with operators under mmcv's names; all others raise NotImplementedError when called."""
 
     def __init__(self) -> None:
         super().__init__(_NAME, __doc__)
@@ -42,7 +42,7 @@ class StandIn(ModuleType):
 
         def missing(*args: Any, **kwargs: Any) -> None:
             raise NotImplementedError(
-                f'the operator {name} needs an mmcv compiled with its operators, which this installation lacks: '
+                f'the operator {name} needs an mmcv compiled with its operators: '
                 f'install a wheel of (onedl-)mmcv that has them, or build it from source with MMCV_WITH_OPS=1'
             )
 
@@ -50,9 +50,16 @@ class StandIn(ModuleType):
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes [n, 4] that no better-scored kept box overlaps by more than the threshold, best first.
+    """Non-maximum suppression with mmcv's arguments.
 
-    An offset of 1 makes widths x2 - x1 + 1, as for boxes of whole pixels.
+    Args:
+        boxes: [n, 4]
+        scores: [n]
+        iou_threshold: Overlap with a better-scored kept box above which a box is dropped.
+        offset: 1 makes widths x2 - x1 + 1, as for boxes in whole pixels.
+
+    Returns:
+        Indices of the kept boxes, best first.
     """
     boxes = boxes.float()
     if offset:
@@ -70,18 +77,18 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Lowers the scores of boxes that overlap better-scored ones instead of dropping them.
+    """Soft-NMS: lowers the scores of boxes that overlap better-scored ones instead of dropping them.
 
-    Soft-NMS, https://arxiv.org/abs/1704.04503
+    https://arxiv.org/abs/1704.04503
 
     Args:
         boxes: [n, 4]
         scores: [n]
-        dets: [n, 5], whose first rows take the kept boxes and their new scores, best first.
-        iou_threshold: Overlap from which methods 0 and 1 act.
-        sigma: Width of method 2.
-        min_score: Boxes whose lowered score falls below it are dropped.
-        method: Factor of the score at an overlap o: 0 hard (0), 1 linear (1 - o), 2 Gaussian (exp(-o^2 / sigma)).
+        dets: [n, 5]; its first rows are overwritten with the kept boxes and their new scores, best first.
+        iou_threshold: Overlap at and above which methods 0 and 1 lower scores.
+        sigma: Width of method 2's Gaussian.
+        min_score: Boxes whose new score is below it are dropped.
+        method: Score factor at overlap o: 0 hard (0), 1 linear (1 - o), 2 Gaussian (exp(-o^2 / sigma)).
         offset: As for `nms`.
 
     Returns:
@@ -120,7 +127,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fills output [n, C, h, w] with the averages of input [B, C, H, W] over the cells of the regions [n, 5]."""
+    """Fills output [n, C, h, w] with averages of input [B, C, H, W] over the cells of regions rois [n, 5]."""
     _check_pool_mode(pool_mode)
     output.copy_(
         torch.ops.torchvision.roi_align(
@@ -161,9 +168,15 @@ def _check_pool_mode(pool_mode: int) -> None:
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fills output [n, C] with the focal loss of the logits [n, C] and the labels [n], of which C is background.
+    """Focal loss, https://arxiv.org/abs/1708.02002
 
-    Focal Loss, https://arxiv.org/abs/1708.02002; weight [C] scales a sample by its label, and is empty for none.
+    Args:
+        input: Logits [n, C].
+        target: Labels [n] in 0..C; C is background.
+        weight: Factor of a sample by its label [C], or empty.
+        output: [n, C], overwritten with the loss.
+        gamma: Focusing exponent.
+        alpha: Weight of positives.
     """
     output.copy_(_focal_loss(input.float(), target, weight, gamma, alpha))
 
@@ -171,7 +184,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fills grad_input [n, C] with the derivative of each loss by its logit."""
+    """Fills grad_input [n, C] with the derivative of each loss with respect to its logit."""
     with torch.enable_grad():
         logits = input.detach().float().requires_grad_()
         loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
@@ -193,7 +206,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) by mmcv's own plain PyTorch version."""
+    """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) with mmcv's plain PyTorch code."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     return multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights)
@@ -211,7 +224,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Fills the three gradients of `ms_deform_attn_forward`, which is computed again."""
+    """Fills the three gradients of `ms_deform_attn_forward`, which is recomputed."""
     inputs = [x.detach().requires_grad_() for x in (value, sampling_locations, attention_weights)]
     with torch.enable_grad():
         value, locations, weights = inputs
@@ -223,12 +236,12 @@ def ms_deform_attn_backward(
 
 
 def get_compiler_version() -> str:
-    """What mmcv's report of the environment shows."""
+    """Text for mmcv's environment report."""
     return 'none: torchvision stands in'
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv's report of the environment shows."""
+    """Text for mmcv's environment report."""
     return 'none: torchvision stands in'
 
 

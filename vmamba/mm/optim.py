@@ -1,4 +1,4 @@
-"""Weight decay and learning rates by layer, as mmengine's constructor of the optimizer wrapper."""
+"""mmengine optimizer wrapper constructor with layer-wise learning-rate decay."""
 
 from typing import Any, Dict, List, Optional, Set, Tuple
 
@@ -22,28 +22,30 @@ _OPTIONS = {
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """No weight decay where it does harm, and learning rates that fall towards the backbone's first layer.
+    """Layer-wise learning-rate decay, and exemptions from weight decay.
 
-    Parameters of one dimension (biases, norms) and those that the backbone's `no_weight_decay` names (embeddings,
-    A_log, D, the step's bias) take no weight decay. A layer n layers before the backbone's end learns at lr * rate^n,
-    the last of its blocks being n = 1; its output norms, the neck and the heads learn at lr. Parameters of the same
-    options form one group.
+    1-D parameters (biases, norms) and those in the backbone's `no_weight_decay` (embeddings, A_log, D, dt bias) have no
+    weight decay. The n-th backbone layer from the end has the learning rate lr * layer_decay_rate^n; the last block is
+    n = 1. Output norms, neck and heads use lr. Parameters with equal options form one group.
 
     Args:
         optim_wrapper_cfg: The wrapper, with an `optimizer` that has lr and weight_decay.
         paramwise_cfg: `layer_decay_rate`, 1 by default, and the options of mmengine's default constructor, which are
-            applied before.
+            applied first.
+
+    Raises:
+        ValueError: If paramwise_cfg has an unknown option.
     """
 
     def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
         paramwise_cfg = {'flat_decay_mult': 0.0, **(paramwise_cfg or {})}
         self.rate = paramwise_cfg.pop('layer_decay_rate', 1.0)
         if set(paramwise_cfg) - _OPTIONS:
-            raise ValueError(f'unknown options of paramwise_cfg: {", ".join(sorted(set(paramwise_cfg) - _OPTIONS))}')
+            raise ValueError(f'unknown options in paramwise_cfg: {", ".join(sorted(set(paramwise_cfg) - _OPTIONS))}')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs: Any) -> None:
-        """Appends the groups of a module's trained parameters; mmengine calls it for every module in turn."""
+        """Appends parameter groups of a module's trainable parameters; mmengine calls it for every module."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return
@@ -57,7 +59,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         params[:] = _merge(params)
 
     def _of_backbones(self, model: nn.Module) -> Tuple[Dict[str, float], Set[str]]:
-        """Learning-rate scale by name, and the names without weight decay."""
+        """Learning-rate scale by parameter name, and names without weight decay."""
         scales, exempt = {}, set()
         for prefix, module in model.named_modules():
             if isinstance(module, TimmBackbone):

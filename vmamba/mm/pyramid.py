@@ -1,27 +1,32 @@
-"""The simple feature pyramid of ViTDet, https://arxiv.org/abs/2203.16527: maps of one stride brought to others."""
+"""The simple feature pyramid of ViTDet, https://arxiv.org/abs/2203.16527: maps of one stride resampled to others."""
 
 from mmengine.registry import MODELS
 from torch import nn
 
 from ..layers import LayerNorm2d
 
-# For the norm_cfg of necks and heads, as in ViTDet; the second name is that of configs which earlier runs saved.
+# For the norm_cfg of necks and heads, as in ViTDet. The second name is in configs saved by earlier versions.
 MODELS.register_module(['LayerNorm2d', 'FusedLayerNorm2d'], module=LayerNorm2d)
 
 
 def make_resample(dim: int, stride: int, out_stride: int) -> nn.Module:
-    """Module that brings a map [B, d, h, w] of one stride to another.
+    """Module that resamples a map [B, d, h, w] from one stride to another.
 
-    Each halving of the stride is a 2x2 transposed convolution, with LayerNorm and GELU between two of them; larger
-    strides are max pooling, which keeps incomplete windows.
+    Each halving of the stride is a 2x2 transposed convolution, with LayerNorm and GELU in between. Larger strides use
+    max pooling with incomplete windows kept.
+
+    Args:
+        dim: Channels d.
+        stride: Stride of the input.
+        out_stride: Stride of the output.
 
     Raises:
-        ValueError: If one stride is not the other times a power of 2.
+        ValueError: If the ratio of the strides is not a power of 2.
     """
     large, small = max(stride, out_stride), min(stride, out_stride)
     ratio = large // small
     if small < 1 or large % small or ratio & (ratio - 1):
-        raise ValueError(f'an output stride of {out_stride} is not the stride {stride} times or over a power of 2')
+        raise ValueError(f'output stride {out_stride} must be the stride {stride} times or divided by a power of 2')
     if out_stride >= stride:
         return nn.MaxPool2d(ratio, ceil_mode=True) if ratio > 1 else nn.Identity()
     layers = []

@@ -1,4 +1,4 @@
-"""mmdet's region features in fp32, for training in bf16. Importing this imports mmdet."""
+"""mmdet's RoI extractor in fp32, for training in bf16. Importing this module imports mmdet."""
 
 from typing import Optional, Tuple
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @MODELS.register_module()
 class Fp32RoIExtractor(SingleRoIExtractor):
-    """`SingleRoIExtractor` that computes in fp32 whatever the features' dtype, and has the same arguments.
+    """`SingleRoIExtractor` that always computes in fp32; the arguments are the same.
 
-    The original rounds the boxes to the features' dtype, which in bf16 moves coordinates beyond 512 by up to 2 pixels,
-    and mmcv's compiled operator does not take bf16 at all.
+    The original rounds boxes to the features' dtype: in bf16, coordinates above 512 move by up to 2 pixels. mmcv's
+    compiled operator does not support bf16.
     """
 
     def forward(self, feats: Tuple[Tensor, ...], rois: Tensor, roi_scale_factor: Optional[float] = None) -> Tensor:

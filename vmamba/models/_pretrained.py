@@ -1,4 +1,4 @@
-"""Building models with timm's builder, and loading their checkpoints without ever leaving a weight to chance."""
+"""Building models with timm's builder, and strict checkpoint loading."""
 
 import argparse
 import logging
@@ -33,22 +33,26 @@ def build_model(
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
 ) -> nn.Module:
-    """Builds a registered variant with timm's builder; official files go through the model's `load_pretrained`.
+    """Builds a registered variant with timm's builder; official files load with the model's `load_pretrained`.
 
     Args:
         model_cls: Model class with a `load_pretrained(path)` method.
         variant: Registered name.
-        pretrained: Load weights.
+        pretrained: Whether to load weights.
         filter_fn: Renames any known checkpoint layout to the model's.
-        feature_cfg: Defaults of timm's feature extraction.
+        feature_cfg: Default arguments of timm's feature extraction.
         pretrained_cfg_overlay: timm's overlay of the pretrained configuration, e.g. dict(file=path).
-        **kwargs: Arguments of the model class and of timm's builder; an unknown one is a TypeError.
+        **kwargs: Arguments of the model class and of timm's builder.
+
+    Returns:
+        The model, or timm's feature extractor around it with features_only=True.
 
     Raises:
-        RuntimeError: If weights cannot be fetched or do not fit the model.
+        RuntimeError: If weights cannot be downloaded or do not fit the model.
+        TypeError: If an argument is unknown.
         ValueError: If out_indices is empty.
     """
-    # timm's own reading of a file prefers EMA weights and is lax about missing keys once num_classes differs.
+    # timm's own loading prefers EMA weights and ignores missing keys if num_classes differs.
     check_indices(out_indices=kwargs.get('out_indices'))
     overlay = {'custom_load': 'hf', **(pretrained_cfg_overlay or {})}
     if kwargs.get('features_only'):
@@ -60,7 +64,7 @@ def build_model(
         state_dict, fresh = _fit_classifier(filter_fn(state_dict, model), model, source)
         adapted_by_timm = {_input_key(model)} & state_dict.keys()
         check_fit(state_dict, model, source, fresh={*fresh, *adapted_by_timm})
-        # timm discards every classifier but one of the pretrained configuration's number of classes.
+        # timm discards the classifier unless its number of classes is the pretrained configuration's.
         kept = {key: state_dict[key] for key in _classifier_keys(model) if key in state_dict}
         model.load_state_dict(kept, strict=False)
         return state_dict
@@ -87,13 +91,13 @@ def build_model(
 
 def _download_error(variant: str, error: Exception) -> RuntimeError:
     return RuntimeError(
-        f'could not download the weights of {variant} ({error}); with a local copy, use '
+        f'could not download the weights of {variant} ({error}); to load a local copy, use '
         f"timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='path/to/checkpoint'))"
     )
 
 
 class _Inert:
-    """Stands for a pickled record that is not needed: takes whatever it is built from and keeps none of it."""
+    """Replaces a pickled object that is not needed: accepts any arguments and stores nothing."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -102,12 +106,12 @@ class _Inert:
         pass
 
 
-# What official files hold beside their weights: Vim's the arguments of the training run, an argparse.Namespace;
-# VMamba's the records of mmengine and yacs, with numbers of numpy. Of the latter nothing is imported or run.
+# Objects besides weights in official files. Vim's hold the training arguments, an argparse.Namespace; VMamba's hold
+# records of mmengine and yacs with NumPy numbers, of which nothing is imported or run.
 _RECORDS = {
     'yacs.config.CfgNode': OrderedDict,
     'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
-    'builtins.getattr': _Inert,  # names the buffer's statistics; the real one would hand out any function
+    'builtins.getattr': _Inert,  # used for the buffer's statistics; the real getattr could return any function
     'numpy.dtype': _Inert,
     'numpy.ndarray': _Inert,
     'numpy.core.multiarray._reconstruct': _Inert,
@@ -118,24 +122,26 @@ _RECORDS = {
 
 
 class CheckpointFileError(FileNotFoundError):
-    """The checkpoint file that was asked for does not exist."""
+    """The requested checkpoint file does not exist."""
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
-    """Reads the weights of a .safetensors file or of a PyTorch file, which is never unpickled beyond weights.
+    """Reads the weights of a .safetensors or PyTorch file.
 
-    The checksums in a PyTorch file are verified, if it was written with them.
-
-    A PyTorch file may hold the weights themselves or a dictionary of a training run: of that, the first present of
-    `state_dict_ema`, `state_dict` (timm), `model`, `model_ema` (official) is taken.
+    PyTorch files are read with `weights_only`, and their checksums are verified if present. A PyTorch file holds the
+    weights or a training checkpoint; of the latter, the first present of `state_dict_ema`, `state_dict` (timm), `model`
+    and `model_ema` (official) is used.
 
     Args:
         path: File.
-        use_ema: Prefer `model_ema` to all others.
+        use_ema: Whether `model_ema` comes first.
+
+    Returns:
+        Weights by name.
 
     Raises:
-        CheckpointFileError: If there is no such file.
-        RuntimeError: If the file is corrupt or holds something other than weights.
+        CheckpointFileError: If the file does not exist.
+        RuntimeError: If the file is corrupt or holds other objects than weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -156,14 +162,14 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
 
 
 def check_sums(path: Path) -> None:
-    """Raises RuntimeError, naming the first damaged entry, if the file is an archive that fails its checksums."""
+    """Raises RuntimeError with the first damaged entry if the file is an archive with a wrong checksum."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        summed = any(entry.CRC for entry in archive.infolist())  # torch can leave them out: then all are 0
+        summed = any(entry.CRC for entry in archive.infolist())  # torch can skip checksums: then all are 0
         damaged = archive.testzip() if summed else None
     if damaged is not None:
-        raise RuntimeError(f'its entry {damaged} is damaged (wrong checksum): fetch the file again')
+        raise RuntimeError(f'its entry {damaged} is damaged (wrong checksum): get a new copy of the file')
 
 
 def _refusal(path: Path) -> str:
@@ -175,9 +181,9 @@ def _refusal(path: Path) -> str:
     if not refused:
         return f'{path} is not a readable checkpoint: it is corrupt or in another format'
     return (
-        f'{path} holds more than weights: {", ".join(refused)}. Such objects could run code and are not loaded; if '
-        f"you trust the file, keep only its weights: torch.save(torch.load(path, weights_only=False)['model'], "
-        f"'weights.pth') (or ['state_dict'], where they are under that key)"
+        f'{path} holds more than weights: {", ".join(refused)}. Such objects could run code and are not loaded. If '
+        f"you trust the file, extract its weights: torch.save(torch.load(path, weights_only=False)['model'], "
+        f"'weights.pth') (or ['state_dict'], if they are under that key)"
     )
 
 
@@ -191,39 +197,37 @@ def _select_weights(checkpoint: Any, path: Path, use_ema: bool) -> StateDict:
     is_weights = isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values())
     if not is_weights:
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise RuntimeError(f'{path} holds no weights: expected tensors, or them under one of {keys}, found {found}')
+        raise RuntimeError(f'{path} holds no weights: expected tensors, directly or under one of {keys}, found {found}')
     _check_tensors(checkpoint, path)
     return clean_state_dict(checkpoint)
 
 
 def _check_tensors(state_dict: Dict[Any, Tensor], source: Union[str, Path]) -> None:
-    """Raises RuntimeError, with the key, unless all keys are strings and all tensors dense, with data."""
+    """Raises RuntimeError with the key unless all keys are strings and all tensors are dense and not meta."""
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise RuntimeError(
-                f'{source} has the key {key!r}: the keys of weights must be strings, as in a state_dict()'
-            )
+            raise RuntimeError(f'{source} has the key {key!r}: keys must be strings, as in a state_dict()')
         if value.is_meta or value.is_nested or value.layout != torch.strided:
             kind = 'meta' if value.is_meta else 'nested' if value.is_nested else str(value.layout).split('.')[-1]
-            raise RuntimeError(
-                f'{source} has a {kind} tensor as {key}: save the weights as dense tensors with their data'
-            )
+            raise RuntimeError(f'{source} has a {kind} tensor as {key}: save weights as dense tensors with data')
 
 
 def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterFn, use_ema: bool = False) -> None:
-    """Loads a checkpoint in any known layout into a model made by timm's builder; every weight must be in it.
+    """Loads a checkpoint in any known layout into a model made by timm's builder; every weight must be present.
 
-    Another number of image channels adapts the input convolution as timm does. A classifier that the caller asked to
-    have another number of classes than the pretrained configuration stays freshly initialised, which is logged.
+    For another number of image channels, the input convolution is adapted as in timm. If the model was created with
+    another num_classes than the pretrained configuration's, a classifier that does not fit is re-initialised, and this
+    is logged.
 
     Args:
         model: Model with a `pretrained_cfg`.
-        path: File of `read_checkpoint`.
+        path: File, as for `read_checkpoint`.
         filter_fn: Renames any known checkpoint layout to the model's.
-        use_ema: Prefer the official EMA weights.
+        use_ema: Whether to prefer the official EMA weights.
 
     Raises:
-        RuntimeError: If a key is missing, unexpected or of another shape, with the names.
+        CheckpointFileError: If the file does not exist.
+        RuntimeError: If keys are missing, unexpected or of another shape; the message names them.
     """
     state_dict = filter_fn(read_checkpoint(path, use_ema), model)
     input_key = _input_key(model)
@@ -239,7 +243,7 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
 def _fit_classifier(
     state_dict: StateDict, model: nn.Module, source: Union[str, Path]
 ) -> Tuple[StateDict, Sequence[str]]:
-    """The weights without a classifier that the model has not or is to start anew, and the names of the latter."""
+    """state_dict without a classifier that the model lacks or re-initialises, and the names re-initialised."""
     own, classifier = model.state_dict(), _classifier_keys(model)
     rest = {key: value for key, value in state_dict.items() if key not in classifier}
     if not any(key in own for key in classifier):
@@ -247,7 +251,7 @@ def _fit_classifier(
     fits = all(key in state_dict and state_dict[key].shape == own[key].shape for key in classifier)
     if fits or model.num_classes == model.pretrained_cfg['num_classes']:
         return state_dict, ()
-    _logger.warning('%s has no classifier of %d classes: it starts freshly initialised', source, model.num_classes)
+    _logger.warning('%s has no classifier of %d classes: the head is re-initialised', source, model.num_classes)
     return rest, classifier
 
 
@@ -266,16 +270,20 @@ def check_fit(
     fresh: Iterable[str] = (),
     advice: Optional[str] = None,
 ) -> None:
-    """Raises RuntimeError, naming keys, unless state_dict has just the model's keys (but for `fresh`) and shapes.
+    """Checks that state_dict has exactly the model's keys (except `fresh`) and shapes.
 
-    Integer or boolean values of floating parameters are errors too; NaN and infinite values are logged as a warning.
+    NaN and infinite values are logged as a warning.
 
     Args:
-        state_dict: Weights under the model's names.
-        model: Module; one made by timm's builder where no advice is given.
-        source: Where the weights are from.
+        state_dict: Weights with the model's names.
+        model: Module; must be made by timm's builder if no advice is given.
+        source: Origin of the weights, for messages.
         fresh: Keys that may be missing, unexpected or of any shape.
-        advice: What to do about it.
+        advice: End of the error message; by default derived from the problems.
+
+    Raises:
+        RuntimeError: If keys are missing, unexpected or of another shape, or integer or boolean weights are given for
+            floating-point parameters. The message names the keys.
     """
     own = model.state_dict()
     fresh = set(fresh)
@@ -304,7 +312,7 @@ def _warn_of_non_finite(state_dict: StateDict, own: StateDict, source: Union[str
 
 
 def _advice(state_dict: StateDict, model: nn.Module, keys: set[str], discrete: Sequence[str]) -> str:
-    """What to do about keys that do not fit."""
+    """Advice about keys that do not fit."""
     classifier, input_key = _classifier_keys(model), _input_key(model)
     advice = []
     if input_key in keys and getattr(state_dict.get(input_key), 'ndim', 0) == 4:
@@ -324,7 +332,7 @@ def _advice(state_dict: StateDict, model: nn.Module, keys: set[str], discrete: S
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Lets the modules of the model draw their parameters anew, children before what may set theirs otherwise."""
+    """Calls `reset_parameters` of all modules, children before parents, which may override them."""
     for module in reversed(list(model.modules())):
         if hasattr(module, 'reset_parameters'):
             module.reset_parameters()
@@ -336,10 +344,16 @@ def _shorten(keys: list[str]) -> str:
 
 
 def split_backbone(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
-    """The weights of the classification model in a checkpoint, and the norms of the backbone's outputs, `outnorm{i}`.
+    """Splits a checkpoint into the classification model's weights and the output norms `outnorm{i}`.
 
-    A detector or segmentor has its backbone under `backbone.`; a backbone of this library has its model under `model.`,
-    and beside it the norms and, of Vim, the pyramid. All else is left out. Others' weights pass unchanged.
+    A detector or segmentor has its backbone under `backbone.`. A backbone of this library has its model under `model.`,
+    next to the norms and, for Vim, the pyramid. All other keys of these are dropped. Other checkpoints pass unchanged.
+
+    Args:
+        state_dict: Weights in any layout.
+
+    Returns:
+        Weights of the model, and output norms.
     """
     if any(key.startswith('backbone.') for key in state_dict):
         state_dict = _below('backbone.', state_dict)

@@ -3,7 +3,7 @@
 Paper: `Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model`
  - https://arxiv.org/abs/2401.09417
 
-The models and weights are of https://github.com/hustvl/Vim (Apache-2.0); this code was written from scratch.
+Official models and weights: https://github.com/hustvl/Vim (Apache-2.0). This code was written from scratch.
 """
 
 import logging
@@ -35,7 +35,7 @@ from ._pretrained import build_model, load_pretrained, reset_parameters, split_b
 
 try:
     from timm.models._input import update_model_input_size
-except ImportError:  # older versions keep no account of a model's input size
+except ImportError:  # older timm does not record a model's input size
     update_model_input_size = None
 
 __all__ = ['Vim']
@@ -46,7 +46,7 @@ NORM_EPS = 1e-5
 
 
 def split_class_token(tokens: Tensor) -> Tuple[Tensor, Tensor]:
-    """Takes the class token out of the middle: [B, M + 1, d] -> patch tokens [B, M, d] and class token [B, d]."""
+    """Splits off the middle class token: [B, M + 1, d] -> patch tokens [B, M, d] and class token [B, d]."""
     middle = (tokens.shape[1] - 1) // 2
     patches = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
     return patches, tokens[:, middle]
@@ -64,13 +64,13 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
     Args:
         pos_embed: [1, h * w + 1, d] for the old grid.
         old_grid: (h, w) of the embedding.
-        new_grid: (h, w) wanted.
+        new_grid: (h, w) after resizing.
 
     Returns:
-        [1, h * w + 1, d] for the new grid: the patches' entries resized bicubically as a map, the class token's entry
-        in the new middle.
+        [1, h * w + 1, d] for the new grid: the patches' entries resized bicubically, the class token's entry in the new
+        middle.
     """
-    # Resizing to the same grid changes nothing, but an export with this shortcut would refuse images of that grid.
+    # Resizing to the same grid is the identity, but with this shortcut an exported model would reject that grid.
     if not torch.compiler.is_exporting() and old_grid == new_grid:
         return pos_embed
     grid, class_token = split_class_token(pos_embed)
@@ -83,16 +83,16 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tup
 class PatchEmbed(nn.Module):
     """Embeds patches, which may overlap: [B, in_chans, H, W] -> [B, h * w, d].
 
-    Where patches touch without overlap, the parameters of `proj` are those of a matrix product, unless `proj` has
-    hooks, is parametrised or is another module than a convolution of just these patches.
+    Patches that touch without overlap are embedded by a matrix product with the parameters of `proj`, unless `proj` has
+    hooks, is parametrised or was replaced.
 
     Args:
         img_size: Image size.
         patch_size: Side of a patch.
-        stride: Distance between patches; smaller than patch_size for overlapping ones, larger for gaps between them.
+        stride: Distance between patches; below patch_size they overlap, above it there are gaps.
         in_chans: Image channels.
         embed_dim: Token channels d.
-        dynamic_img_size: Accept any image size that patches cover.
+        dynamic_img_size: Accept any image size that whole patches cover.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
-        """Grid of patches (h, w) of an image size; ValueError if patches do not tile it exactly."""
+        """Grid of patches (h, w) for an image size; raises ValueError if whole patches do not cover it."""
         for side in img_size:
             if side < self.patch_size or (side - self.patch_size) % self.stride:
                 raise ValueError(
@@ -147,14 +147,14 @@ class PatchEmbed(nn.Module):
         height, width = self.dynamic_feat_size(size)
         if has_global_hooks() or not is_plain(self.proj, nn.Conv2d) or not self._is_tiling(self.proj):
             return self.proj(images).flatten(2).transpose(1, 2)  # [B, d, h, w] -> [B, h * w, d]
-        # Patches that just touch are rows of a matrix, whose product is faster than convolutions of 3 channels.
+        # Patches without overlap are rows of a matrix; the product is faster than a convolution of 3 channels.
         batch, side = images.shape[0], self.patch_size
         x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height * width, self.in_chans * side**2)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
     def _is_tiling(self, conv: nn.Conv2d) -> bool:
-        """Whether a convolution takes patches of the model's that touch without overlap, with all channels of each."""
+        """Whether a convolution embeds non-overlapping patches of the model's size, with all channels of each."""
         side = self.patch_size, self.patch_size
         whole = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding == (0, 0)
         return whole and conv.kernel_size == conv.stride == side
@@ -165,10 +165,10 @@ class VimBlock(nn.Module):
 
     Args:
         dim: Token channels d.
-        expand: Inner channels of the mixer over d.
+        expand: Ratio of the mixer's inner channels to d.
         d_state: State dimension N.
         d_conv: Width of the causal convolutions.
-        init_values: Initial value of a per-channel scale of the mixer's output; None for no scale.
+        init_values: Initial value of the layer scale; None for no layer scale.
         drop_path: Stochastic depth rate.
     """
 
@@ -201,21 +201,21 @@ class Vim(nn.Module):
     """Vision Mamba backbone and classifier.
 
     Args:
-        img_size: Image size, or the size of the position embedding where `dynamic_img_size`.
+        img_size: Image size; with `dynamic_img_size`, the size of the position embedding.
         patch_size: Side of a patch.
-        stride: Distance between patches, patch_size by default; smaller for overlapping patches, larger for gaps.
+        stride: Distance between patches, patch_size by default; smaller values overlap, larger ones leave gaps.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: 'token' for the class token, 'avg' for the mean of the patch tokens, '' for all tokens.
         embed_dim: Token channels d.
         depth: Number of blocks.
-        expand: Inner channels of the mixers over d.
+        expand: Ratio of the mixers' inner channels to d.
         d_state: State dimension N.
         d_conv: Width of the causal convolutions.
-        init_values: Initial value of the blocks' layer scale; None for none.
+        init_values: Initial value of the layer scale; None for no layer scale.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
-        dynamic_img_size: Accept any image size and resize the position embedding to it at each call.
+        drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
+        dynamic_img_size: Accept any image size that whole patches cover; each call resizes the position embedding.
     """
 
     output_fmt = 'NLC'
@@ -250,7 +250,7 @@ class Vim(nn.Module):
         self.num_classes = num_classes
         self.global_pool = _check_global_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = 0  # the class token is in the middle: a reader that cuts off the first would err
+        self.num_prefix_tokens = 0  # the class token is in the middle, so slicing off first tokens would be wrong
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
@@ -266,8 +266,8 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialises all weights from scratch: class token, position embedding and classifier from a truncated normal
-        of 0.02, out_proj over sqrt(depth)."""
+        """Re-initialises all weights: class token, position embedding and classifier from a truncated normal of std
+        0.02, out_proj scaled by 1 / sqrt(depth)."""
         reset_parameters(self)
         self._init_own()
 
@@ -286,24 +286,24 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def load_pretrained(self, path: str) -> None:
-        """Loads a checkpoint in the official layout; see `vmamba.models.vim.checkpoint_filter_fn`."""
+        """Loads a checkpoint in any known layout; see `vmamba.models.vim.checkpoint_filter_fn`."""
         use_ema = self.pretrained_cfg.get('architecture') in _EMA_VARIANTS
         load_pretrained(self, path, checkpoint_filter_fn, use_ema)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Embeddings, A_log, D, and the biases that have a row per direction."""
+        """Embeddings, A_log, D, and the biases of the two directions."""
         exempt = ('pos_embed', 'cls_token', '.A_log', '.D', '.dt_proj_bias', '.conv1d_bias')
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns of the layer groups for layer-wise learning rates."""
+        """Patterns of the layer groups for layer-wise learning-rate decay."""
         return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
+        """Sets whether to recompute each block's activations in the backward pass."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -311,7 +311,7 @@ class Vim(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replaces the classifier by a freshly initialised one (0 classes for none), and the pooling if it is given."""
+        """Re-initialises the classifier for num_classes (0 for none), and sets the pooling if given."""
         check_counts(0, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _check_global_pool(global_pool)
@@ -322,7 +322,7 @@ class Vim(nn.Module):
         self._init_head()
 
     def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
-        """Changes the image size, if one is given, resizing the position embedding around its class token."""
+        """Changes the image size, if given, and resizes the position embedding."""
         if img_size is None:
             return
         old_grid = self.patch_embed.grid_size
@@ -346,15 +346,15 @@ class Vim(nn.Module):
 
         Args:
             x: Images [B, C, H, W].
-            indices: The last n blocks if an int, all if None, else the blocks of these indices.
-            return_prefix_tokens: Return pairs of an intermediate and its class token [B, 1, d].
+            indices: Blocks to return: the last n for an int, all for None, else those with these indices.
+            return_prefix_tokens: Return pairs of intermediate and class token [B, 1, d].
             norm: Apply the final norm to every intermediate.
             stop_early: Stop after the last chosen block.
             output_fmt: 'NCHW' for maps [B, d, h, w], 'NLC' for tokens [B, h * w, d].
-            intermediates_only: Return only the intermediates.
+            intermediates_only: Return only the intermediates, without the final features.
 
         Returns:
-            The intermediates, or the final features (all tokens, normalised) and them.
+            The intermediates, or (final features, intermediates); final features are all tokens, normalised.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -379,7 +379,7 @@ class Vim(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Removes what is not needed for the intermediates of these blocks; returns their indices."""
+        """Removes layers that the intermediates of these blocks do not need; returns the blocks' indices."""
         check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         del self.blocks[max_index + 1 :]
@@ -434,16 +434,26 @@ _OFFICIAL_NAMES = (
     (r'\.(A|D)_b(_log)?$', r'.\1\2_b'),
     (r'\.(conv1d|x_proj|dt_proj)(_b)?\.(weight|bias)$', r'.\1_\3\2'),
 )
-_STATE_SIZE = "state the checkpoint's image size: pretrained_cfg_overlay=dict(file=..., input_size=(3, height, width))"
+_STATE_SIZE = "give the checkpoint's image size: pretrained_cfg_overlay=dict(file=..., input_size=(3, height, width))"
 _DIRECTIONAL = r'\.mixer\.(conv1d_weight|conv1d_bias|x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)(_b)?$'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-    """Renames the official layout to this module's and fits the position embedding to the model's image size.
+    """Renames any known layout to this module's and resizes the position embedding to the model's image size.
 
-    The official layout keeps the two directions' parameters apart, the backward one's marked `_b`. A `mixer.gamma`
-    scales the mixer's output, so for a model without layer scale it is multiplied into out_proj. Of a detector, a
-    segmentor or their backbone only the model is taken, which has no final norm: that is freshly initialised.
+    The official layout has separate parameters for the two directions, the backward ones with suffix `_b`. Its
+    `mixer.gamma` scales the mixer's output; for a model without layer scale it is multiplied into out_proj. From a
+    detector, a segmentor or their backbone only the model is used; it has no final norm, which is re-initialised.
+
+    Args:
+        state_dict: Weights of this library (any version), the official code, a detector, a segmentor or a backbone.
+        model: Vim model.
+
+    Returns:
+        Weights with the model's names.
+
+    Raises:
+        RuntimeError: If the grid of a position embedding cannot be determined.
     """
     out, output_norms = split_backbone(state_dict)
     official = any(key.startswith('layers.') for key in out)
@@ -452,7 +462,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
         out = _stack_directions({_rename(key, _OFFICIAL_NAMES): value for key, value in out.items()})
     own = model.state_dict()
     if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
-        _logger.warning('a checkpoint of dense prediction has no final norm: it is freshly initialised')
+        _logger.warning('a detection or segmentation checkpoint has no final norm: it is re-initialised')
         out['norm.weight'] = torch.ones_like(own['norm.weight'])
     out = _fold_layer_scale(out, own)
     pos_embed = out.get('pos_embed')
@@ -462,7 +472,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
 
 
 def rename_earlier(key: str) -> str:
-    """The name of a parameter that an earlier version of this library called `key`."""
+    """Current name of a parameter that an earlier version of this library called `key`."""
     return _rename(key, _EARLIER_NAMES)
 
 
@@ -473,10 +483,10 @@ def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
 
 
 def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Stacks each directional parameter with its `_b`.
+    """Stacks each directional parameter with its `_b` partner.
 
-    One without its partner is left out, so missing; a pair of unequal shapes, or of which only one is floating, passes
-    unchanged, so does not fit.
+    A parameter without partner is dropped and reported later as missing. A pair whose shapes differ, or of which only
+    one is floating-point, passes unchanged and is reported later as not fitting.
     """
     out = {}
     for key, value in state_dict.items():
@@ -493,7 +503,7 @@ def _stack_directions(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def _fold_layer_scale(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Multiplies the mixers' scales `ls.gamma` into out_proj where the model has none; what does not fit stays."""
+    """Multiplies layer scales `ls.gamma` into out_proj if the model has none; keys that do not fit stay."""
     out = dict(state_dict)
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         name = key.replace('.ls.gamma', '.mixer.out_proj.weight')
@@ -507,20 +517,21 @@ def _fold_layer_scale(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> 
 def _fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tensor:
     """Resizes a position embedding [1, h * w + 1, d] to the model's grid of patches.
 
-    Its own grid is that of the image size that the checkpoint states. Where it states none, official embeddings are of
-    square images, and others are the model's if their length is, which is a guess unless the model's grid is a square.
+    Its own grid comes from the checkpoint's image size. If that is unknown, official embeddings are assumed square.
+    Others are assumed to have the model's grid if the number of patches matches, with a warning if that grid is not
+    square.
     """
     patches, grid = pos_embed.shape[1] - 1, model.patch_embed.grid_size
     source = None if official else _stated_grid(model, patches)
     side = math.isqrt(patches)
     if source is None and patches == math.prod(grid) and not (official and side * side == patches):
         if not official and grid[0] != grid[1]:
-            taken = 'the position embedding of %d patches is taken for one of %dx%d; if it is of another grid, %s'
+            taken = 'the position embedding of %d patches is assumed to be %dx%d; if it has another grid, %s'
             _logger.warning(taken, patches, *grid, _STATE_SIZE)
         return pos_embed
     if source is None and side * side != patches:
         shape = tuple(pos_embed.shape)
-        raise RuntimeError(f'pos_embed {shape} is not that of a square image: {_STATE_SIZE}')
+        raise RuntimeError(f'pos_embed {shape} does not fit a square image: {_STATE_SIZE}')
     stated, source = source is not None, source or (side, side)
     if source != grid:
         doubt = '' if stated else _doubt_about_stride(model.patch_embed, source)
@@ -529,7 +540,7 @@ def _fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tenso
 
 
 def _doubt_about_stride(embed: PatchEmbed, grid: Tuple[int, int]) -> str:
-    """Names the stride, without gaps between patches, at which the model's image size has another grid, if any."""
+    """Warning text if another stride, without gaps, gives this grid at the model's image size; else empty."""
     for stride in range(1, embed.patch_size + 1):
         if all(n * stride == side - embed.patch_size + stride for n, side in zip(grid, embed.img_size)):
             return (
@@ -540,9 +551,9 @@ def _doubt_about_stride(embed: PatchEmbed, grid: Tuple[int, int]) -> str:
 
 
 def _stated_grid(model: nn.Module, patches: int) -> Optional[Tuple[int, int]]:
-    """Grid of the image size in the checkpoint's model arguments, or in a configuration that is not the variant's own.
+    """Grid for the image size in the checkpoint's model arguments or in a changed pretrained configuration.
 
-    None if there is none, or it has another number of patches.
+    None if there is no such size or its number of patches differs.
     """
     size = getattr(model, 'pretrained_model_args', {}).get('img_size')
     if size is None:
@@ -589,12 +600,12 @@ default_cfgs = generate_default_cfgs(
         'vim_nano.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
     }
 )
-_EMA_VARIANTS = ('vim_b',)  # its published accuracy is that of the averaged weights
+_EMA_VARIANTS = ('vim_b',)  # its published accuracy is of the EMA weights
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
     feature_cls = kwargs.get('feature_cls', 'getter')
-    if isinstance(feature_cls, str):  # lists of modules would leave out class token and positions, the model's own
+    if isinstance(feature_cls, str):  # module lists would skip class token and position embedding
         check_choice(('getter', 'hook', 'fx'), feature_cls=feature_cls)
     feature_cfg = dict(out_indices=3, feature_cls='getter')
     return build_model(Vim, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)

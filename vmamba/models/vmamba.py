@@ -2,7 +2,7 @@
 
 Paper: `VMamba: Visual State Space Model` - https://arxiv.org/abs/2401.10166
 
-The models and weights are of https://github.com/MzeroMiko/VMamba (MIT); this code was written from scratch.
+Official models and weights: https://github.com/MzeroMiko/VMamba (MIT). This code was written from scratch.
 """
 
 import re
@@ -28,7 +28,7 @@ NORM_EPS = 1e-5
 
 
 class ConvStem(nn.Module):
-    """Two overlapping 3x3 convolutions of stride 2, each normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+    """Two 3x3 convolutions of stride 2, each with a LayerNorm: [B, C, H, W] -> [B, d, H/4, W/4]."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Patches of 4x4 embedded by one convolution and normalised: [B, C, H, W] -> [B, d, H/4, W/4]."""
+    """One 4x4 patch convolution with a LayerNorm: [B, C, H, W] -> [B, d, H/4, W/4]."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PatchStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Overlapping 3x3 convolution of stride 2, normalised: [B, d, H, W] -> [B, d', H/2, W/2]."""
+    """3x3 convolution of stride 2 with a LayerNorm: [B, d, H, W] -> [B, d', H/2, W/2]."""
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class ConvDownsample(nn.Module):
 
 
 class PatchDownsample(PatchMerging):
-    """Patches of 2x2 concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
+    """2x2 patches concatenated, normalised, projected: [B, d, H, W] -> [B, d', H/2, W/2]; odd sides are padded."""
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
         norm = partial(LayerNorm, eps=NORM_EPS, autocast=True)
@@ -95,11 +95,11 @@ class VMambaBlock(nn.Module):
 
     Args:
         dim: Channels d.
-        ssm_ratio: Inner channels of SS2D over d.
+        ssm_ratio: Ratio of SS2D's inner channels to d.
         d_state: State dimension N.
-        conv_bias: Give SS2D's convolution a bias.
-        gate: Gate SS2D's output.
-        mlp_ratio: Hidden channels of the MLP over d; 0 for no MLP.
+        conv_bias: Whether SS2D's convolution has a bias.
+        gate: Whether SS2D's output is gated.
+        mlp_ratio: Ratio of the MLP's hidden channels to d; 0 for no MLP.
         drop_path: Stochastic depth rate.
     """
 
@@ -135,9 +135,9 @@ class VMambaBlock(nn.Module):
 
 
 class VMambaStage(nn.Module):
-    """Optional downsampling and blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
+    """Optional downsampling, then blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
 
-    Within the blocks the map is in at least fp32; it leaves them in the dtype in which it enters them.
+    Inside the blocks the map is in at least fp32; it is then cast back.
     """
 
     def __init__(self, downsample: nn.Module, blocks: List[VMambaBlock]) -> None:
@@ -163,18 +163,18 @@ class VMamba(nn.Module):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling of the last map, '' for none: a classifier then gives a map of logits.
+        global_pool: Pooling of the last map; '' for none, so that the classifier returns a map of logits.
         depths: Blocks per stage.
         embed_dim: Channels of the first stage; each stage doubles them.
-        ssm_ratio: Inner channels of SS2D over the stage's channels.
+        ssm_ratio: Ratio of SS2D's inner channels to the stage's channels.
         d_state: State dimension N.
-        conv_bias: Give SS2D's convolutions a bias.
-        gate: Gate SS2D's outputs.
-        mlp_ratio: Hidden channels of the MLPs over the stage's channels; 0 for no MLPs.
-        stem: 'conv' for two overlapping convolutions, 'patch' for one of patches.
-        downsample: 'conv' for an overlapping convolution, 'patch' for patches.
+        conv_bias: Whether SS2D's convolutions have a bias.
+        gate: Whether SS2D's outputs are gated.
+        mlp_ratio: Ratio of the MLPs' hidden channels to the stage's channels; 0 for no MLPs.
+        stem: 'conv' for two overlapping convolutions, 'patch' for one patch convolution.
+        downsample: 'conv' for an overlapping convolution, 'patch' for patch merging.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+        drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
     """
 
     def __init__(
@@ -199,10 +199,10 @@ class VMamba(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if not isinstance(depths, (tuple, list)) or not depths:
-            raise ValueError(f'depths must be the numbers of blocks of at least one stage, got {depths!r}')
+            raise ValueError(f'depths must be a tuple or list with the number of blocks of each stage, got {depths!r}')
         check_counts(0, num_classes=num_classes, **{f'depths[{i}]': depth for i, depth in enumerate(depths)})
         check_counts(in_chans=in_chans)
-        check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with half of them
+        check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with embed_dim // 2 channels
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_choice(_STEMS, stem=stem)
         check_choice(_DOWNSAMPLES, downsample=downsample)
@@ -227,8 +227,8 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialises all weights from scratch: linear layers but x_proj from a truncated normal of 0.02, all else as
-        when it is made."""
+        """Re-initialises all weights: linear layers except x_proj from a truncated normal of std 0.02, all others as at
+        construction."""
         reset_parameters(self)
         self._init_linear(self)
 
@@ -243,18 +243,18 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def load_pretrained(self, path: str) -> None:
-        """Loads a checkpoint in any official layout; see `vmamba.models.vmamba.checkpoint_filter_fn`."""
+        """Loads a checkpoint in any known layout; see `vmamba.models.vmamba.checkpoint_filter_fn`."""
         load_pretrained(self, path, checkpoint_filter_fn)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """A_log, D and the step's bias (the official runs decayed A_log and the bias, being 2-D there)."""
+        """A_log, D and dt_proj_bias; official runs decayed A_log and the bias, which are 2-D there."""
         exempt = ('.A_log', '.D', '.dt_proj_bias')
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns of the layer groups for layer-wise learning rates."""
+        """Patterns of the layer groups for layer-wise learning-rate decay."""
         if coarse:
             return dict(stem=r'^stem', blocks=r'^stages\.(\d+)')
         downsample, blocks = (r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)
@@ -262,7 +262,7 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
+        """Sets whether to recompute each block's activations in the backward pass."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -271,7 +271,7 @@ class VMamba(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replaces the classifier by a freshly initialised one (0 classes for none), and the pooling if it is given."""
+        """Re-initialises the classifier for num_classes (0 for none), and sets the pooling if given."""
         check_counts(0, num_classes=num_classes)
         parameter = next(self.stem.parameters())
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
@@ -283,7 +283,7 @@ class VMamba(nn.Module):
         head = ClassifierHead(self.num_features, num_classes, **options, device=device, dtype=dtype)
         self.head = head.train(self.training)
         self.num_classes = num_classes
-        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()  # some poolings are joined
+        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()  # some pool types concatenate
 
     def forward_intermediates(
         self,
@@ -294,18 +294,18 @@ class VMamba(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Outputs of the chosen stages, before the downsampling that follows them.
+        """Outputs of the chosen stages, before the next downsampling.
 
         Args:
             x: Images [B, C, H, W].
-            indices: The last n stages if an int, all if None, else the stages of these indices.
+            indices: Stages to return: the last n for an int, all for None, else those with these indices.
             norm: Apply the final norm to the last stage's output.
             stop_early: Stop after the last chosen stage.
-            output_fmt: 'NCHW' is the only one.
-            intermediates_only: Return only the intermediates.
+            output_fmt: 'NCHW' only.
+            intermediates_only: Return only the intermediates, without the final features.
 
         Returns:
-            The intermediates [B, d, h, w], or the final features and them.
+            The intermediates [B, d, h, w], or (final features, intermediates).
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -325,7 +325,7 @@ class VMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Removes what is not needed for the intermediates of these stages; returns their indices."""
+        """Removes layers that the intermediates of these stages do not need; returns the stages' indices."""
         check_indices(indices=indices)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
@@ -375,11 +375,18 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-    """Renames and reshapes any official layout of VMamba to this library's, which itself passes unchanged.
+    """Renames and reshapes any known layout of VMamba to this library's.
 
-    Known layouts: the release's, its legacy names, the one-file code's, linear layers as 1x1 convolutions, and the
-    backbone of a detection or segmentation checkpoint, official or of this library, whose `outnorm3` becomes the final
-    norm.
+    Known are the layouts of this library (unchanged), of the release, its legacy names, the single-file code, linear
+    layers as 1x1 convolutions, and backbones of detectors and segmentors, official or of this library. The `outnorm3`
+    of a backbone becomes the final norm.
+
+    Args:
+        state_dict: Weights in a known layout.
+        model: VMamba model.
+
+    Returns:
+        Weights with the model's names.
     """
     state_dict, norms = split_backbone(state_dict)
     norms = {key.replace('outnorm3.', 'norm.'): value for key, value in norms.items() if key.startswith('outnorm3.')}
@@ -402,7 +409,7 @@ def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
 
 
 def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
-    """Names of the stem's and downsamplers' modules, whose numbers differ between layouts: told by weight and order."""
+    """Names of the modules in stem and downsamplers, by weight shape and order; numbers differ between layouts."""
     names = {}
     convs: Dict[str, int] = {}
     norms: Dict[str, int] = {}
@@ -426,7 +433,7 @@ def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
 
 
 def _reshape(key: str, value: Tensor) -> Tensor:
-    """One parameter in this library's shape; one of a shape of no known layout passes unchanged, so does not fit."""
+    """One parameter in this library's shape; unknown shapes pass unchanged and are reported later."""
     if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1, 1)]
         return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else _matrix(value)
     if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1, 1)]
@@ -441,12 +448,12 @@ def _reshape(key: str, value: Tensor) -> Tensor:
 
 
 def _matrix(value: Tensor) -> Tensor:
-    """[m, n, 1, ...] -> [m, n]: a linear layer written as a convolution of width 1"""
+    """[m, n, 1, ...] -> [m, n]: a linear layer stored as a 1x1 convolution"""
     return value.flatten(1) if value.ndim > 2 and value.shape[2:].numel() == 1 else value
 
 
 def _routes(value: Tensor, ndim: int) -> Tensor:
-    """[4 * D, ...] of that many dimensions -> [4, D, ...]"""
+    """[4 * D, ...] with ndim dimensions -> [4, D, ...]; other shapes pass unchanged"""
     if value.ndim != ndim or value.shape[0] % 4:
         return value
     return value.unflatten(0, (4, value.shape[0] // 4))

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN on COCO with Vim: 100 epochs of 64 images of 1024 x 1024 with large-scale jitter, in bf16."""
+"""Cascade Mask R-CNN on COCO with Vim: 100 epochs, batch size 64, 1024 x 1024, large-scale jitter, bf16."""
 
 _base_ = [
     'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
@@ -24,10 +24,10 @@ bbox_heads = [
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
         loss_bbox=dict(type='SmoothL1Loss', beta=1.0, loss_weight=1.0),
     )
-    for n in (1, 2, 3)  # the stage
+    for n in (1, 2, 3)  # stages
 ]
 model = dict(
-    # In training and in testing every image is padded to 1024 x 1024, the size of the position embedding.
+    # Training and test images are padded to 1024 x 1024, the size of the position embedding.
     data_preprocessor=dict(pad_size_divisor=1024),
     backbone=dict(
         _delete_=True,
@@ -55,7 +55,7 @@ test_pipeline = [
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# A file's images are repeated four times an epoch: 25 epochs are 100.
+# The base config repeats the data four times per epoch: 25 epochs here are 100.
 optim_wrapper = dict(
     _delete_=True,
     type='AmpOptimWrapper',

@@ -1,4 +1,4 @@
-"""Mask R-CNN on COCO: AdamW 1e-4 for 12 epochs of 8 x 2 images, in bf16."""
+"""Mask R-CNN on COCO: AdamW 1e-4, 12 epochs, batch size 8 x 2, bf16."""
 
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',

@@ -1,4 +1,4 @@
-"""36 epochs at several scales, with the cropping of DETR."""
+"""Mask R-CNN on COCO: 36 epochs, multi-scale with DETR's crops."""
 
 _base_ = './mask-rcnn_1x.py'
 

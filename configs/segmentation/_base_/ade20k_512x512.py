@@ -1,4 +1,4 @@
-"""ADE20K's 150 classes in crops of 512 x 512."""
+"""ADE20K with 150 classes, 512 x 512 crops."""
 
 crop_size = (512, 512)
 scale = (2048, 512)
@@ -15,10 +15,10 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=True),  # after resizing: the truth keeps its size
+    dict(type='LoadAnnotations', reduce_zero_label=True),  # after Resize, so that the ground truth keeps its size
     dict(type='PackSegInputs'),
 ]
-# For the multi-scale figures: every image at multiples of its own size, and mirrored.
+# For the multi-scale figures: every image at multiples of its size, and flipped.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

@@ -1,4 +1,4 @@
-"""UPerNet on ADE20K; a config adds the backbone and its channels, the schedule and the optimizer."""
+"""UPerNet on ADE20K; configs add backbone, channels, schedule and optimizer."""
 
 _base_ = ['./ade20k_512x512.py', './runtime.py']
 

@@ -1,4 +1,4 @@
-"""UPerNet with Vim: AdamW 1e-4 with layer decay for 60,000 iterations of 4 x 8 images, in bf16."""
+"""UPerNet with Vim: AdamW 1e-4 with layer decay, 60,000 iterations, batch size 4 x 8, bf16."""
 
 _base_ = './upernet.py'
 

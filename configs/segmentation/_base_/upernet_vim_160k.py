@@ -1,4 +1,4 @@
-"""The longer schedule of VMamba's configs for Vim: 160,000 iterations of 8 x 2 images."""
+"""UPerNet with Vim on the longer schedule of VMamba's configs: 160,000 iterations, batch size 8 x 2."""
 
 _base_ = './upernet_vim.py'
 

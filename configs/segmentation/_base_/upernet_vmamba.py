@@ -1,4 +1,4 @@
-"""UPerNet with VMamba: AdamW 6e-5 for 160,000 iterations of 8 x 2 images, in bf16."""
+"""UPerNet with VMamba: AdamW 6e-5, 160,000 iterations, batch size 8 x 2, bf16."""
 
 _base_ = './upernet.py'
 
