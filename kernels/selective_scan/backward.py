@@ -120,11 +120,7 @@ def scan_backward_kernel(
     split_blocks,
     num_states,
     chunk_tiles,
-    grad_y_strides,
-    u_strides,
-    delta_strides,
-    z_strides,
-    grad_strides,
+    strides,  # of grad_y, u, delta, z and the gradients, of batch, direction, channel and step each
     CHUNKED: tl.constexpr,
     LOG_A: tl.constexpr,
     tile,  # `Tile` of constants
@@ -166,14 +162,14 @@ def scan_backward_kernel(
         index = group * group_dim + tl.minimum(local, group_dim - 1)
         channel = index.to(tl.int64)
         parameter = direction * dim + channel
-        grad_y_block = sequence_of(grad_y, grad_y_strides, batch, direction, channel)
-        u_block = sequence_of(u, u_strides, batch, direction, channel)
-        delta_block = sequence_of(delta, delta_strides, batch, direction, channel)
-        grad_u_block = sequence_of(grad_u, grad_strides, batch, direction, channel)
-        grad_delta_block = sequence_of(grad_delta, grad_strides, batch, direction, channel)
+        grad_y_block = sequence_of(grad_y, strides[0:4], batch, direction, channel)
+        u_block = sequence_of(u, strides[4:8], batch, direction, channel)
+        delta_block = sequence_of(delta, strides[8:12], batch, direction, channel)
+        grad_u_block = sequence_of(grad_u, strides[16:20], batch, direction, channel)
+        grad_delta_block = sequence_of(grad_delta, strides[16:20], batch, direction, channel)
         if z is not None:
-            z_block = sequence_of(z, z_strides, batch, direction, channel)
-            grad_z_block = sequence_of(grad_z, grad_strides, batch, direction, channel)
+            z_block = sequence_of(z, strides[12:16], batch, direction, channel)
+            grad_z_block = sequence_of(grad_z, strides[16:20], batch, direction, channel)
         B_block, B_tile_size = coefficients_of(B, entry, index, dim, group_dim, tiles, PADDED)
         C_block, C_tile_size = coefficients_of(C, entry, index, dim, group_dim, tiles, PADDED)
         bias = tl.zeros([BLOCK_D], tl.float32)

@@ -276,7 +276,7 @@ def _backward_launch(
     launch = _walk_launch(
         scan_backward_kernel,
         (rows * splits, cut.chunks),
-        (*integers, *strides),
+        (*integers, sum(strides, ())),
         (cut.chunks > 1, log_A, config.tile(PACKED // 2, sizes.dstate), sizes.flags(strides)),
         config,
     )
