@@ -41,7 +41,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg = {'flat_decay_mult': 0.0, **(paramwise_cfg or {})}
         self.rate = paramwise_cfg.pop('layer_decay_rate', 1.0)
         if set(paramwise_cfg) - _OPTIONS:
-            raise ValueError(f'unknown options in paramwise_cfg: {", ".join(sorted(set(paramwise_cfg) - _OPTIONS))}')
+            raise ValueError(f'unknown options of paramwise_cfg: {", ".join(sorted(set(paramwise_cfg) - _OPTIONS))}')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs: Any) -> None:
