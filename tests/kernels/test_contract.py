@@ -117,10 +117,12 @@ def test_inputs_are_left_alone(case):
     assert_equal(tensors, copies)
 
 
-def test_one_gradient_alone(case):
+def test_one_gradient_alone(case, backend):
+    """Of each tensor; of three on Triton, whose kernels compute all."""
     tensors = case.arguments()
     expected = run(case.function, tensors, **case.options)
-    for name in (k for k, t in tensors.items() if t is not None):
+    names = [k for k, t in tensors.items() if t is not None]
+    for name in names[:: max(len(names) // 3, 1)] if backend else names:
         actual = run(case.function, tensors, [name], **case.options)
         torch.testing.assert_close(actual[f'grad_{name}'], expected[f'grad_{name}'])
 
@@ -155,12 +157,12 @@ def test_registration(case, backend):
         torch.library.opcheck(operator, arguments, test_utils=checks, **oracles.OPCHECK_TOLERANCE)
 
 
-@pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
-def test_captured(case, dynamic):
-    """Without graph breaks, for known and unknown sizes."""
+@pytest.mark.slow
+def test_captured_for_symbolic_sizes(case):
+    """Without graph breaks. Tests of models capture them for known sizes."""
     torch.compiler.reset()
     tensors = {k: t for k, t in case.arguments().items() if t is not None}
-    captured = torch.compile(case.function, dynamic=dynamic, fullgraph=True, backend='aot_eager')
+    captured = torch.compile(case.function, dynamic=True, fullgraph=True, backend='aot_eager')
     expected = run(case.function, tensors, **case.options)
     actual = run(captured, tensors, **case.options)
     for name in expected:

@@ -117,12 +117,14 @@ RAISES = """
 
 
 @on_cpu
+@pytest.mark.slow
 def test_triton_without_a_gpu_is_an_error_that_names_the_interpreter():
     errors = run_alone(RAISES).splitlines()
     assert len(errors) == 2
     assert all('use_triton(True)' in error and 'TRITON_INTERPRET=1' in error and 'cpu' in error for error in errors)
 
 
+@pytest.mark.slow
 def test_without_the_package_everything_runs_plain():
     """Even where the interpreter is asked for."""
     hide = """

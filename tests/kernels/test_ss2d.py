@@ -132,7 +132,6 @@ MAPS = [
     pytest.param(CORE, dict(size=(5, 4)), id='tiles-cross-columns-core'),
     pytest.param(SCAN, dict(size=(3, 6), dstate=3), id='tiles-cross-columns-n3'),
     pytest.param(CORE, dict(size=(15, 2), dstate=2), id='tiles-end-with-columns-core-n2'),
-    pytest.param(CORE, dict(size=(2, 2), dstate=19, dim=3), id='n19-core'),
     pytest.param(CORE, dict(size=(3, 3), dim=33), id='dim33-core'),
     pytest.param(SCAN, dict(size=(2, 3), dim=1, dt_rank=1), id='dim1-rank1'),
     pytest.param(SCAN, dict(size=(2, 3), dt_rank=17), id='rank17'),
@@ -157,9 +156,6 @@ SCHEDULES = [
     pytest.param(Schedule(Tile(16, 4, 16), 1), Schedule(Tile(4, 4, 16), 1), dict(size=(11, 7)), id='quarter-tiles'),
     pytest.param(SMALL._replace(chunks=2), None, dict(size=(3, 11), dstate=2), id='chunks-cross-columns-n2'),
     pytest.param(SMALL._replace(chunks=5), None, dict(size=(15, 3)), id='fewer-tiles-than-chunks'),
-    pytest.param(
-        Schedule(Tile(16, 2, 16), 2), Schedule(Tile(16, 1, 16), 4), dict(size=(1, 65)), id='half-tiles-in-more-chunks'
-    ),
     pytest.param(SMALL, SMALL._replace(chunks=2, batches=2), dict(size=(3, 11), batch=3, dim=5), id='batches-chunks'),
 ]
 

@@ -12,6 +12,8 @@ from model_cases import SMALL, images
 from timm.models import create_feature_extractor, get_graph_node_names
 from vmamba.kernels import use_triton
 
+pytestmark = pytest.mark.slow
+
 SHALLOW = {'vmamba': dict(depths=(1, 1)), 'v0': dict(depths=(1, 1)), 'vim': dict(depth=2)}
 CASES = [
     pytest.param('vmamba', {}, id='vmamba'),

@@ -21,6 +21,8 @@ from vmamba.kernels import _launch, use_triton  # noqa: E402
 from vmamba.models.vim import VimBlock  # noqa: E402
 from vmamba.models.vmamba import VMambaBlock  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 HAS_SHARDS = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 13)  # FSDP2 that averages right without GPUs
 MODELS = {
