@@ -20,7 +20,10 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from benchmarks.kernel_cases import (
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from vmamba.tools.benchmarks.kernel_cases import (
     BACKWARD,
     BOTH,
     FORWARD,
@@ -36,15 +39,12 @@ from benchmarks.kernel_cases import (
     scan_cases,
     ss2d_cases,
 )
-from benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
-from benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
-from benchmarks.sections import command_of
-from benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from terminal import open_console
-from torch import Tensor
-from user_errors import one_line_errors
+from vmamba.tools.benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
+from vmamba.tools.benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
+from vmamba.tools.benchmarks.sections import command_of
+from vmamba.tools.benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import one_line_errors
 
 MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--csv', '--docs')

@@ -18,14 +18,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
-from benchmarks.highres_report import Measurement, cells_of, print_report, record, write_docs, write_picture
-from benchmarks.measure import Case, Result, pick_device
-from benchmarks.sections import command_of
-from benchmarks.worker import Worker
 from rich.console import Console
 from rich.progress import track
-from terminal import open_console
-from user_errors import one_line_errors
+from vmamba.tools.benchmarks.highres_report import (
+    Measurement,
+    cells_of,
+    print_report,
+    record,
+    write_docs,
+    write_picture,
+)
+from vmamba.tools.benchmarks.measure import Case, Result, pick_device
+from vmamba.tools.benchmarks.sections import command_of
+from vmamba.tools.benchmarks.worker import Worker
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import one_line_errors
 
 MODELS = (
     'vmamba_t',

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
-from output_files import write_atomically
 from safetensors.torch import save
-from user_errors import UserError, one_line_errors
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 import vmamba  # noqa: F401
 

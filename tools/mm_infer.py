@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
-from benchmarks.measure import pick_device
-from openmmlab.options import add_overrides, file_name
-from user_errors import UserError, one_line_errors
+from vmamba.tools.benchmarks.measure import pick_device
+from vmamba.tools.openmmlab.options import add_overrides, file_name
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def infer(args: argparse.Namespace) -> str:
     """Writes the picture; returns what it shows."""
     from mmengine.registry import VISUALIZERS  # here, so that a missing package is one line, too
-    from openmmlab.configs import load_config
-    from openmmlab.draw import draw
+    from vmamba.tools.openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.draw import draw
 
     check_image(args.image)
     cfg = load_config(args.config, args.cfg_options)
@@ -46,9 +46,9 @@ def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
     """The model with its weights, and what it predicts for the image."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS, MODELS
-    from openmmlab.checkpoints import load_weights, read_checkpoint
-    from openmmlab.checks import check_classes, check_maps
-    from openmmlab.runs import building
+    from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
+    from vmamba.tools.openmmlab.checks import check_classes, check_maps
+    from vmamba.tools.openmmlab.runs import building
 
     with building('model'):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))

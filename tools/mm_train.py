@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
-from openmmlab.options import add_config_options
-from output_files import lock_folder
-from user_errors import UserError, one_line_errors
+from vmamba.tools.openmmlab.options import add_config_options
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
     # Here, so that a missing package is one line, too.
-    from openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
-    from openmmlab.resume import make_resumable
-    from openmmlab.runs import build_runner
+    from vmamba.tools.openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
+    from vmamba.tools.openmmlab.resume import make_resumable
+    from vmamba.tools.openmmlab.runs import build_runner
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
@@ -70,10 +70,10 @@ def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[
 
 def use_shards(cfg: 'Config') -> None:
     """Shares weights, gradients and moments out among the processes."""
-    from training.parallel import check_version
+    from vmamba.tools.training.parallel import check_version
 
     check_version('cuda' if torch.cuda.is_available() else 'cpu')
-    import openmmlab.sharding  # noqa: F401 - registers the runner
+    import vmamba.tools.openmmlab.sharding  # noqa: F401 - registers the runner
 
     cfg.runner_type = 'ShardedRunner'
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, TextIO
 
-from user_errors import UserError
+from vmamba.tools.user_errors import UserError
 
 LOCK = '.lock'  # file in a folder that a tool writes into
 _SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met

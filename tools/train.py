@@ -14,19 +14,26 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 import yaml
-from output_files import lock_folder, write_text, writing
 from torch.distributed.elastic.multiprocessing.errors import record
-from training.checkpoint import Checkpoints
-from training.config import FIELDS, Config, add_options, load_config, option_of
-from training.data import create_data
-from training.engine import Trainer
-from training.parallel import check_sharding, distribute
-from training.report import Report
-from training.runtime import Runtime, start
-from training.seeding import seed_all
-from training.setup import create_model, create_optimizer, create_task, data_config_of, describe, starts_from_scratch
-from training.splits import class_names, load_datasets
-from user_errors import UserError, nearest
+from vmamba.tools.output_files import lock_folder, write_text, writing
+from vmamba.tools.training.checkpoint import Checkpoints
+from vmamba.tools.training.config import FIELDS, Config, add_options, load_config, option_of
+from vmamba.tools.training.data import create_data
+from vmamba.tools.training.engine import Trainer
+from vmamba.tools.training.parallel import check_sharding, distribute
+from vmamba.tools.training.report import Report
+from vmamba.tools.training.runtime import Runtime, start
+from vmamba.tools.training.seeding import seed_all
+from vmamba.tools.training.setup import (
+    create_model,
+    create_optimizer,
+    create_task,
+    data_config_of,
+    describe,
+    starts_from_scratch,
+)
+from vmamba.tools.training.splits import class_names, load_datasets
+from vmamba.tools.user_errors import UserError, nearest
 
 import vmamba  # noqa: F401
 

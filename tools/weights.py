@@ -9,10 +9,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from training.checkpoint import BROKEN
-from training.config import Config, parse_yaml
-from training.setup import data_config_of
-from user_errors import UserError, nearest, positive_float
+from vmamba.tools.training.checkpoint import BROKEN
+from vmamba.tools.training.config import Config, parse_yaml
+from vmamba.tools.training.setup import data_config_of
+from vmamba.tools.user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
 from vmamba.models._pretrained import read_checkpoint

@@ -2,14 +2,12 @@
 
 import re
 import shlex
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))
 TOOLS = 'validate', 'extract_features', 'evaluate_features', 'visualize'
 PAGES = ROOT / 'README.md', *(ROOT / 'docs' / f'{name}.md' for name in ('evaluation', 'features'))
 COMMAND = re.compile(rf'(?:^ *|`)python tools/({"|".join(TOOLS)})\.py ([^`\n]+)', flags=re.MULTILINE)
@@ -28,11 +26,11 @@ def test_every_tool_has_examples():
 
 @pytest.mark.parametrize('tool, arguments', COMMANDS, ids=lambda text: text[:40])
 def test_shown_commands_are_understood(tool, arguments):
-    import_module(tool).parse_args(shlex.split(arguments))
+    import_module(f'vmamba.tools.{tool}').parse_args(shlex.split(arguments))
 
 
 def test_the_published_figures_of_the_page_are_those_of_the_tool():
-    from published import PUBLISHED
+    from vmamba.tools.published import PUBLISHED
 
     rows = re.findall(
         r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|$', (ROOT / 'docs/evaluation.md').read_text(), re.MULTILINE

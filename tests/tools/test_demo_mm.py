@@ -1,9 +1,8 @@
 import json
 from pathlib import Path
 
-import demo_mm
-import make_scenes
 import pytest
+from vmamba.tools import demo_mm, make_scenes
 
 
 @pytest.fixture

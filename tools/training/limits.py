@@ -3,7 +3,7 @@
 import math
 from typing import Any, Dict, NamedTuple, Tuple
 
-from user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, nearest
 
 
 class Range(NamedTuple):
