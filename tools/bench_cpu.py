@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from vmamba.tools.benchmarks.measure import device_name
+from vmamba.tools.devices import device_name
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.user_errors import one_line_errors
 

@@ -40,9 +40,10 @@ from vmamba.tools.benchmarks.kernel_cases import (
     ss2d_cases,
 )
 from vmamba.tools.benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
-from vmamba.tools.benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
+from vmamba.tools.benchmarks.measure import capture, is_out_of_memory
 from vmamba.tools.benchmarks.sections import command_of
 from vmamba.tools.benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
+from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
 

@@ -28,9 +28,10 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.runner import Runner
     from rich.progress import track
     from rich.table import Table
-    from vmamba.tools.benchmarks.measure import device_name, is_out_of_memory, pick_device
+    from vmamba.tools.benchmarks.measure import is_out_of_memory
     from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
     from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
+    from vmamba.tools.devices import device_name, pick_device
     from vmamba.tools.images.scene_files import write_part
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators

@@ -28,9 +28,10 @@ from vmamba.tools.benchmarks.highres_report import (
     write_docs,
     write_picture,
 )
-from vmamba.tools.benchmarks.measure import Case, Result, pick_device
+from vmamba.tools.benchmarks.measure import Case, Result
 from vmamba.tools.benchmarks.sections import command_of
 from vmamba.tools.benchmarks.worker import Worker
+from vmamba.tools.devices import pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
 

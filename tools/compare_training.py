@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from vmamba.configs import FOLDER
 from vmamba.tools import train
-from vmamba.tools.benchmarks.measure import device_name, pick_device
 from vmamba.tools.benchmarks.run_queue import Result, Run, keep, kept, train_all
 from vmamba.tools.benchmarks.sections import command_of
 from vmamba.tools.benchmarks.training_report import (
@@ -33,6 +32,7 @@ from vmamba.tools.benchmarks.training_report import (
     write_docs,
     write_picture,
 )
+from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.images.packaged_data import DATASETS
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.terminal import open_console

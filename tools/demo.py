@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.highres_report import print_report, record, write_picture
-from vmamba.tools.benchmarks.measure import Case, pick_device
+from vmamba.tools.benchmarks.measure import Case
 from vmamba.tools.compare_highres import MODELS, compare
+from vmamba.tools.devices import pick_device
 from vmamba.tools.figures.plots import plot_training
 from vmamba.tools.images.digits import NUM_CLASSES, Digits, Epoch, load_digits, train
 from vmamba.tools.images.packaged_data import HELD_OUT, stratified_split

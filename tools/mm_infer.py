@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
-from vmamba.tools.benchmarks.measure import pick_device
+from vmamba.tools.devices import pick_device
 from vmamba.tools.openmmlab.options import add_overrides, file_name
 from vmamba.tools.user_errors import UserError, one_line_errors
 

@@ -33,7 +33,7 @@ from vmamba.tools.training.setup import (
     starts_from_scratch,
 )
 from vmamba.tools.training.splits import class_names, load_datasets
-from vmamba.tools.user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, nearest, program
 
 import vmamba  # noqa: F401
 
@@ -141,7 +141,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     except UserError as error:
         rank = os.environ.get('RANK')
         place = f' [process {rank}]' if rank else ''
-        print(f'train.py: error:{place} {error}', file=sys.stderr, flush=True)
+        print(f'{program("train.py")}: error:{place} {error}', file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -34,7 +34,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from vmamba.tools.benchmarks.measure import pick_device
+from vmamba.tools.devices import pick_device
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch

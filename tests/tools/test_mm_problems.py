@@ -210,9 +210,7 @@ def test_without_mmengine_the_tools_say_what_to_install():
     code = f'{hide}runpy.run_path({str(script)!r}, run_name="__main__")'
     done = subprocess.run([sys.executable, '-c', code, script, DETECTION], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith(
-        "mmengine is missing; install what the tools need by `pip install -e '.[mm,tools]'`"
-    )
+    assert done.stderr.strip().endswith("mmengine is missing; install it by `pip install 'vmamba[mm,tools]'`")
     assert 'Traceback' not in done.stderr
 
 
@@ -220,7 +218,7 @@ def test_without_mmengine_the_tools_say_what_to_install():
 def test_the_library_of_a_config_is_named_when_it_is_missing(config, monkeypatch, capsys):
     library = 'mmseg' if config == SEGMENTATION else 'mmdet'
     monkeypatch.setitem(sys.modules, library, None)
-    assert_one_line('mm_train.py', mm_train.main, [config], [library, 'install what the tools need by'], capsys)
+    assert_one_line('mm_train.py', mm_train.main, [config], [library, 'install it by'], capsys)
 
 
 def test_inference_with_another_number_of_classes_is_refused(capsys):
