@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from PIL import Image
@@ -84,3 +85,16 @@ def test_errors_name_the_command(run):
     code, _, error = run('train', 'absent.yaml')
     assert code == 2 and error.startswith('vmamba train: error: there is no configuration absent.yaml; ')
     assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'tool, earlier, now',
+    [
+        ('bench_kernels', ('--batch', '2', '--csv', 'a.csv'), ('--batch-size', '2', '--output', 'a.csv')),
+        ('mm_train', ('c.py', '--work-dir', 'w', '--no-amp'), ('c.py', '--output', 'w', '--precision', 'fp32')),
+        ('mm_train', ('c.py', '--amp'), ('c.py', '--precision', 'bf16')),
+    ],
+)
+def test_earlier_names_of_options_stay_known(tool, earlier, now):
+    parse = import_module(f'vmamba.tools.{tool}').parse_args
+    assert parse([*earlier]) == parse([*now])

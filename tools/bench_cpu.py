@@ -1,6 +1,6 @@
 """Compares vmamba_t and vim_t with Swin-T and DeiT-T on a CPU: medians over alternating repeats, and their ratios.
 
-python tools/bench_cpu.py --output bench_cpu.csv
+vmamba bench cpu --output bench_cpu.csv
 """
 
 import argparse

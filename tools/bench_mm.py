@@ -1,7 +1,7 @@
 """Times training steps of Mask R-CNN and UPerNet with VMamba beside Swin in the same framework, with random weights.
 
-python tools/bench_mm.py --docs docs/benchmarks.md
-python tools/bench_mm.py --device cpu --shrink 8 --repeats 1 --tasks segmentation
+vmamba bench mm --docs docs/benchmarks.md
+vmamba bench mm --device cpu --shrink 8 --repeats 1 --tasks segmentation
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Measures how training with train.py scales with the number of processes: images a second on synthetic images.
 
-python tools/bench_scaling.py --docs docs/benchmarks.md
-python tools/bench_scaling.py --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
+vmamba bench scaling --docs docs/benchmarks.md
+vmamba bench scaling --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
 """
 
 import argparse

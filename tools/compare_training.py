@@ -3,8 +3,8 @@
 A run that fails is a result, not an error; an interrupt reports what has been done, and --resume trains what is
 missing. Options that are not listed here go to train.py.
 
-    python tools/compare_training.py --device cuda --jobs 15 --docs docs/benchmarks.md
-    python tools/compare_training.py --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
+    vmamba compare training --device cuda --jobs 15 --docs docs/benchmarks.md
+    vmamba compare training --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
 """
 
 import argparse

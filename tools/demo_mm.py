@@ -60,7 +60,7 @@ def train_and_test(training: Training, output: Path, options: Sequence[str]) -> 
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
     config, folder = FOLDER / training.config, output / Path(training.config).parent
     overrides = ['--cfg-options', *options] if options else []
-    run('mm_train.py', config, '--work-dir', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
+    run('mm_train.py', config, '--output', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
     checkpoint = (folder / 'last_checkpoint').read_text()
     metrics = folder / 'metrics.json'
     drawing = ['--draw', folder / 'drawn', '--limit', 16]

@@ -3,8 +3,8 @@
 The classes are the class folders of the images. With --test the classifiers are fitted to the first features and tested
 on those; without, by stratified cross-validation. Maps are averaged over their pixels. Writes a CSV file.
 
-    python tools/evaluate_features.py features/train --test features/val
-    python tools/evaluate_features.py features/ --features pooled stages.2 --neighbours 10
+    vmamba knn features/train --test features/val
+    vmamba knn features/ --features pooled stages.2 --neighbours 10
 """
 
 import argparse

@@ -4,10 +4,10 @@ Images have the model's own size or --img-size, or with --native their own; --ti
 Every image that is done stays done: the same command goes on after a kill. `features/store.py` says what is written;
 tools/evaluate_features.py evaluates it.
 
-    python tools/extract_features.py images/ --model vmamba_t
-    python tools/extract_features.py images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
-    python tools/extract_features.py images/ --model vmamba_t --features stages.3 --native --format safetensors
-    python tools/extract_features.py slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
+    vmamba extract images/ --model vmamba_t
+    vmamba extract images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
+    vmamba extract images/ --model vmamba_t --features stages.3 --native --format safetensors
+    vmamba extract slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Makes a small data set for detection and segmentation from real images: digits of MNIST over photographs.
 
-    python tools/make_scenes.py --output data/scenes
+    vmamba make-scenes --output data/scenes
 
 The folder has the layouts of ADE20K and COCO at once, over the same images:
 

@@ -1,6 +1,6 @@
 """Draws what a detector of mmdet or a segmentor of mmseg sees in an image: boxes and masks, or the segmentation.
 
-python tools/mm_infer.py image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
+vmamba mm-infer image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
 """
 
 import argparse

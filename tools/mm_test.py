@@ -1,7 +1,7 @@
 """Tests a trained detector of mmdet or segmentor of mmseg: writes its metrics as JSON, and drawn predictions.
 
-python tools/mm_test.py CONFIG work_dirs/NAME/epoch_12.pth --output metrics.json --draw drawn
-torchrun --nproc-per-node 8 tools/mm_test.py CONFIG CHECKPOINT --launcher pytorch
+vmamba mm-test CONFIG work_dirs/NAME/epoch_12.pth --output metrics.json --draw drawn
+torchrun --nproc-per-node 8 -m vmamba.tools.mm_test CONFIG CHECKPOINT --launcher pytorch
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Trains a classifier as a configuration says, on one device or, under torchrun, on many.
 
-python tools/train.py configs/classification/mnist5k_vmamba_nano.yaml
-torchrun --nproc-per-node 8 tools/train.py configs/classification/vmamba_t.yaml --data-dir imagenet --resume
+vmamba train configs/classification/mnist5k_vmamba_nano.yaml
+torchrun --nproc-per-node 8 -m vmamba.tools.train configs/classification/vmamba_t.yaml --data-dir imagenet --resume
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
 Each model preprocesses as its own configuration says. Writes validate.csv, and validate.png for several resolutions.
 
-    python tools/validate.py imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
-    python tools/validate.py imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
-    python tools/validate.py imagenet/val --models vmamba_t --real-labels
-    python tools/validate.py imagenetv2-matched-frequency --models vmamba_t
-    python tools/validate.py imagenet-c --models vmamba_t --imagenet-c
+    vmamba validate imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
+    vmamba validate imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
+    vmamba validate imagenet/val --models vmamba_t --real-labels
+    vmamba validate imagenetv2-matched-frequency --models vmamba_t
+    vmamba validate imagenet-c --models vmamba_t --imagenet-c
 """
 
 import argparse

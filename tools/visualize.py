@@ -19,9 +19,9 @@ The panels show |M_ij| of each route at the place of pixel j, and |sum of the ro
 (or of one --channel). M is exact and of this image; the convolution before the scan and the gates after it are not in
 it, nor is D x, which is the pixel's own.
 
-    python tools/visualize.py erf images/ --model vmamba_t --img-size 512 --count 50
-    python tools/visualize.py attention photo.jpg --model vmamba_t --pixel 120 80 --layers stages.2.blocks.7
-    python tools/visualize.py attention photo.jpg --model vim_s=vim_s.pth --class-token --whole
+    vmamba visualize erf images/ --model vmamba_t --img-size 512 --count 50
+    vmamba visualize attention photo.jpg --model vmamba_t --pixel 120 80 --layers stages.2.blocks.7
+    vmamba visualize attention photo.jpg --model vim_s=vim_s.pth --class-token --whole
 """
 
 import argparse

@@ -330,3 +330,9 @@ def test_peak_is_at_least_the_largest_map():
 )
 def test_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_the_earlier_name_of_precision_stays_known():
+    cases = parse_args(['--device', 'cpu', '--precision', 'bf16', 'fp32']).cases
+    assert {case.dtype for case in cases} == {'bfloat16', 'float32'}
+    assert parse_args(['--device', 'cpu', '--dtype', 'bfloat16', 'float32']).cases == cases

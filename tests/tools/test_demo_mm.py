@@ -14,8 +14,8 @@ def tools(monkeypatch, tmp_path):
         calls.append((tool, *arguments))
         options = dict(zip(arguments, arguments[1:]))
         if tool == 'mm_train.py':
-            options['--work-dir'].mkdir(parents=True)
-            (options['--work-dir'] / 'last_checkpoint').write_text('last.pth')
+            options['--output'].mkdir(parents=True)
+            (options['--output'] / 'last_checkpoint').write_text('last.pth')
         if tool == 'mm_test.py':
             options['--output'].write_text(json.dumps(metrics))
 

@@ -97,7 +97,7 @@ def test_what_the_user_can_correct_is_one_line(case, tmp_path, capsys):
 
 
 def test_a_folder_that_another_training_writes_into_is_refused(tmp_path, capsys):
-    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --work-dir'
+    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --output'
     with in_use(tmp_path):
         assert_one_line('mm_train.py', mm_train.main, [DETECTION, '--work-dir', str(tmp_path)], [message], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ['.lock']
