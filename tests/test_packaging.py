@@ -27,7 +27,7 @@ PREDICT = ('predict', 'photo.png', '--model', 'vmamba_nano', '--random-weights',
 
 
 def call(*command, cwd, code=0):
-    """Runs a command as a person would, without what the tests set; returns its output and its errors."""
+    """Runs a command without the environment variables of the tests; returns its output and its errors."""
     env = {key: value for key, value in os.environ.items() if key not in ('TRITON_INTERPRET', 'PYTHONPATH')}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr

@@ -83,7 +83,9 @@ def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('image', type=Path)
-    parser.add_argument('--config', type=Path, required=True, help='config file of mmdet or mmseg')
+    parser.add_argument(
+        '--config', type=Path, required=True, help='config file of mmdet or mmseg, or the name of an installed one'
+    )
     parser.add_argument('--checkpoint', type=Path, required=True)
     parser.add_argument(
         '--output', type=file_name('.png', '.jpg'), default=Path('drawn.png'), help='PNG or JPEG to write'

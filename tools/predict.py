@@ -1,6 +1,7 @@
-"""Names what is in images: the classes that a model finds most probable.
+"""Classifies images: prints the most probable classes of each.
 
-Preprocessing is the model's own. The names are those in a checkpoint of `vmamba train`, or ImageNet's.
+The images are preprocessed as the model's configuration says. The class names are those in the checkpoint, if
+`vmamba train` wrote it, or ImageNet's.
 
     vmamba predict photo.jpg --model vmamba_t
     vmamba predict photos/ --checkpoint runs/pets/best.pt --top 3

@@ -42,7 +42,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
     """The configuration's file, whether to resume, and the values given by option."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument('config', type=Path, help='YAML file, such as configs/classification/vmamba_t.yaml')
+    parser.add_argument('config', type=Path, help='YAML file, or the name of an installed one, such as vmamba_t')
     parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, if there is one')
     add_options(parser.add_argument_group('keys of the configuration'))
     args, unknown = parser.parse_known_args(argv)

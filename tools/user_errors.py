@@ -28,7 +28,7 @@ def one_line_errors(tool: str) -> Iterator[None]:
 
 
 def program(tool: str) -> str:
-    """What the person called: 'vmamba train', as the command vmamba says, or else the tool's own file."""
+    """The program that an error names: 'vmamba train' under the command vmamba, else the tool's own file."""
     return sys.argv[0] if sys.argv[0].startswith('vmamba ') else tool
 
 

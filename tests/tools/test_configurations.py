@@ -18,7 +18,7 @@ def test_an_installed_configuration_is_found_anywhere(tmp_path, monkeypatch, tex
     assert find_config(Path(text)) == FOLDER / 'classification/vim_t.yaml'
 
 
-def test_a_file_of_the_person_comes_first(tmp_path, monkeypatch):
+def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('vim_t.yaml').write_text('_base_: configs/classification/vim_t.yaml\nepochs: 30\n')
     assert find_config(Path('vim_t.yaml')) == Path('vim_t.yaml')

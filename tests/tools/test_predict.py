@@ -1,4 +1,4 @@
-"""Names of what is in images, against timm's own preprocessing."""
+"""Predicted classes, compared with those of timm's own preprocessing."""
 
 import io
 import shutil
