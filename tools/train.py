@@ -76,6 +76,7 @@ def count_classes(config: Config, datasets: List[Any]) -> int:
 
 def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     """Everything of a run, in its first state."""
+    config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
     datasets = load_datasets(config)
     num_classes = count_classes(config, datasets)
     seed_all(config.seed)

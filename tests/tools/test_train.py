@@ -76,6 +76,13 @@ def test_a_run_leaves_its_records_and_learns(run, tmp_path):
     assert len(list(tmp_path.glob('checkpoint-*.pt'))) == 2
 
 
+def test_a_cpu_trains_in_fp32_by_default(run, tmp_path):
+    args = f'{CONFIGS}/synthetic.yaml', '--model', 'test_vit', '--synthetic-images', 8, '--batch-size', 4, '--epochs', 1
+    options = '--warmup-epochs', 0, '--workers', 0, '--device', 'cpu', '--img-size', 32
+    out, _, _ = run(*args, *options, '--output', tmp_path / 'run')
+    assert ', fp32' in out and 'precision: fp32' in (tmp_path / 'run/config.yaml').read_text()
+
+
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_mixed_precision_on_synthetic_images(run, tmp_path, precision):
     args = *SMALL, '--data', 'synthetic', '--synthetic-images', 64, '--num-classes', 10, '--epochs', 3

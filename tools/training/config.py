@@ -93,7 +93,9 @@ class Config:
     ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average')
     ema_warmup: bool = _key(False, 'let the decay of the average rise to ema_decay, for short runs')
     # How it runs
-    precision: str = _key('bf16', 'fp32, bf16 or fp16 (with loss scaling)')
+    precision: Optional[str] = _key(
+        None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU'
+    )
     compile: bool = _key(False, 'compile the model')
     channels_last: bool = _key(False, 'memory format of the images and convolutions')
     grad_checkpointing: bool = _key(False, 'less memory, more time')
