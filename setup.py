@@ -1,9 +1,14 @@
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
+FOLDERS = ('kernels', 'configs', 'tools')  # top-level folders of the repository, installed as vmamba.FOLDER
+
+found = [name for folder in FOLDERS for name in find_namespace_packages(include=[folder, f'{folder}.*'])]
 setup(
     packages=[
         *find_packages(include=['vmamba', 'vmamba.*']),
-        *('vmamba.' + name for name in find_packages(include=['kernels', 'kernels.*'])),
+        *(f'vmamba.{name}' for name in found if '__pycache__' not in name),
     ],
-    package_dir={'vmamba.kernels': 'kernels'},
+    package_dir={f'vmamba.{folder}': folder for folder in FOLDERS},
+    package_data={'vmamba': ['py.typed'], 'vmamba.configs.classification': ['*.yaml']},
+    py_modules=['vmamba_cli'],
 )

@@ -1,4 +1,4 @@
-"""Imports go one way: tests, tools -> vmamba.mm -> vmamba.models -> vmamba.layers -> vmamba.kernels -> torch, triton"""
+"""Imports go one way: tests -> vmamba.tools, configs -> vmamba.mm -> models -> layers -> kernels -> torch, triton"""
 
 import ast
 import sys
@@ -14,7 +14,8 @@ LAYERS = {
     'vmamba/models': 'vmamba.models',
     'vmamba': 'vmamba',
     'vmamba/mm': 'vmamba.mm',
-    'tools': 'tools',
+    'configs': 'vmamba.configs',
+    'tools': 'vmamba.tools',
     'tests': 'tests',
 }
 PACKAGES = list(LAYERS.values())

@@ -1,6 +1,6 @@
 """Compares vmamba_t and vim_t with Swin-T and DeiT-T on a CPU: medians over alternating repeats, and their ratios.
 
-python tools/bench_cpu.py --output bench_cpu.csv
+vmamba bench cpu --output bench_cpu.csv
 """
 
 import argparse
@@ -11,13 +11,13 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-from benchmarks.measure import device_name
-from output_files import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from user_errors import one_line_errors
+from vmamba.tools.devices import device_name
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.user_errors import one_line_errors
 
 import vmamba  # noqa: F401
 

@@ -1,10 +1,10 @@
 """Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory, limits and the host.
 
-python tools/bench_kernels.py --csv kernels.csv --docs docs/benchmarks.md
-python tools/bench_kernels.py --only model --compile-training --activation-memory-budget 0.5
-python tools/bench_kernels.py --only scan --case '*_n16_*'
-python tools/bench_kernels.py --only host --repeats 100 --docs docs/benchmarks.md
-python tools/bench_kernels.py --device cpu --batch 1 --repeats 1 --case ss2d_vmamba_t_stage4
+vmamba bench kernels --output kernels.csv --docs docs/benchmarks.md
+vmamba bench kernels --only model --compile-training --activation-memory-budget 0.5
+vmamba bench kernels --only scan --case '*_n16_*'
+vmamba bench kernels --only host --repeats 100 --docs docs/benchmarks.md
+vmamba bench kernels --device cpu --batch-size 1 --repeats 1 --case ss2d_vmamba_t_stage4
 """
 
 import argparse
@@ -20,7 +20,10 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from benchmarks.kernel_cases import (
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from vmamba.tools.benchmarks.kernel_cases import (
     BACKWARD,
     BOTH,
     FORWARD,
@@ -36,18 +39,16 @@ from benchmarks.kernel_cases import (
     scan_cases,
     ss2d_cases,
 )
-from benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
-from benchmarks.measure import capture, device_name, is_out_of_memory, pick_device
-from benchmarks.sections import command_of
-from benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from terminal import open_console
-from torch import Tensor
-from user_errors import one_line_errors
+from vmamba.tools.benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
+from vmamba.tools.benchmarks.measure import capture, is_out_of_memory
+from vmamba.tools.benchmarks.sections import command_of
+from vmamba.tools.benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
+from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import one_line_errors
 
 MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
-OUTPUTS = ('--csv', '--docs')
+OUTPUTS = ('--output', '--csv', '--docs')
 WIDTH = 200  # of the tables where there is no terminal
 
 
@@ -194,17 +195,21 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='SHARE',
         help="what compiled training keeps for its backward pass, of all that it would keep; PyTorch's own by default",
     )
-    parser.add_argument('--batch', type=int, help="instead of each case's own; leaves out the peers' earlier figures")
+    parser.add_argument(
+        '--batch-size', type=int, help="instead of each case's own; leaves out the peers' earlier figures"
+    )
+    parser.add_argument('--batch', dest='batch_size', type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
     parser.add_argument('--repeats', type=int, default=30, help='runs of which the median time is taken')
     parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
-    parser.add_argument('--csv', type=Path, help='file to write')
+    parser.add_argument('--output', type=Path, help='CSV file to write')
+    parser.add_argument('--csv', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    for name in ('repeats', 'batch'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    for name, value in (('repeats', args.repeats), ('batch-size', args.batch_size)):
+        if value is not None and value < 1:
+            parser.error(f'--{name} must be at least 1, got {value}')
     budget = args.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
         parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
@@ -216,8 +221,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         args.cases = select(cases, args.only, args.case)
     except ValueError as error:
         parser.error(str(error))
-    if args.batch is not None:
-        args.cases = [replace(case, batch=args.batch, reference=None) for case in args.cases]
+    if args.batch_size is not None:
+        args.cases = [replace(case, batch=args.batch_size, reference=None) for case in args.cases]
     return args
 
 
@@ -241,8 +246,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     results = bench(cases, args.device, args.repeats, console)
     found = Run(device, ceilings, args.repeats, command_of('bench_kernels', argv, OUTPUTS), results)
     write_report(found, console)
-    if args.csv:
-        write_csv(found, args.csv)
+    if args.output:
+        write_csv(found, args.output)
     if args.docs:
         write_docs(found, args.docs)
 

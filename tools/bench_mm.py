@@ -1,7 +1,7 @@
 """Times training steps of Mask R-CNN and UPerNet with VMamba beside Swin in the same framework, with random weights.
 
-python tools/bench_mm.py --docs docs/benchmarks.md
-python tools/bench_mm.py --device cpu --shrink 8 --repeats 1 --tasks segmentation
+vmamba bench mm --docs docs/benchmarks.md
+vmamba bench mm --device cpu --shrink 8 --repeats 1 --tasks segmentation
 """
 
 import argparse
@@ -11,7 +11,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from user_errors import one_line_errors
+from vmamba.configs import FOLDER
+from vmamba.tools.user_errors import one_line_errors
 
 with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import mmcv
@@ -20,22 +21,22 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import mmseg
     import timm
     import torch
-    from benchmarks.measure import device_name, is_out_of_memory, pick_device
-    from benchmarks.sections import command_of, markdown_table, write_section
-    from benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
-    from images.scene_files import write_part
-    from images.scenes import BACKGROUND, NAMES, Composer
     from mmengine.logging import MMLogger
     from mmengine.model import BaseModel, revert_sync_batchnorm
     from mmengine.optim import OptimWrapper, build_optim_wrapper
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
-    from openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
     from rich.progress import track
     from rich.table import Table
-    from terminal import open_console
+    from vmamba.tools.benchmarks.measure import is_out_of_memory
+    from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
+    from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
+    from vmamba.tools.devices import device_name, pick_device
+    from vmamba.tools.images.scene_files import write_part
+    from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
+    from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
+    from vmamba.tools.terminal import open_console
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
 OUTPUTS = ('--docs',)
 WIDTH = 120  # of the table where there is no terminal
 BATCHES = 8  # different ones, taken in turn
@@ -120,7 +121,7 @@ def warm_ups(device: torch.device) -> int:
 
 def build(task: Task, backbone: str, device: torch.device) -> Tuple[BaseModel, OptimWrapper]:
     """The model of the task's config with this backbone, and its optimizer."""
-    cfg = load_config(CONFIGS / task.config)
+    cfg = load_config(FOLDER / task.config)
     cfg.model.backbone = BACKBONES[backbone]
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = task.shape
@@ -137,7 +138,7 @@ def build(task: Task, backbone: str, device: torch.device) -> Tuple[BaseModel, O
 def compose(task: Task, folder: Path) -> List[Any]:
     """Batches of scenes of the task's size, as the task's library reads and packs them."""
     write_part(folder, 'training', Composer('training', task.shape, range(10), seed=0), BATCHES * task.batch)
-    cfg = load_config(CONFIGS / task.config)
+    cfg = load_config(FOLDER / task.config)
     if cfg.default_scope == 'mmdet':
         source = dict(
             type='CocoDataset',

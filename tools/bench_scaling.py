@@ -1,7 +1,7 @@
 """Measures how training with train.py scales with the number of processes: images a second on synthetic images.
 
-python tools/bench_scaling.py --docs docs/benchmarks.md
-python tools/bench_scaling.py --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
+vmamba bench scaling --docs docs/benchmarks.md
+vmamba bench scaling --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
 """
 
 import argparse
@@ -17,16 +17,17 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from benchmarks.measure import device_name, pick_device
-from benchmarks.sections import command_of, markdown_table, write_section
-from benchmarks.timing import triton_version
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from user_errors import UserError, one_line_errors, positive
+from vmamba.configs import FOLDER
+from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
+from vmamba.tools.benchmarks.timing import triton_version
+from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.user_errors import UserError, one_line_errors, positive
 
 TRAIN = Path(__file__).with_name('train.py')
-CONFIG = Path(__file__).parents[1] / 'configs/classification/synthetic.yaml'
+CONFIG = FOLDER / 'classification/synthetic.yaml'
 OUTPUTS = ('--docs',)
 HEADER = ('processes', 'images an update', 'images/s', 'efficiency', 'peak MiB a process')
 NOTES = """`train.py` with {model} in {precision}, {batch_size} images a process and update whatever their number, which

@@ -3,12 +3,12 @@
 Running out of memory or time is a result, not an error; an interrupt reports what was measured. On a GPU one process
 measures all cases of a model, on a CPU each case has its own.
 
-    python tools/compare_highres.py --sizes 224 448 896
-    python tools/compare_highres.py --models vim_t deit_tiny_patch16_224:plain --sizes 224 1248 --batch-sizes 64 8
-    python tools/compare_highres.py --models vmamba_t --dtype float16 bfloat16 --compile off on --cuda-graph off on
-    python tools/compare_highres.py --paper
-    python tools/compare_highres.py --latency
-    python tools/compare_highres.py --benchmarks --docs docs/benchmarks.md
+    vmamba compare highres --sizes 224 448 896
+    vmamba compare highres --models vim_t deit_tiny_patch16_224:plain --sizes 224 1248 --batch-sizes 64 8
+    vmamba compare highres --models vmamba_t --precision fp16 bf16 --compile off on --cuda-graph off on
+    vmamba compare highres --paper
+    vmamba compare highres --latency
+    vmamba compare highres --benchmarks --docs docs/benchmarks.md
 """
 
 import argparse
@@ -18,14 +18,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
-from benchmarks.highres_report import Measurement, cells_of, print_report, record, write_docs, write_picture
-from benchmarks.measure import Case, Result, pick_device
-from benchmarks.sections import command_of
-from benchmarks.worker import Worker
 from rich.console import Console
 from rich.progress import track
-from terminal import open_console
-from user_errors import one_line_errors
+from vmamba.tools.benchmarks.highres_report import (
+    Measurement,
+    cells_of,
+    print_report,
+    record,
+    write_docs,
+    write_picture,
+)
+from vmamba.tools.benchmarks.measure import Case, Result
+from vmamba.tools.benchmarks.sections import command_of
+from vmamba.tools.benchmarks.worker import Worker
+from vmamba.tools.devices import pick_device
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import one_line_errors
 
 MODELS = (
     'vmamba_t',
@@ -37,7 +45,7 @@ MODELS = (
 )
 FAST_MODELS = tuple(model for model in MODELS if not model.endswith(':plain'))
 SIZES = {'cpu': (224, 448, 672, 896), 'cuda': (224, 512, 1024, 2048, 4096)}
-DTYPES = ('float32', 'float16', 'bfloat16')
+PRECISIONS = {'fp32': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
 GPU_BATCH_PIXELS = 2**24
 OUTPUTS = ('--output', '--docs')
 WIDTH = 120  # of the table where there is no terminal
@@ -132,8 +140,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='one for each size or one for all; default: 1 on a CPU, on a GPU about as many pixels at every size',
     )
     parser.add_argument(
-        '--dtype', nargs='+', choices=DTYPES, help='the lower ones by autocast; default: bfloat16 on a GPU'
+        '--precision', nargs='+', choices=PRECISIONS, help='the lower ones by autocast; default: bf16 on a GPU'
     )
+    earlier = dict(dest='precision', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument('--dtype', nargs='+', choices=tuple(PRECISIONS.values()), **earlier)
     parser.add_argument('--compile', nargs='+', choices=('off', 'on'), help='use torch.compile')
     parser.add_argument('--cuda-graph', nargs='+', choices=('off', 'on'), help='replay a CUDA graph')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
@@ -169,7 +179,8 @@ def cases_of(args: argparse.Namespace) -> List[Case]:
         raise ValueError('--benchmarks sets the models, sizes, batch sizes, --compile and --cuda-graph itself')
     if args.device != 'cuda' and any(True in grid.cuda_graph for grid in grids):
         raise ValueError('a CUDA graph needs a GPU')
-    dtypes = args.dtype or ('bfloat16' if args.device == 'cuda' else 'float32',)
+    precisions = args.precision or ('bf16' if args.device == 'cuda' else 'fp32',)
+    dtypes = [PRECISIONS.get(name, name) for name in precisions]
     settings = {name: getattr(args, name) for name in ('device', 'repeats', 'seconds', 'memory_limit')}
     cases = [case for grid in grids for case in grid.cases(dtypes, **settings)]
     models = list(dict.fromkeys(case.model for case in cases))

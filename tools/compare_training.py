@@ -3,8 +3,8 @@
 A run that fails is a result, not an error; an interrupt reports what has been done, and --resume trains what is
 missing. Options that are not listed here go to train.py.
 
-    python tools/compare_training.py --device cuda --jobs 15 --docs docs/benchmarks.md
-    python tools/compare_training.py --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
+    vmamba compare training --device cuda --jobs 15 --docs docs/benchmarks.md
+    vmamba compare training --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
 """
 
 import argparse
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
-import train
-from benchmarks.measure import device_name, pick_device
-from benchmarks.run_queue import Result, Run, keep, kept, train_all
-from benchmarks.sections import command_of
-from benchmarks.training_report import (
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from vmamba.configs import FOLDER
+from vmamba.tools import train
+from vmamba.tools.benchmarks.run_queue import Result, Run, keep, kept, train_all
+from vmamba.tools.benchmarks.sections import command_of
+from vmamba.tools.benchmarks.training_report import (
     NAME,
     Setting,
     cells_of,
@@ -30,15 +32,14 @@ from benchmarks.training_report import (
     write_docs,
     write_picture,
 )
-from images.packaged_data import DATASETS
-from output_files import lock_folder
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from terminal import open_console
-from training.config import FIELDS, Config, load_config, option_of
-from user_errors import UserError, nearest, one_line_errors, positive
+from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.images.packaged_data import DATASETS
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.terminal import open_console
+from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
+from vmamba.tools.user_errors import UserError, nearest, one_line_errors, positive
 
-RECIPE = Path(__file__).parents[1] / 'configs' / 'classification' / 'compare.yaml'
+RECIPE = FOLDER / 'classification' / 'compare.yaml'
 OWN_KEYS = ('model', 'model_args', 'data', 'seed')  # of the configuration, which the comparison sets
 OUTPUTS = ('--output', '--docs')
 WIDTH = 120  # of the tables where there is no terminal

@@ -1,7 +1,7 @@
 """Converts an official checkpoint to safetensors in this library's own layout.
 
-python tools/convert.py vmamba_t vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_t.safetensors
-python tools/convert.py vmamba_t mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth backbone.safetensors --num-classes 0
+vmamba convert vmamba_t vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_t.safetensors
+vmamba convert vmamba_t mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth backbone.safetensors --num-classes 0
 """
 
 import argparse
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import timm
-from output_files import write_atomically
 from safetensors.torch import save
-from user_errors import UserError, one_line_errors
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 import vmamba  # noqa: F401
 

@@ -11,19 +11,21 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-from benchmarks.highres_report import print_report, record, write_picture
-from benchmarks.measure import Case, pick_device
-from compare_highres import MODELS, compare
-from figures.plots import plot_training
-from images.digits import NUM_CLASSES, Digits, Epoch, load_digits, train
-from images.packaged_data import HELD_OUT, stratified_split
-from output_files import write_csv
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from terminal import open_console
-from training.config import read_yaml
-from user_errors import one_line_errors
+from vmamba.configs import FOLDER
+from vmamba.tools.benchmarks.highres_report import print_report, record, write_picture
+from vmamba.tools.benchmarks.measure import Case
+from vmamba.tools.compare_highres import MODELS, compare
+from vmamba.tools.devices import pick_device
+from vmamba.tools.figures.plots import plot_training
+from vmamba.tools.images.digits import NUM_CLASSES, Digits, Epoch, load_digits, train
+from vmamba.tools.images.packaged_data import HELD_OUT, stratified_split
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.terminal import open_console
+from vmamba.tools.training.config import read_yaml
+from vmamba.tools.user_errors import one_line_errors
 
 import vmamba  # noqa: F401
 
@@ -39,7 +41,7 @@ class Recipe(NamedTuple):
     model_args: Dict[str, Any]
 
 
-def load_recipes(path: Path = Path(__file__).parents[1] / 'configs/classification/demo.yaml') -> Dict[str, Recipe]:
+def load_recipes(path: Path = FOLDER / 'classification/demo.yaml') -> Dict[str, Recipe]:
     """Recipe of each model of a YAML file."""
     return {name: Recipe(**recipe) for name, recipe in read_yaml(path).items()}
 

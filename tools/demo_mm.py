@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-import make_scenes
-from user_errors import UserError, one_line_errors
+from vmamba.configs import FOLDER
+from vmamba.tools import make_scenes
+from vmamba.tools.user_errors import UserError, one_line_errors
 
-ROOT = Path(__file__).parents[1]
 SCENES = Path('data/scenes')  # where the configs look for them
 WITHOUT_VALIDATION = ('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')  # the test comes right after
 
@@ -35,7 +35,7 @@ TRAININGS = (
 
 def run(tool: str, *arguments: object) -> None:
     """Runs one of the tools in a process of its own; its failure ends the demo."""
-    command = [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).with_name(tool)), *map(str, arguments)]
     status = subprocess.run(command).returncode
     if status:
         sys.exit(status)
@@ -58,9 +58,9 @@ def provide_scenes() -> None:
 
 def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
-    config, folder = ROOT / 'configs' / training.config, output / Path(training.config).parent
+    config, folder = FOLDER / training.config, output / Path(training.config).parent
     overrides = ['--cfg-options', *options] if options else []
-    run('mm_train.py', config, '--work-dir', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
+    run('mm_train.py', config, '--output', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
     checkpoint = (folder / 'last_checkpoint').read_text()
     metrics = folder / 'metrics.json'
     drawing = ['--draw', folder / 'drawn', '--limit', 16]

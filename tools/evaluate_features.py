@@ -3,8 +3,8 @@
 The classes are the class folders of the images. With --test the classifiers are fitted to the first features and tested
 on those; without, by stratified cross-validation. Maps are averaged over their pixels. Writes a CSV file.
 
-    python tools/evaluate_features.py features/train --test features/val
-    python tools/evaluate_features.py features/ --features pooled stages.2 --neighbours 10
+    vmamba knn features/train --test features/val
+    vmamba knn features/ --features pooled stages.2 --neighbours 10
 """
 
 import argparse
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from features.store import check_comparable, read_features, read_index, read_settings
-from output_files import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,8 +21,10 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from terminal import open_console
-from user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
+from vmamba.tools.features.store import check_comparable, read_features, read_index, read_settings
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
 WIDTH = 120  # of the table where there is no terminal
 

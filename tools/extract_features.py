@@ -4,10 +4,10 @@ Images have the model's own size or --img-size, or with --native their own; --ti
 Every image that is done stays done: the same command goes on after a kill. `features/store.py` says what is written;
 tools/evaluate_features.py evaluates it.
 
-    python tools/extract_features.py images/ --model vmamba_t
-    python tools/extract_features.py images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
-    python tools/extract_features.py images/ --model vmamba_t --features stages.3 --native --format safetensors
-    python tools/extract_features.py slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
+    vmamba extract images/ --model vmamba_t
+    vmamba extract images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
+    vmamba extract images/ --model vmamba_t --features stages.3 --native --format safetensors
+    vmamba extract slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
 """
 
 import argparse
@@ -20,9 +20,11 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
-from benchmarks.measure import device_name, pick_device
-from features import store as feature_store
-from features.maps import (
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.features import store as feature_store
+from vmamba.tools.features.maps import (
     POOLED,
     check_tiles,
     extract,
@@ -32,20 +34,18 @@ from features.maps import (
     patch_layout,
     tiled_maps,
 )
-from features.store import FORMATS, Files, Store, Table
-from images.decoding import READ_ERRORS, image_mode, read_pixels
-from images.image_files import (
+from vmamba.tools.features.store import FORMATS, Files, Store, Table
+from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
+from vmamba.tools.images.image_files import (
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
     make_loader,
 )
-from output_files import write_text
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from user_errors import Parser, UserError, at_least, one_line_errors, positive
-from weights import (
+from vmamba.tools.output_files import write_text
+from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
+from vmamba.tools.weights import (
     SPEC_HELP,
     add_model_options,
     add_precision_option,

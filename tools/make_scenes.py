@@ -1,6 +1,6 @@
 """Makes a small data set for detection and segmentation from real images: digits of MNIST over photographs.
 
-    python tools/make_scenes.py --output data/scenes
+    vmamba make-scenes --output data/scenes
 
 The folder has the layouts of ADE20K and COCO at once, over the same images:
 
@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from user_errors import one_line_errors
+from vmamba.tools.user_errors import one_line_errors
 
 PARTS = ('training', 'validation')
 RECORD = 'scenes.json'  # in the folder, of what it was made with
@@ -49,7 +49,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors('make_scenes.py'):
-        from images.scene_files import write_scenes  # here, so that a missing package is one line, too
+        from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
 
         classes = write_scenes(args.output, settings_of(args), RECORD)
     print(f'Wrote {args.training} + {args.validation} scenes of {", ".join(classes)} to {args.output}')

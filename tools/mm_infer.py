@@ -1,6 +1,6 @@
 """Draws what a detector of mmdet or a segmentor of mmseg sees in an image: boxes and masks, or the segmentation.
 
-python tools/mm_infer.py image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
+vmamba mm-infer image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
 """
 
 import argparse
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
-from benchmarks.measure import pick_device
-from openmmlab.options import add_overrides, file_name
-from user_errors import UserError, one_line_errors
+from vmamba.tools.devices import pick_device
+from vmamba.tools.openmmlab.options import add_overrides, file_name
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def infer(args: argparse.Namespace) -> str:
     """Writes the picture; returns what it shows."""
     from mmengine.registry import VISUALIZERS  # here, so that a missing package is one line, too
-    from openmmlab.configs import load_config
-    from openmmlab.draw import draw
+    from vmamba.tools.openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.draw import draw
 
     check_image(args.image)
     cfg = load_config(args.config, args.cfg_options)
@@ -46,9 +46,9 @@ def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
     """The model with its weights, and what it predicts for the image."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS, MODELS
-    from openmmlab.checkpoints import load_weights, read_checkpoint
-    from openmmlab.checks import check_classes, check_maps
-    from openmmlab.runs import building
+    from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
+    from vmamba.tools.openmmlab.checks import check_classes, check_maps
+    from vmamba.tools.openmmlab.runs import building
 
     with building('model'):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -83,7 +83,9 @@ def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('image', type=Path)
-    parser.add_argument('--config', type=Path, required=True, help='config file of mmdet or mmseg')
+    parser.add_argument(
+        '--config', type=Path, required=True, help='config file of mmdet or mmseg, or the name of an installed one'
+    )
     parser.add_argument('--checkpoint', type=Path, required=True)
     parser.add_argument(
         '--output', type=file_name('.png', '.jpg'), default=Path('drawn.png'), help='PNG or JPEG to write'

@@ -1,7 +1,7 @@
 """Tests a trained detector of mmdet or segmentor of mmseg: writes its metrics as JSON, and drawn predictions.
 
-python tools/mm_test.py CONFIG work_dirs/NAME/epoch_12.pth --output metrics.json --draw drawn
-torchrun --nproc-per-node 8 tools/mm_test.py CONFIG CHECKPOINT --launcher pytorch
+vmamba mm-test CONFIG work_dirs/NAME/epoch_12.pth --output metrics.json --draw drawn
+torchrun --nproc-per-node 8 -m vmamba.tools.mm_test CONFIG CHECKPOINT --launcher pytorch
 """
 
 import argparse
@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
 
-from openmmlab.options import add_config_options, file_name
-from output_files import write_text
-from user_errors import UserError, one_line_errors, positive
+from vmamba.tools.openmmlab.options import add_config_options, file_name
+from vmamba.tools.output_files import write_text
+from vmamba.tools.user_errors import UserError, one_line_errors, positive
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 def test(args: argparse.Namespace) -> Dict[str, Any]:
     """The metrics of a checkpoint on the config's test data."""
-    from openmmlab.configs import join_processes, load_config, set_work_dir  # here: a missing package is one line, too
-    from openmmlab.runs import add_hook, build_runner
+    from vmamba.tools.openmmlab.configs import (  # here: a missing package is one line, too
+        join_processes,
+        load_config,
+        set_work_dir,
+    )
+    from vmamba.tools.openmmlab.runs import add_hook, build_runner
 
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
@@ -31,7 +35,7 @@ def test(args: argparse.Namespace) -> Dict[str, Any]:
         augment(cfg, args.config)
     join_processes(cfg, args.launcher)
     if args.draw:
-        import openmmlab.draw  # noqa: F401 - registers the hook
+        import vmamba.tools.openmmlab.draw  # noqa: F401 - registers the hook
 
         add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
     return build_runner(cfg).test()
@@ -43,7 +47,7 @@ def augment(cfg: 'Config', path: Path) -> None:
     Raises:
         UserError: If the config does not say how, or its model has what cannot be merged.
     """
-    from openmmlab.configs import leaf_configs
+    from vmamba.tools.openmmlab.configs import leaf_configs
 
     for key in ('tta_model', 'tta_pipeline'):
         if cfg.get(key) is None:

@@ -1,8 +1,8 @@
 """Trains a detector of mmdet or a segmentor of mmseg from its config, on a CPU, a GPU or, under torchrun, several.
 
-    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py
-    python tools/mm_train.py configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --resume
-    torchrun --nproc-per-node 8 tools/mm_train.py CONFIG --launcher pytorch --auto-scale-lr
+    vmamba mm-train configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py
+    vmamba mm-train configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --resume
+    torchrun --nproc-per-node 8 -m vmamba.tools.mm_train CONFIG --launcher pytorch --auto-scale-lr
 
 A killed training goes on with --resume behind its last checkpoint, and ends with the weights that it would have had.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
-from openmmlab.options import add_config_options
-from output_files import lock_folder
-from user_errors import UserError, one_line_errors
+from vmamba.tools.openmmlab.options import add_config_options
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
     # Here, so that a missing package is one line, too.
-    from openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
-    from openmmlab.resume import make_resumable
-    from openmmlab.runs import build_runner
+    from vmamba.tools.openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
+    from vmamba.tools.openmmlab.resume import make_resumable
+    from vmamba.tools.openmmlab.runs import build_runner
 
     cfg = load_config(args.config, args.cfg_options)
-    set_work_dir(cfg, args.config, args.work_dir)
+    set_work_dir(cfg, args.config, args.output)
     join_processes(cfg, args.launcher)
     if args.tensorboard:
         add_tensorboard(cfg)
-    set_precision(cfg, args.amp)
+    set_precision(cfg, args.precision)
     if args.auto_scale_lr:
         scale_lr(cfg, args.config)
     if args.fsdp:
         use_shards(cfg)
-    with lock_folder(Path(cfg.work_dir), '--work-dir') if is_first_process(args.launcher) else nullcontext():
+    with lock_folder(Path(cfg.work_dir)) if is_first_process(args.launcher) else nullcontext():
         choose_start(cfg, args.resume, args.fresh)
         make_resumable(cfg)
         build_runner(cfg).train()
@@ -70,10 +70,10 @@ def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[
 
 def use_shards(cfg: 'Config') -> None:
     """Shares weights, gradients and moments out among the processes."""
-    from training.parallel import check_version
+    from vmamba.tools.training.parallel import check_version
 
     check_version('cuda' if torch.cuda.is_available() else 'cpu')
-    import openmmlab.sharding  # noqa: F401 - registers the runner
+    import vmamba.tools.openmmlab.sharding  # noqa: F401 - registers the runner
 
     cfg.runner_type = 'ShardedRunner'
 
@@ -86,20 +86,20 @@ def add_tensorboard(cfg: 'Config') -> None:
     cfg.visualizer.vis_backends = backends
 
 
-def set_precision(cfg: 'Config', amp: Optional[bool]) -> None:
+def set_precision(cfg: 'Config', precision: Optional[str]) -> None:
     """bfloat16 where it is safe, or fp32 all through, or what the config says.
 
     Raises:
         UserError: If there is no GPU for the lower precision.
     """
     wrapper = cfg.optim_wrapper
-    if amp:  # bfloat16 has fp32's range, so that losses need no scaling
+    if precision == 'bf16':  # bfloat16 has fp32's range, so that losses need no scaling
         wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
-    elif amp is False:
+    elif precision == 'fp32':
         cfg.optim_wrapper = {key: value for key, value in wrapper.items() if key not in ('dtype', 'loss_scale')}
         cfg.optim_wrapper.type = 'OptimWrapper'
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
-        raise UserError('mixed precision needs a GPU, and PyTorch finds none; --no-amp trains in fp32')
+        raise UserError('mixed precision needs a GPU, and PyTorch finds none; --precision fp32 trains without')
 
 
 def scale_lr(cfg: 'Config', path: Path) -> None:
@@ -112,7 +112,8 @@ def scale_lr(cfg: 'Config', path: Path) -> None:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_config_options(parser)
-    parser.add_argument('--work-dir', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
+    parser.add_argument('--output', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
+    parser.add_argument('--work-dir', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -128,10 +129,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='modules or weights that start fresh, such as heads for other classes, where load_from has all the others',
     )
     parser.add_argument(
-        '--amp',
-        action=argparse.BooleanOptionalAction,
-        help="automatic mixed precision with bfloat16, or fp32; default: the config's",
+        '--precision', choices=('fp32', 'bf16'), help="bf16: automatic mixed precision; default: the config's"
     )
+    earlier = dict(action='store_const', dest='precision', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument('--amp', const='bf16', **earlier)
+    parser.add_argument('--no-amp', const='fp32', **earlier)
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
     )

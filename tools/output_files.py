@@ -2,14 +2,18 @@
 
 import csv
 import errno
-import fcntl
 import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, TextIO
 
-from user_errors import UserError
+from vmamba.tools.user_errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
 
 LOCK = '.lock'  # file in a folder that a tool writes into
 _SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
@@ -32,6 +36,8 @@ def lock_folder(folder: Path, option: str = '--output') -> TextIO:
         file = (folder / LOCK).open('a')
     except OSError as error:
         raise UserError(f'cannot write into {folder}: {error.strerror}; choose another {option}') from error
+    if fcntl is None:
+        return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -113,7 +119,9 @@ def cause_of(error: BaseException) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk."""
+    """Puts the names in a folder on the disk; Windows does so itself and opens no folders."""
+    if os.name == 'nt':
+        return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

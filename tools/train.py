@@ -1,7 +1,7 @@
 """Trains a classifier as a configuration says, on one device or, under torchrun, on many.
 
-python tools/train.py configs/classification/mnist5k_vmamba_nano.yaml
-torchrun --nproc-per-node 8 tools/train.py configs/classification/vmamba_t.yaml --data-dir imagenet --resume
+vmamba train configs/classification/mnist5k_vmamba_nano.yaml
+torchrun --nproc-per-node 8 -m vmamba.tools.train configs/classification/vmamba_t.yaml --data-dir imagenet --resume
 """
 
 import argparse
@@ -14,19 +14,26 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 import yaml
-from output_files import lock_folder, write_text, writing
 from torch.distributed.elastic.multiprocessing.errors import record
-from training.checkpoint import Checkpoints
-from training.config import FIELDS, Config, add_options, load_config, option_of
-from training.data import create_data
-from training.engine import Trainer
-from training.parallel import check_sharding, distribute
-from training.report import Report
-from training.runtime import Runtime, start
-from training.seeding import seed_all
-from training.setup import create_model, create_optimizer, create_task, data_config_of, describe, starts_from_scratch
-from training.splits import class_names, load_datasets
-from user_errors import UserError, nearest
+from vmamba.tools.output_files import lock_folder, write_text, writing
+from vmamba.tools.training.checkpoint import Checkpoints
+from vmamba.tools.training.config import FIELDS, Config, add_options, load_config, option_of
+from vmamba.tools.training.data import create_data
+from vmamba.tools.training.engine import Trainer
+from vmamba.tools.training.parallel import check_sharding, distribute
+from vmamba.tools.training.report import Report
+from vmamba.tools.training.runtime import Runtime, start
+from vmamba.tools.training.seeding import seed_all
+from vmamba.tools.training.setup import (
+    create_model,
+    create_optimizer,
+    create_task,
+    data_config_of,
+    describe,
+    starts_from_scratch,
+)
+from vmamba.tools.training.splits import class_names, load_datasets
+from vmamba.tools.user_errors import UserError, nearest, program
 
 import vmamba  # noqa: F401
 
@@ -35,7 +42,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
     """The configuration's file, whether to resume, and the values given by option."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument('config', type=Path, help='YAML file, such as configs/classification/vmamba_t.yaml')
+    parser.add_argument('config', type=Path, help='YAML file, or the name of an installed one, such as vmamba_t')
     parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, if there is one')
     add_options(parser.add_argument_group('keys of the configuration'))
     args, unknown = parser.parse_known_args(argv)
@@ -69,6 +76,7 @@ def count_classes(config: Config, datasets: List[Any]) -> int:
 
 def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     """Everything of a run, in its first state."""
+    config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
     datasets = load_datasets(config)
     num_classes = count_classes(config, datasets)
     seed_all(config.seed)
@@ -134,7 +142,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     except UserError as error:
         rank = os.environ.get('RANK')
         place = f' [process {rank}]' if rank else ''
-        print(f'train.py: error:{place} {error}', file=sys.stderr, flush=True)
+        print(f'{program("train.py")}: error:{place} {error}', file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+_MM_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables')
+
 
 class UserError(Exception):
     """Something in what the person asked for; the message names the offending value and the way out."""
@@ -21,8 +23,13 @@ def one_line_errors(tool: str) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, ImportError) as error:
-        print(f'{tool}: error: {describe(error)}', file=sys.stderr)
+        print(f'{program(tool)}: error: {describe(error)}', file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def program(tool: str) -> str:
+    """The program that an error names: 'vmamba train' under the command vmamba, else the tool's own file."""
+    return sys.argv[0] if sys.argv[0].startswith('vmamba ') else tool
 
 
 def describe(error: Exception) -> str:
@@ -30,7 +37,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, ImportError):
         package = missing_package(error)
         what = f'the package {package} is missing' if package else ' '.join(str(error).split())
-        return f"{what}; install what the tools need by `pip install -e '.[mm,tools]'`"
+        extras = 'mm,tools' if package in _MM_PACKAGES else 'tools'
+        return f"{what}; install it by `pip install 'vmamba[{extras}]'`"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith('Caught '):  # a DataLoader's worker sends its whole traceback as the message
         return lines[-1]

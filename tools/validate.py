@@ -2,11 +2,11 @@
 
 Each model preprocesses as its own configuration says. Writes validate.csv, and validate.png for several resolutions.
 
-    python tools/validate.py imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
-    python tools/validate.py imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
-    python tools/validate.py imagenet/val --models vmamba_t --real-labels
-    python tools/validate.py imagenetv2-matched-frequency --models vmamba_t
-    python tools/validate.py imagenet-c --models vmamba_t --imagenet-c
+    vmamba validate imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
+    vmamba validate imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
+    vmamba validate imagenet/val --models vmamba_t --real-labels
+    vmamba validate imagenetv2-matched-frequency --models vmamba_t
+    vmamba validate imagenet-c --models vmamba_t --imagenet-c
 """
 
 import argparse
@@ -19,10 +19,14 @@ from typing import FrozenSet, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
-from benchmarks.measure import device_name, pick_device
-from figures.validate_figure import plot_resolutions
-from images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
-from images.labelled_folders import (
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+from torch import nn
+from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.figures.validate_figure import plot_resolutions
+from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from vmamba.tools.images.labelled_folders import (
     Folder,
     class_indices,
     corruption_folders,
@@ -31,15 +35,11 @@ from images.labelled_folders import (
     read_folder,
     read_real_labels,
 )
-from output_files import write_csv
-from published import published
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
-from terminal import open_console
-from torch import nn
-from user_errors import Parser, UserError, one_line_errors, positive
-from weights import (
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.published import published
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+from vmamba.tools.weights import (
     SPEC_HELP,
     Spec,
     add_model_options,

@@ -19,9 +19,9 @@ The panels show |M_ij| of each route at the place of pixel j, and |sum of the ro
 (or of one --channel). M is exact and of this image; the convolution before the scan and the gates after it are not in
 it, nor is D x, which is the pixel's own.
 
-    python tools/visualize.py erf images/ --model vmamba_t --img-size 512 --count 50
-    python tools/visualize.py attention photo.jpg --model vmamba_t --pixel 120 80 --layers stages.2.blocks.7
-    python tools/visualize.py attention photo.jpg --model vim_s=vim_s.pth --class-token --whole
+    vmamba visualize erf images/ --model vmamba_t --img-size 512 --count 50
+    vmamba visualize attention photo.jpg --model vmamba_t --pixel 120 80 --layers stages.2.blocks.7
+    vmamba visualize attention photo.jpg --model vim_s=vim_s.pth --class-token --whole
 """
 
 import argparse
@@ -30,26 +30,26 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from benchmarks.measure import pick_device
-from features.maps import POOLED, normalised, parse_wanted, patch_layout
-from features.receptive_field import Field, receptive_fields
-from features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
-from figures.view_figures import Layer, plot_attention, plot_receptive_fields
-from images.decoding import READ_ERRORS, image_mode, read_image
-from images.image_files import (
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from vmamba.tools.devices import pick_device
+from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
+from vmamba.tools.features.receptive_field import Field, receptive_fields
+from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
+from vmamba.tools.figures.view_figures import Layer, plot_attention, plot_receptive_fields
+from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image
+from vmamba.tools.images.image_files import (
     UNREADABLE,
     Unreadable,
     add_loader_options,
     find_images,
     make_loader,
 )
-from output_files import write_atomically, write_csv
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor, nn
-from user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
-from weights import (
+from vmamba.tools.output_files import write_atomically, write_csv
+from vmamba.tools.user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
+from vmamba.tools.weights import (
     SPEC_HELP,
     Spec,
     add_model_options,

@@ -9,10 +9,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from training.checkpoint import BROKEN
-from training.config import Config, parse_yaml
-from training.setup import data_config_of
-from user_errors import UserError, nearest, positive_float
+from vmamba.tools.training.checkpoint import BROKEN
+from vmamba.tools.training.config import Config, parse_yaml
+from vmamba.tools.training.setup import data_config_of
+from vmamba.tools.user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
 from vmamba.models._pretrained import read_checkpoint
@@ -85,7 +85,7 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
-    trained = _training_of(spec)
+    trained = training_of(spec)
     arguments = {**_trained_args(trained), **args.model_args, **extra}
     torch.manual_seed(args.seed)
     try:
@@ -97,8 +97,10 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     return model
 
 
-def _training_of(spec: Spec) -> Dict[str, Any]:
+def training_of(spec: Spec) -> Dict[str, Any]:
     """The configuration in a checkpoint of tools/train.py; nothing for all other weights.
+
+    Without a name in the spec, the checkpoint may be of any model.
 
     Raises:
         UserError: If the checkpoint is of another model.
@@ -109,7 +111,7 @@ def _training_of(spec: Spec) -> Dict[str, Any]:
         model, _, _ = config['model'], config['model_args'], config['in_chans']
     except (*BROKEN, TypeError):  # no file, or not one of train.py's: `read_checkpoint` judges it
         return {}
-    if model.split('.')[0] != spec.name.split('.')[0]:
+    if spec.name and model.split('.')[0] != spec.name.split('.')[0]:
         raise UserError(f'{spec}: the checkpoint is of {model}: give {model}={spec.like or spec.weights}')
     return config
 

@@ -2,21 +2,25 @@
 
 import re
 import shlex
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))
-TOOLS = 'validate', 'extract_features', 'evaluate_features', 'visualize'
+TOOLS = {
+    'predict': 'predict',
+    'validate': 'validate',
+    'extract': 'extract_features',
+    'knn': 'evaluate_features',
+    'visualize': 'visualize',
+}
 PAGES = ROOT / 'README.md', *(ROOT / 'docs' / f'{name}.md' for name in ('evaluation', 'features'))
-COMMAND = re.compile(rf'(?:^ *|`)python tools/({"|".join(TOOLS)})\.py ([^`\n]+)', flags=re.MULTILINE)
+COMMAND = re.compile(rf'(?:^ *|`)vmamba ({"|".join(TOOLS)}) ([^`\n]+)', flags=re.MULTILINE)
 COMMANDS = sorted(
     {
         found
-        for path in (*PAGES, *(ROOT / f'tools/{t}.py' for t in TOOLS))
+        for path in (*PAGES, *(ROOT / f'tools/{module}.py' for module in TOOLS.values()))
         for found in COMMAND.findall(path.read_text())
     }
 )
@@ -28,11 +32,11 @@ def test_every_tool_has_examples():
 
 @pytest.mark.parametrize('tool, arguments', COMMANDS, ids=lambda text: text[:40])
 def test_shown_commands_are_understood(tool, arguments):
-    import_module(tool).parse_args(shlex.split(arguments))
+    import_module(f'vmamba.tools.{TOOLS[tool]}').parse_args(shlex.split(arguments))
 
 
 def test_the_published_figures_of_the_page_are_those_of_the_tool():
-    from published import PUBLISHED
+    from vmamba.tools.published import PUBLISHED
 
     rows = re.findall(
         r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|$', (ROOT / 'docs/evaluation.md').read_text(), re.MULTILINE

@@ -275,6 +275,7 @@ def test_frozen_parameters_and_results_changed_in_place(backend, small_tiles):
     assert_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_states_are_captured_in_one_graph(backend):
     torch.compiler.reset()
     tensors = kernel_cases.causal_conv1d(1, 5, 2, initial=True)

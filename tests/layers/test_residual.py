@@ -22,7 +22,7 @@ from vmamba.kernels import branches, use_triton
 from vmamba.layers import SS2D, BiMamba, LayerNorm, RmsNorm, residual_branches
 from vmamba.layers.residual import runs_fused
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 

@@ -11,7 +11,7 @@ from vmamba.kernels import use_triton
 
 import vmamba  # noqa: F401  registers the models
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 VMAMBA, VIM = ('SS2DBranch', 'MlpBranch'), ('BiMambaBranch',)
 SMALL = {
     # variant, options, images, branches of a block, blocks

@@ -1,11 +1,8 @@
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 from training_runs import ROOT, signals_kept
-
-sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
+from vmamba.tools import train
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +22,6 @@ def run_alone(monkeypatch):
 
     def call(*args):
         with signals_kept():
-            importlib.import_module('train').main([str(arg) for arg in args])
+            train.main([str(arg) for arg in args])
 
     return call

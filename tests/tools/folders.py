@@ -37,9 +37,8 @@ def write_photographs(root: Path, height: int = 70, width: int = 100) -> Path:
 LOCKING = """
 import os, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from output_files import lock_folder
-with lock_folder(Path(sys.argv[2])):
+from vmamba.tools.output_files import lock_folder
+with lock_folder(Path(sys.argv[1])):
     child = os.fork()  # as a loading process
     if child:
         print(child, flush=True)
@@ -50,8 +49,7 @@ with lock_folder(Path(sys.argv[2])):
 @contextmanager
 def in_use(folder):
     """Another process, which has locked a folder and started a child; ends without cleaning up, before its child."""
-    tools = Path(__file__).parents[2] / 'tools'
-    command = [sys.executable, '-c', LOCKING, str(tools), str(folder)]
+    command = [sys.executable, '-c', LOCKING, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         child = process.stdout.readline()
         if not child:

@@ -1,8 +1,8 @@
 import csv
 
-import bench_cpu
 import pytest
 import torch
+from vmamba.tools import bench_cpu
 
 
 @pytest.fixture

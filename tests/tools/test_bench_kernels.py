@@ -1,17 +1,17 @@
 import csv
 from dataclasses import replace
 
-import bench_kernels
 import pytest
 import torch
-from benchmarks import kernel_cases, kernel_report, timing
-from benchmarks.kernel_cases import HostCase, Reference, ScanCase, SS2DCase, Workload
-from benchmarks.kernel_report import Result, Run, number, records, write_docs
-from benchmarks.sections import replace_section
-from benchmarks.timing import Ceilings
 from rich.console import Console
+from vmamba.tools import bench_kernels
+from vmamba.tools.benchmarks import kernel_cases, kernel_report, timing
+from vmamba.tools.benchmarks.kernel_cases import HostCase, Reference, ScanCase, SS2DCase, Workload
+from vmamba.tools.benchmarks.kernel_report import Result, Run, number, records, write_docs
+from vmamba.tools.benchmarks.sections import replace_section
+from vmamba.tools.benchmarks.timing import Ceilings
 
-CPU = ['--device', 'cpu', '--batch', '1', '--repeats', '1']
+CPU = ['--device', 'cpu', '--batch-size', '1', '--repeats', '1']
 SCAN = ScanCase('scan_tiny', 2, Reference('mamba_ssm', 1.0, 8.0), dim=8, length=10, dstate=3, groups=2)
 SS2D = SS2DCase('ss2d_tiny', 2, None, dim=8, size=3, dstate=2, dt_rank=1)
 OURS = HostCase('host_vmamba_nano', 1, None, 'vmamba_nano', True, False, size=32, beside='test_vit')
@@ -38,7 +38,7 @@ def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_kernels, 'scan_cases', lambda: [SCAN])
     monkeypatch.setattr(bench_kernels, 'ss2d_cases', lambda: [SS2D])
     output, docs = tmp_path / 'new' / 'kernels.csv', tmp_path / 'docs' / 'benchmarks.md'
-    bench_kernels.main([*CPU, '--only', 'scan', 'ss2d', '--csv', str(output), f'--docs={docs}'])
+    bench_kernels.main([*CPU, '--only', 'scan', 'ss2d', '--output', str(output), f'--docs={docs}'])
     rows = list(csv.DictReader(output.open()))
     assert [(row['case'], row['kind'], row['batch']) for row in rows] == [
         ('scan_tiny', 'scan', '1'),
@@ -72,7 +72,7 @@ def test_models_are_measured(tmp_path):
 def test_host_times_of_models_are_written_beside_those_of_their_peers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_kernels, 'host_cases', lambda: [OURS, THEIRS])
     output, docs = tmp_path / 'host.csv', tmp_path / 'benchmarks.md'
-    bench_kernels.main([*CPU, '--only', 'host', '--csv', str(output), '--docs', str(docs)])
+    bench_kernels.main([*CPU, '--only', 'host', '--output', str(output), '--docs', str(docs)])
     ours, theirs = csv.DictReader(output.open())
     for row in (ours, theirs):
         assert (row['status'], row['kind'], row['batch']) == ('ok', 'host', '1')

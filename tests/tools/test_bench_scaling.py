@@ -1,5 +1,5 @@
-import bench_scaling
 import pytest
+from vmamba.tools import bench_scaling
 
 
 def test_one_and_two_processes_are_compared_and_written(tmp_path, capsys):

@@ -2,15 +2,15 @@ import csv
 import sys
 from dataclasses import replace
 
-import compare_highres
 import pytest
 import torch
-from benchmarks import measure, worker
-from benchmarks.highres_report import print_report, record, write_docs, write_picture
-from benchmarks.measure import Case, Result, build_model, is_out_of_memory
-from benchmarks.worker import Worker
-from compare_highres import compare, known_out_of_memory, parse_args
 from rich.console import Console
+from vmamba.tools import compare_highres
+from vmamba.tools.benchmarks import measure, worker
+from vmamba.tools.benchmarks.highres_report import print_report, record, write_docs, write_picture
+from vmamba.tools.benchmarks.measure import Case, Result, build_model, is_out_of_memory
+from vmamba.tools.benchmarks.worker import Worker
+from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args
 
 GPU = torch.device('cuda')
 
@@ -106,9 +106,8 @@ def test_failing_is_a_result_and_the_process_starts_again():
     ids=['too slow', 'killed', 'broken'],
 )
 def test_a_child_that_ends_badly_is_a_result(monkeypatch, tmp_path, program, status):
-    (tmp_path / 'benchmarks').mkdir()
-    (tmp_path / 'benchmarks/measure.py').write_text(program)
-    monkeypatch.setattr(worker, 'TOOLS', tmp_path)
+    (tmp_path / 'measure.py').write_text(program)
+    monkeypatch.setattr(worker, 'COMMAND', (sys.executable, str(tmp_path / 'measure.py')))
     assert Worker(timeout=2).measure(Case('vmamba_nano', 32)).status == status
 
 
@@ -331,3 +330,9 @@ def test_peak_is_at_least_the_largest_map():
 )
 def test_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_the_earlier_name_of_precision_stays_known():
+    cases = parse_args(['--device', 'cpu', '--precision', 'bf16', 'fp32']).cases
+    assert {case.dtype for case in cases} == {'bfloat16', 'float32'}
+    assert parse_args(['--device', 'cpu', '--dtype', 'bfloat16', 'float32']).cases == cases

@@ -1,9 +1,9 @@
-import convert
 import pytest
 import timm
 import torch
 from folders import full_disk
 from safetensors.torch import load_file
+from vmamba.tools import convert
 
 
 @pytest.fixture

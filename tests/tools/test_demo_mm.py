@@ -1,9 +1,8 @@
 import json
 from pathlib import Path
 
-import demo_mm
-import make_scenes
 import pytest
+from vmamba.tools import demo_mm, make_scenes
 
 
 @pytest.fixture
@@ -15,8 +14,8 @@ def tools(monkeypatch, tmp_path):
         calls.append((tool, *arguments))
         options = dict(zip(arguments, arguments[1:]))
         if tool == 'mm_train.py':
-            options['--work-dir'].mkdir(parents=True)
-            (options['--work-dir'] / 'last_checkpoint').write_text('last.pth')
+            options['--output'].mkdir(parents=True)
+            (options['--output'] / 'last_checkpoint').write_text('last.pth')
         if tool == 'mm_test.py':
             options['--output'].write_text(json.dumps(metrics))
 

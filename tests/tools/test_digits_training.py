@@ -1,13 +1,11 @@
 import csv
-import importlib
 
 import pytest
 import timm
 import torch
-from images import digits
-from images.packaged_data import stratified_split
-
-demo = importlib.import_module('demo')  # the folder of its results has the same name, which confuses import sorting
+from vmamba.tools import demo
+from vmamba.tools.images import digits
+from vmamba.tools.images.packaged_data import stratified_split
 
 SMALL = {'vmamba_nano': {}, 'vim_nano': {'depth': 2, 'd_state': 2, 'patch_size': 8}}
 

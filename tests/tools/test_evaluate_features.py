@@ -2,12 +2,11 @@ import csv
 import json
 import shutil
 
-import evaluate_features
-import extract_features
 import numpy as np
 import pytest
-from features.store import check_comparable
 from folders import full_disk, write_digits, write_photographs
+from vmamba.tools import evaluate_features, extract_features
+from vmamba.tools.features.store import check_comparable
 
 
 @pytest.fixture(scope='module')

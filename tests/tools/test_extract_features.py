@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import extract_features
 import numpy as np
 import pytest
 import timm
 import torch
-from features.maps import covering
-from features.store import Table, read_features, read_index
 from folders import full_disk, in_use, truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from vmamba.tools import extract_features
+from vmamba.tools.features.maps import covering
+from vmamba.tools.features.store import Table, read_features, read_index
 
 TOOL = Path(extract_features.__file__)
 NANO = '--model', 'vmamba_nano=untrained'

@@ -5,16 +5,22 @@ import io
 
 import numpy as np
 import pytest
-from images.decoding import read_image, read_pixels, to_mode
-from images.image_files import Unreadable, find_images
-from images.labelled_folders import FolderReader, TorchFolder, corruption_folders, folder_names, read_folder
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import ImageFolder
-from training.config import Config
-from training.seeding import seeded
-from training.transforms import create_train_transform
-from user_errors import UserError
+from vmamba.tools.images.decoding import read_image, read_pixels, to_mode
+from vmamba.tools.images.image_files import Unreadable, find_images
+from vmamba.tools.images.labelled_folders import (
+    FolderReader,
+    TorchFolder,
+    corruption_folders,
+    folder_names,
+    read_folder,
+)
+from vmamba.tools.training.config import Config
+from vmamba.tools.training.seeding import seeded
+from vmamba.tools.training.transforms import create_train_transform
+from vmamba.tools.user_errors import UserError
 
 SHADES = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
 

@@ -7,16 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import make_scenes
-import mm_infer
-import mm_test
-import mm_train
 import pytest
 import torch
 from folders import in_use
 from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line
-from openmmlab.options import override
-from user_errors import UserError
+from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
+from vmamba.tools.openmmlab.options import override
+from vmamba.tools.user_errors import UserError
 
 pytestmark = pytest.mark.skipif(
     find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
@@ -100,14 +97,14 @@ def test_what_the_user_can_correct_is_one_line(case, tmp_path, capsys):
 
 
 def test_a_folder_that_another_training_writes_into_is_refused(tmp_path, capsys):
-    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --work-dir'
+    message = f'another process is writing into {tmp_path}: wait until it ends, or choose another --output'
     with in_use(tmp_path):
         assert_one_line('mm_train.py', mm_train.main, [DETECTION, '--work-dir', str(tmp_path)], [message], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ['.lock']
 
 
 def test_the_first_of_a_launchers_processes_is_known_before_mmengine_knows_it(monkeypatch):
-    from openmmlab.configs import is_first_process
+    from vmamba.tools.openmmlab.configs import is_first_process
 
     for launcher, name in (('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_RANK')):
         for rank in ('0', '3'):
@@ -136,8 +133,8 @@ def test_a_folder_without_images_is_named():
 
 
 def assert_no_data(config, change, *messages):
-    from openmmlab.configs import load_config
-    from openmmlab.runs import StrictRunner
+    from vmamba.tools.openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.runs import StrictRunner
 
     cfg = load_config(Path(config), {f'train_dataloader.dataset.{key}': value for key, value in change.items()})
     with pytest.raises(UserError) as error:
@@ -170,7 +167,7 @@ def test_a_config_that_cannot_be_parsed_is_named(tmp_path, capsys, ending, conte
 def other_checkpoint(scenes):
     """Random weights of a detector whose backbone is deeper than the config's."""
     from mmengine.registry import MODELS
-    from openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.configs import load_config
 
     cfg = load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
     path = scenes / 'other.pth'
@@ -195,7 +192,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path):
-    from openmmlab.checkpoints import read_checkpoint
+    from vmamba.tools.openmmlab.checkpoints import read_checkpoint
 
     path = tmp_path / 'damaged.pth'
     torch.save({'state_dict': {'weight': torch.ones(5000)}}, path)
@@ -210,12 +207,10 @@ def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path):
 def test_without_mmengine_the_tools_say_what_to_install():
     hide = 'import runpy, sys; sys.modules["mmengine"] = None; sys.argv = sys.argv[1:]; '
     script = ROOT / 'tools/mm_train.py'
-    code = f'{hide}sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name="__main__")'
+    code = f'{hide}runpy.run_path({str(script)!r}, run_name="__main__")'
     done = subprocess.run([sys.executable, '-c', code, script, DETECTION], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith(
-        "mmengine is missing; install what the tools need by `pip install -e '.[mm,tools]'`"
-    )
+    assert done.stderr.strip().endswith("mmengine is missing; install it by `pip install 'vmamba[mm,tools]'`")
     assert 'Traceback' not in done.stderr
 
 
@@ -223,7 +218,7 @@ def test_without_mmengine_the_tools_say_what_to_install():
 def test_the_library_of_a_config_is_named_when_it_is_missing(config, monkeypatch, capsys):
     library = 'mmseg' if config == SEGMENTATION else 'mmdet'
     monkeypatch.setitem(sys.modules, library, None)
-    assert_one_line('mm_train.py', mm_train.main, [config], [library, 'install what the tools need by'], capsys)
+    assert_one_line('mm_train.py', mm_train.main, [config], [library, 'install it by'], capsys)
 
 
 def test_inference_with_another_number_of_classes_is_refused(capsys):
@@ -242,7 +237,7 @@ def test_a_file_that_is_no_image_is_refused(capsys):
 def test_labels_that_the_data_do_not_have_are_refused_wherever_they_are_read(part):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
-    from openmmlab.checks import CheckHook
+    from vmamba.tools.openmmlab.checks import CheckHook
 
     dataset = SimpleNamespace(metainfo={'classes': ('photograph', 'zero', 'one')})
     runner = SimpleNamespace(**{f'{part}_loop': SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))})
@@ -287,7 +282,7 @@ def test_values_of_options_are_read_as_mmengines_tools_read_them(text, value):
 
 
 def test_keys_that_may_be_misspelt_are_pointed_at(capsys):
-    from openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.configs import load_config
 
     options = {
         'model.test_cfg.rcnn.score_th': 0.1,

@@ -4,11 +4,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import mm_train
 import pytest
 import torch
 from mm_runs import DETECTION
-from user_errors import UserError
+from vmamba.tools import mm_train
+from vmamba.tools.user_errors import UserError
 
 if find_spec('mmdet') is None or find_spec('mmseg') is None:
     pytest.skip('needs mmdet and mmseg', allow_module_level=True)
@@ -17,10 +17,10 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.dataset import DefaultSampler, InfiniteSampler  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, loops  # noqa: E402
-from openmmlab.checkpoints import load_weights  # noqa: E402
-from openmmlab.configs import load_config  # noqa: E402
-from openmmlab.resume import SeededBatches, SeedHook  # noqa: E402
-from openmmlab.runs import StrictRunner  # noqa: E402
+from vmamba.tools.openmmlab.checkpoints import load_weights  # noqa: E402
+from vmamba.tools.openmmlab.configs import load_config  # noqa: E402
+from vmamba.tools.openmmlab.resume import SeededBatches, SeedHook  # noqa: E402
+from vmamba.tools.openmmlab.runs import StrictRunner  # noqa: E402
 
 FRESH = ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits')
 

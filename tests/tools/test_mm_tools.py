@@ -9,16 +9,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import make_scenes
-import mm_infer
-import mm_test
-import mm_train
 import pytest
 import torch
 from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, command, environment
 from PIL import Image
-from training.parallel import check_version
-from user_errors import UserError
+from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
+from vmamba.tools.training.parallel import check_version
+from vmamba.tools.user_errors import UserError
 
 pytestmark = pytest.mark.skipif(
     find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
@@ -203,7 +200,7 @@ def sharding_runs():
 def segmentor(scenes):
     """A checkpoint of random weights."""
     from mmengine.registry import MODELS
-    from openmmlab.configs import load_config
+    from vmamba.tools.openmmlab.configs import load_config
 
     path = scenes / 'segmentor.pth'
     torch.save({'state_dict': MODELS.build(load_config(Path(SEGMENTATION)).model).state_dict()}, path)

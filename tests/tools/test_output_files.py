@@ -5,8 +5,8 @@ import os
 
 import pytest
 from folders import in_use
-from output_files import lock_folder
-from user_errors import UserError
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError
 
 
 def test_a_folder_that_is_in_use_is_refused_until_its_process_ends(tmp_path):

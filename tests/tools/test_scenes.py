@@ -4,16 +4,16 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import make_scenes
 import numpy as np
 import pytest
 from folders import full_disk
-from images import scene_files, scenes
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from vmamba.tools import make_scenes
+from vmamba.tools.images import scene_files, scenes
 
-ADVICE = "install what the tools need by `pip install -e '.[mm,tools]'`"
+ADVICE = "install it by `pip install 'vmamba[{}]'`"
 SMALL = ['--training', '6', '--validation', '3', '--digits', '2', '0']
 
 
@@ -123,15 +123,18 @@ def test_what_scenes_were_made_with_is_recorded(folder):
     assert json.loads((folder / make_scenes.RECORD).read_text()) == expected
 
 
-@pytest.mark.parametrize('tool, package', [('make_scenes', 'mlxtend'), ('bench_mm', 'mmengine'), ('demo_mm', 'rich')])
-def test_a_missing_package_is_named(tool, package, tmp_path):
+@pytest.mark.parametrize(
+    'tool, package, extras',
+    [('make_scenes', 'mlxtend', 'tools'), ('bench_mm', 'mmengine', 'mm,tools'), ('demo_mm', 'rich', 'tools')],
+)
+def test_a_missing_package_is_named(tool, package, extras, tmp_path):
     script = Path(make_scenes.__file__).with_name(f'{tool}.py')
-    code = f'import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(script.parent)!r})'
+    code = f'import runpy, sys; sys.modules[{package!r}] = None'
     code += f'; runpy.run_path({str(script)!r}, run_name="__main__")'
     arguments = ['--output', 'new'] if tool != 'bench_mm' else []
     done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f'{tool}.py: error: the package {package} is missing; {ADVICE}\n'
+    assert done.stderr == f'{tool}.py: error: the package {package} is missing; {ADVICE.format(extras)}\n'
 
 
 def test_nothing_is_overwritten(folder, capsys):

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import importlib
 import os
 import re
 import shlex
@@ -12,14 +11,14 @@ import pytest
 import torch
 import yaml
 from folders import full_disk, in_use
-from output_files import lock_folder
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
-from user_errors import UserError
+from vmamba.tools import train
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
 
 torch_compile = torch.compile  # a test puts another in its place
-train = importlib.import_module('train')  # the folders of training images have the same name
 
 
 @pytest.fixture
@@ -75,6 +74,13 @@ def test_a_run_leaves_its_records_and_learns(run, tmp_path):
     assert max(best['val_top1'], best['ema_top1']) == max(max(row['val_top1'], row['ema_top1']) for row in table)
     assert best['averaged'] is (best['ema_top1'] >= best['val_top1'])
     assert len(list(tmp_path.glob('checkpoint-*.pt'))) == 2
+
+
+def test_a_cpu_trains_in_fp32_by_default(run, tmp_path):
+    args = f'{CONFIGS}/synthetic.yaml', '--model', 'test_vit', '--synthetic-images', 8, '--batch-size', 4, '--epochs', 1
+    options = '--warmup-epochs', 0, '--workers', 0, '--device', 'cpu', '--img-size', 32
+    out, _, _ = run(*args, *options, '--output', tmp_path / 'run')
+    assert ', fp32' in out and 'precision: fp32' in (tmp_path / 'run/config.yaml').read_text()
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -400,13 +406,13 @@ def test_wrong_configurations_are_one_line(fails, tmp_path):
 
 
 def test_a_yaml_mapping_may_replace_keys_that_it_merges():
-    from training.config import parse_yaml
+    from vmamba.tools.training.config import parse_yaml
 
     assert parse_yaml('a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [1, 1]')['b'] == {'x': 3, 'y': 2}
 
 
 def test_numbers_that_no_run_has_a_use_for_are_refused_and_null_takes_a_text_back():
-    from training.config import load_config
+    from vmamba.tools.training.config import load_config
 
     path = ROOT / CONFIGS / 'vim_t.yaml'
     wrong = dict(ema_decay=[1.5, 1, -1], clip_grad=[0], mixup=[-1], weight_decay=[-1], val_batch_size=[0], reprob=[1.1])
@@ -432,7 +438,7 @@ def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, t
 
 def test_every_model_has_a_configuration_that_fits(monkeypatch):
     from timm import create_model, list_models
-    from training.config import load_config
+    from vmamba.tools.training.config import load_config
 
     paths = [path for path in (ROOT / CONFIGS).glob('[!_]*.yaml') if path.stem != 'demo']
     configs = {path.stem: load_config(path, {}) for path in paths}
@@ -448,10 +454,12 @@ def test_every_model_has_a_configuration_that_fits(monkeypatch):
 
 
 def test_the_commands_of_the_page_are_commands(monkeypatch):
-    from training.config import load_config
+    from vmamba.tools.training.config import load_config
 
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r'^.*tools/train.py (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE)
+    commands = re.findall(
+        r'^.*(?:vmamba train|vmamba.tools.train) (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE
+    )
     assert len(commands) == 5
     for command in commands:
         path, _, values = train.parse_args(shlex.split(command))

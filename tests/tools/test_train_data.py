@@ -1,6 +1,5 @@
 """Streams and their loading processes, as train.py reads them."""
 
-import importlib
 import io
 import random
 import shutil
@@ -14,11 +13,12 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, get_worker_info
-from training.config import Config
-from training.data import IndexedData, StreamedData, Validation
-from training.runtime import Runtime
 from training_runs import ROOT, SMALL, assert_same, newest, rows, signals_kept
-from user_errors import UserError
+from vmamba.tools import train
+from vmamba.tools.training.config import Config
+from vmamba.tools.training.data import IndexedData, StreamedData, Validation
+from vmamba.tools.training.runtime import Runtime
+from vmamba.tools.user_errors import UserError
 
 DATA_CONFIG = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
 
@@ -117,6 +117,6 @@ def test_a_webdataset_run_goes_on_exactly(monkeypatch, tmp_path):
                 if path.name > 'checkpoint-00000008.pt':
                     path.unlink()
         with signals_kept():
-            importlib.import_module('train').main([*map(str, args), *options, '--output', str(tmp_path / name)])
+            train.main([*map(str, args), *options, '--output', str(tmp_path / name)])
     assert rows(tmp_path / 'whole')[-1]['updates'] == 12
     assert_same(newest(tmp_path / 'again')['state_dict'], newest(tmp_path / 'whole')['state_dict'])

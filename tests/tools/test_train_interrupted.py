@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 from folders import in_use, write_digits
-from output_files import lock_folder
 from training_runs import CONFIGS, SMALL, TORCHRUN, assert_same, finish, image_folder, newest, rows, start, wait_for
-from user_errors import UserError
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError
 
 # Everything that draws random numbers or has a state.
 STATEFUL = (

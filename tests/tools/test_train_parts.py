@@ -5,17 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
-from images.scenes import Composer
-from output_files import write_atomically
 from timm.data import create_transform
-from training.checkpoint import Checkpoints
-from training.config import Config
-from training.order import BatchOrder
-from training.seeding import derive_seed, seed_all, seeded
-from training.setup import create_optimizer, create_scheduler
-from training.splits import load_datasets
-from user_errors import UserError
+from vmamba.tools.images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
+from vmamba.tools.images.scenes import Composer
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.training.checkpoint import Checkpoints
+from vmamba.tools.training.config import Config
+from vmamba.tools.training.order import BatchOrder
+from vmamba.tools.training.seeding import derive_seed, seed_all, seeded
+from vmamba.tools.training.setup import create_optimizer, create_scheduler
+from vmamba.tools.training.splits import load_datasets
+from vmamba.tools.user_errors import UserError
 
 
 def updates(order, epoch=0, start=0):
@@ -93,7 +93,7 @@ def test_a_split_that_timm_takes_for_the_other_part_is_an_error(monkeypatch, spl
     def create_dataset(name, split, **kwargs):  # as timm of torchvision's
         return SimpleNamespace(train=split in ('train', 'training'))
 
-    monkeypatch.setattr('training.splits.create_dataset', create_dataset)
+    monkeypatch.setattr('vmamba.tools.training.splits.create_dataset', create_dataset)
     with pytest.raises(UserError, match=f'^{wrong} .* of torch/cifar10 are the'):
         load_datasets(Config(data='torch/cifar10', train_split=splits[0], val_split=splits[1]))
     assert load_datasets(Config(data='torch/cifar10', val_split='test'))

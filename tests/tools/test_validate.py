@@ -1,5 +1,4 @@
 import csv
-import importlib
 import json
 import shutil
 import subprocess
@@ -9,15 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import validate
-import weights
-from figures.validate_figure import resolution_lines
 from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
+from vmamba.tools import train, validate, weights
+from vmamba.tools.figures.validate_figure import resolution_lines
 
 TOOL = Path(validate.__file__)
-train = importlib.import_module('train')  # the folders of training images have the same name
 
 
 @pytest.fixture(scope='module')
@@ -158,8 +155,8 @@ def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
 
 def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypatch, capsys):
     published = {'vmamba_nano': validate.published('vim_s', 224, 1000)}
-    monkeypatch.setattr('published.PUBLISHED', published)
-    monkeypatch.setattr('published.SIZE', 32)
+    monkeypatch.setattr('vmamba.tools.published.PUBLISHED', published)
+    monkeypatch.setattr('vmamba.tools.published.SIZE', 32)
     run(digits, '--models', 'vmamba_nano=untrained', '--img-size', 32, 36, '--output', tmp_path)
     first, second = read(tmp_path)
     assert (first['published_top1'], first['published_top5']) == ('80.5', '95.1')
@@ -168,7 +165,7 @@ def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypat
 
 
 def test_folders_are_imagenets_synsets_or_numbers():
-    from images.labelled_folders import Folder, class_indices
+    from vmamba.tools.images.labelled_folders import Folder, class_indices
 
     assert class_indices(Folder('v2', [], ['0', '2', '10'], []), 1000) == [0, 2, 10]
     assert class_indices(Folder('few', [], ['n01440764', 'n01443537'], []), 1000) == [0, 1]

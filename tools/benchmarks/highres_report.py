@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Iterable, List, Sequence, Tuple
 
-from figures.plots import plot_comparison
-from output_files import write_csv
 from rich.console import Console
 from rich.table import Table
+from vmamba.tools.figures.plots import plot_comparison
+from vmamba.tools.output_files import write_csv
 
 from .kernel_report import number
 from .measure import Case, Result

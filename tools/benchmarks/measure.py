@@ -21,6 +21,7 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
+from vmamba.tools.devices import device_name
 
 from vmamba.models.vim import Vim
 
@@ -74,21 +75,6 @@ class Result:
     triton: str = triton_version()
     timm: str = timm.__version__
     message: str = ''
-
-
-def pick_device(name: Optional[str] = None) -> torch.device:
-    """The named device, or the GPU if there is one, else the CPU."""
-    return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU or of the processor."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else "CPU"}, {torch.get_num_threads()} thread(s)'
 
 
 def build_model(name: str, size: int) -> Tuple[nn.Module, int]:

@@ -14,9 +14,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from output_files import write_text
-from training.runtime import StopRequest
-from user_errors import UserError, changes
+from vmamba.tools.output_files import write_text
+from vmamba.tools.training.runtime import StopRequest
+from vmamba.tools.user_errors import UserError, changes
 
 RESULT = 'result.json'  # in the folder of a run that came to its end
 SCRIPT = Path(__file__).parents[1] / 'train.py'

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Sequence
 
-from output_files import write_text
+from vmamba.tools.output_files import write_text
 
 
 def command_of(tool: str, argv: Sequence[str], outputs: Sequence[str]) -> str:

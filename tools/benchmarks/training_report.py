@@ -6,10 +6,10 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from figures.plots import plot_accuracies
-from output_files import write_csv
 from rich.console import Console
 from rich.table import Table
+from vmamba.tools.figures.plots import plot_accuracies
+from vmamba.tools.output_files import write_csv
 
 from .run_queue import Result
 from .sections import markdown_table, write_section

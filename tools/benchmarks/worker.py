@@ -1,18 +1,16 @@
 """A process that measures feature extraction, one case after another."""
 
 import json
-import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 from .measure import Case, Result
 
-TOOLS = Path(__file__).parents[1]
+COMMAND = (sys.executable, '-m', 'vmamba.tools.benchmarks.measure')
 
 
 class Worker:
@@ -53,12 +51,9 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
-        path = os.pathsep.join(filter(None, (str(TOOLS), os.environ.get('PYTHONPATH'))))
         self._errors = tempfile.TemporaryFile('w+')
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        self._process = subprocess.Popen(
-            [sys.executable, '-m', 'benchmarks.measure'], text=True, env={**os.environ, 'PYTHONPATH': path}, **pipes
-        )
+        self._process = subprocess.Popen(COMMAND, text=True, **pipes)
 
     def _died(self) -> Result:
         code = self._process.wait()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, nearest
 
 from vmamba.models.vim import Vim
 

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from output_files import LOCK, lock_folder, part_of, write_csv, write_text
 from safetensors.numpy import load_file, save
-from user_errors import UserError
+from vmamba.tools.output_files import LOCK, lock_folder, part_of, write_csv, write_text
+from vmamba.tools.user_errors import UserError
 
 Features = Dict[str, np.ndarray]
 TODO, DONE, UNREADABLE = 0, 1, 2

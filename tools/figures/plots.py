@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from output_files import write_atomically
+from vmamba.tools.output_files import write_atomically
 
 if TYPE_CHECKING:  # so that a comparison needs no digits
-    from benchmarks.measure import Case, Result
-    from images.digits import Epoch
+    from vmamba.tools.benchmarks.measure import Case, Result
+    from vmamba.tools.images.digits import Epoch
 
 MARKERS = 'osD^vPX*'
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .plots import MARKERS, save_figure
 
 if TYPE_CHECKING:
-    from validate import Row
+    from vmamba.tools.validate import Row
 
 
 def resolution_lines(rows: Sequence[Row]) -> Dict[str, List[Row]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-from output_files import writing
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
+from vmamba.tools.output_files import writing
 
 from .scenes import NAMES, PHOTOGRAPHS, Composer, Scene
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 from torch import nn
-from user_errors import UserError, listed, nearest
+from vmamba.tools.user_errors import UserError, listed, nearest
 
 from vmamba.models._pretrained import check_sums
 

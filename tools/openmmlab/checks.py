@@ -9,7 +9,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
-from user_errors import UserError
+from vmamba.tools.user_errors import UserError
 
 IGNORED_LABEL = 255
 MAX_NAMES = 5  # of classes in a message

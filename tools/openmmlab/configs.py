@@ -11,7 +11,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from user_errors import UserError, nearest
+from vmamba.configs import find_config
+from vmamba.tools.user_errors import UserError, nearest
 from yaml import YAMLError
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
@@ -42,8 +43,7 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
         ModuleNotFoundError: If its library is not installed.
         UserError: If it cannot be read, is of neither library, or lacks what an option changes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(2, 'no such file', str(path))
+    path = find_config(path)
     try:
         cfg = Config.fromfile(path)
         check_keys(cfg, options or {})

@@ -8,7 +8,7 @@ from typing import Any, Callable, Tuple
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The config and what overrides it."""
-    parser.add_argument('config', type=Path, help='config file of mmdet or mmseg')
+    parser.add_argument('config', type=Path, help='config file of mmdet or mmseg, or the name of an installed one')
     add_overrides(parser)
 
 

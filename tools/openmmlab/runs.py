@@ -10,7 +10,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
-from user_errors import UserError
+from vmamba.tools.user_errors import UserError
 
 from vmamba.mm.base import TimmBackbone
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from output_files import write_atomically
-from user_errors import UserError
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.user_errors import UserError
 
 _PATTERN = re.compile(r'checkpoint-(\d{8,})(?:_(\d+))?(\.pt)?')
 WHOLE = 'whole.pt'  # in the folder of a sharded checkpoint: what is not in shards

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import yaml
-from user_errors import UserError, nearest
+from vmamba.configs import find_config
+from vmamba.tools.user_errors import UserError, nearest
 
 from .limits import check_values
 
@@ -92,7 +93,9 @@ class Config:
     ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average')
     ema_warmup: bool = _key(False, 'let the decay of the average rise to ema_decay, for short runs')
     # How it runs
-    precision: str = _key('bf16', 'fp32, bf16 or fp16 (with loss scaling)')
+    precision: Optional[str] = _key(
+        None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU'
+    )
     compile: bool = _key(False, 'compile the model')
     channels_last: bool = _key(False, 'memory format of the images and convolutions')
     grad_checkpointing: bool = _key(False, 'less memory, more time')
@@ -120,6 +123,7 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
     Raises:
         UserError: If a file is missing or broken, or a key or value is wrong.
     """
+    path = _find(path)
     values = {key: _convert(key, value, 'the command line') for key, value in overrides.items()}
     config = Config(**{**_read(path, []), **values})
     config.output = config.output or f'runs/{path.stem}'
@@ -127,18 +131,23 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
     return config
 
 
+def _find(path: Path) -> Path:
+    try:
+        return find_config(path)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
 def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f'{path} builds on itself; change its {BASE_KEY}')
-    if not path.is_file():
-        raise UserError(f'there is no configuration {path}; configs/classification/ holds ready ones')
     content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f'{path} must hold keys and values, found a {type(content).__name__}')
     base = content.pop(BASE_KEY, None)
     if not isinstance(base, (str, type(None))):
         raise UserError(f'{path}: {BASE_KEY} must name a file, got {base!r}')
-    values = _read(path.parent / base, [*seen, path.resolve()]) if base else {}
+    values = _read(_find(path.parent / base), [*seen, path.resolve()]) if base else {}
     for key, value in content.items():
         if key not in FIELDS:
             raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), FIELDS)}')

@@ -4,13 +4,13 @@ import itertools
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from images.decoding import READ_ERRORS, image_mode, read_image, to_mode
 from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from user_errors import UserError, listed
+from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image, to_mode
+from vmamba.tools.user_errors import UserError, listed
 
 from .config import Config
 from .order import BatchOrder, Key

@@ -3,7 +3,7 @@
 import math
 from typing import Any, Dict, NamedTuple, Tuple
 
-from user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, nearest
 
 
 class Range(NamedTuple):
@@ -53,7 +53,7 @@ def check_values(config: Any) -> None:
     """Raises UserError for the first value that no run could have a use for."""
     for key, choices in CHOICES.items():
         value = getattr(config, key)
-        if value not in choices:
+        if value is not None and value not in choices:
             guess = nearest(value, choices) if isinstance(value, str) else ''
             raise UserError(f'{key} must be one of {", ".join(map(str, choices))}, got {value!r}{guess}')
     for limits, keys in _RANGES.items():

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from user_errors import UserError, changes
+from vmamba.tools.user_errors import UserError, changes
 
 from .config import Config
 

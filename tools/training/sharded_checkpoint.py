@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from output_files import cause_of, not_written, sync_folder
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
+from vmamba.tools.output_files import cause_of, not_written, sync_folder
 
 from .checkpoint import BROKEN, WHOLE, Checkpoints, read_file, remove
 

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from images.decoding import image_mode
-from images.image_files import has_image_ending, walk
-from images.labelled_folders import FolderReader, TorchFolder
-from images.packaged_data import PREFIX, create_packaged_dataset
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
-from user_errors import UserError, listed, nearest
+from vmamba.tools.images.decoding import image_mode
+from vmamba.tools.images.image_files import has_image_ending, walk
+from vmamba.tools.images.labelled_folders import FolderReader, TorchFolder
+from vmamba.tools.images.packaged_data import PREFIX, create_packaged_dataset
+from vmamba.tools.user_errors import UserError, listed, nearest
 
 from .config import Config, option_of
 

@@ -1,0 +1,100 @@
+"""The command `vmamba`."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from PIL import Image
+
+import vmamba_cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; returns its exit code, output and errors."""
+    monkeypatch.setattr(sys, 'argv', ['vmamba'])
+
+    def call(*arguments):
+        code = 0
+        try:
+            vmamba_cli.main(list(arguments))
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize('name', vmamba_cli.COMMANDS)
+def test_every_command_shows_its_own_help(run, name):
+    code, out, _ = run(*name.split(), '--help')
+    assert code == 0 and out.startswith(f'usage: vmamba {name} ')
+
+
+def test_help_lists_every_command_without_importing_torch():
+    code = 'import sys, vmamba_cli; vmamba_cli.main(["--help"]); assert "torch" not in sys.modules'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert all(f'\n  {name} ' in done.stdout for name in vmamba_cli.COMMANDS)
+
+
+def test_a_group_lists_its_commands(run):
+    code, out, _ = run('bench', '--help')
+    assert code == 0 and '\n  bench kernels ' in out and '\n  train ' not in out
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('trian', 'x.yaml'), "unknown command 'trian'; did you mean train?"),
+        (('qqq',), "unknown command 'qqq'; `vmamba --help` lists them"),
+        (('bench',), 'bench is followed by one of kernels, cpu, scaling, mm'),
+        (('compare', 'hires'), 'compare is followed by one of highres, training; did you mean highres?'),
+    ],
+)
+def test_an_unknown_command_is_one_line(run, arguments, message):
+    assert run(*arguments) == (2, '', f'vmamba: error: {message}\n')
+
+
+@pytest.mark.parametrize(
+    'package, module, arguments, extras',
+    [
+        ('rich', 'validate', ('validate', '.', '--models', 'vmamba_nano=untrained'), 'tools'),
+        (
+            'matplotlib',
+            'figures.prediction_figure',
+            ('predict', '.', '--model', 'vmamba_nano', '--random-weights', '--draw', 'out.png'),
+            'tools',
+        ),
+        ('mmengine', 'openmmlab.configs', ('mm-train', 'mask-rcnn_vmamba-nano_fpn_scenes'), 'mm,tools'),
+    ],
+)
+def test_a_missing_extra_is_one_line(run, monkeypatch, tmp_path, package, module, arguments, extras):
+    Image.new('RGB', (40, 40)).save(tmp_path / 'black.png')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, f'vmamba.tools.{module}', raising=False)
+    for name in [name for name in sys.modules if name.startswith(f'{package}.')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, error = run(*arguments)
+    what = f"the package {package} is missing; install it by `pip install 'vmamba[{extras}]'`"
+    assert (code, error) == (2, f'vmamba {arguments[0]}: error: {what}\n')
+
+
+def test_errors_name_the_command(run):
+    code, _, error = run('train', 'absent.yaml')
+    assert code == 2 and error.startswith('vmamba train: error: there is no configuration absent.yaml; ')
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'tool, earlier, now',
+    [
+        ('bench_kernels', ('--batch', '2', '--csv', 'a.csv'), ('--batch-size', '2', '--output', 'a.csv')),
+        ('mm_train', ('c.py', '--work-dir', 'w', '--no-amp'), ('c.py', '--output', 'w', '--precision', 'fp32')),
+        ('mm_train', ('c.py', '--amp'), ('c.py', '--precision', 'bf16')),
+    ],
+)
+def test_earlier_names_of_options_stay_known(tool, earlier, now):
+    parse = import_module(f'vmamba.tools.{tool}').parse_args
+    assert parse([*earlier]) == parse([*now])
