@@ -3,7 +3,7 @@ import pytest
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
-import bench_mm  # noqa: E402
+from vmamba.tools import bench_mm  # noqa: E402
 
 SHALLOW = {
     'swin_t': dict(bench_mm.SWIN, depths=[1, 1, 1, 1]),
