@@ -15,11 +15,11 @@ demo-mm: .venv/.mm
 
 # A thread for each worker: more would fight over the processor.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # For people who change something: the operators in plain PyTorch, layers and models, in two minutes on two cores.
 test-fast: .venv/.dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k "not triton" \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not triton" \
 		tests/kernels tests/layers tests/models
 
 # Compiles every kernel of the models for each kind of GPU; none is needed. Takes an hour on two cores.
