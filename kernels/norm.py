@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check, check_that
+from ._device import load_factors
 from ._launch import (
     MAX_PLANS,
     Launch,
@@ -138,8 +139,7 @@ def norm_kernel(
     offset = row[:, None] * dim + channel[None, :]
     total = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     if scale is not None:
-        factor = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
-        total *= factor[:, None]
+        total *= load_factors(scale, row, rows, rows_per_sample)
     if residual is not None:
         total += tl.load(residual + offset, mask=mask, other=0.0)  # [ROWS, BLOCK_D]
     if summed is not None:
@@ -223,8 +223,7 @@ def norm_backward_kernel(
         if grad_residual is not None:
             tl.store(grad_residual + offset, grad, mask=mask)
         if scale is not None:
-            scales = tl.load(scale + row // rows_per_sample, mask=has_row, other=0.0).to(tl.float32)  # [ROWS]
-            grad *= scales[:, None]
+            grad *= load_factors(scale, row, rows, rows_per_sample)
         tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)
     if CENTRED:
         sums += program * 2 * dim + channel

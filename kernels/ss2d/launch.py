@@ -109,16 +109,25 @@ class Sizes(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What plans depend on beside the sizes: the precision of products, multiprocessors, and the bytes of shared memory
-    that a program can have."""
+    """What plans and kernels depend on beside the sizes.
+
+    Args:
+        precision: Of products.
+        processors: Multiprocessors.
+        shared_memory: Bytes that a program can have.
+        exact: Whether small results keep all of fp32's precision.
+        nvidia: Whether the kernels are compiled for an NVIDIA GPU.
+    """
 
     precision: str
     processors: int
     shared_memory: int
+    exact: bool
+    nvidia: bool
 
     @classmethod
     def of(cls, x: Tensor) -> 'Device':
-        return cls(dot_precision(x), num_processors(x), shared_memory(x))
+        return cls(dot_precision(x), num_processors(x), shared_memory(x), x.dtype != torch.bfloat16, is_nvidia(x))
 
 
 def plan_of(sizes: Sizes, device: Device) -> Plan:
@@ -165,8 +174,8 @@ def scan_forward(
     """Sums of <C, h> / ln 2 over the routes by rows and over those by columns [2, B, H, W, D]; and with `save` the
     states of `states_shape` / ln 2. All tensors are contiguous."""
     sizes = sizes_of(x, dt_weight, A)
-    planned = plan(sizes, Device.of(x))
-    launches, shape, summary_shape = _forward_launches(sizes, planned, save, _Numerics.of(x))
+    device = Device.of(x)
+    launches, shape, summary_shape = _forward_launches(sizes, plan(sizes, device), save, device)
     y = x.new_empty((2, *x.shape))
     states = torch.empty(shape, dtype=torch.float32, device=x.device)
     summaries = _summaries(summary_shape, A)
@@ -202,8 +211,8 @@ def scan_backward(
         log_A: Return the gradient of log(-A) in place of A's.
     """
     sizes = sizes_of(x, dt_weight, A)
-    planned = plan(sizes, Device.of(x))
-    launches, blocks, groups, summary_shape = _backward_launches(sizes, planned, log_A, _Numerics.of(x))
+    device = Device.of(x)
+    launches, blocks, groups, summary_shape = _backward_launches(sizes, plan(sizes, device), log_A, device)
     by_routes = x.new_empty((2, *x.shape))
     by_blocks = x.new_empty((blocks, *x_dbl.shape))
     parameters = torch.empty(groups, sizes.parameters, dtype=torch.float32, device=x.device)
@@ -271,16 +280,6 @@ def merge_backward(
     return MergeGradients(grad_merged, sums, out)
 
 
-class _Numerics(NamedTuple):
-    exact: bool
-    nvidia: bool
-    precision: str
-
-    @classmethod
-    def of(cls, x: Tensor) -> '_Numerics':
-        return cls(x.dtype != torch.bfloat16, is_nvidia(x), dot_precision(x))
-
-
 class _Ranks(NamedTuple):
     rank: int
     block_r: int
@@ -297,7 +296,7 @@ class _Flags(NamedTuple):
 
 @lru_cache(maxsize=MAX_PLANS)
 def _forward_launches(
-    sizes: Sizes, plan: Plan, save: bool, numerics: _Numerics
+    sizes: Sizes, plan: Plan, save: bool, device: Device
 ) -> Tuple[Tuple[Launch, ...], Tuple[int, ...], Optional[Tuple[int, ...]]]:
     """The launches, the shape of the states, and that of what passes between tiles and chunks."""
     schedule, wrap = plan.forward, _wraps(sizes, plan)
@@ -308,15 +307,15 @@ def _forward_launches(
     launches = []
     for summary in (True, False) if chunks > 1 else (False,):
         saved = schedule.steps // plan.backward.steps if save and not summary else 0
-        constants = saved, summary, *_constants(sizes, schedule, wrap, numerics)
-        registers = schedule.registers if numerics.nvidia else None
+        constants = saved, summary, *_constants(sizes, schedule, wrap, device)
+        registers = schedule.registers if device.nvidia else None
         launches.append(Launch(scan_kernel, programs, integers, constants, schedule.warps, registers))
     return tuple(launches), shape, _summary_shape(sizes, chunks)
 
 
 @lru_cache(maxsize=MAX_PLANS)
 def _backward_launches(
-    sizes: Sizes, plan: Plan, log_A: bool, numerics: _Numerics
+    sizes: Sizes, plan: Plan, log_A: bool, device: Device
 ) -> Tuple[Tuple[Launch, ...], int, int, Optional[Tuple[int, ...]]]:
     """The launches, blocks of channels, groups of batch entries and chunks, and the shape of what passes between tiles
     and chunks."""
@@ -329,8 +328,8 @@ def _backward_launches(
     )
     launches = []
     for summary in (True, False) if chunks > 1 else (False,):
-        constants = summary, log_A, *_constants(sizes, schedule, wrap, numerics)
-        registers = schedule.registers if numerics.nvidia else None
+        constants = summary, log_A, *_constants(sizes, schedule, wrap, device)
+        registers = schedule.registers if device.nvidia else None
         programs = blocks * 2 * chunks * groups
         launches.append(Launch(scan_backward_kernel, programs, integers, constants, schedule.warps, registers))
     return tuple(launches), blocks, groups * chunks, _summary_shape(sizes, chunks)
@@ -357,11 +356,11 @@ def _merge_backward_launch(pixels: int, dim: int, processors: int) -> Launch:
     return Launch(merge_norm_backward_kernel, programs, (pixels, rows_per_program), (dim, block_d, rows))
 
 
-def _constants(sizes: Sizes, schedule: Schedule, wrap: bool, numerics: _Numerics) -> tuple:
+def _constants(sizes: Sizes, schedule: Schedule, wrap: bool, device: Device) -> tuple:
     """The last constants of both scans."""
     wide = sizes.seqlen * max(sizes.dim, sizes.projections) >= 2**31
     ranks = _Ranks(sizes.dt_rank, sizes.block_r, sizes.dstate)
-    return ranks, schedule.tile, _Flags(wrap, wide, *numerics)
+    return ranks, schedule.tile, _Flags(wrap, wide, device.exact, device.nvidia, device.precision)
 
 
 def _summary_shape(sizes: Sizes, chunks: int) -> Optional[Tuple[int, ...]]:

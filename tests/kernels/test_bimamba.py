@@ -22,12 +22,6 @@ SCAN, CORE = CASES['bidirectional_scan'], CASES['bimamba_core']
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
 
-@pytest.fixture
-def dtype(backend):
-    """The most exact one."""
-    return torch.float32 if backend else torch.float64
-
-
 @pytest.mark.parametrize('seqlen,dstate,batch', [(1, 16, 2), (2, 1, 1), (37, 16, 2), (151, 3, 1)])
 def test_scans_in_plain_pytorch(seqlen, dstate, batch):
     tensors = kernel_cases.bidirectional_scan(batch, seqlen, dstate=dstate, dtype=torch.float64)

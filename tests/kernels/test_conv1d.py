@@ -31,19 +31,6 @@ linear_and_silu = pytest.mark.parametrize('silu', [False, True], ids=['linear', 
 
 
 @pytest.fixture
-def dtype(backend):
-    """The most exact one."""
-    return torch.float32 if backend else torch.float64
-
-
-@pytest.fixture
-def fresh_launches(monkeypatch):
-    """Launches are planned again, as tests change what decides them."""
-    for name in ('_forward_launch', '_backward_launch'):
-        monkeypatch.setattr(conv1d, name, getattr(conv1d, name).__wrapped__)
-
-
-@pytest.fixture
 def small_tiles(fresh_launches, monkeypatch):
     """Several tiles in both dimensions of small maps, and several in a program of the backward pass."""
     for name in ('_FORWARD_TILES', '_BACKWARD_TILES'):

@@ -15,19 +15,6 @@ CASE = CASES['depthwise_conv2d']
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
 
-@pytest.fixture
-def dtype(backend):
-    """The most exact one."""
-    return torch.float32 if backend else torch.float64
-
-
-@pytest.fixture
-def fresh_launches(monkeypatch):
-    """Launches are planned again, as tests change what decides them."""
-    for name in ('_forward_launch', '_backward_launch'):
-        monkeypatch.setattr(conv2d, name, getattr(conv2d, name).__wrapped__)
-
-
 @pytest.mark.parametrize('silu', [False, True], ids=['linear', 'silu'])
 @pytest.mark.parametrize('kernel,bias', [(1, True), (3, False), (3, True), (5, True), (7, False)])
 @pytest.mark.parametrize('height,width', [(1, 1), (1, 6), (6, 1), (3, 4)])

@@ -22,19 +22,6 @@ def case(request):
     return CASES[request.param]
 
 
-@pytest.fixture
-def dtype(backend):
-    """The most exact one."""
-    return torch.float32 if backend else torch.float64
-
-
-@pytest.fixture
-def fresh_launches(monkeypatch):
-    """Launches are planned again, as tests change what decides them."""
-    for name in ('_forward_launch', '_backward_launch'):
-        monkeypatch.setattr(norm, name, getattr(norm, name).__wrapped__)
-
-
 SHAPES = [
     pytest.param((2, 3), id='no-inner-dimension'),
     pytest.param((1, 1, 3), id='one-row'),

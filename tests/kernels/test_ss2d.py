@@ -39,12 +39,6 @@ scan_and_core = pytest.mark.parametrize('case', [SCAN, CORE], ids=['scan', 'core
 
 
 @pytest.fixture
-def dtype(backend):
-    """The most exact one."""
-    return torch.float32 if backend else torch.float64
-
-
-@pytest.fixture
 def schedule(monkeypatch):
     """Sets the schedules of both passes, which are the same unless they are given separately."""
 
@@ -174,7 +168,7 @@ def test_the_schedules_that_are_chosen(triton_kernels):
 def test_chosen_schedules_fit_together(size):
     for batch, dim, dstate, processors in product((0, 1, 64), (1, 33, 96, 768), (1, 16), (1, 20, 132)):
         sizes = Sizes(batch, *size, dim, 6, dstate)
-        forward, backward = plan = launch.plan_of(sizes, launch.Device('tf32', processors, 2**16))
+        forward, backward = plan = launch.plan_of(sizes, launch.Device('tf32', processors, 2**16, False, True))
         assert backward.steps in (forward.steps, forward.tile.steps)
         for chosen in plan:
             assert chosen.steps >= 16 and chosen.tile.block_d % 16 == 0
@@ -196,7 +190,7 @@ def test_chosen_schedules_fit_together(size):
     ],
 )
 def test_little_shared_memory_takes_narrower_tiles_for_large_ranks(precision, kibibytes, rank, widths):
-    plan = launch.plan_of(Sizes(64, 7, 7, 768, rank, 1), launch.Device(precision, 132, kibibytes * 1024))
+    plan = launch.plan_of(Sizes(64, 7, 7, 768, rank, 1), launch.Device(precision, 132, kibibytes * 1024, False, True))
     assert tuple(schedule.tile.block_d for schedule in plan) == widths
 
 

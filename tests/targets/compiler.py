@@ -99,7 +99,6 @@ def recording(device, fused=True):
         'shared_memory': lambda tensor: device.shared_memory,
         'can_run': lambda tensor: fused,
         '_has_plain_tensors': lambda x, norm, module: True,  # those without data are of a class of their own
-        'dot_precision': lambda tensor: _precision(tensor, nvidia),
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(_attributes(_launch.Launch, {'__call__': record}))
@@ -189,9 +188,3 @@ def _attributes(owner, values):
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
-
-
-def _precision(tensor, nvidia):
-    if not nvidia:
-        return 'ieee'
-    return 'tf32x3' if tensor.dtype == torch.float32 else 'tf32'
