@@ -42,14 +42,15 @@ from vmamba.tools.benchmarks.kernel_cases import (
 from vmamba.tools.benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
 from vmamba.tools.benchmarks.measure import capture, is_out_of_memory
 from vmamba.tools.benchmarks.sections import command_of
-from vmamba.tools.benchmarks.timing import WARM_UPS, measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
+from vmamba.tools.benchmarks.timing import measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
 
-MODELS = ('vmamba_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
+MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--output', '--csv', '--docs')
 WIDTH = 200  # of the tables where there is no terminal
+TURN = 10  # counted passes of a model before the next one takes its turn
 
 
 def measure(case: Case, device: torch.device, repeats: int) -> Result:
@@ -115,18 +116,24 @@ def _backward_ms(workload: Workload, result: Result, device: torch.device, repea
 
 
 def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Result]:
-    """Measures the forward and the backward pass of all models, one model after another in each round."""
+    """Measures the forward and the backward pass of all models, which take turns of several passes in a row.
+
+    The first pass of a turn finds the caches of the processor full of another model, the first round compiles: neither
+    is counted.
+    """
     results = [Result(case) for case in cases]
     workloads: Dict[str, Workload] = {}
     times: Dict[str, List[Tuple[float, float]]] = {case.name: [] for case in cases}
     for result in results:
         with _noted(result):
             workloads[result.case.name] = result.case.workload(device)
-    for _ in range(WARM_UPS[device.type] + repeats):
+    passes = min(TURN, repeats)
+    for _ in range(1 + -(-repeats // passes)):
         for result in results:
             if result.status == 'ok':
                 with _noted(result):
-                    times[result.case.name].append(_wall_times(workloads[result.case.name], device))
+                    turn = [_wall_times(workloads[result.case.name], device) for _ in range(1 + passes)]
+                    times[result.case.name] += turn[1:]
     for result in results:
         if result.status == 'ok':
             measured = times[result.case.name][-repeats:]

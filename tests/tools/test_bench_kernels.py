@@ -103,14 +103,16 @@ def test_host_times_are_taken_in_turn_with_the_device_idle_around_each(monkeypat
     monkeypatch.setattr(HostCase, 'workload', workload)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('idle'))
     monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock) ** 2)
-    monkeypatch.setitem(bench_kernels.WARM_UPS, 'cuda', 1)
+    monkeypatch.setattr(bench_kernels, 'TURN', 2)
     cases = [replace(THEIRS, name=f'host_{model}', model=model) for model in 'ab']
     a, b = bench_kernels.measure_in_turn(cases, torch.device('cuda'), 2)
-    rounds = ('forward a', 'backward a', 'forward b', 'backward b'), ('forward a', 'backward a', 'forward b')
-    expected = [event for name in sum(rounds, ()) for event in ('idle', name, 'idle')]
-    assert events == [*expected[:-1], 'idle', 'forward a', 'idle', 'idle', 'backward a', 'idle']
-    # Of the rounds after the first: 9^2 - 8^2 and 14^2 - 13^2 forward, 11^2 - 10^2 and 16^2 - 15^2 backward.
-    assert (a.forward_ms, a.backward_ms) == (1e3 * (17 + 27) / 2, 1e3 * (21 + 31) / 2)
+    turn = ('forward a', 'backward a') * 3
+    names = *turn, 'forward b', 'backward b', 'forward b', *turn
+    expected = [event for name in names for event in ('idle', name, 'idle')]
+    del expected[3 * len(turn) + 8]  # where b broke
+    assert events == expected
+    # Of the last turn, after its first pass: 22^2 - 21^2 and 26^2 - 25^2 forward, 24^2 - 23^2 and 28^2 - 27^2 backward.
+    assert (a.forward_ms, a.backward_ms) == (1e3 * (43 + 51) / 2, 1e3 * (47 + 55) / 2)
     assert (b.status, b.message, b.forward_ms) == ('failed', 'broken', None)
 
 

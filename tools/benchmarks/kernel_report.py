@@ -37,9 +37,9 @@ backward, inputs and the output's gradient read once and a gradient of each inpu
 rate are of the graph's time where there is one. A state update counts as one exp2."""
 HOST_NOTES = """\
 Medians of milliseconds on the host's clock, of the forward and of the backward pass apart, each from one
-synchronisation of the device to the next. The models take turns in one process, a forward and a backward pass each, so
-that drift of the machine hits all alike. The last columns are the model's time over that of the model beside it in the
-same run: above 1, the model is slower."""
+synchronisation of the device to the next. The models take turns of ten passes in one process, so that drift of the
+machine hits all alike; the pass before them, after another model's turn, is not counted. The last columns are the
+model's time over that of the model beside it in the same run: above 1, the model is slower."""
 _KIND_NOTES = {'model': NOTES, 'host': HOST_NOTES}
 
 Record = Dict[str, Any]
