@@ -168,11 +168,12 @@ CASES = {
 }
 
 
-def run(function, tensors, wanted=None, **options):
+def run(function, tensors, wanted=None, grad_scale=1.0, **options):
     """Results and gradients by name, on the CPU.
 
     Args:
         wanted: Names of the tensors that want a gradient; all by default.
+        grad_scale: Factor of all gradients.
     """
     wanted = [k for k, t in tensors.items() if t is not None] if wanted is None else wanted
     leaves = {k: t.detach().requires_grad_() if k in wanted else t for k, t in tensors.items()}
@@ -181,6 +182,7 @@ def run(function, tensors, wanted=None, **options):
     generator = torch.Generator().manual_seed(1)
     # Rounded as both sides round them, so that they leave nothing for a comparison to differ in.
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().to(y) for y in results]
+    weights = [weight * grad_scale for weight in weights]
     grads = torch.autograd.grad(results, [leaves[k] for k in wanted], weights, materialize_grads=True)
     named = {f'result_{i}': y.detach() for i, y in enumerate(results)}
     return {k: t.cpu() for k, t in {**named, **{f'grad_{k}': g for k, g in zip(wanted, grads)}}.items()}
