@@ -251,7 +251,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     ceilings = measure_ceilings(args.device, args.repeats)
     cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)
     results = bench(cases, args.device, args.repeats, console)
-    found = Run(device, ceilings, args.repeats, command_of('bench_kernels', argv, OUTPUTS), results)
+    found = Run(device, ceilings, args.repeats, command_of('bench kernels', argv, OUTPUTS), results)
     write_report(found, console)
     if args.output:
         write_csv(found, args.output)

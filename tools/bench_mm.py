@@ -235,7 +235,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     console.print(table)
     if args.docs:
         with one_line_errors('bench_mm.py'):
-            write_docs(results, args.device, args.repeats, command_of('bench_mm', argv, OUTPUTS), args.docs)
+            write_docs(results, args.device, args.repeats, command_of('bench mm', argv, OUTPUTS), args.docs)
 
 
 if __name__ == '__main__':

@@ -175,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             table.add_row(*row)
         Console().print(table)
         if args.docs:
-            write_docs(results, args, command_of('bench_scaling', argv, OUTPUTS))
+            write_docs(results, args, command_of('bench scaling', argv, OUTPUTS))
 
 
 if __name__ == '__main__':

@@ -215,7 +215,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     console = open_console(WIDTH)
     preset = preset_of(args)
     name = f'highres_{preset}' if preset else 'highres'
-    command = command_of('compare_highres', argv, OUTPUTS)
+    command = command_of('compare highres', argv, OUTPUTS)
     table, picture = args.output / f'{name}.csv', args.output / f'{name}.png'
     measurements = record(compare(args.cases, args.timeout, console), table, command)
     if len(measurements) < len(args.cases):

@@ -175,7 +175,7 @@ def run(argv: Sequence[str]) -> None:
     args, extra = parse_args(argv)
     config, runs = shared_config(extra), runs_of(args)
     with lock_folder(args.output):
-        train_and_report(args, extra, config, runs, command_of('compare_training', argv, OUTPUTS))
+        train_and_report(args, extra, config, runs, command_of('compare training', argv, OUTPUTS))
 
 
 def train_and_report(

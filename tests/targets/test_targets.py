@@ -46,6 +46,7 @@ def test_kernels_compile_and_fit(name, share):
     for key in sorted(launches, key=str)[share::SHARES]:
         needed.setdefault(launches[key].kernel, []).append((compile_for(device, launches[key]), key))
     for kernel, all_needed in sorted(needed.items()):
-        print(f'{name} {kernel}: {len(all_needed)} compiled, at most {max(all_needed)[0] / 1024:.0f} KiB')
+        most = max(memory for memory, _ in all_needed) / 1024
+        print(f'{name} {kernel}: {len(all_needed)} compiled, at most {most:.0f} KiB')
     too_large = [(memory, key) for found in needed.values() for memory, key in found if memory > device.shared_memory]
     assert not too_large

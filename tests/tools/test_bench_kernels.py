@@ -24,7 +24,7 @@ def result_of(case=SCAN, **measured):
 
 
 def run_of(*results, device='NVIDIA H100 80GB HBM3'):
-    return Run(device, CEILINGS, 1, 'python tools/bench_kernels.py', results)
+    return Run(device, CEILINGS, 1, 'vmamba bench kernels', results)
 
 
 def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -52,7 +52,7 @@ def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
             assert row[name] == ''  # they need a GPU, or the registered batch
         assert row['torch'] == torch.__version__ and row['triton'] == kernel_report.triton_version()
         assert row['device'] and float(row['copy_bytes_per_second']) > 0
-        assert row['command'] == f'python tools/bench_kernels.py {" ".join(CPU)} --only scan ss2d'
+        assert row['command'] == f'vmamba bench kernels {" ".join(CPU)} --only scan ss2d'
     text = docs.read_text()
     assert '| scan_tiny |' in text and '| ss2d_tiny |' in text and rows[0]['command'] in text
     assert 'scan_tiny' in capsys.readouterr().out

@@ -20,7 +20,7 @@ def test_both_frameworks_are_measured_and_written(monkeypatch, tmp_path, capsys)
     text = docs.read_text()
     rows = [line for line in text.splitlines() if line.startswith(('| Mask R-CNN', '| UPerNet'))]
     assert [row.split(' | ')[3] for row in rows] == ['swin_t', 'vmamba_t'] * 2
-    assert '`python tools/bench_mm.py --device cpu --shrink 8 --repeats 1`' in text
+    assert '`vmamba bench mm --device cpu --shrink 8 --repeats 1`' in text
     assert all(float(row.split(' | ')[4]) > 0 for row in rows)
     assert 'mmdet' in text and 'mmseg' in text
     assert 'UPerNet' in capsys.readouterr().out

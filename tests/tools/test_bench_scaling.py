@@ -12,7 +12,7 @@ def test_one_and_two_processes_are_compared_and_written(tmp_path, capsys):
     assert [row[:2] for row in rows] == [['1', '2'], ['2', '4']]
     assert rows[0][3] == '1.000' and float(rows[1][3]) > 0
     assert all(float(row[4]) > 0 for row in rows)
-    assert f'`python tools/bench_scaling.py {" ".join(options)}`' in text
+    assert f'`vmamba bench scaling {" ".join(options)}`' in text
     assert 'vmamba_nano' in capsys.readouterr().out
 
 

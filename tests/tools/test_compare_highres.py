@@ -64,7 +64,7 @@ def test_one_row_a_model_and_size(tmp_path):
         assert float(row['peak_mib']) >= 0
         assert row['torch'] == torch.__version__ and row['device_name']
         assert (row['dtype'], row['device']) == ('float32', 'cpu')
-        assert row['command'] == f'python tools/compare_highres.py --models vmamba_nano {" ".join(arguments)}'
+        assert row['command'] == f'vmamba compare highres --models vmamba_nano {" ".join(arguments)}'
     assert (tmp_path / 'new' / 'highres.png').read_bytes().startswith(b'\x89PNG')
     assert rows[0]['command'] in docs.read_text() and (tmp_path / 'highres.png').is_file()
 

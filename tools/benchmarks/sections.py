@@ -8,13 +8,13 @@ from vmamba.tools.output_files import write_text
 
 
 def command_of(tool: str, argv: Sequence[str], outputs: Sequence[str]) -> str:
-    """The command line of a tool, without the options in `outputs`, which name the files that it writes."""
+    """The command line `vmamba TOOL ...`, without the options in `outputs`, which name the files that it writes."""
     kept, skip = [], False
     for argument in argv:
         if not skip and not argument.startswith(tuple(f'{output}=' for output in outputs)) and argument not in outputs:
             kept.append(argument)
         skip = argument in outputs
-    return shlex.join(['python', f'tools/{tool}.py', *kept])
+    return shlex.join(['vmamba', *tool.split(), *kept])
 
 
 def markdown_table(cells: Sequence[Sequence[str]], left: int) -> str:
