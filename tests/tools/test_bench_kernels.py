@@ -242,7 +242,7 @@ def test_registry():
     cases = [*kernel_cases.scan_cases(), *kernel_cases.ss2d_cases(), *kernel_cases.host_cases()]
     cases += kernel_cases.model_cases(bench_kernels.MODELS, compile_training=True)
     names = [case.name for case in cases]
-    assert len(set(names)) == len(names) == 7 + 12 + 12 + 4
+    assert len(set(names)) == len(names) == 7 + 12 + 16 + 4
     by_name = dict(zip(names, cases))
     stage = by_name['ss2d_vmamba_t_v0_stage2']
     assert (stage.batch, stage.dim, stage.size, stage.dstate, stage.dt_rank) == (64, 384, 28, 16, 12)
