@@ -1,10 +1,10 @@
-"""Times the kernels and the models that run on them: forward, backward, CUDA graphs, memory, limits and the host.
+"""Times the operators and the models that run on them: forward, backward, CUDA graphs, memory, and the host.
 
 vmamba bench kernels --output kernels.csv --docs docs/benchmarks.md
 vmamba bench kernels --only model --compile-training --activation-memory-budget 0.5
 vmamba bench kernels --only scan --case '*_n16_*'
-vmamba bench kernels --only host --repeats 100 --docs docs/benchmarks.md
-vmamba bench kernels --device cpu --batch-size 1 --repeats 1 --case ss2d_vmamba_t_stage4
+vmamba bench kernels --only host --repeats 100
+vmamba bench kernels --only host --device cpu --repeats 9
 """
 
 import argparse
@@ -15,86 +15,140 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import pandas as pd
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from torch import Tensor
-from vmamba.tools.benchmarks.kernel_cases import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
+from vmamba.tools.benchmarks.cases import (
+    INFERENCE,
     KINDS,
+    TRAINING,
     Case,
     HostCase,
+    KernelCase,
     ModelCase,
-    ScanCase,
     Workload,
     host_cases,
-    mamba_ssm_scan,
     model_cases,
     scan_cases,
     ss2d_cases,
 )
-from vmamba.tools.benchmarks.kernel_report import Result, Run, write_csv, write_docs, write_report
-from vmamba.tools.benchmarks.measure import capture, is_out_of_memory
-from vmamba.tools.benchmarks.sections import command_of
-from vmamba.tools.benchmarks.timing import measure_ceilings, median_ms, peak_mib, settled_memory, wall_ms
+from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
+from vmamba.tools.benchmarks.timing import (
+    capture,
+    is_out_of_memory,
+    measure_ceilings,
+    median_ms,
+    peak_mib,
+    settled_memory,
+    wall_ms,
+)
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.terminal import open_console
-from vmamba.tools.user_errors import one_line_errors
+from vmamba.tools.user_errors import one_line_errors, positive
 
 MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--output', '--csv', '--docs')
 WIDTH = 200  # of the tables where there is no terminal
 TURN = 10  # counted passes of a model before the next one takes its turn
 
+TITLES = {
+    'scan': 'Selective scan',
+    'ss2d': 'SS2D core',
+    'model': 'Models at 224x224, bf16 autocast',
+    'host': 'Host time of eager training, bf16 autocast',
+}
+KERNEL_NOTES = """\
+Medians of CUDA events, in milliseconds and bf16; "graph" is the replay of a CUDA graph. The forward pass runs without
+gradients; the backward pass is timed alone, again and again after one forward pass, or where that cannot be done it is
+forward + backward less forward. Peaks are those of PyTorch's allocator, inputs and gradients included. The floor is the
+time of the fewest bytes at the speed of a copy: inputs read once and the output written once; for the backward pass
+inputs and the output's gradient read once and a gradient of each input written once. Inputs that fit the cache are
+found there, so that small cases may take less than the floor."""
+MODEL_NOTES = """\
+Medians of CUDA events; "graph" is the replay of a CUDA graph. Training is the forward and the backward pass. Peaks are
+those of PyTorch's allocator, parameters, images and gradients included."""
+HOST_NOTES = """\
+Medians of milliseconds on the host's clock, of the forward and of the backward pass apart, each from one
+synchronisation of the device to the next. The models take turns of ten passes in one process, so that drift of the
+machine hits all alike; the pass before them, after another model's turn, is not counted. Above 1, the model is slower
+than the one beside it."""
+NOTES = {'scan': KERNEL_NOTES, 'ss2d': KERNEL_NOTES, 'model': MODEL_NOTES, 'host': HOST_NOTES}
+# Columns of the tables: key of the record and header.
+_CASE = {'case': 'case', 'by': 'by', 'batch': 'batch', 'shape': 'shape'}
+COLUMNS = {
+    'kernel': {
+        **_CASE,
+        'forward_ms': 'forward',
+        'forward_graph_ms': 'forward, graph',
+        'backward_ms': 'backward',
+        'both_ms': 'both',
+        'both_graph_ms': 'both, graph',
+        'forward_peak_mib': 'peak MiB',
+        'training_peak_mib': 'peak MiB, training',
+        'forward_floor': 'floor / forward',
+        'backward_floor': 'floor / backward',
+    },
+    'model': {
+        **_CASE,
+        'images_per_second': 'images/s',
+        'graph_images_per_second': 'images/s, graph',
+        'ms': 'ms',
+        'peak_mib': 'peak MiB',
+    },
+    'host': {**_CASE, 'forward_ms': 'forward, ms', 'backward_ms': 'backward, ms'},
+}
+Record = Dict[str, Any]
 
-def measure(case: Case, device: torch.device, repeats: int) -> Result:
-    """Measures a case; whatever goes wrong is noted in the result, beside what was measured before."""
-    result = Result(case)
-    with _noted(result):
-        _measure(result, device, repeats)
+
+def measure(case: Case, device: torch.device, repeats: int) -> Record:
+    """Measures a case; whatever goes wrong is its status, beside what was measured before."""
+    record = _record(case)
+    with _noted(record):
+        _measure(case, record, device, repeats)
     if isinstance(case, ModelCase) and case.compile:
         torch.compiler.reset()  # the next model shall not count as a recompilation of this one
-    return result
+    return record
+
+
+def _record(case: Case) -> Record:
+    return dict(case=case.name, kind=case.kind, by=case.by, batch=case.batch, shape=case.shape, status='ok', message='')
 
 
 @contextmanager
-def _noted(result: Result) -> Iterator[None]:
-    """Ends what goes wrong inside by a note in the result."""
+def _noted(record: Record) -> Iterator[None]:
+    """Ends what goes wrong inside by a note in the record."""
     try:
         yield
     except Exception as error:
-        result.status = 'OOM' if is_out_of_memory(error) else 'failed'
-        result.message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        record['status'] = 'OOM' if is_out_of_memory(error) else 'failed'
+        record['message'] = (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _measure(result: Result, device: torch.device, repeats: int) -> None:
+def _measure(case: Case, record: Record, device: torch.device, repeats: int) -> None:
     """Memory first, before a graph holds any, then times; each number is kept as soon as it is there."""
-    passes = result.case.passes
     baseline = settled_memory(device)
-    workload = result.case.workload(device)
-    forward = torch.no_grad()(workload.forward)
-    both = partial(_forward_backward, workload)
-    if FORWARD in passes:
+    workload = case.workload(device)
+    forward, both = torch.no_grad()(workload.forward), partial(_forward_backward, workload)
+    is_kernel, on_gpu = isinstance(case, KernelCase), device.type == 'cuda'
+    if INFERENCE in case.passes:
         forward()  # compiles
-        result.forward_peak_mib = peak_mib(forward, device, baseline)
-        result.forward_ms = median_ms(forward, device, repeats)
-    if BOTH in passes:
+        record['forward_peak_mib'] = peak_mib(forward, device, baseline)
+        record['forward_ms'] = median_ms(forward, device, repeats)
+    if TRAINING in case.passes:
         both()
-        result.training_peak_mib = peak_mib(both, device, baseline)
-        result.forward_backward_ms = median_ms(both, device, repeats)
-    if BACKWARD in passes:
-        result.backward_ms, result.backward_timed = _backward_ms(workload, result, device, repeats)
-    if device.type == 'cuda' and FORWARD in passes:
-        result.forward_graph_ms = median_ms(capture(forward), device, repeats)
-    captures_training = BACKWARD in passes or (isinstance(result.case, ModelCase) and result.case.compile)
-    if device.type == 'cuda' and BOTH in passes and captures_training:
-        result.forward_backward_graph_ms = median_ms(capture(both), device, repeats)
+        record['training_peak_mib'] = peak_mib(both, device, baseline)
+        record['both_ms'] = median_ms(both, device, repeats)
+    if is_kernel:
+        record['backward_ms'] = _backward_ms(workload, record, device, repeats)
+    if on_gpu and INFERENCE in case.passes:
+        record['forward_graph_ms'] = median_ms(capture(forward), device, repeats)
+    if on_gpu and TRAINING in case.passes and (is_kernel or case.compile):
+        record['both_graph_ms'] = median_ms(capture(both), device, repeats)
 
 
 def _forward_backward(workload: Workload) -> Tuple[Optional[Tensor], ...]:
@@ -102,43 +156,50 @@ def _forward_backward(workload: Workload) -> Tuple[Optional[Tensor], ...]:
     return torch.autograd.grad(y, workload.inputs, torch.ones_like(y), allow_unused=True)
 
 
-def _backward_ms(workload: Workload, result: Result, device: torch.device, repeats: int) -> Tuple[float, str]:
+def _backward_ms(workload: Workload, record: Record, device: torch.device, repeats: int) -> float:
     """Times the backward pass alone, again and again after one forward pass, or takes the difference if it cannot."""
     y = workload.forward()
     grad = torch.ones_like(y)
     try:
         backward = partial(torch.autograd.grad, y, workload.inputs, grad, retain_graph=True, allow_unused=True)
-        return median_ms(backward, device, repeats), 'alone'
+        return median_ms(backward, device, repeats)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # a graph that does not survive its backward pass
-        return result.forward_backward_ms - result.forward_ms, 'difference'
+        return record['both_ms'] - record['forward_ms']
 
 
-def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Result]:
+def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Record]:
     """Measures the forward and the backward pass of all models, which take turns of several passes in a row.
 
     The first pass of a turn finds the caches of the processor full of another model, the first round compiles: neither
     is counted.
     """
-    results = [Result(case) for case in cases]
+    records = [_record(case) for case in cases]
     workloads: Dict[str, Workload] = {}
-    times: Dict[str, List[Tuple[float, float]]] = {case.name: [] for case in cases}
-    for result in results:
-        with _noted(result):
-            workloads[result.case.name] = result.case.workload(device)
+    times: Dict[str, List[Tuple[float, float]]] = {case.model: [] for case in cases}
+    for case, record in zip(cases, records):
+        with _noted(record):
+            workloads[case.model] = case.workload(device)
     passes = min(TURN, repeats)
     for _ in range(1 + -(-repeats // passes)):
-        for result in results:
-            if result.status == 'ok':
-                with _noted(result):
-                    turn = [_wall_times(workloads[result.case.name], device) for _ in range(1 + passes)]
-                    times[result.case.name] += turn[1:]
-    for result in results:
-        if result.status == 'ok':
-            measured = times[result.case.name][-repeats:]
-            result.forward_ms, result.backward_ms = map(statistics.median, zip(*measured))
-    return results
+        for case, record in zip(cases, records):
+            if record['status'] == 'ok':
+                with _noted(record):
+                    turn = [_wall_times(workloads[case.model], device) for _ in range(1 + passes)]
+                    times[case.model] += turn[1:]
+    medians = {case.model: None for case in cases}
+    for case, record in zip(cases, records):
+        if record['status'] == 'ok':
+            measured = times[case.model][-repeats:]
+            record['forward_ms'], record['backward_ms'] = medians[case.model] = [
+                *map(statistics.median, zip(*measured))
+            ]
+    for case, record in zip(cases, records):
+        for peer in case.beside:
+            if medians.get(case.model) and medians.get(peer):
+                record[f'over {peer}'] = sum(medians[case.model]) / sum(medians[peer])
+    return records
 
 
 def _wall_times(workload: Workload, device: torch.device) -> Tuple[float, float]:
@@ -150,29 +211,38 @@ def _wall_times(workload: Workload, device: torch.device) -> Tuple[float, float]
     return forward_ms, backward_ms
 
 
-def with_peer(cases: Sequence[Case], peer: Optional[Callable[..., Tensor]]) -> List[Case]:
-    """Each scan is followed by the same one of the peer, if there is a peer."""
-    found = []
-    for case in cases:
-        found.append(case)
-        if peer is not None and isinstance(case, ScanCase):
-            found.append(replace(case, function=peer, reference=None))
-    return found
+def derive(case: Case, record: Record, copy: float) -> Record:
+    """The record with what follows from its times, and from the bytes per second of a copy."""
+    if isinstance(case, KernelCase):
+        for key, nbytes in (('forward', case.forward_bytes()), ('backward', case.backward_bytes())):
+            ms = record.get(f'{key}_graph_ms') or record.get(f'{key}_ms')
+            record[f'{key}_floor'] = 1e3 * nbytes / copy / ms if ms else None
+    elif case.kind == 'model':
+        ms, graph_ms = (record.get(f'forward{key}') or record.get(f'both{key}') for key in ('_ms', '_graph_ms'))
+        record['ms'], record['peak_mib'] = ms, record.get('forward_peak_mib') or record.get('training_peak_mib')
+        record['images_per_second'] = 1e3 * case.batch / ms if ms else None
+        record['graph_images_per_second'] = 1e3 * case.batch / graph_ms if graph_ms else None
+    return record
 
 
-def bench(cases: Sequence[Case], device: torch.device, repeats: int, console: Console) -> List[Result]:
+def bench(cases: Sequence[Case], device: torch.device, repeats: int) -> List[Record]:
     """Measures the cases one after another, those of the host's time in turn, under a progress bar."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('{task.description}')
-    results = []
     alone, in_turn = ([case for case in cases if isinstance(case, HostCase) == is_host] for is_host in (False, True))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task('', total=len(cases))
-        for case in alone:
-            progress.update(task, description=f'{case.name} ({case.implementation})')
-            results.append(measure(case, device, repeats))
-            progress.advance(task)
-        progress.update(task, description=', '.join(case.name for case in in_turn))
-        return results + measure_in_turn(in_turn, device, repeats)
+    records = [measure(case, device, repeats) for case in track(alone, 'Measuring', disable=not alone)]
+    return records + measure_in_turn(in_turn, device, repeats)
+
+
+def reports_of(records: Sequence[Record], facts: Dict[str, str]) -> List[Report]:
+    """A section for each kind of cases."""
+    reports = []
+    for kind in dict.fromkeys(record['kind'] for record in records):
+        rows = [record for record in records if record['kind'] == kind]
+        columns = dict(COLUMNS.get(kind, COLUMNS['kernel']))
+        columns.update((key, key) for row in rows for key in row if key.startswith('over '))
+        table = pd.DataFrame(rows, columns=list(columns)).rename(columns=columns)
+        messages = [f'{row["case"]} ({row["by"]}): {row["status"]}: {row["message"]}' for row in rows if row['message']]
+        reports.append(Report(f'bench_kernels {kind}', TITLES[kind], facts, [table], NOTES[kind], messages))
+    return reports
 
 
 def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Sequence[str]]) -> List[Case]:
@@ -202,21 +272,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='SHARE',
         help="what compiled training keeps for its backward pass, of all that it would keep; PyTorch's own by default",
     )
-    parser.add_argument(
-        '--batch-size', type=int, help="instead of each case's own; leaves out the peers' earlier figures"
-    )
-    parser.add_argument('--batch', dest='batch_size', type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument('--batch-size', type=positive, help="instead of each case's own")
+    parser.add_argument('--batch', dest='batch_size', type=positive, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--repeats', type=int, default=30, help='runs of which the median time is taken')
+    parser.add_argument('--repeats', type=positive, default=30, help='runs of which the median time is taken')
     parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
     parser.add_argument('--output', type=Path, help='CSV file to write')
     parser.add_argument('--csv', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    for name, value in (('repeats', args.repeats), ('batch-size', args.batch_size)):
-        if value is not None and value < 1:
-            parser.error(f'--{name} must be at least 1, got {value}')
     budget = args.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
         parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
@@ -229,7 +294,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.batch_size is not None:
-        args.cases = [replace(case, batch=args.batch_size, reference=None) for case in args.cases]
+        args.cases = [replace(case, batch=args.batch_size) for case in args.cases]
     return args
 
 
@@ -247,16 +312,22 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         return
     if args.activation_memory_budget is not None:
         functorch_config.activation_memory_budget = args.activation_memory_budget
-    device = device_name(args.device)
     ceilings = measure_ceilings(args.device, args.repeats)
-    cases = with_peer(args.cases, mamba_ssm_scan() if args.device.type == 'cuda' else None)
-    results = bench(cases, args.device, args.repeats, console)
-    found = Run(device, ceilings, args.repeats, command_of('bench kernels', argv, OUTPUTS), results)
-    write_report(found, console)
+    records = bench(args.cases, args.device, args.repeats)
+    by_name = {(case.name, case.by): case for case in args.cases}
+    records = [derive(by_name[record['case'], record['by']], record, ceilings.copy) for record in records]
+    facts = {
+        'machine': f'{device_name(args.device)}; measured: {ceilings}',
+        'versions': versions(),
+        'command': command_of('bench kernels', argv, OUTPUTS),
+        'repeats': f'medians of {args.repeats}',
+    }
+    for report in reports_of(records, facts):
+        report.print(console)
+        if args.docs:
+            report.write_section(args.docs)
     if args.output:
-        write_csv(found, args.output)
-    if args.docs:
-        write_docs(found, args.docs)
+        write_records([{**record, **facts} for record in records], args.output)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import mmdet
     import mmengine
     import mmseg
-    import timm
+    import pandas as pd
     import torch
     from mmengine.logging import MMLogger
     from mmengine.model import BaseModel, revert_sync_batchnorm
@@ -27,10 +27,8 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
     from rich.progress import track
-    from rich.table import Table
-    from vmamba.tools.benchmarks.measure import is_out_of_memory
-    from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
-    from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version
+    from vmamba.tools.benchmarks.report import Report, command_of, versions
+    from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
     from vmamba.tools.devices import device_name, pick_device
     from vmamba.tools.images.scene_files import write_part
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
@@ -56,7 +54,6 @@ BACKBONES = {
     'swin_t': SWIN,
     'vmamba_t': dict(type='VMambaBackbone', variant='vmamba_t', drop_path_rate=0.2),
 }
-HEADER = ('model', 'image', 'batch', 'backbone', 'images/s', 'ms a step', 'peak MiB', "speed against Swin-T's")
 NOTES = """Whole training steps in {precision}: images to the device, forward, backward and AdamW, of the recipes under
 configs/ with random weights; Swin is mmdet's or mmseg's own, in the same model. Medians of {repeats} steps after
 {warm_ups}, on {batches} batches of composed scenes in turn, held in memory. The peak is that of PyTorch's allocator,
@@ -70,7 +67,7 @@ class Task(NamedTuple):
         title: Its name in tables.
         config: Under configs/, with VMamba-T.
         shape: Height and width of the images.
-        batch: Images a step.
+        batch: Images per step.
     """
 
     title: str
@@ -171,37 +168,33 @@ def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device,
     return results
 
 
-def cells_of(results: Sequence[Result]) -> List[Sequence[str]]:
-    """The rows of the table, below the header."""
+def report_of(results: Sequence[Result], device: torch.device, repeats: int, command: str) -> Report:
     swin = {result.task: result.ms for result in results if result.backbone == 'swin_t'}
-    rows = [HEADER]
+    rows = []
     for task, backbone, ms, peak in results:
         height, width = task.shape
-        ratio = ms and swin.get(task) and f'{swin[task] / ms:.2f}'
-        numbers = (ms and f'{1e3 * task.batch / ms:.2f}', ms and f'{ms:.0f}', peak and f'{peak:.0f}', ratio)
-        cells = [task.title, f'{width}x{height}', str(task.batch), backbone]
-        rows.append([*cells, *(number or ('' if ms else 'OOM') for number in numbers)])
-    return rows
-
-
-def write_docs(results: Sequence[Result], device: torch.device, repeats: int, command: str, path: Path) -> None:
-    """Writes the section of these figures, in the place of its old one."""
+        rows.append(
+            {
+                'model': task.title,
+                'image': f'{width}x{height}',
+                'batch': task.batch,
+                'backbone': backbone,
+                'images/s': 1e3 * task.batch / ms if ms else 'OOM',
+                'ms per step': ms,
+                'peak MiB': peak,
+                "speed against Swin-T's": swin[task] / ms if ms and swin.get(task) else None,
+            }
+        )
     precision = 'bf16' if device.type == 'cuda' else 'fp32'
-    parts = (
-        '## Detection and segmentation',
-        f'- machine: {device_name(device)}\n- versions: {versions()}\n- command: `{command}`',
+    modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}  # OpenMMLab's or the onedl forks
+    found = ', '.join(f'{name} {module.__version__}' for name, module in modules.items())
+    return Report(
+        'bench_mm',
+        'Detection and segmentation',
+        {'machine': device_name(device), 'versions': f'{versions()}, {found}', 'command': command},
+        [pd.DataFrame(rows)],
         NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
-        markdown_table(cells_of(results), left=4),
     )
-    write_section(path, 'bench_mm', parts)
-
-
-def versions() -> str:
-    """The packages that matter, the maintained forks of OpenMMLab's by their import names."""
-    found = {'torch': torch.__version__, 'triton': triton_version(), 'timm': timm.__version__}
-    modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}
-    found.update((name, module.__version__) for name, module in modules.items())
-    return ', '.join(f'{name} {number}' for name, number in found.items())
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -227,15 +220,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
     results = bench(tasks, args.backbones, args.device, args.repeats)
-    header, *rows = cells_of(results)
-    console = open_console(WIDTH)
-    table = Table(*header, title=f'Training steps, {device_name(args.device)}')
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    report = report_of(results, args.device, args.repeats, command_of('bench mm', argv, OUTPUTS))
+    report.print(open_console(WIDTH))
     if args.docs:
         with one_line_errors('bench_mm.py'):
-            write_docs(results, args.device, args.repeats, command_of('bench mm', argv, OUTPUTS), args.docs)
+            report.write_section(args.docs)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Measures how training with train.py scales with the number of processes: images a second on synthetic images.
+"""Measures how training with train.py scales with the number of processes: images per second on synthetic images.
 
 vmamba bench scaling --docs docs/benchmarks.md
 vmamba bench scaling --device cpu --model vmamba_nano --batch-size 4 --updates 2 --epochs 2 --processes 1 2
@@ -15,29 +15,26 @@ import textwrap
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-import timm
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from vmamba.configs import FOLDER
-from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
-from vmamba.tools.benchmarks.timing import triton_version
+from vmamba.tools.benchmarks.report import Report, command_of, versions
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.user_errors import UserError, one_line_errors, positive
 
 TRAIN = Path(__file__).with_name('train.py')
 CONFIG = FOLDER / 'classification/synthetic.yaml'
 OUTPUTS = ('--docs',)
-HEADER = ('processes', 'images an update', 'images/s', 'efficiency', 'peak MiB a process')
-NOTES = """`train.py` with {model} in {precision}, {batch_size} images a process and update whatever their number, which
-lie on the device already; one process is without torchrun. {how} Medians of {epochs} epochs of {updates} updates in
-{repeats} run(s) of each, behind one epoch that does not count; the efficiency is the rate over that of one process
-times their number. The peak is that of the first process{memory}."""
+NOTES = """`train.py` with {model} in {precision}, {batch_size} images per process and step, which are on the device
+already; one process runs without torchrun. {how} Medians of {epochs} epochs of {updates} steps in {repeats} run(s) of
+each, after one epoch that does not count; the efficiency is the rate over that of one process times their number. The
+peak is that of the first process{memory}."""
 
 
 class Result(NamedTuple):
-    """Images a second, all processes together, and MiB that the first took at most."""
+    """Images per second of all processes together, and the peak of the first one's memory in MiB."""
 
     processes: int
     rate: float
@@ -101,32 +98,30 @@ def summarise(count: int, rows: Sequence[Dict[str, str]]) -> Result:
     return Result(count, rate, max(float(row['memory_mib']) for row in rows))
 
 
-def cells_of(results: Sequence[Result], batch_size: int) -> List[Sequence[str]]:
-    """The header and the rows of the table."""
-    single = results[0].rate
-    rows = [
-        [str(count), str(batch_size * count), f'{rate:.0f}', f'{rate / (count * single):.3f}', f'{peak:.0f}']
-        for count, rate, peak in results
-    ]
-    return [HEADER, *rows]
-
-
-def write_docs(results: Sequence[Result], args: argparse.Namespace, command: str) -> None:
-    """Writes the section of these figures, in the place of its old one."""
-    versions = f'torch {torch.__version__}, triton {triton_version()}, timm {timm.__version__}'
-    how = 'Several share the weights out by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
+def report_of(results: Sequence[Result], args: argparse.Namespace, command: str) -> Report:
+    how = 'Several share the weights by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
     how += ' The model is compiled.' if args.compile else ''
     memory = ", by PyTorch's allocator" if args.device.type == 'cuda' else ', with all that Python takes'
     modes = [mode for mode in ('shard', 'compile') if getattr(args, mode)]
-    notes = NOTES.format(**vars(args), how=how, memory=memory)
     gpus = f'{args.devices} x ' if args.device.type == 'cuda' else ''
-    parts = (
-        f'## Scaling of training{" with --" if modes else ""}{" --".join(modes)}',
-        f'- machine: {gpus}{device_name(args.device)}\n- versions: {versions}\n- command: `{command}`',
-        textwrap.fill(notes, width=120, break_on_hyphens=False),
-        markdown_table(cells_of(results, args.batch_size), left=1),
+    single = results[0].rate
+    rows = [
+        {
+            'processes': count,
+            'images per step': args.batch_size * count,
+            'images/s': rate,
+            'efficiency': rate / (count * single),
+            'peak MiB per process': peak,
+        }
+        for count, rate, peak in results
+    ]
+    return Report(
+        ' '.join(['bench_scaling', *modes]),
+        f'Scaling of training{" with --" if modes else ""}{" --".join(modes)}',
+        {'machine': f'{gpus}{device_name(args.device)}', 'versions': versions(), 'command': command},
+        [pd.DataFrame(rows)],
+        textwrap.fill(NOTES.format(**vars(args), how=how, memory=memory), width=120, break_on_hyphens=False),
     )
-    write_section(args.docs, ' '.join(['bench_scaling', *modes]), parts)
 
 
 def process_counts(wanted: Optional[Sequence[int]], args: argparse.Namespace) -> List[int]:
@@ -149,12 +144,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--processes', nargs='+', type=positive, help='default: 1, 2, 4 and 8, as far as there are GPUs'
     )
-    parser.add_argument('--batch-size', type=positive, default=128, help='images a process')
+    parser.add_argument('--batch-size', type=positive, default=128, help='images per process')
     parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='bf16')
-    parser.add_argument('--shard', action='store_true', help='share the weights out (FSDP2) among several processes')
+    parser.add_argument('--shard', action='store_true', help='share the weights among the processes (FSDP2)')
     parser.add_argument('--compile', action='store_true', help='compile the model')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--updates', type=positive, default=50, help='updates an epoch')
+    parser.add_argument('--updates', type=positive, default=50, help='steps per epoch')
     parser.add_argument('--epochs', type=positive, default=5, help='epochs of which the median is taken')
     parser.add_argument('--repeats', type=positive, default=1, help='runs with every number of processes')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table')
@@ -169,13 +164,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors('bench_scaling.py'):
         results = measure(process_counts(args.processes, args), args)
-        header, *rows = cells_of(results, args.batch_size)
-        table = Table(*header, title=f'Training {args.model}, {device_name(args.device)}')
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        report = report_of(results, args, command_of('bench scaling', argv, OUTPUTS))
+        report.print(Console())
         if args.docs:
-            write_docs(results, args, command_of('bench scaling', argv, OUTPUTS))
+            report.write_section(args.docs)
 
 
 if __name__ == '__main__':

@@ -13,25 +13,18 @@ measures all cases of a model, on a CPU each case has its own.
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import track
-from vmamba.tools.benchmarks.highres_report import (
-    Measurement,
-    cells_of,
-    print_report,
-    record,
-    write_docs,
-    write_picture,
-)
-from vmamba.tools.benchmarks.measure import Case, Result
-from vmamba.tools.benchmarks.sections import command_of
-from vmamba.tools.benchmarks.worker import Worker
+from vmamba.tools.benchmarks.highres import Case, Result, Worker
+from vmamba.tools.benchmarks.report import Report, command_of, number, write_records
 from vmamba.tools.devices import pick_device
+from vmamba.tools.figures.plots import plot_comparison
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
 
@@ -49,6 +42,19 @@ PRECISIONS = {'fp32': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
 GPU_BATCH_PIXELS = 2**24
 OUTPUTS = ('--output', '--docs')
 WIDTH = 120  # of the table where there is no terminal
+TITLES = {
+    'highres': 'Feature extraction at rising resolutions',
+    'highres_paper': "Feature extraction in the setting of Vim's paper",
+    'highres_latency': 'Latency of one image',
+}
+NOTES = """\
+The forward pass of a batch of random images in inference mode, without classifier. Parameters and images are fp32; bf16
+and fp16 are those of autocast. Times are medians, on a GPU of CUDA events, of at most {repeats} passes or {seconds:g} s
+and at least 3 passes. The peak is what PyTorch's allocator (on a CPU, the process) takes at most during a pass without
+CUDA graph, beyond the model and the images. OOM is out of memory. Attention that is "plain" writes its matrix, "fused"
+is PyTorch's `scaled_dot_product_attention`. Of a size that is no multiple of their patches, Vim and DeiT see the part
+that whole patches cover (736 of 738 pixels)."""
+Measurement = Tuple[Case, Result]
 
 
 class Grid(NamedTuple):
@@ -103,7 +109,7 @@ def compare(cases: Sequence[Case], timeout: float, console: Console) -> Iterator
             if case.device == 'cpu' or (measured and measured[-1][0].model != case.model):
                 worker.stop()
             measured.append((case, known_out_of_memory(case, measured) or worker.measure(case)))
-            console.print('  '.join(cells_of(*measured[-1])), highlight=False)
+            console.print('  '.join(map(number, row_of(*measured[-1]).values())), highlight=False)
             yield measured[-1]
     finally:
         worker.stop()
@@ -220,12 +226,96 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     measurements = record(compare(args.cases, args.timeout, console), table, command)
     if len(measurements) < len(args.cases):
         console.print(f'Interrupted: {len(measurements)} of {len(args.cases)} cases were measured')
-    print_report(measurements, console)
+    report = report_of(measurements, name, command, len(args.cases))
+    report.print(console)
     write_picture(measurements, picture)
     console.print(f'Wrote {table} and {picture}')
     if args.docs:
-        write_docs(measurements, len(args.cases), args.docs, name, command)
+        if report.picture:
+            write_picture(measurements, args.docs.with_name(report.picture))
+        report.write_section(args.docs)
         console.print(f'Wrote its section of {args.docs}, and its picture beside it')
+
+
+def record(measurements: Iterable[Measurement], path: Path, command: str) -> List[Measurement]:
+    """Writes the CSV file again after each case; an interrupt ends it with what was measured so far, if anything."""
+    recorded, rows = [], []
+    try:
+        for case, result in measurements:
+            rows.append({**asdict(case), **asdict(result), 'command': command})
+            write_records(rows, path)
+            recorded.append((case, result))
+    except KeyboardInterrupt:
+        if not recorded:
+            raise
+    return recorded
+
+
+def row_of(case: Case, result: Result) -> Dict[str, Any]:
+    """A row of the table."""
+    return {
+        'size': case.size,
+        'batch': case.batch_size,
+        'run': run_of(case),
+        'model': case.model,
+        'images/s': result.images_per_second if result.status == 'ok' else result.status,
+        'ms/image': result.ms_per_image,
+        'peak MiB': result.peak_mib,
+    }
+
+
+def run_of(case: Case) -> str:
+    """How a case runs: 'bfloat16, compiled, CUDA graph'."""
+    modes = ['compiled'] * case.compile + ['CUDA graph'] * case.cuda_graph
+    return ', '.join([case.dtype, *modes])
+
+
+def report_of(measurements: Sequence[Measurement], name: str, command: str, cases: int) -> Report:
+    """Models side by side: sorted by how they run, size and batch."""
+    runs = list(dict.fromkeys(run_of(case) for case, _ in measurements))
+    key = lambda pair: (runs.index(run_of(pair[0])), pair[0].size, pair[0].batch_size)  # noqa: E731
+    first, result = measurements[0]
+    facts = {
+        'machine': machine_of(measurements),
+        'versions': result.versions,
+        'command': command,
+        'cases measured': f'{len(measurements)} of {cases}',
+    }
+    messages = [
+        f'{case.model} at {case.size}, batch {case.batch_size}, {run_of(case)}: {result.status}: {result.message}'
+        for case, result in measurements
+        if result.message
+    ]
+    return Report(
+        f'compare_highres {name}',
+        TITLES[name],
+        facts,
+        [pd.DataFrame([row_of(*pair) for pair in sorted(measurements, key=key)])],
+        NOTES.format(repeats=first.repeats, seconds=first.seconds),
+        messages,
+        f'{name}.png' if len({case.size for case, _ in measurements}) > 1 else '',
+    )
+
+
+def machine_of(measurements: Sequence[Measurement]) -> str:
+    """Name of the device, as the first process that measured anything gives it."""
+    return next((result.device_name for _, result in measurements if result.device_name), measurements[0][0].device)
+
+
+def write_picture(measurements: Sequence[Measurement], path: Path) -> None:
+    """Speed and memory against the size, a line for each model and way to run; only the ways that have most sizes."""
+    sizes: Dict[str, set] = {}
+    series: Dict[Tuple[str, str], List[Measurement]] = {}
+    for case, result in measurements:
+        sizes.setdefault(run_of(case), set()).add(case.size)
+        series.setdefault((case.model, run_of(case)), []).append((case, result))
+    most = max(map(len, sizes.values()))
+    runs = [run for run, found in sizes.items() if len(found) == most]
+    lines = {(model, run): rows for (model, run), rows in series.items() if run in runs}
+    labelled = {model if len(runs) == 1 else f'{model}, {run}': rows for (model, run), rows in lines.items()}
+    title = machine_of(measurements) + (f', {runs[0]}' if len(runs) == 1 else '')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(labelled, title, path)
 
 
 if __name__ == '__main__':

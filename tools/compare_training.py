@@ -1,48 +1,84 @@
 """Trains models from scratch on packaged images, all by one recipe and with several seeds, and compares accuracies.
 
-A run that fails is a result, not an error; an interrupt reports what has been done, and --resume trains what is
-missing. Options that are not listed here go to train.py.
+A run that fails is a result, not an error; an interrupt reports what is done, and --resume trains what is missing.
+Options that are not listed here are passed to train.py.
 
     vmamba compare training --device cuda --jobs 15 --docs docs/benchmarks.md
     vmamba compare training --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
 """
 
 import argparse
+import csv
 import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
-from itertools import chain, product
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import pandas as pd
 import timm
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 from vmamba.configs import FOLDER
 from vmamba.tools import train
-from vmamba.tools.benchmarks.run_queue import Result, Run, keep, kept, train_all
-from vmamba.tools.benchmarks.sections import command_of
-from vmamba.tools.benchmarks.training_report import (
-    NAME,
-    Setting,
-    cells_of,
-    ended,
-    ordered,
-    print_report,
-    record,
-    write_docs,
-    write_picture,
-)
+from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
 from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.images.packaged_data import DATASETS
-from vmamba.tools.output_files import lock_folder
+from vmamba.tools.output_files import lock_folder, write_text
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
-from vmamba.tools.user_errors import UserError, nearest, one_line_errors, positive
+from vmamba.tools.user_errors import UserError, changes, nearest, one_line_errors, positive
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
+SCRIPT = Path(__file__).with_name('train.py')
+RESULT = 'result.json'  # in the folder of a run that came to its end
 OWN_KEYS = ('model', 'model_args', 'data', 'seed')  # of the configuration, which the comparison sets
 OUTPUTS = ('--output', '--docs')
 WIDTH = 120  # of the tables where there is no terminal
+COLUMNS = ('task', 'model', 'seed', 'status', 'epochs', 'accuracy', 'minutes')
+NOTES = """\
+Each model is trained from scratch by `configs/classification/compare.yaml`: {epochs} epochs of AdamW with batches of
+{batch_size} and images of {img_size}x{img_size} in {precision}, the same settings for all models and tasks, tuned to
+none. A seed decides the weights, the order and the augmentation. Accuracy is in percent, on the validation images after
+the last epoch, not after the best one; ± is the standard deviation over the seeds. All runs are listed, also those that
+failed. {jobs} ran at once, so that the minutes do not compare the models.
+{tasks}
+
+The models of timm are of about the size of ours: `swin` and `convnext` have the four stages of `vmamba_nano`, at
+strides 4 to 32 and with 32 to 256 channels, and `vit` has the step between tokens of `vim_nano`, 4 pixels (256 tokens,
+and 225 of overlapping patches)."""
+TASKS = {
+    'mnist5k': '`mnist5k`: 4,000 handwritten digits for training and 1,000 for validation, of 28x28, enlarged.',
+    'clutter': '`clutter`: 6,000 digits of random size, place and colour over photographs for training, and 1,500 of\n'
+    'other digits over other photographs for validation.',
+}
+_PARAMETERS = re.compile(r': ([\d.]+) M parameters')
+_ERROR = re.compile(r'^\S*train(?:\.py)?: error: ')
+
+Row = Dict[str, Any]
+
+
+class Run(NamedTuple):
+    """What is trained: the task, a model by its name in the tables, a seed, and the timm model with its arguments."""
+
+    task: str
+    model: str
+    seed: int
+    timm_name: str
+    model_args: Dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f'{self.task}_{self.model}_{self.seed}'
 
 
 class Peer(NamedTuple):
@@ -98,44 +134,206 @@ def shared_config(extra: Sequence[str]) -> Config:
     return load_config(RECIPE, values)
 
 
-def earlier_results(args: argparse.Namespace, runs: Sequence[Run], settings: Dict[str, Any]) -> List[Result]:
-    """Those that an interrupted comparison left, if it is to go on.
+class Queue:
+    """Runs of train.py, several at once, each in a process of its own.
+
+    Args:
+        options: Arguments of train.py besides those of a run.
+        output: Folder of the folders of the runs.
+        timeout: Most seconds for a run.
+    """
+
+    def __init__(self, options: Sequence[str], output: Path, timeout: float) -> None:
+        self.options, self.output, self.timeout = options, output, timeout
+        self.stopped = False
+        self._processes: List[subprocess.Popen] = []
+
+    def train(self, run: Run) -> Row:
+        """Trains, and returns what came of it; its weights are not kept."""
+        folder = self.output / run.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        args = '--model', run.timm_name, '--model-args', json.dumps(run.model_args), '--seed', str(run.seed)
+        command = [sys.executable, str(SCRIPT), *self.options, *args, '--data', f'packaged/{run.task}']
+        start, status, message = time.monotonic(), 'ok', ''
+        with (folder / 'log.txt').open('w') as log:
+            process = subprocess.Popen(
+                [*command, '--output', str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={'OMP_NUM_THREADS': '1', **os.environ},  # more threads would compete for the processor
+                start_new_session=True,  # so that its loading processes end with it, and Ctrl-C comes here alone
+            )
+            self._processes.append(process)
+            try:
+                process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                status, message = 'timeout', f'took more than {self.timeout:g} s'
+            _kill(process)
+        text = (folder / 'log.txt').read_text(errors='replace')
+        if self.stopped:
+            status = 'interrupted'
+        elif status == 'ok' and process.returncode:
+            status, message = 'failed', last_error(text) or f'exit status {process.returncode}'
+        for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
+            path.unlink()
+        parameters, accuracies = _PARAMETERS.search(text), accuracies_in(folder)
+        return dict(
+            **run._asdict(),
+            parameters_m=float(parameters[1]) if parameters else None,
+            status=status,
+            epochs=len(accuracies),
+            accuracy=accuracies[-1] if status == 'ok' and accuracies else None,
+            minutes=round((time.monotonic() - start) / 60, 2),
+            message=message,
+        )
+
+    def stop(self) -> None:
+        """Ends the runs in progress."""
+        self.stopped = True
+        for process in self._processes:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a run and its loading processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all have ended
+        pass
+    process.wait()
+
+
+def last_error(log: str) -> str:
+    """The message of train.py, or the last line of a traceback."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [_ERROR.sub('', line) for line in lines if _ERROR.match(line)]
+    return (errors or lines or [''])[-1]
+
+
+def accuracies_in(folder: Path) -> List[float]:
+    """On the validation images, after each epoch of the run in a folder."""
+    path = folder / 'epochs.csv'
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return [float(row['val_top1']) for row in csv.DictReader(file)]
+
+
+def earlier_results(args: argparse.Namespace, runs: Sequence[Run], settings: Dict[str, Any]) -> List[Row]:
+    """Those that an interrupted comparison left, with --resume.
 
     Raises:
-        UserError: If there are such runs and they are not to go on, or had other settings.
+        UserError: If there are such runs without --resume, or they had other settings.
     """
-    if args.resume:
-        return kept(runs, settings, args.output)
-    if any((args.output / run.name).exists() for run in runs):
+    if not args.resume and any((args.output / run.name).exists() for run in runs):
         raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
-    return []
+    rows = []
+    for run in runs:
+        path = args.output / run.name / RESULT
+        if path.is_file():
+            found = json.loads(path.read_text())
+            now = json.loads(json.dumps({**settings, **run._asdict()}))
+            differences = changes(found['settings'], now)
+            if differences:
+                raise UserError(f'{path.parent} is of a run with {differences}; choose another --output')
+            rows.append(found['row'])
+    return rows
 
 
 def compare(
     runs: Sequence[Run],
-    earlier: Sequence[Result],
+    rows: List[Row],
     args: argparse.Namespace,
     options: Sequence[str],
     settings: Dict[str, Any],
     console: Console,
-) -> Iterator[Result]:
-    """Trains what is missing of the runs, and prints a line for each, under a progress bar."""
-    finished = [result.run for result in earlier]
-    missing = [run for run in runs if run not in finished]
-    columns = TextColumn('Training'), BarColumn(), TextColumn('{task.fields[status]}')
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task('', total=len(missing) * settings['epochs'], status='')
-        done = 0
+) -> List[Row]:
+    """Trains what is missing among the rows, and adds a row for each run as it ends; an interrupt ends all runs."""
+    done = {(row['task'], row['model'], row['seed']) for row in rows}
+    missing = [run for run in runs if run[:3] not in done]
+    queue = Queue(options, args.output, args.timeout)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(queue.train, run): run for run in missing}
+        try:
+            for future in track(as_completed(futures), 'Training', total=len(futures), console=console):
+                run, row = futures[future], future.result()
+                rows.append(row)
+                write_records(rows, args.output / 'training.csv')
+                if row['status'] == 'ok':
+                    content = dict(settings={**settings, **run._asdict()}, row=row)
+                    write_text(args.output / run.name / RESULT, json.dumps(content))
+                shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
+                console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            queue.stop()
+    if queue.stopped:
+        interrupted = [future.result() for future in futures if future.done() and not future.cancelled()]
+        rows += [row for row in interrupted if row not in rows]
+        write_records(rows, args.output / 'training.csv')
+        ended = sum(row['status'] != 'interrupted' for row in rows)
+        console.print(f'Interrupted: {ended} of {len(runs)} runs are done')
+    return sorted(rows, key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
 
-        def tell(going: int, epochs_done: int) -> None:
-            progress.update(bar, completed=epochs_done, status=f'{done} of {len(runs)} runs done, {going} going on')
 
-        for result in chain(earlier, train_all(missing, options, args.output, args.jobs, args.timeout, tell)):
-            done += 1
-            if result.status == 'ok' and result.run in missing:
-                keep(result, settings, args.output)
-            console.print('  '.join([*cells_of(result), result.message]), markup=False, highlight=False)
-            yield result
+def summary(rows: Sequence[Row]) -> pd.DataFrame:
+    """A row for each model: parameters, and for each task the mean and the standard deviation of accuracies."""
+    frame = pd.DataFrame(rows)
+    frame['built as'] = [_built_as(row) for row in rows]
+    table = frame.pivot_table(
+        index=['model', 'built as'], columns='task', values='accuracy', aggfunc=spread, dropna=False, sort=False
+    )
+    parameters = frame.groupby(['model', 'built as'], sort=False)['parameters_m'].first()
+    table.insert(0, 'parameters, M', parameters)
+    return table.reset_index()
+
+
+def _built_as(row: Row) -> str:
+    args = ', '.join(f'{name}={value}' for name, value in row['model_args'].items())
+    return f'`{row["timm_name"]}({args})`' if args else f'`{row["timm_name"]}`'
+
+
+def spread(accuracies: pd.Series) -> str:
+    """Mean and standard deviation of the runs that came to their end, and how many did not."""
+    values = accuracies.dropna()
+    missing = f' ({len(values)} of {len(accuracies)} runs)' if len(values) < len(accuracies) else ''
+    deviation = f' ± {values.std():.2f}' if len(values) > 1 else ''
+    return (f'{values.mean():.2f}{deviation}' if len(values) else '-') + missing
+
+
+def report_of(rows: Sequence[Row], config: Config, args: argparse.Namespace, runs: int, command: str) -> Report:
+    tasks = '\n'.join(TASKS[task] for task in args.tasks if task in TASKS)
+    facts = {
+        'machine': device_name(pick_device(args.device)),
+        'versions': versions(),
+        'command': command,
+        'runs done': f'{sum(row["status"] != "interrupted" for row in rows)} of {runs}',
+    }
+    return Report(
+        'compare_training',
+        'Training from scratch',
+        facts,
+        [summary(rows), pd.DataFrame(rows)[list(COLUMNS)]],
+        NOTES.format(**dataclasses.asdict(config), jobs=args.jobs, tasks=tasks),
+        [
+            f'{row["model"]} on {row["task"]}, seed {row["seed"]}: {row["status"]}: {row["message"]}'
+            for row in rows
+            if row['message']
+        ],
+        'training.png',
+    )
+
+
+def write_picture(rows: Sequence[Row], output: Path, path: Path) -> None:
+    """Accuracy against epoch, a panel for each task; runs that did not come to their end as far as they came."""
+    curves: Dict[str, Dict[str, List[List[float]]]] = {}
+    for row in rows:
+        found = accuracies_in(output / f'{row["task"]}_{row["model"]}_{row["seed"]}')
+        curves.setdefault(row['task'], {}).setdefault(row['model'], []).append(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_accuracies(curves, path)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, List[str]]:
@@ -174,34 +372,22 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 def run(argv: Sequence[str]) -> None:
     args, extra = parse_args(argv)
     config, runs = shared_config(extra), runs_of(args)
+    console, command = open_console(WIDTH), command_of('compare training', argv, OUTPUTS)
     with lock_folder(args.output):
-        train_and_report(args, extra, config, runs, command_of('compare training', argv, OUTPUTS))
-
-
-def train_and_report(
-    args: argparse.Namespace, extra: Sequence[str], config: Config, runs: Sequence[Run], command: str
-) -> None:
-    """Trains what is missing of the runs, and writes the table, the picture and the section of the page."""
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in OWN_KEYS}
-    earlier = earlier_results(args, runs, settings)
-    device = pick_device(args.device)
-    shared = (getattr(config, key) for key in ('epochs', 'batch_size', 'img_size', 'precision'))
-    setting = Setting(device_name(device), command, len(runs), args.jobs, *shared)
-    console = open_console(WIDTH)
-    table, picture = args.output / f'{NAME}.csv', args.output / f'{NAME}.png'
-    options = [str(RECIPE), *extra, '--device', device.type]
-    results = record(compare(runs, earlier, args, options, settings, console), table, setting)
-    if ended(results) < len(runs):
-        console.print(f'Interrupted: {ended(results)} of {len(runs)} runs came to an end')
-    if not results:
-        return
-    results = ordered(results, args.models, args.tasks)
-    print_report(results, setting, console)
-    write_picture(results, picture)
-    console.print(f'Wrote {table} and {picture}')
-    if args.docs:
-        write_docs(results, setting, args.docs)
-        console.print(f'Wrote its section of {args.docs}, and its picture beside it')
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in OWN_KEYS}
+        earlier = earlier_results(args, runs, settings)
+        options = [str(RECIPE), *extra, '--device', pick_device(args.device).type]
+        rows = compare(runs, earlier, args, options, settings, console)
+        if not rows:
+            return
+        report = report_of(rows, config, args, len(runs), command)
+        report.print(console)
+        write_picture(rows, args.output, args.output / 'training.png')
+        console.print(f'Wrote {args.output / "training.csv"} and {args.output / "training.png"}')
+        if args.docs:
+            write_picture(rows, args.output, args.docs.with_name('training.png'))
+            report.write_section(args.docs)
+            console.print(f'Wrote its section of {args.docs}, and its picture beside it')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -33,7 +33,8 @@ def test_running_out_of_memory_is_a_result(monkeypatch):
     monkeypatch.setattr(bench_mm, 'build', build)
     task = bench_mm.TASKS['detection']
     result = bench_mm.measure(task, 'vmamba_t', [], bench_mm.torch.device('cpu'), 1)
-    assert bench_mm.cells_of([result])[1] == ['Mask R-CNN', '1333x800', '2', 'vmamba_t', *4 * ['OOM']]
+    (table,) = bench_mm.report_of([result], bench_mm.torch.device('cpu'), 1, 'a command').tables
+    assert table.loc[0, 'images/s'] == 'OOM' and table.loc[0, 'ms per step'] is None
 
 
 def test_wrong_options_are_refused(capsys):

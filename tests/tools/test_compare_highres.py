@@ -1,16 +1,18 @@
 import csv
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from vmamba.tools import compare_highres
-from vmamba.tools.benchmarks import measure, worker
-from vmamba.tools.benchmarks.highres_report import print_report, record, write_docs, write_picture
-from vmamba.tools.benchmarks.measure import Case, Result, build_model, is_out_of_memory
-from vmamba.tools.benchmarks.worker import Worker
-from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args
+from vmamba.tools.benchmarks import highres
+from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model
+from vmamba.tools.benchmarks.timing import is_out_of_memory
+from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args, record, report_of, write_picture
 
 GPU = torch.device('cuda')
 
@@ -62,7 +64,7 @@ def test_one_row_a_model_and_size(tmp_path):
     for row in rows:
         assert float(row['images_per_second']) == pytest.approx(1e3 / float(row['ms_per_image']))
         assert float(row['peak_mib']) >= 0
-        assert row['torch'] == torch.__version__ and row['device_name']
+        assert torch.__version__ in row['versions'] and row['device_name']
         assert (row['dtype'], row['device']) == ('float32', 'cpu')
         assert row['command'] == f'vmamba compare highres --models vmamba_nano {" ".join(arguments)}'
     assert (tmp_path / 'new' / 'highres.png').read_bytes().startswith(b'\x89PNG')
@@ -93,22 +95,25 @@ def test_failing_is_a_result_and_the_process_starts_again():
         assert worker._process is process
     finally:
         worker.stop()
-    assert process.poll() is not None
+    assert not process.is_alive()
 
 
-@pytest.mark.parametrize(
-    'program, status',
-    [
-        ('import time; time.sleep(60)', 'timeout'),
-        ('import os; os.kill(os.getpid(), 9)', 'OOM'),
-        ('raise SystemExit("broken")', 'failed'),
-    ],
-    ids=['too slow', 'killed', 'broken'],
-)
-def test_a_child_that_ends_badly_is_a_result(monkeypatch, tmp_path, program, status):
-    (tmp_path / 'measure.py').write_text(program)
-    monkeypatch.setattr(worker, 'COMMAND', (sys.executable, str(tmp_path / 'measure.py')))
-    assert Worker(timeout=2).measure(Case('vmamba_nano', 32)).status == status
+def sleep(connection):
+    time.sleep(60)
+
+
+def kill(connection):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(connection):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize('target, status', [(sleep, 'timeout'), (kill, 'OOM'), (leave, 'failed')])
+def test_a_process_that_ends_badly_is_a_result(target, status):
+    worker = Worker(timeout=2 if target is sleep else 60, target=target)
+    assert worker.measure(Case('vmamba_nano', 32)).status == status
 
 
 @pytest.mark.parametrize('device', ['cuda', 'cpu'])
@@ -178,7 +183,7 @@ MIXED = [
 
 
 def test_table_and_figure_of_mixed_results(tmp_path, console):
-    print_report(MIXED, console)
+    report_of(MIXED, 'highres', 'a command', len(MIXED)).print(console)
     text = console.export_text()
     assert 'OOM' in text and 'a device' in text
     assert 'b at 224, batch 4, float32: timeout: took more than 1 s' in text
@@ -186,14 +191,11 @@ def test_table_and_figure_of_mixed_results(tmp_path, console):
     assert (tmp_path / 'highres.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_docs_get_a_section_each_and_a_picture(tmp_path):
+def test_docs_get_a_section_each(tmp_path):
     path = tmp_path / 'benchmarks.md'
-    path.write_text('# Benchmarks\n\nBefore.\n')
     for name in ('highres', 'highres_paper', 'highres'):
-        write_docs(MIXED, len(MIXED) + 2, path, name, f'a command of {name}')
-        assert (tmp_path / f'{name}.png').is_file()
+        report_of(MIXED, name, f'a command of {name}', len(MIXED) + 2).write_section(path)
     text = path.read_text()
-    assert text.startswith('# Benchmarks\n\nBefore.\n')
     assert text.count('| 224 | 4 | float32 | a | 10.0 | 100 | 50.0 |') == 2
     assert text.count('| 448 | 1 | float32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
     assert text.count('](highres.png)') == text.count('](highres_paper.png)') == 1
@@ -237,11 +239,9 @@ def test_the_latency_of_one_image(gpu):
     assert not any(case.cuda_graph for case in parse_args(['--latency', '--cuda-graph', 'off']).cases)
 
 
-def test_docs_of_one_size_have_no_picture(tmp_path):
-    path = tmp_path / 'benchmarks.md'
-    write_docs([pair for pair in MIXED if pair[0].size == 224], 1, path, 'highres_latency', 'a command')
-    assert '## Latency of one image' in path.read_text() and '![' not in path.read_text()
-    assert list(tmp_path.iterdir()) == [path]
+def test_docs_of_one_size_have_no_picture():
+    report = report_of([pair for pair in MIXED if pair[0].size == 224], 'highres_latency', 'a command', 1)
+    assert (report.title, report.picture) == ('Latency of one image', '')
 
 
 def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
@@ -272,19 +272,19 @@ def test_contradictions_are_clear_errors(capsys, arguments, message):
 @pytest.mark.parametrize('settings, repeats', [(dict(repeats=2), 2), (dict(seconds=0.0), 3), (dict(seconds=1e9), 30)])
 def test_repeats_are_bounded_by_time(monkeypatch, settings, repeats):
     asked = []
-    monkeypatch.setattr(measure, 'median_ms', lambda run, device, repeats, warm_ups: asked.append(repeats) or 1.0)
-    result = measure.measure(Case('vmamba_nano', 32, batch_size=2, **settings))
+    monkeypatch.setattr(highres, 'median_ms', lambda run, device, repeats, warm_ups: asked.append(repeats) or 1.0)
+    result = highres.measure(Case('vmamba_nano', 32, batch_size=2, **settings))
     assert asked == [repeats]
     assert (result.ms_per_image, result.images_per_second) == (0.5, 2000.0)
 
 
 def test_lower_precision_is_that_of_autocast(monkeypatch):
     seen = []
-    monkeypatch.setattr(measure, 'median_ms', lambda run, *args: seen.append(run().dtype) or 1.0)
+    monkeypatch.setattr(highres, 'median_ms', lambda run, *args: seen.append(run().dtype) or 1.0)
     monkeypatch.setattr(torch, 'compile', lambda model: seen.append('compiled') or model)
     for dtype in ('float32', 'bfloat16', 'float16'):
-        measure.measure(Case('deit_tiny_patch16_224', 32, dtype=dtype))
-    measure.measure(Case('vmamba_nano', 32, compile=True))
+        highres.measure(Case('deit_tiny_patch16_224', 32, dtype=dtype))
+    highres.measure(Case('vmamba_nano', 32, compile=True))
     assert seen == [torch.float32, torch.float32, torch.float32, 'compiled', torch.float32]
 
 

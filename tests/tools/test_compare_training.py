@@ -1,23 +1,17 @@
 """compare_training.py through its command line, with train.py itself or with programs that end in other ways."""
 
 import csv
-import os
-import signal
 import statistics
-import sys
-import time
 
+import pandas as pd
 import psutil
 import pytest
 from folders import in_use
 from training_runs import signals_kept
 from vmamba.tools import compare_training
-from vmamba.tools.benchmarks import run_queue
-from vmamba.tools.benchmarks.run_queue import Process, Result, Run
-from vmamba.tools.benchmarks.training_report import spread
-from vmamba.tools.compare_training import Peer
+from vmamba.tools.benchmarks.report import number
+from vmamba.tools.compare_training import Peer, spread
 
-RUN = Run('lfw', 'a', 0, 'test_vit', {})
 FAST = ['--tasks', 'lfw', '--device', 'cpu']
 TINY = ['--epochs', '1', '--warmup-epochs', '0', '--img-size', '32', '--workers', '0', '--precision', 'fp32']
 
@@ -52,7 +46,7 @@ def program(monkeypatch, tmp_path):
     def install(text):
         path = tmp_path / 'program.py'
         path.write_text(EPOCH + text)
-        monkeypatch.setattr(run_queue, 'SCRIPT', path)
+        monkeypatch.setattr(compare_training, 'SCRIPT', path)
 
     return install
 
@@ -73,22 +67,22 @@ def test_every_run_is_listed_and_one_that_fails_with_its_error(compare, monkeypa
         with (folder / 'epochs.csv').open() as file:
             assert float(row['accuracy']) == float(list(csv.DictReader(file))[-1]['val_top1'])
         accuracies.append(float(row['accuracy']))
-        assert (row['status'], row['epochs_done'], row['parameters_m']) == ('ok', '1', '0.3')
-        assert f'| lfw | test_vit | {seed} | ok | 1 | {accuracies[-1]:.2f} |' in docs
+        assert (row['status'], row['epochs'], row['parameters_m']) == ('ok', '1', '0.3')
+        assert f'| lfw | test_vit | {seed} | ok | 1 | {number(accuracies[-1])} |' in docs
     expected = f'{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}'
-    assert f'| test_vit | `test_vit` | 0.30 | {expected} |' in docs
+    assert f'| test_vit | `test_vit` | 0.300 | {expected} |' in docs
     assert '| broken | `test_vit(dept=3)` | - | - (0 of 2 runs) |' in docs
-    assert docs.count('compare_training: ') == 2 and rows[0]['command'] in docs
-    assert expected in out and '4 of 4 runs done' in out and 'Interrupted' not in out
+    assert docs.count('compare_training: ') == 2 and '- runs done: 4 of 4' in docs
+    assert expected in out and 'Interrupted' not in out
     assert (tmp_path / 'training.png').read_bytes() == (tmp_path / 'out/training.png').read_bytes()
 
 
 def test_an_interrupt_reports_what_is_there_and_ends_the_runs(compare, program, tmp_path):
     program('(folder / "pid").write_text(str(os.getpid())); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)')
     out, rows, docs = compare('--models', 'test_vit', '--seeds', '0', '1')
-    assert [(row['seed'], row['status'], row['epochs_done']) for row in rows] == [('0', 'interrupted', '1')]
-    assert 'Interrupted: 0 of 2 runs came to an end' in out
-    assert '| lfw | test_vit | 0 | interrupted | 1 | - |' in docs and 'came to an end: 0 of 2' in docs
+    assert [(row['seed'], row['status'], row['epochs']) for row in rows] == [('0', 'interrupted', '1')]
+    assert 'Interrupted: 0 of 2 runs are done' in out
+    assert '| lfw | test_vit | 0 | interrupted | 1 | - |' in docs and 'runs done: 0 of 2' in docs
     folder = tmp_path / 'out/lfw_test_vit_0'
     assert not psutil.pid_exists(int((folder / 'pid').read_text()))
     assert not (folder / 'best.pt').exists()
@@ -106,7 +100,7 @@ def test_what_an_interrupt_left_out_is_trained_later(compare, program, capsys, t
     program('(folder / "epochs.csv").write_text("epoch,val_top1\\n1,75\\n")')
     out, rows, docs = compare(*seeds, '--resume')
     assert [(row['seed'], row['status'], row['accuracy']) for row in rows] == [('0', 'ok', '50.0'), ('1', 'ok', '75.0')]
-    assert '2 of 2 runs done' in out and 'Interrupted' not in out and '| 62.50 ± 17.68 |' in docs
+    assert 'runs done: 2 of 2' in docs and 'Interrupted' not in out and '| 62.50 ± 17.68 |' in docs
     with pytest.raises(SystemExit):
         compare(*seeds, '--resume', '--lr', '0.5')
     assert 'lfw_test_vit_0 is of a run with lr 0.001, now 0.5; choose another --output' in capsys.readouterr().err
@@ -131,28 +125,12 @@ def test_a_run_that_ends_badly_is_a_result(compare, program, text, options, stat
     assert f'- test_vit on lfw, seed 3: {status}: {message}' in docs
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='Linux ends the children of what is killed')
-def test_runs_end_when_the_tool_is_killed(program, tmp_path):
-    program('time.sleep(60)')
-    child = os.fork()
-    if child == 0:
-        process = Process(RUN, [], tmp_path / 'run')
-        (tmp_path / 'pid').write_text(str(process._process.pid))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    orphan, limit = int((tmp_path / 'pid').read_text()), time.monotonic() + 20
-    while psutil.pid_exists(orphan) and psutil.Process(orphan).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-
-
-def test_the_spread_tells_of_what_is_missing():
-    done = [Result(RUN, 'ok', 1.0, [10.0, accuracy], 0.3, '') for accuracy in (90.0, 92.0)]
-    failed = Result(RUN, 'failed', 1.0, [99.0], None, 'the loss is not a finite number')
-    assert spread(done) == '91.00 ± 1.41'
-    assert spread([*done, failed]) == '91.00 ± 1.41 (2 of 3 runs)'
-    assert spread(done[:1]) == '90.00'
-    assert spread([failed]) == '- (0 of 1 runs)'
+def test_the_spread_counts_what_is_missing():
+    done = [90.0, 92.0]
+    assert spread(pd.Series(done)) == '91.00 ± 1.41'
+    assert spread(pd.Series([*done, None])) == '91.00 ± 1.41 (2 of 3 runs)'
+    assert spread(pd.Series(done[:1])) == '90.00'
+    assert spread(pd.Series([None], dtype=float)) == '- (0 of 1 runs)'
 
 
 @pytest.mark.parametrize(

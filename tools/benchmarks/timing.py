@@ -1,4 +1,4 @@
-"""Median times by a device's own clock, peaks of its memory, and what it reaches at most."""
+"""Median times by the clock of a device, peaks of its memory, CUDA graphs, and what a device reaches at most."""
 
 import gc
 import statistics
@@ -9,33 +9,22 @@ import torch
 
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
 
 MIB = 2**20
 WARM_UPS = {'cuda': 5, 'cpu': 1}
-EXP2_PROGRAMS, EXP2_WIDTH, EXP2_STEPS = 8192, 1024, 1024
-
 T = TypeVar('T')
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches, measured.
-
-    Attributes:
-        copy: Bytes read and written by a copy, per second.
-        matmul: Floating-point operations of a bf16 matrix product, per second.
-        exp2: exp2 of fp32 numbers in registers, per second; None where Triton does not run.
-    """
+    """What a device reaches, measured: bytes per second read and written by a copy, and FLOP/s of a bf16 product."""
 
     copy: float
     matmul: float
-    exp2: Optional[float] = None
 
     def __str__(self) -> str:
-        exp2 = '' if self.exp2 is None else f', exp2 {self.exp2 / 1e12:.2f}e12/s'
-        return f'copy {self.copy / 1e12:.3g} TB/s, bf16 matrix product {self.matmul / 1e12:.3g} TFLOP/s{exp2}'
+        return f'copy {self.copy / 1e12:.3g} TB/s, bf16 matrix product {self.matmul / 1e12:.3g} TFLOP/s'
 
 
 def triton_version() -> str:
@@ -89,6 +78,31 @@ def settled_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that there is not enough memory, on a GPU or a CPU."""
+    texts = ("can't allocate memory", 'not enough memory', 'bad_alloc')
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
+
+
+def capture(run: Callable[[], object]) -> Callable[[], object]:
+    """A replay, as a CUDA graph, of what `run` does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> object:
+        graph.replay()
+        return output
+
+    return replay
+
+
 def peak_mib(run: Callable[[], object], device: torch.device, baseline: int) -> Optional[float]:
     """Peak of the memory that PyTorch's allocator hands out during a run, above a baseline; None on a CPU."""
     if device.type != 'cuda':
@@ -110,23 +124,4 @@ def measure_ceilings(device: torch.device, repeats: int) -> Ceilings:
     size = 8192 if on_gpu else 256
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     matmul_ms = median_ms(lambda: matrix @ matrix, device, repeats)
-    exp2 = _exp2_per_second(device, repeats) if on_gpu and triton is not None else None
-    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * size**3 / matmul_ms, exp2)
-
-
-def _exp2_per_second(device: torch.device, repeats: int) -> float:
-    out = torch.empty(EXP2_PROGRAMS * EXP2_WIDTH, device=device)
-    ms = median_ms(lambda: _exp2_chain[(EXP2_PROGRAMS,)](out, EXP2_STEPS, EXP2_WIDTH), device, repeats)
-    return 1e3 * out.numel() * EXP2_STEPS / ms
-
-
-if triton is not None:
-
-    @triton.jit
-    def _exp2_chain(out, STEPS: tl.constexpr, WIDTH: tl.constexpr):
-        """Applies x -> 2**-x to each number again and again."""
-        index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-        x = index.to(tl.float32)
-        for _ in range(STEPS):
-            x = tl.exp2(-x)
-        tl.store(out + index, x)
+    return Ceilings(2e3 * source.nbytes / copy_ms, 2e3 * size**3 / matmul_ms)

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from vmamba.tools.output_files import write_atomically
 
 if TYPE_CHECKING:  # so that a comparison needs no digits
-    from vmamba.tools.benchmarks.measure import Case, Result
+    from vmamba.tools.benchmarks.highres import Case, Result
     from vmamba.tools.images.digits import Epoch
 
 MARKERS = 'osD^vPX*'

@@ -1,31 +1,29 @@
-"""Measures feature extraction in a process of its own: each line of JSON that it reads is a case, each that it writes a
-result.
+"""Measures feature extraction at one size: time and memory, in a process of its own.
 
 Memory is what the forward pass adds: its peak above what is held before it, with the model and the input there. On a
-GPU that is what PyTorch's allocator hands out; on a CPU it is the process's resident memory.
+GPU that is what PyTorch's allocator hands out; on a CPU it is the resident memory of the process.
 """
 
-import json
-import os
+import multiprocessing
 import resource
+import signal
 import sys
-import threading
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Callable, ContextManager, Optional, Tuple
 
-import psutil
 import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
+from vmamba.tools.benchmarks.report import versions
+from vmamba.tools.benchmarks.timing import MIB, capture, is_out_of_memory, median_ms, peak_mib, settled_memory
 from vmamba.tools.devices import device_name
 
 from vmamba.models.vim import Vim
-
-from .timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
 MIN_REPEATS = 3
@@ -71,9 +69,7 @@ class Result:
     ms_per_image: Optional[float] = None
     peak_mib: Optional[float] = None
     device_name: str = ''
-    torch: str = torch.__version__
-    triton: str = triton_version()
-    timm: str = timm.__version__
+    versions: str = versions()
     message: str = ''
 
 
@@ -137,70 +133,28 @@ def _precision(case: Case) -> ContextManager:
     return torch.autocast(case.device, getattr(torch, case.dtype))
 
 
-def capture(run: Callable[[], object]) -> Callable[[], object]:
-    """A replay, as a CUDA graph, of what `run` does."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-
-    def replay() -> object:
-        graph.replay()
-        return output
-
-    return replay
-
-
 def _resident_peak_mib(forward: Callable[[], object]) -> float:
-    """Peak of the process's resident memory during the forward, above that right before it."""
-    before = psutil.Process().memory_info().rss
+    """Peak of the resident memory of the process during the forward, above that right before it."""
     try:
         _CLEAR_REFS.write_text('5')  # makes the kernel's own high-water mark start again here
-    except OSError:
-        return (_sampled_peak(forward) - before) / MIB
+        before = _status_bytes('VmRSS:')
+    except OSError:  # not Linux: the mark of the whole process, which is young
+        unit = 1 if sys.platform == 'darwin' else 1024
+        before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        forward()
+        return (unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / MIB
     forward()
-    return (_high_water_mark() - before) / MIB
+    return (_status_bytes('VmHWM:') - before) / MIB
 
 
-def _high_water_mark() -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith('VmHWM:'))
+def _status_bytes(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-def _sampled_peak(forward: Callable[[], object]) -> int:
-    """Largest resident memory that a thread sees, looking every millisecond."""
-    process, done, peak = psutil.Process(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            done.wait(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        forward()
-    finally:
-        done.set()
-        thread.join()
-    return max(peak[0], process.memory_info().rss)
-
-
 def _limit_memory(mib: int) -> None:
-    held = next(line for line in _STATUS.read_text().splitlines() if line.startswith('VmData:'))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + mib * MIB, hard))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that there is not enough memory, on a GPU or a CPU."""
-    texts = ("can't allocate memory", 'not enough memory', 'bad_alloc')
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
+    resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes('VmData:') + mib * MIB, hard))
 
 
 def result_of(case: Case) -> Result:
@@ -216,15 +170,56 @@ def result_of(case: Case) -> Result:
             torch.compiler.reset()  # the next size shall not count as a recompilation of this one
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what a library prints is no answer
-    for line in sys.stdin:
-        result = result_of(Case(**json.loads(line)))
-        answers.write(json.dumps(asdict(result)) + '\n')
-        answers.flush()
-    os._exit(0)  # a process short of memory may not survive its own clean-up
+def serve(connection: Connection) -> None:
+    """Answers each case with its result, until the process is killed."""
+    while True:
+        connection.send(result_of(connection.recv()))
 
 
-if __name__ == '__main__':
-    main()
+class Worker:
+    """Measures in a fresh process, which starts with the next case whenever there is none.
+
+    Args:
+        timeout: Most seconds for one case.
+        target: What the process runs, with its end of a pipe.
+    """
+
+    def __init__(self, timeout: float, target: Callable[[Connection], None] = serve) -> None:
+        self.timeout, self.target = timeout, target
+        self._process: Optional[multiprocessing.Process] = None
+
+    def measure(self, case: Case) -> Result:
+        """Measures a case; a process that dies or takes too long is a result too."""
+        if self._process is None:
+            context = multiprocessing.get_context('spawn')
+            self._connection, end = context.Pipe()
+            self._process = context.Process(target=self.target, args=(end,), daemon=True)
+            self._process.start()
+            end.close()
+        try:
+            self._connection.send(case)
+            if not self._connection.poll(self.timeout):
+                self.stop()
+                return Result('timeout', message=f'took more than {self.timeout:g} s')
+            result = self._connection.recv()
+        except (EOFError, OSError):  # the process has died
+            result = self._died()
+        if result.status == 'failed':  # an error may leave a GPU's context unusable
+            self.stop()
+        return result
+
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+    def _died(self) -> Result:
+        self._process.join()
+        code = self._process.exitcode
+        self.stop()
+        if code == -signal.SIGKILL:
+            return Result('OOM', message='killed, as the system does to a process that takes too much memory')
+        return Result('failed', message=f'the process ended with exit status {code}')
