@@ -254,7 +254,7 @@ def _plain_forward(
     if z is not None:
         out.mul_(F.silu(z.to(out.dtype)))
     y.copy_(out)
-    return _to_state(last_state)
+    return _to_state(last_state).clone()  # autograd refuses in-place changes of a view that a function returns
 
 
 def _plain_backward(

@@ -54,6 +54,13 @@ def compare_each(tensors, **options):
         oracles.assert_matches(actual[name], expected[name], actual[name].dtype, name)
 
 
+def test_both_results_can_be_changed_in_place(backend):
+    leaves = {name: None if t is None else t.requires_grad_() for name, t in small().items()}
+    y, last_state = selective_scan(**leaves, return_last_state=True)
+    (y.mul_(2).sum() + last_state.mul_(3).sum()).backward()
+    assert leaves['u'].grad is not None
+
+
 SIZES = {
     'one-step': dict(seqlen=1),
     'two-steps-of-one-channel': dict(seqlen=2, dim=1, B=0, C=0, reverse=True),
