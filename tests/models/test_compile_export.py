@@ -15,6 +15,7 @@ from vmamba.kernels import use_triton
 pytestmark = pytest.mark.slow
 
 SHALLOW = {'vmamba': dict(depths=(1, 1)), 'v0': dict(depths=(1, 1)), 'vim': dict(depth=2)}
+ONE_BLOCK = {'vmamba': dict(depths=(1,)), 'v0': dict(depths=(1,)), 'vim': dict(depth=1)}
 CASES = [
     pytest.param('vmamba', {}, id='vmamba'),
     pytest.param('v0', {}, id='v0'),
@@ -51,7 +52,7 @@ def test_compiled_in_one_graph_equals_eager(family, options):
 
 @pytest.mark.parametrize('family', ['vmamba', 'vim'])
 def test_compiled_under_autocast_equals_eager(family):
-    model, x = small(family).train(), images()
+    model, x = small(family, **ONE_BLOCK[family]).train(), images()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.autocast('cpu', torch.bfloat16):
         for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
@@ -61,7 +62,7 @@ def test_compiled_under_autocast_equals_eager(family):
 @torch.no_grad()
 @pytest.mark.parametrize('family', ['vmamba', 'vim'])
 def test_compiled_for_any_batch_size(family):
-    model = small(family).eval()
+    model = small(family, **ONE_BLOCK[family]).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
     for batch in (2, 3, 5):
         x = images(batch, 3, 32, 32)
@@ -71,8 +72,7 @@ def test_compiled_for_any_batch_size(family):
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
 @pytest.mark.parametrize('family', ['vmamba', 'vim'])
 def test_compiled_to_native_code_equals_eager(family):
-    options = dict(depth=1) if family == 'vim' else dict(depths=(1,))
-    model, x = small(family, **options).train(), images()
+    model, x = small(family, **ONE_BLOCK[family]).train(), images()
     compiled = torch.compile(model, fullgraph=True)
     for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
         assert oracles.relative_error(actual, expected) < 1e-4
@@ -82,8 +82,8 @@ def test_compiled_to_native_code_equals_eager(family):
 @pytest.mark.parametrize('family', SMALL)
 def test_compiled_on_the_kernels_equals_eager(family, monkeypatch):
     """Compiled graphs hold operators; eager blocks run fused."""
-    options = dict(depth=1, img_size=16) if family == 'vim' else dict(depths=(1,))
-    model = small(family, d_state=2, **options).train().to(DEVICE)
+    options = dict(img_size=16) if family == 'vim' else {}
+    model = small(family, d_state=2, **ONE_BLOCK[family], **options).train().to(DEVICE)
     x = images(2, 3, 16, 16).to(DEVICE)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     ran = chains.record(monkeypatch)
@@ -130,7 +130,7 @@ def test_vim_exported_for_dynamic_sizes_takes_its_own_too():
 
 @torch.no_grad()
 def test_vim_compiled_for_dynamic_sizes_takes_its_own_too():
-    model = small('vim', dynamic_img_size=True).eval()
+    model = small('vim', dynamic_img_size=True, depth=1).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
     for size in ((48, 40), (32, 32), (32, 64)):
         x = images(2, 3, *size)
