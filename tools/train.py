@@ -1,6 +1,7 @@
 """Trains a classifier as a configuration says, on one device or, under torchrun, on many.
 
-vmamba train configs/classification/mnist5k_vmamba_nano.yaml
+vmamba train mnist5k_vmamba_nano
+vmamba train finetune --model vmamba_t --data my_photos
 torchrun --nproc-per-node 8 -m vmamba.tools.train configs/classification/vmamba_t.yaml --data-dir imagenet --resume
 """
 
@@ -43,7 +44,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument('config', type=Path, help='YAML file, or the name of an installed one, such as vmamba_t')
-    parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, if there is one')
+    parser.add_argument('--resume', action='store_true', help='continue from the latest checkpoint, if there is one')
     add_options(parser.add_argument_group('keys of the configuration'))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -57,7 +58,7 @@ def check_output(config: Config, resume: bool) -> None:
     """Raises UserError rather than mix a new run with one that is there."""
     if Checkpoints(Path(config.output), 1).paths() and not resume:
         raise UserError(
-            f'{config.output} holds a run already: --resume goes on with it, another --output begins a new one'
+            f'{config.output} holds a run already: --resume continues it, another --output starts a new one'
         )
 
 
@@ -78,6 +79,8 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     """Everything of a run, in its first state."""
     config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
     datasets = load_datasets(config)
+    if datasets:
+        report.say('{} images to train on, {} to validate on'.format(*map(len, datasets)))
     num_classes = count_classes(config, datasets)
     seed_all(config.seed)
     model = create_model(config, num_classes).to(runtime.device)
@@ -121,8 +124,7 @@ def run(trainer: Trainer, resume: bool) -> None:
         write_text(Path(config.output, 'config.yaml'), yaml.safe_dump(vars(config), sort_keys=False))
         if starts_from_scratch(config) and not resumed:
             report.warn(
-                'new_head and layer_decay are for fine-tuning, but this run starts without weights: '
-                'give --pretrained or --checkpoint FILE'
+                f'{config.model} starts from random weights; to fine-tune, give --pretrained or --checkpoint FILE'
             )
     report.open_records(trainer.update, trainer.epoch)
     try:

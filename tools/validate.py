@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, Optional, Sequence
+from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import timm
@@ -27,7 +27,7 @@ from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.figures.validate_figure import plot_resolutions
 from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
 from vmamba.tools.images.labelled_folders import (
-    Folder,
+    LabelledFiles,
     class_indices,
     corruption_folders,
     folder_names,
@@ -54,6 +54,17 @@ from vmamba.tools.weights import (
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal
+
+
+class Folder(NamedTuple):
+    """Labelled images under the name that the report shows."""
+
+    name: str
+    files: LabelledFiles
+
+    @property
+    def paths(self) -> List[Path]:
+        return [Path(path) for path, _ in self.files.samples]
 
 
 @dataclass
@@ -87,15 +98,15 @@ def predict(
     model: nn.Module, folder: Folder, config: dict, args: argparse.Namespace, unreadable: Unreadable, progress: Progress
 ) -> np.ndarray:
     """The model's first five classes of every image [n, 5], or as many as it has; rows of -1 for unreadable images."""
-    loader = make_loader(folder.samples, config, args)
-    task = progress.add_task(f'{folder.name} at {config["input_size"][-1]}', total=len(folder.samples))
+    loader = make_loader([(path, 0) for path in folder.paths], config, args)
+    task = progress.add_task(f'{folder.name} at {config["input_size"][-1]}', total=len(folder.files))
     predictions: List[np.ndarray] = []
     for images, targets in loader:
         with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
             logits = model(images.to(args.device))
         top = logits.float().topk(min(TOP, logits.shape[-1])).indices.cpu().numpy()
         for i in np.flatnonzero(targets.numpy() == UNREADABLE):
-            unreadable.add(folder.samples[sum(map(len, predictions)) + i][0])
+            unreadable.add(folder.paths[sum(map(len, predictions)) + i])
             top[i] = UNREADABLE
         predictions.append(top)
         progress.advance(task, len(top))
@@ -178,9 +189,9 @@ def folder_labels(
     if args.real_labels is not None:
         if num_classes != 1000:
             raise UserError(f"--real-labels are of ImageNet-1K's 1000 classes, the model has {num_classes}")
-        return read_real_labels(args.real_labels or None, [path for path, _ in folder.samples])
-    indices = class_indices(folder, num_classes, class_map)
-    return [frozenset([indices[label]]) for _, label in folder.samples]
+        return read_real_labels(args.real_labels or None, folder.paths)
+    indices = class_indices(folder.name, list(folder.files.class_to_idx), num_classes, class_map)
+    return [frozenset([indices[label]]) for _, label in folder.files.samples]
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
@@ -234,18 +245,20 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
     folders: List[Folder] = []
     for root, name in zip(args.folders, folder_names(args.folders)):
         if args.imagenet_c:
-            folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
+            found = corruption_folders(root)
+            folders += [Folder(path.relative_to(root).as_posix(), read_folder(path, top=True)) for path in found]
         elif args.real_labels is not None:  # these go by the names of the images, however they lie
-            folders.append(Folder(name, [(path, 0) for path in find_images(root)], [], []))
+            folders.append(Folder(name, LabelledFiles([(str(path), 0) for path in find_images(root)], {}, root)))
         else:
-            folders.append(read_folder(root, name))
+            folders.append(Folder(name, read_folder(root, top=True)))
     twice = [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]
     if twice:
         raise UserError(f'{twice[0]} is there more than once; give folders that hold other images')
     for folder in folders:
-        if folder.empty:
-            names = ', '.join(folder.empty[:TOP])
-            console.print(f'{folder.name}: {len(folder.empty)} class folders without images: {names}', highlight=False)
+        empty = [Path(path).name for path in folder.files.empty]
+        if empty:
+            names = ', '.join(empty[:TOP])
+            console.print(f'{folder.name}: {len(empty)} class folders without images: {names}', highlight=False)
     return folders
 
 

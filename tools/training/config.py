@@ -33,21 +33,24 @@ class Config:
     num_classes: Optional[int] = _key(None, 'default: those of the data')
     in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey')
     drop_path: Optional[float] = _key(None, 'rate of stochastic depth')
-    pretrained: bool = _key(False, 'start from published weights')
+    pretrained: bool = _key(False, 'start from published weights; a checkpoint takes precedence')
     checkpoint: Optional[str] = _key(None, 'start from the weights in this file')
-    new_head: bool = _key(False, 'start with a new classifier where the weights have another number of classes')
+    new_head: bool = _key(False, 're-initialise the classifier if the weights have another number of classes')
     teacher: Optional[str] = _key(None, 'timm model to distil from')
     teacher_checkpoint: Optional[str] = _key(None, "file of the teacher's weights; default: the published ones")
     distill_weight: float = _key(1.0, 'weight of the distillation loss')
     distill_temperature: float = _key(1.0, 'temperature of the distillation loss')
     # Data
     data: str = _key(
-        '', "timm's dataset name ('' for a folder, hfds/..., tfds/..., wds/...), packaged/... or synthetic"
+        '', "a folder, a CSV file, timm's dataset name (hfds/..., tfds/..., wds/...), packaged/... or synthetic"
     )
-    data_dir: Optional[str] = _key(None, 'folder of the data')
+    data_dir: Optional[str] = _key(None, 'folder or CSV file of the data; for named datasets, their folder')
     data_args: Dict[str, Any] = _key({}, "arguments of timm's create_dataset")
     train_split: str = _key('train', 'split to learn from')
     val_split: str = _key('validation', 'split to validate on')
+    val_fraction: Optional[float] = _key(
+        None, 'share of each class to validate on, if the data has no validation split; default: 0.2'
+    )
     img_size: Optional[int] = _key(None, "side of the images, default: the model's")
     batch_size: int = _key(128, 'images a process and step')
     val_batch_size: Optional[int] = _key(None, 'default: batch_size')
@@ -104,6 +107,7 @@ class Config:
     seed: int = _key(0, 'of the weights, the order, the augmentation and the mixing')
     # Records
     output: str = _key('', 'folder of the run, default: runs/NAME_OF_CONFIG')
+    log: List[str] = _key(['tensorboard'], 'where metrics go besides epochs.csv: tensorboard, wandb; [] for nowhere')
     log_every: int = _key(50, 'updates between log lines')
     checkpoint_every: int = _key(0, 'updates between checkpoints; one is written after every epoch anyway')
     keep_checkpoints: int = _key(2, 'newest checkpoints to keep')
@@ -127,6 +131,11 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
     values = {key: _convert(key, value, 'the command line') for key, value in overrides.items()}
     config = Config(**{**_read(path, []), **values})
     config.output = config.output or f'runs/{path.stem}'
+    config.pretrained &= config.checkpoint is None
+    if config.data and Path(config.data).exists():
+        if config.data_dir is not None:
+            raise UserError(f'data {config.data} and data_dir {config.data_dir} both name the data; leave one out')
+        config.data, config.data_dir = '', config.data
     _check(config)
     return config
 
@@ -211,8 +220,11 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
             value = float(value)
         except ValueError:
             pass
-    if kind is list and isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
-        value = [float(item) for item in value]
+    if kind is list and isinstance(value, list):
+        kinds = (int, float) if typing.get_args(arguments[0]) == (float,) else str
+        if not all(isinstance(item, kinds) for item in value):
+            raise UserError(f'{key} must be a list of {"texts" if kinds is str else "numbers"}, {source} gives {value}')
+        value = value if kinds is str else [float(item) for item in value]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f'{key} must be of type {kind.__name__}, {source} gives {value!r}')
     return value
@@ -233,8 +245,6 @@ def _check(config: Config) -> None:
         raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
     if config.ema_warmup and config.ema_decay is None:
         raise UserError('ema_warmup is of a moving average, but there is none: set ema_decay, such as 0.999')
-    if config.pretrained and config.checkpoint:
-        raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
 
 
 def option_of(key: str) -> str:
@@ -249,9 +259,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=argparse.SUPPRESS, help=help_text)
+        elif field.type == List[str]:
+            parser.add_argument(option, nargs='*', default=argparse.SUPPRESS, help=help_text, metavar='NAME')
         else:
             kind = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
             parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
+    parser.add_argument(
+        '--from-scratch', dest='pretrained', action='store_false', default=argparse.SUPPRESS, help='--no-pretrained'
+    )
 
 
 def _parse_text(text: str) -> Optional[str]:

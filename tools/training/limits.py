@@ -30,6 +30,7 @@ CHOICES = {
     'clip_mode': ('norm', 'value', 'agc'),
     'in_chans': (1, 3),
     'interpolation': ('random', 'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos'),
+    'log': ('tensorboard', 'wandb'),
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
 }
 _RANGES: Dict[Range, Tuple[str, ...]] = {
@@ -44,6 +45,7 @@ _RANGES: Dict[Range, Tuple[str, ...]] = {
     Range(above=0): ('lr', 'lr_base', 'clip_grad', 'distill_temperature', 'ratio'),
     Range(least=0, most=1): ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob'),
     Range(least=0, below=1): ('drop_path', 'smoothing', 'ema_decay'),
+    Range(above=0, below=1): ('val_fraction',),
     Range(above=0, most=1): ('layer_decay', 'crop_pct', 'scale'),
     Range(least=0, below=2**63): ('seed',),
 }
@@ -52,10 +54,11 @@ _RANGES: Dict[Range, Tuple[str, ...]] = {
 def check_values(config: Any) -> None:
     """Raises UserError for the first value that no run could have a use for."""
     for key, choices in CHOICES.items():
-        value = getattr(config, key)
-        if value is not None and value not in choices:
-            guess = nearest(value, choices) if isinstance(value, str) else ''
-            raise UserError(f'{key} must be one of {", ".join(map(str, choices))}, got {value!r}{guess}')
+        found = getattr(config, key)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and value not in choices:
+                guess = nearest(value, choices) if isinstance(value, str) else ''
+                raise UserError(f'{key} must be one of {", ".join(map(str, choices))}, got {value!r}{guess}')
     for limits, keys in _RANGES.items():
         for key in keys:
             _check_range(key, getattr(config, key), limits)

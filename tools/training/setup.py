@@ -35,6 +35,11 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(config.model, **{**args, **config.model_args})
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
+        if config.pretrained and is_download(error):
+            raise UserError(
+                f'cannot download the published weights of {config.model} ({_one_line(error)}); give --checkpoint FILE '
+                'with a copy of them, or --from-scratch for random weights'
+            ) from error
         raise UserError(f'cannot build {config.model}: {_one_line(error)}{_way_out(config, error)}') from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -47,8 +52,14 @@ def _check_model(key: str, name: str) -> None:
         raise UserError(f'there is no {key} {name!r}{nearest(name, known)}')
 
 
+def is_download(error: Exception) -> bool:
+    """Whether published weights could not be downloaded, by this library or by timm."""
+    return isinstance(error, OSError) or str(error).startswith('could not download')
+
+
 def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
+    first = error.__cause__ if str(error).startswith('could not download') else None
+    return ' '.join(str(first or error).split()) or type(error).__name__
 
 
 def _way_out(config: Config, error: Exception) -> str:
@@ -74,11 +85,11 @@ def _weights(config: Config, num_classes: int) -> Dict[str, Any]:
         overlay = dict(file=config.checkpoint, num_classes=-1 if config.new_head else num_classes)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
     if config.pretrained:
-        published = _published(config.model, 'leave pretrained out, or give --checkpoint FILE')
+        published = _published(config.model, 'give --checkpoint FILE, or --from-scratch for random weights')
         if published.num_classes != num_classes and not config.new_head:
             raise UserError(
                 f'the published weights of {config.model} have {published.num_classes} classes, the data '
-                f'{num_classes}; --new-head starts a new classifier'
+                f'{num_classes}; --new-head re-initialises the classifier'
             )
     return dict(pretrained=config.pretrained)
 
@@ -96,7 +107,7 @@ def _published(name: str, advice: str) -> PretrainedCfg:
 
 
 def starts_from_scratch(config: Config) -> bool:
-    """Whether settings of fine-tuning are there, but no weights to fine-tune."""
+    """Whether a run with settings for fine-tuning starts from random weights."""
     return (config.new_head or config.layer_decay is not None) and not (config.pretrained or config.checkpoint)
 
 

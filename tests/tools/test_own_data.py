@@ -1,0 +1,132 @@
+"""Own images: folders without splits and CSV files, from fine-tuning to the model that it leaves."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import image_folder
+from vmamba.tools import train
+from vmamba.tools.training.config import Config, load_config
+from vmamba.tools.training.splits import load_datasets
+from vmamba.tools.user_errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """20 images in class folders, without splits."""
+    return image_folder(tmp_path / 'data', count=10) / 'train'
+
+
+def splits_of(path, **settings):
+    """Paths in each split, relative to the data's folder."""
+    parts = load_datasets(Config(data_dir=str(path), **settings))
+    return [[part.filename(i) for i in range(len(part))] for part in parts]
+
+
+def write_csv(path, rows, header='path,label'):
+    path.write_text('\n'.join([header, *rows]) + '\n')
+    return path
+
+
+def test_a_folder_without_splits_is_split_by_class(photos):
+    train, validation = splits_of(photos)
+    assert not set(train) & set(validation) and len(train) + len(validation) == 20
+    assert [sum(name.startswith(label) for name in validation) for label in ('cat', 'dog')] == [2, 2]
+    assert splits_of(photos) == [train, validation]
+    assert splits_of(photos, seed=1)[1] != validation
+    assert len(splits_of(photos, val_fraction=0.5)[1]) == 10
+    assert len(splits_of(photos, val_fraction=0.01)[1]) == 2  # at least one of each class
+
+
+def test_the_split_of_a_file_does_not_depend_on_the_others(photos):
+    _, before = splits_of(photos)
+    (photos / before[0]).unlink()
+    _, after = splits_of(photos)
+    assert set(before[1:]) <= set(after)
+
+
+def test_links_to_one_file_stay_in_one_split(photos):
+    _, validation = splits_of(photos)
+    for number in range(40):  # some of which would be validated on
+        (photos / f'cat/link{number}.png').symlink_to(photos / validation[0])
+    train, validation = splits_of(photos)
+    real = [{os.path.realpath(photos / name) for name in part} for part in (train, validation)]
+    assert not real[0] & real[1]
+
+
+def test_a_training_split_alone_is_split_on_request(photos):
+    shutil.rmtree(photos.parent / 'validation')
+    with pytest.raises(UserError, match="has no 'validation'; it has train"):
+        splits_of(photos.parent)
+    assert [len(part) for part in splits_of(photos.parent, val_fraction=0.2)] == [16, 4]
+
+
+def test_a_csv_file_names_images_and_labels(photos, tmp_path):
+    rows = [
+        f'data/train/{name}/{number}.png,{label}' for name, label in (('cat', 2), ('dog', 10)) for number in range(5)
+    ]
+    path = write_csv(tmp_path / 'labels.csv', rows)
+    parts = load_datasets(Config(data_dir=str(path)))
+    assert [len(part) for part in parts] == [8, 2]
+    assert parts[0].reader.class_to_idx == {'2': 0, '10': 1}
+    split = [f'{row},{part}' for row, part in zip(rows, ['train'] * 3 + ['val', 'test'] + ['train'] * 3 + ['val'] * 2)]
+    write_csv(path, split, 'path,label,split')
+    train, validation = splits_of(path)
+    assert train == [row.partition(',')[0] for row in rows[:3] + rows[5:8]]
+    assert validation == [row.partition(',')[0] for row in rows[3:4] + rows[8:]]
+    with pytest.raises(UserError, match='has a validation split already: leave val_fraction out'):
+        splits_of(path, val_fraction=0.2)
+
+
+@pytest.mark.parametrize(
+    'rows, header, message',
+    [
+        (['a.png,cat'], 'file,label', 'must begin with the header path,label; its columns are file, label'),
+        (['nowhere.png,cat'], 'path,label', r'lists 1 files that do not exist: .*nowhere.png'),
+        (['data/train/cat/0.png,'], 'path,label', 'line 2: the path or the label is empty'),
+        (['data/train/cat/0.png,cat,dev'], 'path,label,split', "line 2: split 'dev' is not train, val or test"),
+        ([], 'path,label', 'lists no images'),
+        (['data/train/cat/0.png,cat', 'data/train/dog/0.png,dog'], 'path,label', 'has no class of two images'),
+        (
+            ['data/train/cat/0.png,cat,train', 'data/train/cat/0.png,cat,val'],
+            'path,label,split',
+            r'must not be trained on: .*labels.csv has .*0.png in both splits',
+        ),
+    ],
+)
+def test_wrong_csv_files_are_named(photos, tmp_path, rows, header, message):
+    with pytest.raises(UserError, match=message):
+        splits_of(write_csv(tmp_path / 'labels.csv', rows, header))
+
+
+def test_data_may_be_a_path_and_a_checkpoint_replaces_published_weights(photos):
+    config = load_config(Path('finetune'), {'data': str(photos), 'checkpoint': 'best.pt'})
+    assert (config.data, config.data_dir, config.pretrained) == ('', str(photos), False)
+    assert load_config(Path('finetune'), {}).pretrained
+    with pytest.raises(UserError, match='both name the data; leave one out'):
+        load_config(Path('finetune'), {'data': str(photos), 'data_dir': 'images'})
+    with pytest.raises(UserError, match='val_fraction must be above 0 and below 1, got 1'):
+        load_config(Path('finetune'), {'val_fraction': 1})
+
+
+def test_packages_of_named_data_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match='hfds/beans needs the package datasets: pip install datasets'):
+        load_datasets(Config(data='hfds/beans'))
+    with pytest.raises(UserError, match='val_fraction is for a folder or a CSV file, not for hfds/beans'):
+        load_datasets(Config(data='hfds/beans', val_fraction=0.2))
+
+
+def test_published_weights_that_cannot_be_downloaded_are_one_line(photos, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError('no network')
+
+    monkeypatch.setattr('vmamba.models._pretrained.build_model_with_cfg', fail)
+    with pytest.raises(SystemExit):
+        train.main(['finetune', '--data', str(photos), '--output', str(tmp_path / 'run'), '--device', 'cpu'])
+    error = capsys.readouterr().err.strip()
+    assert error.count('\n') == 0
+    assert 'cannot download the published weights of vmamba_t (no network); give --checkpoint FILE' in error
+    assert '--from-scratch for random weights' in error
