@@ -80,10 +80,10 @@ def find_all(sources: Sequence[Path]) -> List[Path]:
     return paths
 
 
-def class_names(model: nn.Module, trained: Dict[str, Any]) -> List[str]:
+def class_names(model: nn.Module) -> List[str]:
     """Name of every class: those in the checkpoint, else ImageNet's where the number of classes is, else indices."""
-    if trained.get('class_names') and len(trained['class_names']) == model.num_classes:
-        return trained['class_names']
+    if model.class_names and len(model.class_names) == model.num_classes:
+        return model.class_names
     subset = infer_imagenet_subset(model)
     if subset is None:
         return [f'class {i}' for i in range(model.num_classes)]
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
         print('The weights are random: the predictions mean nothing.', file=sys.stderr)
     size = args.img_size or own_size(model)
     model, config = at_size(model, size).to(args.device), data_config(model, args, size)
-    names = class_names(model, training_of(spec))
+    names = class_names(model)
     if len(paths) <= args.batch_size:
         args.workers = 0  # they would take longer to start than to read
     unreadable = Unreadable(args.skip_bad_images)

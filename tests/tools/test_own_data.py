@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import image_folder
-from vmamba.tools import train
+import timm
+import torch
+import yaml
+from training_runs import image_folder, newest, signals_kept
+from vmamba.tools import predict, train
 from vmamba.tools.training.config import Config, load_config
 from vmamba.tools.training.splits import load_datasets
 from vmamba.tools.user_errors import UserError
+
+import vmamba
 
 
 @pytest.fixture
@@ -130,3 +135,54 @@ def test_published_weights_that_cannot_be_downloaded_are_one_line(photos, tmp_pa
     assert error.count('\n') == 0
     assert 'cannot download the published weights of vmamba_t (no network); give --checkpoint FILE' in error
     assert '--from-scratch for random weights' in error
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """The folder of a run that fine-tuned a small model from random weights, with a moving average."""
+    folder = tmp_path_factory.mktemp('tuned')
+    photos = image_folder(folder / 'data', count=10) / 'train'
+    args = 'finetune', '--model', 'vim_nano', '--from-scratch', '--data', photos, '--output', folder / 'run'
+    small = '--model-args', '{depth: 2, embed_dim: 32}', '--img-size', 48, '--epochs', 3, '--warmup-epochs', 1
+    with signals_kept():
+        train.main([str(arg) for arg in (*args, *small, '--workers', 0, '--device', 'cpu', '--batch-size', 8)])
+    return folder / 'run'
+
+
+def test_a_run_is_loaded_with_its_arguments_size_and_classes(tuned):
+    best = torch.load(tuned / 'best.pt', weights_only=True)
+    for path, state in ((tuned / 'best.pt', best['state_dict']), (max(tuned.glob('ch*.pt')), None)):
+        model = vmamba.load(path)
+        state = state or newest(tuned)['state_dict_ema']
+        assert not model.training and model.class_names == ['cat', 'dog'] and len(model.blocks) == 2
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        config = timm.data.resolve_data_config(model=model)
+        assert config['input_size'] == (3, 48, 48) and config['crop_pct'] == best['config']['crop_pct']
+        assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 2)
+    assert vmamba.load(tuned / 'best.pt', num_classes=0)(torch.zeros(1, 3, 48, 48)).shape == (1, 32)
+    args = dict(num_classes=2, img_size=48, depth=2, embed_dim=32)
+    ours, theirs = (
+        vmamba.load(tuned / 'best.pt'),
+        timm.create_model('vim_nano', checkpoint_path=tuned / 'best.pt', **args),
+    )
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(ours(images), theirs.eval()(images))
+
+
+def test_files_of_other_programs_are_not_loaded(tmp_path):
+    torch.save(timm.create_model('vim_nano', depth=1).state_dict(), tmp_path / 'weights.pt')
+    with pytest.raises(ValueError, match=r'does not say which model it is of.*use timm.create_model\(NAME'):
+        vmamba.load(tmp_path / 'weights.pt')
+    with pytest.raises(FileNotFoundError, match='there is no checkpoint file'):
+        vmamba.load(tmp_path / 'absent.pt')
+    (tmp_path / 'broken.pt').write_bytes(b'PK')
+    with pytest.raises(RuntimeError, match='is not a readable checkpoint'):
+        vmamba.load(tmp_path / 'broken.pt')
+
+
+def test_predictions_name_the_classes_of_the_run(tuned, capsys):
+    config = yaml.safe_load((tuned / 'config.yaml').read_text())
+    image = Path(config['data_dir']) / 'dog/3.png'
+    predict.main([str(image), '--checkpoint', str(tuned / 'best.pt'), '--workers', '0', '--device', 'cpu'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(image) and sorted(line.split()[-1] for line in lines[1:]) == ['cat', 'dog']

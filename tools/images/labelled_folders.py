@@ -92,7 +92,7 @@ def read_folder(
     """
     if not root.is_dir():
         raise UserError(f'there is no folder {root}')
-    endings = set(input_key.split(';')) if input_key else get_img_extensions(as_set=True)
+    endings = input_key.split(';') if input_key else get_img_extensions()
     images: Dict[str, List[str]] = {}
     folders_of: Dict[str, str] = {}
     for path, _, folders, files in walk(root):
@@ -112,8 +112,7 @@ def read_folder(
     pairs = [(path, label) for label, paths in images.items() for path in paths if label in class_to_idx]
     if not pairs:
         raise UserError(
-            f'{root} holds no images in its {len(images)} class folders; their names must end in '
-            f'{", ".join(sorted(endings))}'
+            f'{root} holds no images in its {len(images)} class folders; their names must end in {", ".join(endings)}'
         )
     samples = sorted(((path, class_to_idx[label]) for path, label in pairs), key=lambda sample: key(sample[0]))
     empty = [folders_of[label] for label, paths in images.items() if not paths and label in class_to_idx]

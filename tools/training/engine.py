@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from vmamba.tools.user_errors import UserError
 
+from .checkpoint import Checkpoints
 from .config import Config
 from .data import Batch, Validation
 from .parallel import Parallel, whole
@@ -62,7 +63,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, self.num_classes)
         self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
-        self.checkpoints = parallel.checkpoints(Path(config.output), config.keep_checkpoints)
+        self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
         self.stop = StopRequest()
         # The place of the next update, and what has been found up to it.
@@ -237,7 +238,7 @@ class Trainer:
         number = self.parallel.stop_signal(self.stop.signal)
         if number:
             self._save(alone=self.parallel.saves_alone)
-            self.report.say(f'stopped by signal {number} after update {self.update}; --resume goes on')
+            self.report.say(f'stopped by signal {number} after update {self.update}; --resume continues the run')
             self.report.close()
             self.stop.exit(number)
 
@@ -266,11 +267,12 @@ class Trainer:
             if alone
             else torch.tensor(self.runtime.sum(self.sums.clone()), dtype=torch.float64)
         )
-        if not self.parallel.saves:
+        if self.parallel.saves_alone and not self.runtime.is_primary:
             return
-        state = dict(
-            **self._weights(),
-            optimizer=self.optimizer.state_dict(),
+        state = self.parallel.gather({**self._weights(), 'optimizer': self.optimizer.state_dict()})
+        if not self.runtime.is_primary:
+            return
+        state.update(
             scaler=self.scaler.state_dict(),
             config=dataclasses.asdict(self.config),
             num_classes=self.num_classes,
@@ -294,10 +296,7 @@ class Trainer:
         state, path = found
         ours = dict(num_classes=self.num_classes, update_size=self.update_size, data=self._data_facts())
         check_same_run(state, {**ours, 'config': dataclasses.asdict(self.config)}, path)
-        self.task.load_checkpoint_state(state['state_dict'])
-        if self.task.has_ema():
-            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
-        self.optimizer.load_state_dict(state['optimizer'])
+        self.parallel.load(state, self.optimizer)
         self.scaler.load_state_dict(state['scaler'])
         self.sums.copy_(state['sums'] * self.runtime.is_primary)  # they are those of all processes
         for key in ('update', 'epoch', 'position', 'history', 'best'):

@@ -11,7 +11,7 @@ from .config import Config
 # What may differ when a run goes on: where and how it runs, and how long. The size of an update is checked by itself.
 FREE_KEYS = {
     *('output', 'workers', 'log', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
-    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing'),
+    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing', 'shard'),
     *('pretrained', 'checkpoint', 'new_head', 'teacher_checkpoint'),
 }
 _NAMES_SHOWN = 5

@@ -6,7 +6,6 @@ from typing import Any, Dict, Optional
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -16,6 +15,8 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
 from vmamba.tools.user_errors import UserError, nearest
+
+from vmamba.models.trained import preprocessing
 
 from .config import Config
 
@@ -113,13 +114,7 @@ def starts_from_scratch(config: Config) -> bool:
 
 def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
     """Size, interpolation, normalisation and crop of the images that a model takes."""
-    wanted = dict(in_chans=config.in_chans, img_size=config.img_size, crop_pct=config.crop_pct)
-    cfg = {**model.pretrained_cfg}
-    if config.img_size is None:
-        cfg['input_size'] = (config.in_chans, *cfg['input_size'][1:])
-    if config.in_chans == 1:
-        cfg.update(mean=(0.5,), std=(0.5,))
-    return resolve_data_config(wanted, pretrained_cfg=cfg)
+    return preprocessing(model, config.in_chans, config.img_size, config.crop_pct)
 
 
 def describe(
