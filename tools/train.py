@@ -104,7 +104,7 @@ def train(argv: Optional[List[str]] = None) -> None:
     check_output(config, resume)
     runtime = start(config.device)
     check_sharding(config, runtime)
-    report = Report(Path(config.output), runtime)
+    report = Report(config, runtime)
     trainer = create_trainer(config, runtime, report)
     with lock_folder(Path(config.output)) if runtime.is_primary else nullcontext():
         run(trainer, resume)

@@ -186,3 +186,64 @@ def test_predictions_name_the_classes_of_the_run(tuned, capsys):
     predict.main([str(image), '--checkpoint', str(tuned / 'best.pt'), '--workers', '0', '--device', 'cpu'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(image) and sorted(line.split()[-1] for line in lines[1:]) == ['cat', 'dog']
+
+
+class FakeWandb:
+    """What the run uses of the package wandb."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished, self.metrics = [], [], 0, {}
+        self.id = 'abc'
+
+    def init(self, **kwargs):
+        self.started.append(kwargs)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.metrics[name] = step_metric
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_metrics_go_to_wandb_only_if_asked_for(photos, tmp_path, monkeypatch, capsys):
+    args = 'finetune', '--model', 'test_vit', '--from-scratch', '--data', photos, '--output', tmp_path / 'run'
+    args = (
+        *args,
+        '--img-size',
+        32,
+        '--workers',
+        0,
+        '--device',
+        'cpu',
+        '--warmup-epochs',
+        0,
+        '--log-every',
+        1,
+        '--resume',
+    )
+
+    def run(*options):
+        with signals_kept():
+            train.main([str(arg) for arg in (*args, '--resume', *options)])
+
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(SystemExit):
+        run('--epochs', 1, '--log', 'tensorboard', 'wandb')
+    assert 'log wandb needs the package wandb: pip install wandb; or leave it out of --log' in capsys.readouterr().err
+    run('--epochs', 1, '--log')
+    assert not (tmp_path / 'run/tensorboard').exists()
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    for epochs in (2, 3):
+        run('--epochs', epochs, '--log', 'wandb')
+    first, second = wandb.started
+    assert first['project'] == 'vmamba' and first['config']['model'] == 'test_vit' and first['id'] is None
+    assert (second['id'], second['resume'], wandb.finished) == ('abc', 'allow', 2)
+    assert wandb.metrics == {'update/*': 'update/step', 'epoch/*': 'epoch/step'}
+    assert [row['epoch/step'] for row in wandb.logged if 'epoch/step' in row] == [2, 3]
+    assert all(row['update/loss'] > 0 for row in wandb.logged if 'update/step' in row)
+    assert not (tmp_path / 'run/tensorboard').exists()
