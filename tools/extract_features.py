@@ -35,14 +35,9 @@ from vmamba.tools.features.maps import (
     tiled_maps,
 )
 from vmamba.tools.features.store import FORMATS, Files, Store, Table
+from vmamba.tools.images.batches import add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
-from vmamba.tools.images.image_files import (
-    UNREADABLE,
-    Unreadable,
-    add_loader_options,
-    find_images,
-    make_loader,
-)
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 from vmamba.tools.weights import (
@@ -82,7 +77,7 @@ class Extraction:
         self.config = data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
         self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
-        self.unreadable = Unreadable(args.skip_bad_images)
+        self.samples = load_images(self.paths, self.config, args).samples
         self.pixels = 0
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
@@ -134,23 +129,20 @@ class Extraction:
             raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
             self.store.write_index(labels)
-        self._report(len(todo) - len(self.unreadable.paths), time.perf_counter() - start)
+        self._report(len(todo) - int(self.samples.bad.sum()), time.perf_counter() - start)
 
     def _batches(self, todo: List[int]) -> Iterator[int]:
-        """Images of one size, in batches; yields how many each had."""
-        if not todo:
-            return
-        for images, targets in make_loader([(self.paths[row], row) for row in todo], self.config, self.args):
-            rows, todo = np.array(todo[: len(images)]), todo[len(images) :]
-            readable = targets.numpy() != UNREADABLE
-            for row in rows[~readable]:
-                self._skip(int(row))
-            if readable.any():
-                features = extract(self.model, images[torch.from_numpy(readable)].to(self.args.device), self.wanted)
-                arrays = {name: self._array(values) for name, values in features.items()}
-                self._write(rows[readable].tolist(), arrays)
-                self.pixels += int(readable.sum()) * images.shape[-1] * images.shape[-2]
-            yield len(rows)
+        """Images of one size, in batches; yields how many of each could be read."""
+        images = load_images(self.paths, self.config, self.args, todo)
+        self.samples = images.samples
+        try:
+            for rows, batch, _ in images:
+                arrays = {n: self._array(values) for n, values in extract(self.model, batch, self.wanted).items()}
+                self._write(rows, arrays)
+                self.pixels += len(rows) * batch.shape[-1] * batch.shape[-2]
+                yield len(rows)
+        finally:
+            self.store.mark(self.samples.bad.nonzero().flatten().tolist(), feature_store.UNREADABLE)
 
     def _native(self, todo: List[int]) -> Iterator[int]:
         """Images one after another, at their own sizes; yields 1 for each."""
@@ -158,7 +150,9 @@ class Extraction:
             try:
                 pixels = read_pixels(self.paths[row], image_mode(self.config['input_size'][0]))
             except READ_ERRORS:
-                self._skip(row)
+                self.samples.bad[row] = True
+                self.store.mark([row], feature_store.UNREADABLE)
+                self.samples.check()
             else:
                 self._extract_native(row, pixels)
                 self.pixels += pixels.shape[0] * pixels.shape[1]
@@ -197,14 +191,11 @@ class Extraction:
                 arrays[name][...] = values[i]
             self.store.finish(row, arrays)
 
-    def _skip(self, row: int) -> None:
-        self.store.mark([row], feature_store.UNREADABLE)
-        self.unreadable.add(self.paths[row])
-
     def _report(self, images: int, seconds: float) -> None:
         """Prints what was done and writes run.json."""
-        if self.unreadable.paths:
-            self.console.print(self.unreadable.summary(), highlight=False, soft_wrap=True)
+        skipped = self.samples.report(absolute=True)
+        if skipped:
+            self.console.print(skipped, highlight=False, soft_wrap=True)
         figures = {
             'images': images,
             'seconds': seconds,

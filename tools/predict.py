@@ -11,14 +11,15 @@ The images are preprocessed as the model's configuration says. The class names a
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from vmamba.tools.devices import pick_device
-from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from vmamba.tools.images.batches import Images, add_loader_options, load_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 from vmamba.tools.weights import (
     Spec,
@@ -91,21 +92,13 @@ def class_names(model: nn.Module) -> List[str]:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def predict(
-    model: nn.Module, paths: Sequence[Path], config: Dict[str, Any], args: argparse.Namespace, unreadable: Unreadable
-) -> Iterator[Tuple[Path, Tensor]]:
-    """Every readable image and its probabilities [classes]."""
-    done = 0
-    for images, targets in make_loader([(path, 0) for path in paths], config, args):
-        dtype = amp_dtype(args)
+def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Iterator[Tuple[int, Tensor]]:
+    """The index of every readable image and its probabilities [classes]."""
+    dtype = amp_dtype(args)
+    for indices, batch, _ in images:
         with torch.inference_mode(), torch.autocast(args.device, dtype, enabled=dtype is not None):
-            logits = model(images.to(args.device))
-        for path, target, row in zip(paths[done:], targets, logits.float().softmax(-1).cpu()):
-            if target == UNREADABLE:
-                unreadable.add(path)
-            else:
-                yield path, row
-        done += len(targets)
+            logits = model(batch)
+        yield from zip(indices, logits.float().softmax(-1).cpu())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -126,18 +119,18 @@ def run(args: argparse.Namespace) -> None:
     size = args.img_size or own_size(model)
     model, config = at_size(model, size).to(args.device), data_config(model, args, size)
     names = class_names(model)
-    if len(paths) <= args.batch_size:
-        args.workers = 0  # they would take longer to start than to read
-    unreadable = Unreadable(args.skip_bad_images)
+    images = load_images(paths, config, args)
     predictions: List[Tuple[Path, List[Tuple[str, float]]]] = []
-    for path, probabilities in predict(model, paths, config, args, unreadable):
+    for number, probabilities in predict(model, images, args):
+        path = paths[number]
         values, indices = probabilities.topk(min(args.top, len(names)))
         found = [(names[index], value) for index, value in zip(indices.tolist(), values.tolist())]
         print(path, *(f'{value:8.2%}  {name}' for name, value in found), sep='\n')
         if args.draw:
             predictions.append((path, found))
-    if unreadable.paths:
-        print(unreadable.summary(), file=sys.stderr)
+    skipped = images.samples.report(absolute=True)
+    if skipped:
+        print(skipped, file=sys.stderr)
     if predictions:
         plot_predictions(predictions, args.draw)
         print(f'Wrote {args.draw}')

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -22,10 +22,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.figures.validate_figure import plot_resolutions
-from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
     LabelledFiles,
     class_indices,
@@ -94,37 +95,34 @@ class Row:
     timm: str = timm.__version__
 
 
-def predict(
-    model: nn.Module, folder: Folder, config: dict, args: argparse.Namespace, unreadable: Unreadable, progress: Progress
-) -> np.ndarray:
-    """The model's first five classes of every image [n, 5], or as many as it has; rows of -1 for unreadable images."""
-    loader = make_loader([(path, 0) for path in folder.paths], config, args)
-    task = progress.add_task(f'{folder.name} at {config["input_size"][-1]}', total=len(folder.files))
-    predictions: List[np.ndarray] = []
-    for images, targets in loader:
-        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
-            logits = model(images.to(args.device))
-        top = logits.float().topk(min(TOP, logits.shape[-1])).indices.cpu().numpy()
-        for i in np.flatnonzero(targets.numpy() == UNREADABLE):
-            unreadable.add(folder.paths[sum(map(len, predictions)) + i])
-            top[i] = UNREADABLE
-        predictions.append(top)
-        progress.advance(task, len(top))
-    progress.remove_task(task)
-    return np.concatenate(predictions)
+def count_hits(
+    model: nn.Module, images: Images, labels: Tensor, args: argparse.Namespace, advance: Callable[[int], None]
+) -> Tuple[int, float, float]:
+    """Number of readable images with a label, top-1 and top-5 accuracy in %.
 
+    Args:
+        model: On the device.
+        images: Batches.
+        labels: Of all images, see `images.batches.hits`.
+        args: With the device and precision.
+        advance: Called with the number of images of each batch.
 
-def accuracies(predictions: np.ndarray, labels: Sequence[FrozenSet[int]]) -> tuple[int, float, float]:
-    """Images that count, top-1 and top-5 accuracy in %: a prediction is right if it is among an image's labels.
-
-    Unreadable images and those without labels do not count.
+    Raises:
+        UserError: If there is no such image.
     """
-    hits = np.array(
-        [[p in right for p in row] for row, right in zip(predictions, labels) if right and row[0] != UNREADABLE]
-    )
-    if not len(hits):
+    count, sums = 0, torch.zeros(2, dtype=torch.float64)
+    for indices, batch, _ in images:
+        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
+            logits = model(batch)
+        right = labels[indices]
+        labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
+        count += int(labelled.sum())
+        sums += hits(logits.float().cpu(), right)[labelled].double().sum(dim=0)
+        advance(len(indices))
+    if not count:
         raise UserError('no image can be read and has a label')
-    return len(hits), 100 * float(hits[:, 0].mean()), 100 * float(hits.any(axis=1).mean())
+    top1, top5 = (100 * sums / count).tolist()
+    return count, top1, top5
 
 
 def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Row]:
@@ -148,20 +146,22 @@ def measure(
     spec: Spec,
     model: nn.Module,
     folder: Folder,
-    labels: Sequence[FrozenSet[int]],
+    labels: Tensor,
     size: int,
     args: argparse.Namespace,
     progress: Progress,
 ) -> Row:
     """Measures a model that is ready for this size on a folder."""
     config = data_config(model, args, size)
-    unreadable = Unreadable(args.skip_bad_images)
+    images = load_images(folder.paths, config, args)
+    task = progress.add_task(f'{folder.name} at {size}', total=len(images))
     start = time.perf_counter()
-    predictions = predict(model, folder, config, args, unreadable, progress)
+    count, top1, top5 = count_hits(model, images, labels, args, lambda n: progress.advance(task, n))
     seconds = time.perf_counter() - start
-    if unreadable.paths:
-        progress.console.print(unreadable.summary(), highlight=False, soft_wrap=True)
-    images, top1, top5 = accuracies(predictions, labels)
+    progress.remove_task(task)
+    unreadable = int(images.samples.bad.sum())
+    if unreadable:
+        progress.console.print(images.samples.report(absolute=True), highlight=False, soft_wrap=True)
     figures = published(spec.name, size, model.num_classes)
     return Row(
         model=spec.name,
@@ -170,28 +170,26 @@ def measure(
         labels='folder' if args.real_labels is None else 'real',
         img_size=size,
         crop_pct=config['crop_pct'],
-        images=images,
-        unreadable=len(unreadable.paths),
+        images=count,
+        unreadable=unreadable,
         top1=top1,
         top5=top5,
         published_top1=figures.top1 if figures else None,
         published_top5=figures.top5 if figures else None,
-        images_per_second=len(predictions) / seconds,
+        images_per_second=len(images) / seconds,
         precision=args.precision,
         device=device_name(torch.device(args.device)),
     )
 
 
-def folder_labels(
-    folder: Folder, num_classes: int, class_map: Optional[dict], args: argparse.Namespace
-) -> List[FrozenSet[int]]:
-    """The right classes of every image."""
+def folder_labels(folder: Folder, num_classes: int, class_map: Optional[dict], args: argparse.Namespace) -> Tensor:
+    """The class of every image, or with ReaL labels whether each class is right."""
     if args.real_labels is not None:
         if num_classes != 1000:
             raise UserError(f"--real-labels are of ImageNet-1K's 1000 classes, the model has {num_classes}")
         return read_real_labels(args.real_labels or None, folder.paths)
     indices = class_indices(folder.name, list(folder.files.class_to_idx), num_classes, class_map)
-    return [frozenset([indices[label]]) for _, label in folder.files.samples]
+    return torch.tensor([indices[label] for _, label in folder.files.samples])
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:

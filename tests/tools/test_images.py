@@ -6,11 +6,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import ImageFolder
+from vmamba.tools.images.batches import SKIPPED, Samples
 from vmamba.tools.images.decoding import read_image, read_pixels, to_mode
-from vmamba.tools.images.image_files import Unreadable, find_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
+    LabelledFiles,
     corruption_folders,
     folder_names,
     read_folder,
@@ -42,8 +45,10 @@ def test_pixels_of_an_unknown_range_are_unreadable_and_say_so(tmp_path, dtype):
     path = save(tmp_path / 'depth.tif', Image.fromarray(SHADES.astype(dtype)))
     with pytest.raises(ValueError, match='32 bits'):
         read_image(path)
+    samples = Samples(ImageDataset('', reader=LabelledFiles([(str(path), 0)], {}, tmp_path)), lambda x: x, 'RGB', False)
+    assert samples[0][1] == SKIPPED
     with pytest.raises(UserError, match=r'depth.tif \(its pixels have 32 bits .*--skip-bad-images'):
-        Unreadable(skip=False).add(path)
+        samples.check()
 
 
 def test_other_modes_become_what_pillow_makes_of_them():

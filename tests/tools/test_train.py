@@ -244,7 +244,7 @@ def test_unreadable_images_stop_a_run_or_are_counted(run, fails, tmp_path, worke
     args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1, '--workers', workers
     message = fails(*args, '--output', tmp_path / 'a')
     assert any(str(path) in message for path in broken[:2])
-    assert 'cannot be read as an image' in message and '--skip-bad-images' in message
+    assert 'cannot read the image' in message and '--skip-bad-images' in message
     out, err, status = run(*args, '--output', tmp_path / 'b', '--skip-bad-images')
     assert status == 0
     assert 'skipped 2 unreadable image(s): cat/2.png, dog/4.png' in err

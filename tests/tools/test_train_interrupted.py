@@ -89,7 +89,7 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
     args = f'{CONFIGS}/lfw_vmamba_nano.yaml', '--data', '', '--data-dir', folder, '--model', 'test_vit'
     args = *args, '--batch-size', 2, '--workers', 0, '--device', 'cpu', '--output', tmp_path / 'run'
     _, err = finish(start(*args, launcher=TORCHRUN), 1)
-    assert f'{broken} cannot be read as an image' in err
+    assert f'cannot read the image {broken}' in err
     assert 'error: [process' in err
 
 

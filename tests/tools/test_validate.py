@@ -214,7 +214,7 @@ def test_a_link_that_leads_up_changes_nothing(digits, checkpoint, tmp_path):
     assert [linked[key] for key in ('images', 'top1', 'top5')] == [plain[key] for key in ('images', 'top1', 'top5')]
 
 
-@pytest.mark.parametrize('name, size', [('validate.csv', 20), ('validate.png', 2000)])
+@pytest.mark.parametrize('name, size', [('validate.csv', 100), ('validate.png', 2000)])
 def test_a_full_disk_is_one_line_with_the_file(digits, tmp_path, capsys, name, size):
     options = '--num-classes', 10, '--img-size', 32, 48, '--output', tmp_path
     with full_disk(size):
@@ -267,7 +267,7 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
     message = failure(capsys, *common)
     assert str(broken) in message and '--skip-bad-images' in message
     run(*common, '--skip-bad-images')
-    assert '2 unreadable images left out' in capsys.readouterr().out
+    assert 'skipped 2 unreadable image(s)' in capsys.readouterr().out
     assert (read(tmp_path)[0]['images'], read(tmp_path)[0]['unreadable']) == ('4', '2')
 
 

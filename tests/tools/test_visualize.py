@@ -231,4 +231,4 @@ def test_unreadable_images_are_named(tmp_path, capsys):
         run(*common)
     assert str(broken) in capsys.readouterr().err
     run(*common, '--skip-bad-images')
-    assert '1 unreadable image left out' in capsys.readouterr().out
+    assert 'skipped 1 unreadable image(s)' in capsys.readouterr().out

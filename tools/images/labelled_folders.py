@@ -7,14 +7,16 @@ import os
 import pkgutil
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from timm.data import ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
+from torch import Tensor
 from vmamba.tools.user_errors import UserError, listed
 
 from .image_files import walk
@@ -231,11 +233,11 @@ def class_indices(
     return list(range(num_classes))
 
 
-def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> List[FrozenSet[int]]:
-    """ReaL's labels of images of ImageNet's validation set, found by the number in their names.
+def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> Tensor:
+    """Whether each of ImageNet's classes is right [n, 1000] by ReaL's labels, https://arxiv.org/abs/2006.07159.
 
-    "Are we done with ImageNet?", https://arxiv.org/abs/2006.07159. An image may have several labels, or none: such a
-    one does not count.
+    An image may have several labels or none. timm's RealLabelsImagenet needs all 50,000 images in order; here any of
+    them are found by the number in their names.
 
     Args:
         path: The file real.json, a list of lists; None for the copy in timm.
@@ -248,11 +250,14 @@ def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> List[Frozen
     else:
         raise UserError(f'there is no file of real labels {path}')
     try:
-        labels = [frozenset(found) for found in json.loads(text)]
+        labels = [[int(label) for label in found] for found in json.loads(text)]
     except (ValueError, TypeError) as error:
         raise UserError(f'{path} is not a JSON list of lists of labels: {error}') from error
     numbers = [re.fullmatch(r'ILSVRC2012_val_(\d{8})', image.stem) for image in paths]
     for image, number in zip(paths, numbers):
         if number is None or not 1 <= int(number[1]) <= len(labels):
             raise UserError(f'{image} has no real labels: names must be ILSVRC2012_val_00000001 to {len(labels):08d}')
-    return [labels[int(number[1]) - 1] for number in numbers]
+    right = torch.zeros(len(paths), 1000, dtype=torch.bool)
+    for row, number in zip(right, numbers):
+        row[labels[int(number[1]) - 1]] = True
+    return right

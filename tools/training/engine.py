@@ -10,9 +10,10 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.task import TrainingTask
-from timm.utils import accuracy, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
 from .checkpoint import Checkpoints
@@ -193,7 +194,7 @@ class Trainer:
         models = self.parallel.eval_models()
         # Of each model: loss, top-1, top-5, images.
         scores = torch.zeros(len(models), 4, dtype=torch.float64, device=self.runtime.device)
-        for images, targets in self.validation:
+        for _, images, targets in self.validation:
             images = self._laid_out(images)
             scores += torch.stack([self._score(model, images, targets) for model in models])
             if self.parallel.saves_alone:  # else all would have to stop at once, and not all have as many batches
@@ -211,9 +212,9 @@ class Trainer:
         """Sums of loss, percentages of right answers, and the number of images."""
         with self._autocast():
             logits = model(images).float()
-        loss = nn.functional.cross_entropy(logits, targets)
-        top1, top5 = accuracy(logits, targets, topk=(1, min(5, self.num_classes)))
-        return torch.stack([loss, top1, top5, torch.ones_like(loss)]).double() * len(targets)
+        loss = nn.functional.cross_entropy(logits, targets, reduction='sum').double()
+        top1, top5 = 100 * hits(logits, targets).double().sum(dim=0)
+        return torch.stack([loss, top1, top5, torch.ones_like(loss) * len(targets)])
 
     def _end_epoch(self, row: Dict[str, float]) -> None:
         """Goes to the start of the next epoch, reports this one and saves."""
@@ -221,7 +222,7 @@ class Trainer:
         self.epoch, self.position = self.epoch + 1, 0
         self.sums.zero_()
         for part in (self.data, self.validation):
-            note = part.report() if part else None
+            note = part.samples.report() if part and part.samples else ''
             if note:
                 self.report.warn(note)
         averaged = row.get('ema_top1', -math.inf) >= row.get('val_top1', math.inf)
