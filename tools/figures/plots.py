@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from vmamba.tools.output_files import write_atomically
 
-if TYPE_CHECKING:  # so that a comparison needs no digits
+if TYPE_CHECKING:
     from vmamba.tools.benchmarks.measure import Case, Result
-    from vmamba.tools.images.digits import Epoch
 
 MARKERS = 'osD^vPX*'
 
@@ -79,25 +78,6 @@ def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
     panel.set_xlabel('image size, pixels')
     panel.set_ylabel(ylabel)
     panel.grid(alpha=0.3)
-
-
-def plot_training(histories: Dict[str, Sequence[Epoch]], path: Path) -> None:
-    """Training loss and held-out accuracy of every model after each epoch."""
-    figure = Figure(figsize=(9, 3.8), layout='constrained')
-    panels = figure.subplots(1, 2)
-    for i, (model, history) in enumerate(histories.items()):
-        epochs = [record.epoch for record in history]
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=model)
-        panels[0].plot(epochs, [record.loss for record in history], **style)
-        panels[1].plot(epochs, [100 * record.accuracy for record in history], **style)
-    panels[0].set_yscale('log')
-    for panel, ylabel in zip(panels, ('training loss', 'held-out accuracy, %')):
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel('epoch')
-        panel.set_ylabel(ylabel)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    save_figure(figure, path)
 
 
 def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
