@@ -163,7 +163,7 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fail
     assert '--resume continues it' in fails(*args)
     message = fails(*args, '--resume', '--weight-decay', 0.1)
     assert 'weight_decay 0.05, now 0.1; give what it had, or another --output' in message
-    assert 'images an update 32, now 16' in fails(*args, '--resume', '--batch-size', 16)
+    assert 'images per update 32, now 16' in fails(*args, '--resume', '--batch-size', 16)
     out, err, status = run(*args, '--resume', '--epochs', 2)
     assert 'resumed from' in out and status == 0, err
     assert [row['epoch'] for row in rows(tmp_path)] == [1, 2]

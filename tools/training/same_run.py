@@ -39,7 +39,7 @@ def _facts(state: Dict[str, Any]) -> Dict[str, Any]:
     config = {**dataclasses.asdict(Config()), **state['config']}
     counts = {key: value for key, value in state['data'].items() if key != 'classes'}
     keys = config.keys() - FREE_KEYS - {'num_classes'}
-    sizes = {'num_classes': state['num_classes'], 'images an update': state['update_size']}
+    sizes = {'num_classes': state['num_classes'], 'images per update': state['update_size']}
     return {**{key: config[key] for key in keys}, **sizes, **counts}
 
 
