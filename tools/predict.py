@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     if args.draw and len(paths) > MOST_DRAWN:
         raise UserError(f'--draw takes at most {MOST_DRAWN} images, got {len(paths)}')
     if args.draw:
-        from vmamba.tools.figures.prediction_figure import plot_predictions  # here: only this needs matplotlib
+        from vmamba.tools.figures.plots import plot_predictions  # here: only this needs matplotlib
     model = load_model(spec, args)
     if not model.num_classes:
         raise UserError(f'{spec} has no classifier; `vmamba extract` writes its features')

@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from statistics import mean
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from torch import Tensor, nn
 from vmamba.tools.devices import device_name, pick_device
-from vmamba.tools.figures.validate_figure import plot_resolutions
+from vmamba.tools.figures.plots import plot_resolutions
 from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
@@ -192,31 +192,25 @@ def folder_labels(folder: Folder, num_classes: int, class_map: Optional[dict], a
     return torch.tensor([indices[label] for _, label in folder.files.samples])
 
 
+COLUMNS = {
+    **dict.fromkeys(('model', 'weights', 'data', 'labels', 'img_size', 'images'), '{}'),
+    **dict.fromkeys(('top1', 'top5', 'published_top1', 'published_top5'), '{:.2f}'),
+    'images_per_second': '{:.1f}',
+}
+
+
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Measured accuracies, with the published ones beside them."""
-    title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
-    texts = {
-        'model': [row.model for row in rows],
-        'weights': [row.weights for row in rows],
-        'data': [row.data for row in rows],
-        'labels': [row.labels for row in rows],
-    }
-    numbers = {
-        'img_size': [str(row.img_size) for row in rows],
-        'images': [str(row.images) for row in rows],
-        'top-1': [f'{row.top1:.2f}' for row in rows],
-        'top-5': [f'{row.top5:.2f}' for row in rows],
-        'published top-1': [f'{row.published_top1:.2f}' if row.published_top1 else '' for row in rows],
-        'published top-5': [f'{row.published_top5:.2f}' if row.published_top5 else '' for row in rows],
-        'images/s': [f'{row.images_per_second:.1f}' for row in rows],
-    }
-    numbers = {name: column for name, column in numbers.items() if any(column)}
-    table = Table(title=title)
-    for name in texts:
-        table.add_column(name, overflow='fold')  # in a narrow terminal nothing is cut off
-    for name in numbers:
-        table.add_column(name.replace(' ', '\n'), justify='right', no_wrap=True)
-    for cells in zip(*texts.values(), *numbers.values()):
+    """Measured accuracies beside the published ones."""
+    table = Table(title='Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured')
+    columns = []
+    for name, form in COLUMNS.items():
+        values = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            is_text = isinstance(values[0], str)  # folded, so that nothing is cut off in a narrow terminal
+            style = dict(overflow='fold') if is_text else dict(justify='right', no_wrap=True)
+            table.add_column(name.replace('_', '\n').replace('top', 'top-'), **style)
+            columns.append(['' if value is None else form.format(value) for value in values])
+    for cells in zip(*columns):
         table.add_row(*cells)
     console.print(table)
 
@@ -228,15 +222,33 @@ def print_corruptions(rows: Sequence[Row], console: Console) -> None:
     """
     columns = ('model', Column('weights', overflow='fold'), 'img_size', 'corruption', 'mean top-1 error')
     table = Table(*columns, title='ImageNet-C, plain errors in %')
-    for model, weights, size in dict.fromkeys((row.model, row.weights, row.img_size) for row in rows):
-        errors: dict[str, List[float]] = {}
-        for row in rows:
-            if (row.model, row.weights, row.img_size) == (model, weights, size):
-                errors.setdefault(row.data.split('/')[-2], []).append(100 - row.top1)
-        means = {name: float(np.mean(found)) for name, found in errors.items()}
-        for name, mean in [*means.items(), (f'mean of {len(means)}', float(np.mean(list(means.values()))))]:
-            table.add_row(model, weights, str(size), name, f'{mean:.2f}')
+    for key, own in grouped(rows, lambda row: (row.model, row.weights, str(row.img_size))).items():
+        corruptions = grouped(own, lambda row: row.data.split('/')[-2])
+        means = {name: 100 - mean(row.top1 for row in found) for name, found in corruptions.items()}
+        for name, error in [*means.items(), (f'mean of {len(means)}', mean(means.values()))]:
+            table.add_row(*key, name, f'{error:.2f}')
     console.print(table)
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> Dict[Any, List[Row]]:
+    """The rows of each value of a key, in order."""
+    groups: Dict[Any, List[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def draw_resolutions(rows: Sequence[Row], path: Path) -> None:
+    """Draws a line for each model, named with its weights where several were measured, as the mean of the folders."""
+    runs = grouped(rows, lambda row: (row.model, row.weights))
+    models = [model for model, _ in runs]
+    lines, known = {}, {}
+    for (model, weights), own in runs.items():
+        label = model if models.count(model) == 1 else f'{model}, {weights}'
+        sizes = grouped(own, lambda row: row.img_size)
+        lines[label] = {size: mean(row.top1 for row in found) for size, found in sizes.items()}
+        known[label] = {row.img_size: row.published_top1 for row in own if row.published_top1 is not None}
+    plot_resolutions(lines, known, path)
 
 
 def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
@@ -310,7 +322,7 @@ def report(rows: Sequence[Row], args: argparse.Namespace, console: Console) -> N
     if args.imagenet_c:
         print_corruptions(rows, console)
     if len({row.img_size for row in rows}) > 1:
-        plot_resolutions(rows, args.output / 'validate.png')
+        draw_resolutions(rows, args.output / 'validate.png')
     console.print(f'Results are in {args.output}/')
 
 
