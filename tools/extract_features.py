@@ -1,11 +1,11 @@
 """Features of a folder of images, or of a list of them: pooled vectors and maps of any stage or block.
 
-Images have the model's own size or --img-size, or with --native their own; --tile takes ones larger than memory apart.
-Every image that is done stays done: the same command goes on after a kill. `features/store.py` says what is written;
-tools/evaluate_features.py evaluates it.
+Images have the size of the model or --img-size, or with --native their own; --tile cuts them into tiles.
+The same command continues after an interruption. `features/store.py` describes the output; `vmamba knn` evaluates it.
 
     vmamba extract images/ --model vmamba_t
     vmamba extract images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
+    vmamba extract images/ --checkpoint runs/finetune/best.pt
     vmamba extract images/ --model vmamba_t --features stages.3 --native --format safetensors
     vmamba extract slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
 """
@@ -41,16 +41,16 @@ from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 from vmamba.tools.weights import (
-    SPEC_HELP,
     add_model_options,
     add_precision_option,
+    add_spec_options,
     amp_dtype,
     any_size_args,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
+    spec_of,
 )
 
 
@@ -64,6 +64,7 @@ class Extraction:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
+        args.model = spec_of(args.model, args.checkpoint)
         self.paths = find_images(args.images, arrays=args.native, without=args.output)
         anysize = any_size_args(args.model.name) if args.native else {}
         model = load_model(args.model, args, num_classes=0, **anysize)
@@ -216,22 +217,22 @@ def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = '\n'.join(__doc__.splitlines()[6:])
+    examples = __doc__.partition('\n\n    ')[2]
     parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
-    parser.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    add_spec_options(parser)
     parser.add_argument(
         '--features', nargs='+', default=[POOLED], help='pooled, and maps: stages.2, blocks.11 or their indices'
     )
     parser.add_argument('--norm', action='store_true', help='apply the final norm to the maps, where the model can')
-    parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to go on with')
+    parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to continue')
     parser.add_argument('--format', choices=FORMATS, default='npy', help='npy: memory-mapped; others: a file an image')
     parser.add_argument('--save-dtype', choices=('float32', 'float16'), default='float32', help='of what is written')
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
     parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
     parser.add_argument('--overlap', type=at_least(0), default=256, help='pixels around a tile that are computed, too')
-    parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
+    parser.add_argument('--overwrite', action='store_true', help='discard the features in the output')
     add_loader_options(parser)
     add_model_options(parser)
     add_precision_option(parser)

@@ -25,46 +25,37 @@ from vmamba.tools.weights import (
     Spec,
     add_model_options,
     add_precision_option,
+    add_spec_options,
     amp_dtype,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
-    training_of,
+    spec_of,
 )
 
 MOST_DRAWN = 50  # images in one picture
 STDIN = Path('-')
 
 
-def spec_of(args: argparse.Namespace) -> Spec:
+def weighted_spec(args: argparse.Namespace) -> Spec:
     """The model and its weights.
 
     Raises:
         UserError: If options contradict each other, or the model has no weights and random ones are not asked for.
     """
-    name, weights, _ = args.model or Spec('')
-    if args.checkpoint is not None:
-        if weights:
-            raise UserError(f'--model {args.model} and --checkpoint {args.checkpoint} both name weights')
-        weights = str(args.checkpoint)
-        if not args.checkpoint.is_file():
-            raise UserError(f'there is no checkpoint {weights}')
-    if not name:
-        name = training_of(Spec('', weights)).get('model') if weights else None
-        if name is None:
-            raise UserError(f'{weights or "no model"}: name the model by --model, such as --model vmamba_t')
-    if args.pretrained and weights or args.random_weights and (weights or args.pretrained):
+    spec = spec_of(args.model, args.checkpoint)
+    if args.pretrained and spec.weights or args.random_weights and (spec.weights or args.pretrained):
         raise UserError('--checkpoint, --pretrained and --random-weights exclude each other')
     if args.random_weights:
-        return Spec(name, 'untrained')
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split('.')[0]) else None
-    if weights == 'untrained' or cfg is not None and not weights and not cfg.has_weights:
+        return Spec(spec.name, 'untrained')
+    cfg = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name.split('.')[0]) else None
+    if spec.weights == 'untrained' or cfg is not None and not spec.weights and not cfg.has_weights:
         raise UserError(
-            f'{name} has no weights, so its predictions would be random: give --checkpoint FILE, or --random-weights'
+            f'{spec.name} has no weights, so its predictions would be random: give --checkpoint FILE, or '
+            '--random-weights'
         )
-    return Spec(name, weights)
+    return spec
 
 
 def find_all(sources: Sequence[Path]) -> List[Path]:
@@ -105,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the classes of every image, and draws them."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('PyTorch finds no GPU; leave out --device cuda')
-    spec = spec_of(args)
+    spec = weighted_spec(args)
     paths = find_all(args.images)
     if args.draw and len(paths) > MOST_DRAWN:
         raise UserError(f'--draw takes at most {MOST_DRAWN} images, got {len(paths)}')
@@ -142,8 +133,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'images', nargs='+', type=Path, help='files, folders, text files with a path a line, or - for such a list'
     )
-    parser.add_argument('--model', type=parse_spec, metavar='NAME[=FILE]', help="default: the checkpoint's")
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights, such as best.pt of `vmamba train`')
+    add_spec_options(parser)
     parser.add_argument('--pretrained', action='store_true', help='published weights, which are the default')
     parser.add_argument('--random-weights', action='store_true', help='predict without weights, for a try')
     parser.add_argument('--top', type=positive, default=5, help='classes to name')

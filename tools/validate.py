@@ -3,6 +3,7 @@
 Each model preprocesses as its own configuration says. Writes validate.csv, and validate.png for several resolutions.
 
     vmamba validate imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
+    vmamba validate pets/val --checkpoint runs/finetune/best.pt
     vmamba validate imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
     vmamba validate imagenet/val --models vmamba_t --real-labels
     vmamba validate imagenetv2-matched-frequency --models vmamba_t
@@ -51,6 +52,7 @@ from vmamba.tools.weights import (
     load_model,
     own_size,
     parse_spec,
+    spec_of,
 )
 
 TOP = 5
@@ -129,12 +131,13 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    for spec in dict.fromkeys(args.models):
+    specs = [*args.models, *(spec_of(None, path) for path in args.checkpoint)]
+    if not specs:
+        raise UserError('no model: give --models NAME[=FILE], or --checkpoint FILE')
+    for spec in dict.fromkeys(specs):
         model = load_model(spec, args, **classes)
         if not model.num_classes:
-            raise UserError(
-                f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
-            )
+            raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
         labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
         for size in dict.fromkeys(args.img_size or [own_size(model)]):
             sized = at_size(model, size).to(args.device)
@@ -278,7 +281,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
     )
-    parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument('--models', nargs='+', type=parse_spec, default=[], metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument(
+        '--checkpoint', nargs='+', type=Path, default=[], metavar='FILE', help='files of `vmamba train`, as more models'
+    )
     parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
     parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
     parser.add_argument(

@@ -45,15 +45,15 @@ from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_atomically, write_csv
 from vmamba.tools.user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
 from vmamba.tools.weights import (
-    SPEC_HELP,
     Spec,
     add_model_options,
+    add_spec_options,
     any_size_args,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
+    spec_of,
 )
 
 from vmamba.models.vim import Vim
@@ -242,7 +242,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     attention.add_argument('--channel', type=int, help='of this channel; default: the mean of all')
     attention.add_argument('--gamma', type=positive_float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
-        command.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+        add_spec_options(command)
         command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
         command.add_argument('--output', type=Path, default=Path('views'), help='folder of the pictures')
         add_loader_options(command)
@@ -256,6 +256,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     console = Console()
     with one_line_errors('visualize.py'):
+        args.model = spec_of(args.model, args.checkpoint)
         args.output.mkdir(parents=True, exist_ok=True)
         args.draw(args, console)
     console.print(f'Pictures are in {args.output}/')

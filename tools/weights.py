@@ -3,6 +3,7 @@
 import argparse
 import copy
 import math
+from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 import timm
@@ -17,7 +18,7 @@ from vmamba.models._pretrained import read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.models.vim import Vim
 
-SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for fresh ones'
+SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
 _PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
@@ -48,11 +49,38 @@ def parse_spec(text: str) -> Spec:
     return Spec(name, weights)
 
 
+def spec_of(model: Optional[Spec], checkpoint: Optional[Path]) -> Spec:
+    """The model that is named by the options --model and --checkpoint.
+
+    Raises:
+        UserError: If both name weights, or the model is not named, or there is no such file.
+    """
+    name, weights, _ = model or Spec('')
+    if checkpoint is not None:
+        if weights:
+            raise UserError(f'--model {model} and --checkpoint {checkpoint} both name weights')
+        weights = str(checkpoint)
+        if not checkpoint.is_file():
+            raise UserError(f'there is no checkpoint {weights}')
+    if not name:
+        name = training_of(Spec('', weights)).get('model') if weights else None
+        if name is None:
+            raise UserError(f'{weights or "no model"}: name the model by --model, such as --model vmamba_t')
+    return Spec(name, weights)
+
+
+def add_spec_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `spec_of` reads."""
+    help_text = f"{SPEC_HELP}; default: the checkpoint's"
+    parser.add_argument('--model', type=parse_spec, metavar='NAME[=FILE]', help=help_text)
+    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights, such as best.pt of `vmamba train`')
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
     group.add_argument('--model-args', type=_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
-    group.add_argument('--seed', type=int, default=0, help='of untrained weights')
+    group.add_argument('--seed', type=int, default=0, help='of random weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
     group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest'), help="default: the model's own")

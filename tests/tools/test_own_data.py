@@ -5,12 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from training_runs import image_folder, newest, signals_kept
-from vmamba.tools import predict, train
+from vmamba.tools import extract_features, predict, train, validate
 from vmamba.tools.training.config import Config, load_config
 from vmamba.tools.training.splits import load_datasets
 from vmamba.tools.user_errors import UserError
@@ -186,6 +187,18 @@ def test_predictions_name_the_classes_of_the_run(tuned, capsys):
     predict.main([str(image), '--checkpoint', str(tuned / 'best.pt'), '--workers', '0', '--device', 'cpu'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(image) and sorted(line.split()[-1] for line in lines[1:]) == ['cat', 'dog']
+
+
+def test_the_other_tools_take_the_file_of_a_run(tuned, tmp_path, capsys):
+    options = '--checkpoint', tuned / 'best.pt', '--workers', '0', '--device', 'cpu', '--output'
+    photos = Path(yaml.safe_load((tuned / 'config.yaml').read_text())['data_dir'])
+    validate.main([str(arg) for arg in (photos, *options, tmp_path / 'validate')])
+    assert 'vim_nano,' in (tmp_path / 'validate/validate.csv').read_text()
+    extract_features.main([str(arg) for arg in (photos, *options, tmp_path / 'features')])
+    assert np.load(tmp_path / 'features/pooled.npy').shape == (20, 32)
+    with pytest.raises(SystemExit):
+        validate.main([str(photos)])
+    assert 'no model: give --models NAME[=FILE], or --checkpoint FILE' in capsys.readouterr().err
 
 
 class FakeWandb:
