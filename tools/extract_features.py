@@ -126,7 +126,7 @@ class Extraction:
                     progress.advance(task, count)
         except torch.OutOfMemoryError as error:
             tiles = 'take --tile, or a smaller one, with another --output'
-            way_out = tiles if self.args.native else 'a smaller --batch-size goes on with the rest'
+            way_out = tiles if self.args.native else 'a smaller --batch-size continues with the rest'
             raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
             self.store.write_index(labels)
@@ -212,7 +212,7 @@ class Extraction:
 
 
 def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
-    """Names of the folders that images lie in; '' for those directly in the source."""
+    """Names of the images' folders; '' for those directly in the source."""
     return ['' if path.parent == source else path.parent.name for path in paths]
 
 

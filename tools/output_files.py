@@ -73,7 +73,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file lies until all of it is written."""
+    """The name of a file until all of it is written."""
     return path.with_name(f'.{path.name}.part')
 
 
@@ -108,7 +108,7 @@ def not_written(path: Path, error: BaseException) -> UserError:
 
 
 def cause_of(error: BaseException) -> str:
-    """What the system said, which PyTorch's writer hides behind an error of its own."""
+    """The system's message, which PyTorch's writer replaces by its own."""
     cause = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__

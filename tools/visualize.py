@@ -1,10 +1,10 @@
-"""Pictures of what a model looks at: effective receptive fields, and the "attention" of its scans.
+"""Pictures of what a model uses: effective receptive fields, and the "attention" of its scans.
 
 `erf` draws, for untrained weights and for the given ones, how much each pixel changes the centre of a feature map:
 
     E[p] = mean over images of sum_c |d (sum_k F[k, h // 2, w // 2]) / d x[c, p]|
 
-for the map F [d, h, w] of a stage or block and the normalised image x. Titles tell the sides of the squares around the
+for the map F [d, h, w] of a stage or block and the normalised image x. Titles give the sides of the squares around the
 centre that hold 20, 50 and 90 % of E.
 
 `attention` draws what a pixel i takes from the others along each route of SS2D, or each direction of Vim. A scan
@@ -147,7 +147,7 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
     height, width = image.shape[-2:]
     pixel = tuple(args.pixel) if args.pixel else (width // 2, height // 2)
     if not all(0 <= x < side for x, side in zip(pixel, (width, height))):
-        raise UserError(f'--pixel {pixel[0]} {pixel[1]} lies outside of the {width} x {height} image')
+        raise UserError(f'--pixel {pixel[0]} {pixel[1]} is outside of the {width} x {height} image')
     is_vim = isinstance(model, Vim)
     if args.class_token and not is_vim:
         raise UserError(f'--class-token is for Vim, {args.model.name} has none')

@@ -99,7 +99,7 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
 
-    A checkpoint of tools/train.py tells the model's arguments and how its images are preprocessed, which goes into the
+    A checkpoint of `vmamba train` holds the model's arguments, class names and preprocessing; the last goes into the
     model's `pretrained_cfg`.
 
     Args:

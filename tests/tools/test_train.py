@@ -266,7 +266,7 @@ def test_folders_that_do_not_fit(fails, tmp_path):
     assert 'different classes: dog, emu' in message(other)
     flat = image_folder(tmp_path / 'flat') / 'train'
     (flat / 'cat/0.png').rename(flat / '0.png')
-    assert f'{flat}/0.png lies in no class folder: expected {flat}/CLASS/IMAGE' in message(flat)
+    assert f'{flat}/0.png is in no class folder: expected {flat}/CLASS/IMAGE' in message(flat)
     assert 'there is no folder' in message(tmp_path / 'nowhere')
     (tmp_path / 'bare').mkdir()
     assert "has no 'train'; it has nothing" in message(tmp_path / 'bare')
@@ -376,7 +376,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--model-args', '{a: 1, a: 2}'], "'{a: 1, a: 2}' is not valid YAML: the key 'a' is there twice"),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
         (['--ema-warmup'], 'there is none: set ema_decay'),
-        (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
+        (['--shard'], 'shard distributes the weights over processes: start several by torchrun'),
         (['--shard', '--clip-grad', '1', '--clip-mode', 'agc'], 'clip_mode agc takes norms of whole rows'),
         (['--device', 'tpu'], "cannot run on device 'tpu'"),
     ],

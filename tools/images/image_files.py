@@ -15,7 +15,7 @@ _FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_fe
 def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
     """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
 
-    Links are followed. Folders of features that lie among the images are left out.
+    Links are followed. Folders of extracted features are left out.
 
     Args:
         source: Folder, text file with paths relative to its own folder, or one image.

@@ -101,7 +101,7 @@ def read_folder(
         found = [entry.path for entry in files if os.path.splitext(entry.name)[1].lower() in endings]
         if path == str(root):
             if found:
-                raise UserError(f'{found[0]} lies in no class folder: expected {root}/CLASS/IMAGE')
+                raise UserError(f'{found[0]} is in no class folder: expected {root}/CLASS/IMAGE')
         elif top or found or not folders:
             label = Path(path).relative_to(root).parts[0] if top else os.path.basename(path)
             images.setdefault(label, []).extend(found)

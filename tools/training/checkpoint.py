@@ -58,7 +58,7 @@ class Checkpoints:
         """The newest readable checkpoint; only tensors and plain values are unpickled.
 
         Args:
-            warn: Told of every broken one that is skipped.
+            warn: Called with a message for every broken one that is skipped.
 
         Returns:
             Its content and its path, or None if there is no checkpoint.

@@ -121,7 +121,7 @@ class StreamedData:
 
 
 class SyntheticData:
-    """The same random images, on the device already, time and again: what remains is the time of the model."""
+    """The same random images on the device for every batch, which leaves the time of the model alone."""
 
     def __init__(self, config: Config, data_config: Dict[str, Any], num_classes: int, runtime: Runtime) -> None:
         generator = torch.Generator().manual_seed(config.seed + runtime.rank)

@@ -41,7 +41,7 @@ class Trainer:
         data: Training batches.
         validation: Images to validate on, if there are any.
         facts: What it takes to evaluate the weights, of `setup.describe`.
-        report: Takes what there is to tell.
+        report: Shows and records the progress.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
         self.stop = StopRequest()
-        # The place of the next update, and what has been found up to it.
+        # The position of the next update, and the results up to it.
         self.update, self.epoch, self.position = 0, 0, 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, images, norms of gradients
         self.history: List[Dict[str, float]] = []
         self.best = -math.inf
 
     def run(self) -> None:
-        """Trains from the present place to the last epoch."""
+        """Trains from the current position to the last epoch."""
         while self.epoch < self.config.epochs:
             start, done = time.perf_counter(), self.update
             self._train_epoch()
@@ -120,7 +120,7 @@ class Trainer:
                 self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip().double()
-        # With loss scaling an infinite gradient is an ordinary event: the update is left out, and the scale halved.
+        # With loss scaling infinite gradients are expected: the update is skipped and the scale halved.
         self.sums[2] += norm if not self.scaler.is_enabled() else norm.nan_to_num(0, 0, 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -230,7 +230,7 @@ class Trainer:
         improved = score > self.best
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
-        # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
+        # Before the checkpoint, which marks the epoch as done: after a kill in between, both are repeated.
         if improved:
             self._save_best(row, averaged)
         self._save()
@@ -248,7 +248,7 @@ class Trainer:
         return {**state, **self.task.get_checkpoint_state(ema=True)} if self.task.has_ema() else state
 
     def _save_best(self, row: Dict[str, float], averaged: bool) -> None:
-        """Writes the weights that scored best, and only them, since whoever loads both takes the average."""
+        """Writes the weights that scored best, and no others: loaders of a file with both take the average."""
         weights = whole(self.task.get_checkpoint_state(ema=averaged))
         state = weights['state_dict_ema' if averaged else 'state_dict']
         if self.runtime.is_primary:
@@ -257,10 +257,10 @@ class Trainer:
                 self.report.say(f'best.pt has {"the moving average" if averaged else "the weights themselves"}')
 
     def _save(self, alone: bool = False) -> None:
-        """Writes a checkpoint, unless what it would hold is broken.
+        """Writes a checkpoint, unless losses or gradients are not finite.
 
         Args:
-            alone: The other processes are not here: estimate their losses by those of this one.
+            alone: The other processes do not take part: their losses are estimated by those of this one.
         """
         self._check_finite()
         sums = (
@@ -285,7 +285,7 @@ class Trainer:
         self.last_saved = self.checkpoints.save(state, self.update)
 
     def resume(self) -> bool:
-        """Goes to the place of the newest readable checkpoint; stays at the start, and says so, if there is none.
+        """Loads the newest readable checkpoint; starts a new run, with a message, if there is none.
 
         Raises:
             UserError: If the checkpoint belongs to another run.
@@ -307,7 +307,7 @@ class Trainer:
         return True
 
     def _data_facts(self) -> Dict[str, Any]:
-        """What tells other data from these."""
+        """What identifies the data of the run."""
         validated = len(self.validation) if self.validation else 0
         return {'images': len(self.data), 'validation images': validated, 'classes': self.facts['class_names']}
 

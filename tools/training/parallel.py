@@ -1,4 +1,4 @@
-"""How the processes of a run share the work: by copies of the model, or by shards of it (PyTorch's FSDP2)."""
+"""The model in several processes: copies of it (DDP) or shards of it (PyTorch's FSDP2)."""
 
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -38,11 +38,11 @@ class Copies:
         if runtime.world > 1:
             task.eval_model = task.get_eval_model()  # not the wrapper, which might wait for the others
             device_ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
-            # Gradients are averaged where they lie instead of being copied there and back.
+            # Gradients are averaged in place instead of being copied to buckets and back.
             task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
 
     def no_sync(self) -> AbstractContextManager:
-        """Gradients of what runs inside stay in this process until those of a later step are averaged."""
+        """Gradients computed inside are not averaged over the processes until a later step."""
         return self.task.no_sync()
 
     def eval_models(self) -> List[nn.Module]:
@@ -87,7 +87,7 @@ class Shards:
         self.model = task.get_trainable_module().to(memory_format=torch.contiguous_format)
         self.skeleton = _without_weights(self.model)
         mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-        self.group = dist.new_group(backend='gloo')  # for decisions, which so do not wait for the GPU
+        self.group = dist.new_group(backend='gloo')  # for decisions, so that they do not wait for the GPU
         for block in blocks_of(self.model):
             if config.compile:
                 block.compile()
@@ -99,7 +99,7 @@ class Shards:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients of what runs inside stay in this process until those of a later step are averaged."""
+        """Gradients computed inside are not averaged over the processes until a later step."""
         self.model.set_requires_gradient_sync(False)
         try:
             yield
@@ -149,16 +149,16 @@ Parallel = Union[Copies, Shards]
 
 
 def distribute(config: Config, task: TrainingTask, runtime: Runtime) -> Parallel:
-    """Compiles the model of a task if asked for, and shares it out; its parameters may be others afterwards."""
+    """Compiles the model of a task if asked for, and distributes it; its parameters may be replaced."""
     return (Shards if config.shard else Copies)(config, task, runtime)
 
 
 def check_sharding(config: Config, runtime: Runtime) -> None:
-    """Raises UserError if the model is to be sharded and cannot be."""
+    """Raises UserError if sharding is asked for and not possible."""
     if not config.shard:
         return
     if runtime.world == 1:
-        raise UserError('shard shares the weights out among processes: start several by torchrun, or leave it out')
+        raise UserError('shard distributes the weights over processes: start several by torchrun, or leave it out')
     check_version(runtime.device.type)
 
 

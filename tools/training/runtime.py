@@ -88,5 +88,5 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
     def exit(self, number: int) -> None:
-        """Ends the process with the status that a signal stands for."""
+        """Ends the process with the exit status of a signal."""
         os._exit(128 + number)  # waiting for the others would take as long as they wait for this one

@@ -126,7 +126,7 @@ def describe(
         config: Settings.
         data_config: Of `data_config_of`.
         num_classes: Of the model.
-        classes: Index of every class, where the data tells.
+        classes: Index of every class, if the data has names.
     """
     kept = {key: data_config[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
     return dict(
