@@ -138,7 +138,10 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
         model = load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
-        labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
+        known = class_map
+        if class_map is None and model.class_names and len(model.class_names) == model.num_classes:
+            known = {label: index for index, label in enumerate(model.class_names)}
+        labels = [folder_labels(folder, model.num_classes, known, args) for folder in folders]
         for size in dict.fromkeys(args.img_size or [own_size(model)]):
             sized = at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):

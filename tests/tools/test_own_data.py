@@ -1,5 +1,6 @@
 """Own images: folders without splits and CSV files, from fine-tuning to the model that it leaves."""
 
+import csv
 import os
 import shutil
 import sys
@@ -196,6 +197,20 @@ def test_the_other_tools_take_the_file_of_a_run(tuned, tmp_path, capsys):
     assert 'vim_nano,' in (tmp_path / 'validate/validate.csv').read_text()
     extract_features.main([str(arg) for arg in (photos, *options, tmp_path / 'features')])
     assert np.load(tmp_path / 'features/pooled.npy').shape == (20, 32)
+    dogs = tmp_path / 'dogs'
+    shutil.copytree(photos / 'dog', dogs / 'dog')  # the second class, which here is the only one
+    scores = []
+    for name in ('dog', 'cat'):
+        (dogs / 'dog').rename(dogs / name)
+        validate.main([str(arg) for arg in (dogs, *options, tmp_path / name)])
+        (row,) = csv.DictReader((tmp_path / name / 'validate.csv').open())
+        scores.append(float(row['top1']))
+        (dogs / name).rename(dogs / 'dog')
+    assert sum(scores) == pytest.approx(100)
+    (dogs / 'dog').rename(dogs / 'cow')
+    with pytest.raises(SystemExit):
+        validate.main([str(arg) for arg in (dogs, *options, tmp_path / 'cows')])
+    assert "has none of the model's 2 classes for the folders cow" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         validate.main([str(photos)])
     assert 'no model: give --models NAME[=FILE], or --checkpoint FILE' in capsys.readouterr().err

@@ -221,8 +221,8 @@ def class_indices(
         unknown = [label for label in classes if class_map.get(label, num_classes) >= num_classes]
         if unknown:
             raise UserError(
-                f"{name}: the class map gives none of the model's {num_classes} classes to the folders "
-                f'{", ".join(unknown[:_NAMES_SHOWN])}'
+                f"{name}: the class map or the checkpoint has none of the model's {num_classes} classes for the "
+                f'folders {", ".join(unknown[:_NAMES_SHOWN])}'
             )
         return [class_map[label] for label in classes]
     if len(classes) != num_classes:
