@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -85,16 +85,6 @@ def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
     return {f'{args.neighbours}-NN': knn, 'linear probe': probe}
 
 
-def splits(train: Labelled, test: Optional[Labelled], folds: int, seed: int) -> Iterator[Tuple[Labelled, Labelled]]:
-    """(train, test) as given, or the folds of cross-validation."""
-    if test is not None:
-        yield train, test
-        return
-    features, labels = train
-    for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
-        yield (features[fitted], labels[fitted]), (features[held_out], labels[held_out])
-
-
 def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -> None:
     """Raises UserError where the classes do not allow what is asked for."""
     names, counts = np.unique(train[1], return_counts=True)
@@ -123,15 +113,16 @@ def evaluate(args: argparse.Namespace) -> Iterator[Row]:
         test = load(args.test, name) if args.test else None
         check(train, test, args)
         for label, classifier in classifiers(args).items():
-            found = [
-                100 * classifier.fit(*fitted).score(*held_out)
-                for fitted, held_out in splits(train, test, args.folds, args.seed)
-            ]
+            if test:
+                found = [classifier.fit(*train).score(*test)]
+            else:
+                folds = StratifiedKFold(args.folds, shuffle=True, random_state=args.seed)
+                found = cross_val_score(classifier, *train, cv=folds, error_score='raise')
             yield Row(
                 feature=name,
                 classifier=label,
-                accuracy=float(np.mean(found)),
-                spread=float(np.std(found)) if test is None else None,
+                accuracy=100 * float(np.mean(found)),
+                spread=100 * float(np.std(found)) if test is None else None,
                 folds=args.folds if test is None else None,
                 train_images=len(train[1]),
                 test_images=len(test[1]) if test is not None else len(train[1]),

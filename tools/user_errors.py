@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -23,7 +24,9 @@ def one_line_errors(tool: str) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, ImportError) as error:
-        print(f'{program(tool)}: error: {describe(error)}', file=sys.stderr)
+        rank = os.environ.get('RANK')  # of torchrun's processes
+        place = f' [process {rank}]' if rank else ''
+        print(f'{program(tool)}: error:{place} {describe(error)}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
