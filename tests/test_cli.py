@@ -62,7 +62,7 @@ def test_an_unknown_command_is_one_line(run, arguments, message):
         ('rich', 'validate', ('validate', '.', '--models', 'vmamba_nano=untrained'), 'tools'),
         (
             'matplotlib',
-            'figures.prediction_figure',
+            'figures.plots',
             ('predict', '.', '--model', 'vmamba_nano', '--random-weights', '--draw', 'out.png'),
             'tools',
         ),

@@ -1,4 +1,4 @@
-"""How well features tell classes apart: nearest neighbours and a linear probe, by scikit-learn.
+"""How well features separate classes: nearest neighbours and a linear probe, by scikit-learn.
 
 The classes are the class folders of the images. With --test the classifiers are fitted to the first features and tested
 on those; without, by stratified cross-validation. Maps are averaged over their pixels. Writes a CSV file.
@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -49,14 +49,14 @@ def load(folder: Path, name: str) -> Labelled:
     """The features of all images that are done, and the names of their class folders.
 
     Raises:
-        UserError: If there are none, or images lie outside of class folders.
+        UserError: If there are none, or images are outside of class folders.
     """
     index = [row for row in read_index(folder) if row['state'] == 'done']
     if not index:
         raise UserError(f'{folder} holds no finished features')
     outside = [row['image'] for row in index if not row['label']]
     if outside:
-        raise UserError(f'{folder}: {outside[0]} lies in no class folder, so that it has no class')
+        raise UserError(f'{folder}: {outside[0]} lies in no class folder, so it has no class')
     features = read_features(folder, name, [int(row['row']) for row in index])
     vectors = np.stack([f if f.ndim == 1 else f.mean(axis=(-2, -1), dtype=np.float32) for f in features])
     return vectors.astype(np.float32), np.array([row['label'] for row in index])
@@ -68,7 +68,7 @@ def left_out(folder: Path) -> str:
     counts = {state: states.count(state) for state in ('todo', 'unreadable') if state in states}
     if not counts:
         return ''
-    way_out = '; extract_features.py goes on with them' if 'todo' in counts else ''
+    way_out = '; `vmamba extract` continues with them' if 'todo' in counts else ''
     parts = ', '.join(f'{count} {state}' for state, count in counts.items())
     return f'{folder}: {sum(counts.values())} of {len(states)} images left out: {parts}{way_out}'
 
@@ -83,16 +83,6 @@ def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
         probe = GridSearchCV(probe, {'logisticregression__C': args.C}, cv=3)
     knn = KNeighborsClassifier(args.neighbours, metric='cosine', weights='distance')
     return {f'{args.neighbours}-NN': knn, 'linear probe': probe}
-
-
-def splits(train: Labelled, test: Optional[Labelled], folds: int, seed: int) -> Iterator[Tuple[Labelled, Labelled]]:
-    """(train, test) as given, or the folds of cross-validation."""
-    if test is not None:
-        yield train, test
-        return
-    features, labels = train
-    for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
-        yield (features[fitted], labels[fitted]), (features[held_out], labels[held_out])
 
 
 def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -> None:
@@ -123,15 +113,16 @@ def evaluate(args: argparse.Namespace) -> Iterator[Row]:
         test = load(args.test, name) if args.test else None
         check(train, test, args)
         for label, classifier in classifiers(args).items():
-            found = [
-                100 * classifier.fit(*fitted).score(*held_out)
-                for fitted, held_out in splits(train, test, args.folds, args.seed)
-            ]
+            if test:
+                found = [classifier.fit(*train).score(*test)]
+            else:
+                folds = StratifiedKFold(args.folds, shuffle=True, random_state=args.seed)
+                found = cross_val_score(classifier, *train, cv=folds, error_score='raise')
             yield Row(
                 feature=name,
                 classifier=label,
-                accuracy=float(np.mean(found)),
-                spread=float(np.std(found)) if test is None else None,
+                accuracy=100 * float(np.mean(found)),
+                spread=100 * float(np.std(found)) if test is None else None,
                 folds=args.folds if test is None else None,
                 train_images=len(train[1]),
                 test_images=len(test[1]) if test is not None else len(train[1]),
@@ -163,7 +154,7 @@ def report(rows: Sequence[Row], output: Path, console: Console) -> None:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     examples = '\n'.join(__doc__.splitlines()[5:])
     parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
-    parser.add_argument('train', type=Path, help='features, as extract_features.py writes them')
+    parser.add_argument('train', type=Path, help='folder that `vmamba extract` wrote')
     parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
     parser.add_argument('--features', nargs='+', help='names; default: all')
     parser.add_argument('--neighbours', type=positive, default=20)

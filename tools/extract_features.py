@@ -1,11 +1,11 @@
 """Features of a folder of images, or of a list of them: pooled vectors and maps of any stage or block.
 
-Images have the model's own size or --img-size, or with --native their own; --tile takes ones larger than memory apart.
-Every image that is done stays done: the same command goes on after a kill. `features/store.py` says what is written;
-tools/evaluate_features.py evaluates it.
+Images have the size of the model or --img-size, or with --native their own; --tile cuts them into tiles.
+The same command continues after an interruption. `features/store.py` describes the output; `vmamba knn` evaluates it.
 
     vmamba extract images/ --model vmamba_t
     vmamba extract images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
+    vmamba extract images/ --checkpoint runs/finetune/best.pt
     vmamba extract images/ --model vmamba_t --features stages.3 --native --format safetensors
     vmamba extract slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
 """
@@ -35,27 +35,22 @@ from vmamba.tools.features.maps import (
     tiled_maps,
 )
 from vmamba.tools.features.store import FORMATS, Files, Store, Table
+from vmamba.tools.images.batches import add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
-from vmamba.tools.images.image_files import (
-    UNREADABLE,
-    Unreadable,
-    add_loader_options,
-    find_images,
-    make_loader,
-)
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 from vmamba.tools.weights import (
-    SPEC_HELP,
     add_model_options,
     add_precision_option,
+    add_spec_options,
     amp_dtype,
     any_size_args,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
+    spec_of,
 )
 
 
@@ -69,6 +64,7 @@ class Extraction:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
+        args.model = spec_of(args.model, args.checkpoint)
         self.paths = find_images(args.images, arrays=args.native, without=args.output)
         anysize = any_size_args(args.model.name) if args.native else {}
         model = load_model(args.model, args, num_classes=0, **anysize)
@@ -82,7 +78,7 @@ class Extraction:
         self.config = data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
         self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
-        self.unreadable = Unreadable(args.skip_bad_images)
+        self.samples = load_images(self.paths, self.config, args).samples
         self.pixels = 0
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
@@ -130,27 +126,24 @@ class Extraction:
                     progress.advance(task, count)
         except torch.OutOfMemoryError as error:
             tiles = 'take --tile, or a smaller one, with another --output'
-            way_out = tiles if self.args.native else 'a smaller --batch-size goes on with the rest'
+            way_out = tiles if self.args.native else 'a smaller --batch-size continues with the rest'
             raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
             self.store.write_index(labels)
-        self._report(len(todo) - len(self.unreadable.paths), time.perf_counter() - start)
+        self._report(len(todo) - int(self.samples.bad.sum()), time.perf_counter() - start)
 
     def _batches(self, todo: List[int]) -> Iterator[int]:
-        """Images of one size, in batches; yields how many each had."""
-        if not todo:
-            return
-        for images, targets in make_loader([(self.paths[row], row) for row in todo], self.config, self.args):
-            rows, todo = np.array(todo[: len(images)]), todo[len(images) :]
-            readable = targets.numpy() != UNREADABLE
-            for row in rows[~readable]:
-                self._skip(int(row))
-            if readable.any():
-                features = extract(self.model, images[torch.from_numpy(readable)].to(self.args.device), self.wanted)
-                arrays = {name: self._array(values) for name, values in features.items()}
-                self._write(rows[readable].tolist(), arrays)
-                self.pixels += int(readable.sum()) * images.shape[-1] * images.shape[-2]
-            yield len(rows)
+        """Images of one size, in batches; yields how many of each could be read."""
+        images = load_images(self.paths, self.config, self.args, todo)
+        self.samples = images.samples
+        try:
+            for rows, batch, _ in images:
+                arrays = {n: self._array(values) for n, values in extract(self.model, batch, self.wanted).items()}
+                self._write(rows, arrays)
+                self.pixels += len(rows) * batch.shape[-1] * batch.shape[-2]
+                yield len(rows)
+        finally:
+            self.store.mark(self.samples.bad.nonzero().flatten().tolist(), feature_store.UNREADABLE)
 
     def _native(self, todo: List[int]) -> Iterator[int]:
         """Images one after another, at their own sizes; yields 1 for each."""
@@ -158,7 +151,9 @@ class Extraction:
             try:
                 pixels = read_pixels(self.paths[row], image_mode(self.config['input_size'][0]))
             except READ_ERRORS:
-                self._skip(row)
+                self.samples.bad[row] = True
+                self.store.mark([row], feature_store.UNREADABLE)
+                self.samples.check()
             else:
                 self._extract_native(row, pixels)
                 self.pixels += pixels.shape[0] * pixels.shape[1]
@@ -197,14 +192,11 @@ class Extraction:
                 arrays[name][...] = values[i]
             self.store.finish(row, arrays)
 
-    def _skip(self, row: int) -> None:
-        self.store.mark([row], feature_store.UNREADABLE)
-        self.unreadable.add(self.paths[row])
-
     def _report(self, images: int, seconds: float) -> None:
         """Prints what was done and writes run.json."""
-        if self.unreadable.paths:
-            self.console.print(self.unreadable.summary(), highlight=False, soft_wrap=True)
+        skipped = self.samples.report(absolute=True)
+        if skipped:
+            self.console.print(skipped, highlight=False, soft_wrap=True)
         figures = {
             'images': images,
             'seconds': seconds,
@@ -220,27 +212,27 @@ class Extraction:
 
 
 def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
-    """Names of the folders that images lie in; '' for those directly in the source."""
+    """Names of the images' folders; '' for those directly in the source."""
     return ['' if path.parent == source else path.parent.name for path in paths]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = '\n'.join(__doc__.splitlines()[6:])
+    examples = __doc__.partition('\n\n    ')[2]
     parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
-    parser.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    add_spec_options(parser)
     parser.add_argument(
         '--features', nargs='+', default=[POOLED], help='pooled, and maps: stages.2, blocks.11 or their indices'
     )
     parser.add_argument('--norm', action='store_true', help='apply the final norm to the maps, where the model can')
-    parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to go on with')
+    parser.add_argument('--output', type=Path, default=Path('features'), help='folder to write or to continue')
     parser.add_argument('--format', choices=FORMATS, default='npy', help='npy: memory-mapped; others: a file an image')
     parser.add_argument('--save-dtype', choices=('float32', 'float16'), default='float32', help='of what is written')
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     parser.add_argument('--native', action='store_true', help='images keep their sizes; one at a time')
     parser.add_argument('--tile', type=positive, help='side of tiles, for images larger than memory; implies --native')
     parser.add_argument('--overlap', type=at_least(0), default=256, help='pixels around a tile that are computed, too')
-    parser.add_argument('--overwrite', action='store_true', help='throw away the features in the output')
+    parser.add_argument('--overwrite', action='store_true', help='discard the features in the output')
     add_loader_options(parser)
     add_model_options(parser)
     add_precision_option(parser)

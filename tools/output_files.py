@@ -16,7 +16,6 @@ except ImportError:  # Windows, where folders are not locked
     fcntl = None
 
 LOCK = '.lock'  # file in a folder that a tool writes into
-_SHORT_WRITE = 'enforce fail at inline_container'  # DCP drops the error of the system that PyTorch's writer met
 
 
 def lock_folder(folder: Path, option: str = '--output') -> TextIO:
@@ -69,11 +68,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns an OSError into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise not_written(path, error) from error
+        raise UserError(f'cannot write {path}: {cause_of(error)}; what was saved before is intact') from error
 
 
 def part_of(path: Path) -> Path:
-    """Where a file lies until all of it is written."""
+    """The name of a file until all of it is written."""
     return path.with_name(f'.{path.name}.part')
 
 
@@ -102,20 +101,14 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f'cannot write {path}: {cause_of(error)}') from error
 
 
-def not_written(path: Path, error: BaseException) -> UserError:
-    """What to raise where a write failed."""
-    return UserError(f'cannot write {path}: {cause_of(error)}; what was saved before is intact')
-
-
 def cause_of(error: BaseException) -> str:
-    """What the system said, which PyTorch's writer hides behind an error of its own."""
+    """The system's message, which PyTorch's writer replaces by its own."""
     cause = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__
     if cause:
         return f'{cause.strerror}: {cause.filename}' if cause.filename else cause.strerror
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return 'the disk took only a part of it' if _SHORT_WRITE in text else text
+    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def sync_folder(path: Path) -> None:

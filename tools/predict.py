@@ -11,59 +11,51 @@ The images are preprocessed as the model's configuration says. The class names a
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from vmamba.tools.devices import pick_device
-from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from vmamba.tools.images.batches import Images, add_loader_options, load_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 from vmamba.tools.weights import (
     Spec,
     add_model_options,
     add_precision_option,
+    add_spec_options,
     amp_dtype,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
-    training_of,
+    spec_of,
 )
 
 MOST_DRAWN = 50  # images in one picture
 STDIN = Path('-')
 
 
-def spec_of(args: argparse.Namespace) -> Spec:
+def weighted_spec(args: argparse.Namespace) -> Spec:
     """The model and its weights.
 
     Raises:
         UserError: If options contradict each other, or the model has no weights and random ones are not asked for.
     """
-    name, weights, _ = args.model or Spec('')
-    if args.checkpoint is not None:
-        if weights:
-            raise UserError(f'--model {args.model} and --checkpoint {args.checkpoint} both name weights')
-        weights = str(args.checkpoint)
-        if not args.checkpoint.is_file():
-            raise UserError(f'there is no checkpoint {weights}')
-    if not name:
-        name = training_of(Spec('', weights)).get('model') if weights else None
-        if name is None:
-            raise UserError(f'{weights or "no model"}: name the model by --model, such as --model vmamba_t')
-    if args.pretrained and weights or args.random_weights and (weights or args.pretrained):
+    spec = spec_of(args.model, args.checkpoint)
+    if args.pretrained and spec.weights or args.random_weights and (spec.weights or args.pretrained):
         raise UserError('--checkpoint, --pretrained and --random-weights exclude each other')
     if args.random_weights:
-        return Spec(name, 'untrained')
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split('.')[0]) else None
-    if weights == 'untrained' or cfg is not None and not weights and not cfg.has_weights:
+        return Spec(spec.name, 'untrained')
+    cfg = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name.split('.')[0]) else None
+    if spec.weights == 'untrained' or cfg is not None and not spec.weights and not cfg.has_weights:
         raise UserError(
-            f'{name} has no weights, so its predictions would be random: give --checkpoint FILE, or --random-weights'
+            f'{spec.name} has no weights, so its predictions would be random: give --checkpoint FILE, or '
+            '--random-weights'
         )
-    return Spec(name, weights)
+    return spec
 
 
 def find_all(sources: Sequence[Path]) -> List[Path]:
@@ -80,10 +72,10 @@ def find_all(sources: Sequence[Path]) -> List[Path]:
     return paths
 
 
-def class_names(model: nn.Module, trained: Dict[str, Any]) -> List[str]:
+def class_names(model: nn.Module) -> List[str]:
     """Name of every class: those in the checkpoint, else ImageNet's where the number of classes is, else indices."""
-    if trained.get('class_names') and len(trained['class_names']) == model.num_classes:
-        return trained['class_names']
+    if model.class_names and len(model.class_names) == model.num_classes:
+        return model.class_names
     subset = infer_imagenet_subset(model)
     if subset is None:
         return [f'class {i}' for i in range(model.num_classes)]
@@ -91,33 +83,25 @@ def class_names(model: nn.Module, trained: Dict[str, Any]) -> List[str]:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def predict(
-    model: nn.Module, paths: Sequence[Path], config: Dict[str, Any], args: argparse.Namespace, unreadable: Unreadable
-) -> Iterator[Tuple[Path, Tensor]]:
-    """Every readable image and its probabilities [classes]."""
-    done = 0
-    for images, targets in make_loader([(path, 0) for path in paths], config, args):
-        dtype = amp_dtype(args)
+def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Iterator[Tuple[int, Tensor]]:
+    """The index of every readable image and its probabilities [classes]."""
+    dtype = amp_dtype(args)
+    for indices, batch, _ in images:
         with torch.inference_mode(), torch.autocast(args.device, dtype, enabled=dtype is not None):
-            logits = model(images.to(args.device))
-        for path, target, row in zip(paths[done:], targets, logits.float().softmax(-1).cpu()):
-            if target == UNREADABLE:
-                unreadable.add(path)
-            else:
-                yield path, row
-        done += len(targets)
+            logits = model(batch)
+        yield from zip(indices, logits.float().softmax(-1).cpu())
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the classes of every image, and draws them."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('PyTorch finds no GPU; leave out --device cuda')
-    spec = spec_of(args)
+    spec = weighted_spec(args)
     paths = find_all(args.images)
     if args.draw and len(paths) > MOST_DRAWN:
         raise UserError(f'--draw takes at most {MOST_DRAWN} images, got {len(paths)}')
     if args.draw:
-        from vmamba.tools.figures.prediction_figure import plot_predictions  # here: only this needs matplotlib
+        from vmamba.tools.figures.plots import plot_predictions  # here: only this needs matplotlib
     model = load_model(spec, args)
     if not model.num_classes:
         raise UserError(f'{spec} has no classifier; `vmamba extract` writes its features')
@@ -125,19 +109,19 @@ def run(args: argparse.Namespace) -> None:
         print('The weights are random: the predictions mean nothing.', file=sys.stderr)
     size = args.img_size or own_size(model)
     model, config = at_size(model, size).to(args.device), data_config(model, args, size)
-    names = class_names(model, training_of(spec))
-    if len(paths) <= args.batch_size:
-        args.workers = 0  # they would take longer to start than to read
-    unreadable = Unreadable(args.skip_bad_images)
+    names = class_names(model)
+    images = load_images(paths, config, args)
     predictions: List[Tuple[Path, List[Tuple[str, float]]]] = []
-    for path, probabilities in predict(model, paths, config, args, unreadable):
+    for number, probabilities in predict(model, images, args):
+        path = paths[number]
         values, indices = probabilities.topk(min(args.top, len(names)))
         found = [(names[index], value) for index, value in zip(indices.tolist(), values.tolist())]
         print(path, *(f'{value:8.2%}  {name}' for name, value in found), sep='\n')
         if args.draw:
             predictions.append((path, found))
-    if unreadable.paths:
-        print(unreadable.summary(), file=sys.stderr)
+    skipped = images.samples.report(absolute=True)
+    if skipped:
+        print(skipped, file=sys.stderr)
     if predictions:
         plot_predictions(predictions, args.draw)
         print(f'Wrote {args.draw}')
@@ -149,8 +133,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'images', nargs='+', type=Path, help='files, folders, text files with a path a line, or - for such a list'
     )
-    parser.add_argument('--model', type=parse_spec, metavar='NAME[=FILE]', help="default: the checkpoint's")
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights, such as best.pt of `vmamba train`')
+    add_spec_options(parser)
     parser.add_argument('--pretrained', action='store_true', help='published weights, which are the default')
     parser.add_argument('--random-weights', action='store_true', help='predict without weights, for a try')
     parser.add_argument('--top', type=positive, default=5, help='classes to name')

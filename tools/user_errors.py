@@ -1,7 +1,8 @@
-"""Errors that a person can correct: one line that says what is wrong and the way out, exit code 2, no traceback."""
+"""User errors: one line that says what is wrong and what to do, exit code 2, no traceback."""
 
 import argparse
 import math
+import os
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -11,19 +12,21 @@ _MM_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminalta
 
 
 class UserError(Exception):
-    """Something in what the person asked for; the message names the offending value and the way out."""
+    """An error in the input; the message names the offending value and what to do."""
 
 
 @contextmanager
 def one_line_errors(tool: str) -> Iterator[None]:
-    """Ends the process with code 2 and one line on what a person can correct, for the tool of this name.
+    """Prints user errors as one line and ends the process with code 2, for the tool of this name.
 
-    That is a UserError, an OSError or a missing package; other errors keep their traceback.
+    User errors are UserError, OSError and missing packages; other errors keep their traceback.
     """
     try:
         yield
     except (UserError, OSError, ImportError) as error:
-        print(f'{program(tool)}: error: {describe(error)}', file=sys.stderr)
+        rank = os.environ.get('RANK')  # of torchrun's processes
+        place = f' [process {rank}]' if rank else ''
+        print(f'{program(tool)}: error:{place} {describe(error)}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
@@ -68,7 +71,7 @@ def listed(names: Sequence[Any], most: int) -> str:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """'key 1, now 2; other 3, now 4' of what is not as it was, in the keys' order, or nothing."""
+    """'key 1, now 2; other 3, now 4' for the values that differ, sorted by key, or nothing."""
     return '; '.join(f'{key} {was.get(key)!r}, now {now[key]!r}' for key in sorted(now) if was.get(key) != now[key])
 
 

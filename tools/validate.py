@@ -3,6 +3,7 @@
 Each model preprocesses as its own configuration says. Writes validate.csv, and validate.png for several resolutions.
 
     vmamba validate imagenet/val --models vmamba_t vim_s=vim_s_midclstok_80p5acc.pth
+    vmamba validate pets/val --checkpoint runs/finetune/best.pt
     vmamba validate imagenet/val --models vmamba_t vim_t --img-size 224 288 384 512
     vmamba validate imagenet/val --models vmamba_t --real-labels
     vmamba validate imagenetv2-matched-frequency --models vmamba_t
@@ -14,20 +15,21 @@ import time
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, Optional, Sequence
+from statistics import mean
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 from vmamba.tools.devices import device_name, pick_device
-from vmamba.tools.figures.validate_figure import plot_resolutions
-from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
+from vmamba.tools.figures.plots import plot_resolutions
+from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
-    Folder,
+    LabelledFiles,
     class_indices,
     corruption_folders,
     folder_names,
@@ -50,10 +52,22 @@ from vmamba.tools.weights import (
     load_model,
     own_size,
     parse_spec,
+    spec_of,
 )
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal
+
+
+class Folder(NamedTuple):
+    """Labelled images under the name that the report shows."""
+
+    name: str
+    files: LabelledFiles
+
+    @property
+    def paths(self) -> List[Path]:
+        return [Path(path) for path, _ in self.files.samples]
 
 
 @dataclass
@@ -83,50 +97,51 @@ class Row:
     timm: str = timm.__version__
 
 
-def predict(
-    model: nn.Module, folder: Folder, config: dict, args: argparse.Namespace, unreadable: Unreadable, progress: Progress
-) -> np.ndarray:
-    """The model's first five classes of every image [n, 5], or as many as it has; rows of -1 for unreadable images."""
-    loader = make_loader(folder.samples, config, args)
-    task = progress.add_task(f'{folder.name} at {config["input_size"][-1]}', total=len(folder.samples))
-    predictions: List[np.ndarray] = []
-    for images, targets in loader:
-        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
-            logits = model(images.to(args.device))
-        top = logits.float().topk(min(TOP, logits.shape[-1])).indices.cpu().numpy()
-        for i in np.flatnonzero(targets.numpy() == UNREADABLE):
-            unreadable.add(folder.samples[sum(map(len, predictions)) + i][0])
-            top[i] = UNREADABLE
-        predictions.append(top)
-        progress.advance(task, len(top))
-    progress.remove_task(task)
-    return np.concatenate(predictions)
+def count_hits(
+    model: nn.Module, images: Images, labels: Tensor, args: argparse.Namespace, advance: Callable[[int], None]
+) -> Tuple[int, float, float]:
+    """Number of readable images with a label, top-1 and top-5 accuracy in %.
 
+    Args:
+        model: On the device.
+        images: Batches.
+        labels: Of all images, see `images.batches.hits`.
+        args: With the device and precision.
+        advance: Called with the number of images of each batch.
 
-def accuracies(predictions: np.ndarray, labels: Sequence[FrozenSet[int]]) -> tuple[int, float, float]:
-    """Images that count, top-1 and top-5 accuracy in %: a prediction is right if it is among an image's labels.
-
-    Unreadable images and those without labels do not count.
+    Raises:
+        UserError: If there is no such image.
     """
-    hits = np.array(
-        [[p in right for p in row] for row, right in zip(predictions, labels) if right and row[0] != UNREADABLE]
-    )
-    if not len(hits):
+    count, sums = 0, torch.zeros(2, dtype=torch.float64)
+    for indices, batch, _ in images:
+        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
+            logits = model(batch)
+        right = labels[indices]
+        labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
+        count += int(labelled.sum())
+        sums += hits(logits.float().cpu(), right)[labelled].double().sum(dim=0)
+        advance(len(indices))
+    if not count:
         raise UserError('no image can be read and has a label')
-    return len(hits), 100 * float(hits[:, 0].mean()), 100 * float(hits.any(axis=1).mean())
+    top1, top5 = (100 * sums / count).tolist()
+    return count, top1, top5
 
 
 def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Row]:
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    for spec in dict.fromkeys(args.models):
+    specs = [*args.models, *(spec_of(None, path) for path in args.checkpoint)]
+    if not specs:
+        raise UserError('no model: give --models NAME[=FILE], or --checkpoint FILE')
+    for spec in dict.fromkeys(specs):
         model = load_model(spec, args, **classes)
         if not model.num_classes:
-            raise UserError(
-                f'{spec} has no classifier, so there is no accuracy; tools/extract_features.py has features'
-            )
-        labels = [folder_labels(folder, model.num_classes, class_map, args) for folder in folders]
+            raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
+        known = class_map
+        if class_map is None and model.class_names and len(model.class_names) == model.num_classes:
+            known = {label: index for index, label in enumerate(model.class_names)}
+        labels = [folder_labels(folder, model.num_classes, known, args) for folder in folders]
         for size in dict.fromkeys(args.img_size or [own_size(model)]):
             sized = at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):
@@ -137,20 +152,22 @@ def measure(
     spec: Spec,
     model: nn.Module,
     folder: Folder,
-    labels: Sequence[FrozenSet[int]],
+    labels: Tensor,
     size: int,
     args: argparse.Namespace,
     progress: Progress,
 ) -> Row:
     """Measures a model that is ready for this size on a folder."""
     config = data_config(model, args, size)
-    unreadable = Unreadable(args.skip_bad_images)
+    images = load_images(folder.paths, config, args)
+    task = progress.add_task(f'{folder.name} at {size}', total=len(images))
     start = time.perf_counter()
-    predictions = predict(model, folder, config, args, unreadable, progress)
+    count, top1, top5 = count_hits(model, images, labels, args, lambda n: progress.advance(task, n))
     seconds = time.perf_counter() - start
-    if unreadable.paths:
-        progress.console.print(unreadable.summary(), highlight=False, soft_wrap=True)
-    images, top1, top5 = accuracies(predictions, labels)
+    progress.remove_task(task)
+    unreadable = int(images.samples.bad.sum())
+    if unreadable:
+        progress.console.print(images.samples.report(absolute=True), highlight=False, soft_wrap=True)
     figures = published(spec.name, size, model.num_classes)
     return Row(
         model=spec.name,
@@ -159,55 +176,47 @@ def measure(
         labels='folder' if args.real_labels is None else 'real',
         img_size=size,
         crop_pct=config['crop_pct'],
-        images=images,
-        unreadable=len(unreadable.paths),
+        images=count,
+        unreadable=unreadable,
         top1=top1,
         top5=top5,
         published_top1=figures.top1 if figures else None,
         published_top5=figures.top5 if figures else None,
-        images_per_second=len(predictions) / seconds,
+        images_per_second=len(images) / seconds,
         precision=args.precision,
         device=device_name(torch.device(args.device)),
     )
 
 
-def folder_labels(
-    folder: Folder, num_classes: int, class_map: Optional[dict], args: argparse.Namespace
-) -> List[FrozenSet[int]]:
-    """The right classes of every image."""
+def folder_labels(folder: Folder, num_classes: int, class_map: Optional[dict], args: argparse.Namespace) -> Tensor:
+    """The class of every image, or with ReaL labels whether each class is right."""
     if args.real_labels is not None:
         if num_classes != 1000:
             raise UserError(f"--real-labels are of ImageNet-1K's 1000 classes, the model has {num_classes}")
-        return read_real_labels(args.real_labels or None, [path for path, _ in folder.samples])
-    indices = class_indices(folder, num_classes, class_map)
-    return [frozenset([indices[label]]) for _, label in folder.samples]
+        return read_real_labels(args.real_labels or None, folder.paths)
+    indices = class_indices(folder.name, list(folder.files.class_to_idx), num_classes, class_map)
+    return torch.tensor([indices[label] for _, label in folder.files.samples])
+
+
+COLUMNS = {
+    **dict.fromkeys(('model', 'weights', 'data', 'labels', 'img_size', 'images'), '{}'),
+    **dict.fromkeys(('top1', 'top5', 'published_top1', 'published_top5'), '{:.2f}'),
+    'images_per_second': '{:.1f}',
+}
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Measured accuracies, with the published ones beside them."""
-    title = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
-    texts = {
-        'model': [row.model for row in rows],
-        'weights': [row.weights for row in rows],
-        'data': [row.data for row in rows],
-        'labels': [row.labels for row in rows],
-    }
-    numbers = {
-        'img_size': [str(row.img_size) for row in rows],
-        'images': [str(row.images) for row in rows],
-        'top-1': [f'{row.top1:.2f}' for row in rows],
-        'top-5': [f'{row.top5:.2f}' for row in rows],
-        'published top-1': [f'{row.published_top1:.2f}' if row.published_top1 else '' for row in rows],
-        'published top-5': [f'{row.published_top5:.2f}' if row.published_top5 else '' for row in rows],
-        'images/s': [f'{row.images_per_second:.1f}' for row in rows],
-    }
-    numbers = {name: column for name, column in numbers.items() if any(column)}
-    table = Table(title=title)
-    for name in texts:
-        table.add_column(name, overflow='fold')  # in a narrow terminal nothing is cut off
-    for name in numbers:
-        table.add_column(name.replace(' ', '\n'), justify='right', no_wrap=True)
-    for cells in zip(*texts.values(), *numbers.values()):
+    """Measured accuracies beside the published ones."""
+    table = Table(title='Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured')
+    columns = []
+    for name, form in COLUMNS.items():
+        values = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            is_text = isinstance(values[0], str)  # folded, so that nothing is cut off in a narrow terminal
+            style = dict(overflow='fold') if is_text else dict(justify='right', no_wrap=True)
+            table.add_column(name.replace('_', '\n').replace('top', 'top-'), **style)
+            columns.append(['' if value is None else form.format(value) for value in values])
+    for cells in zip(*columns):
         table.add_row(*cells)
     console.print(table)
 
@@ -219,33 +228,53 @@ def print_corruptions(rows: Sequence[Row], console: Console) -> None:
     """
     columns = ('model', Column('weights', overflow='fold'), 'img_size', 'corruption', 'mean top-1 error')
     table = Table(*columns, title='ImageNet-C, plain errors in %')
-    for model, weights, size in dict.fromkeys((row.model, row.weights, row.img_size) for row in rows):
-        errors: dict[str, List[float]] = {}
-        for row in rows:
-            if (row.model, row.weights, row.img_size) == (model, weights, size):
-                errors.setdefault(row.data.split('/')[-2], []).append(100 - row.top1)
-        means = {name: float(np.mean(found)) for name, found in errors.items()}
-        for name, mean in [*means.items(), (f'mean of {len(means)}', float(np.mean(list(means.values()))))]:
-            table.add_row(model, weights, str(size), name, f'{mean:.2f}')
+    for key, own in grouped(rows, lambda row: (row.model, row.weights, str(row.img_size))).items():
+        corruptions = grouped(own, lambda row: row.data.split('/')[-2])
+        means = {name: 100 - mean(row.top1 for row in found) for name, found in corruptions.items()}
+        for name, error in [*means.items(), (f'mean of {len(means)}', mean(means.values()))]:
+            table.add_row(*key, name, f'{error:.2f}')
     console.print(table)
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> Dict[Any, List[Row]]:
+    """The rows of each value of a key, in order."""
+    groups: Dict[Any, List[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def draw_resolutions(rows: Sequence[Row], path: Path) -> None:
+    """Draws a line for each model, named with its weights where several were measured, as the mean of the folders."""
+    runs = grouped(rows, lambda row: (row.model, row.weights))
+    models = [model for model, _ in runs]
+    lines, known = {}, {}
+    for (model, weights), own in runs.items():
+        label = model if models.count(model) == 1 else f'{model}, {weights}'
+        sizes = grouped(own, lambda row: row.img_size)
+        lines[label] = {size: mean(row.top1 for row in found) for size, found in sizes.items()}
+        known[label] = {row.img_size: row.published_top1 for row in own if row.published_top1 is not None}
+    plot_resolutions(lines, known, path)
 
 
 def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
     folders: List[Folder] = []
     for root, name in zip(args.folders, folder_names(args.folders)):
         if args.imagenet_c:
-            folders += [read_folder(path, path.relative_to(root).as_posix()) for path in corruption_folders(root)]
+            found = corruption_folders(root)
+            folders += [Folder(path.relative_to(root).as_posix(), read_folder(path, top=True)) for path in found]
         elif args.real_labels is not None:  # these go by the names of the images, however they lie
-            folders.append(Folder(name, [(path, 0) for path in find_images(root)], [], []))
+            folders.append(Folder(name, LabelledFiles([(str(path), 0) for path in find_images(root)], {}, root)))
         else:
-            folders.append(read_folder(root, name))
+            folders.append(Folder(name, read_folder(root, top=True)))
     twice = [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]
     if twice:
         raise UserError(f'{twice[0]} is there more than once; give folders that hold other images')
     for folder in folders:
-        if folder.empty:
-            names = ', '.join(folder.empty[:TOP])
-            console.print(f'{folder.name}: {len(folder.empty)} class folders without images: {names}', highlight=False)
+        empty = [Path(path).name for path in folder.files.empty]
+        if empty:
+            names = ', '.join(empty[:TOP])
+            console.print(f'{folder.name}: {len(empty)} class folders without images: {names}', highlight=False)
     return folders
 
 
@@ -255,7 +284,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
     )
-    parser.add_argument('--models', nargs='+', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument('--models', nargs='+', type=parse_spec, default=[], metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument(
+        '--checkpoint', nargs='+', type=Path, default=[], metavar='FILE', help='files of `vmamba train`, as more models'
+    )
     parser.add_argument('--num-classes', type=positive, help="default: those of the checkpoint's classifier")
     parser.add_argument('--img-size', nargs='+', type=positive, help="sides of the images; default: the model's own")
     parser.add_argument(
@@ -299,7 +331,7 @@ def report(rows: Sequence[Row], args: argparse.Namespace, console: Console) -> N
     if args.imagenet_c:
         print_corruptions(rows, console)
     if len({row.img_size for row in rows}) > 1:
-        plot_resolutions(rows, args.output / 'validate.png')
+        draw_resolutions(rows, args.output / 'validate.png')
     console.print(f'Results are in {args.output}/')
 
 

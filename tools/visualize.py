@@ -1,10 +1,10 @@
-"""Pictures of what a model looks at: effective receptive fields, and the "attention" of its scans.
+"""Pictures of what a model uses: effective receptive fields, and the "attention" of its scans.
 
 `erf` draws, for untrained weights and for the given ones, how much each pixel changes the centre of a feature map:
 
     E[p] = mean over images of sum_c |d (sum_k F[k, h // 2, w // 2]) / d x[c, p]|
 
-for the map F [d, h, w] of a stage or block and the normalised image x. Titles tell the sides of the squares around the
+for the map F [d, h, w] of a stage or block and the normalised image x. Titles give the sides of the squares around the
 centre that hold 20, 50 and 90 % of E.
 
 `attention` draws what a pixel i takes from the others along each route of SS2D, or each direction of Vim. A scan
@@ -39,26 +39,21 @@ from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_l
 from vmamba.tools.features.receptive_field import Field, receptive_fields
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
 from vmamba.tools.figures.view_figures import Layer, plot_attention, plot_receptive_fields
+from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image
-from vmamba.tools.images.image_files import (
-    UNREADABLE,
-    Unreadable,
-    add_loader_options,
-    find_images,
-    make_loader,
-)
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_atomically, write_csv
 from vmamba.tools.user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
 from vmamba.tools.weights import (
-    SPEC_HELP,
     Spec,
     add_model_options,
+    add_spec_options,
     any_size_args,
     at_size,
     data_config,
     load_model,
     own_size,
-    parse_spec,
+    spec_of,
 )
 
 from vmamba.models.vim import Vim
@@ -80,21 +75,9 @@ def spread(names: List[str], count: int) -> List[str]:
     return [names[round((i + 1) * len(names) / count) - 1] for i in range(count)] if len(names) > count else names
 
 
-def read_images(
-    paths: Sequence[Path], model: nn.Module, size: int, args: argparse.Namespace, unreadable: Unreadable
-) -> List[Tensor]:
+def read_images(images: Images) -> List[Tensor]:
     """Preprocessed images [1, C, H, W] on the device."""
-    images = []
-    loader = make_loader([(path, 0) for path in paths], data_config(model, args, size), args)
-    for batch, targets in loader:
-        for image, target in zip(batch, targets):
-            if target == UNREADABLE:
-                unreadable.add(paths[len(images) + len(unreadable.paths)])
-            else:
-                images.append(image[None].to(args.device))
-    if not images:
-        raise UserError('none of the images can be read')
-    return images
+    return [image[None] for _, batch, _ in images for image in batch]
 
 
 def read_whole(path: Path, model: nn.Module, size: int, args: argparse.Namespace) -> Tensor:
@@ -114,8 +97,8 @@ def read_whole(path: Path, model: nn.Module, size: int, args: argparse.Namespace
 def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     """Writes erf.png, erf.csv and erf.npz."""
     specs = list(dict.fromkeys([args.model.untrained(), args.model]))
-    unreadable = Unreadable(args.skip_bad_images)
     fields: Dict[str, Dict[str, Field]] = {}
+    batches: Optional[Images] = None
     images: List[Tensor] = []
     paths = find_images(args.images)[: args.count]
     with Progress(console=console, transient=True) as progress:
@@ -126,7 +109,8 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
             if POOLED in names:
                 raise UserError(f'{POOLED} features have no centre: name maps by --features')
             wanted = parse_wanted(model, names, norm=False)
-            images = images or read_images(paths, model, size, args, unreadable)
+            batches = batches or load_images(paths, data_config(model, args, size), args)
+            images = images or read_images(batches)
             fields[_label(spec, args)] = receptive_fields(model, images, wanted, lambda: progress.advance(task))
     title = f'{args.model.name}, effective receptive field at {size} x {size}, {len(images)} images'
     plot_receptive_fields(fields, title, args.output / 'erf.png')
@@ -139,8 +123,9 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
         for share, side in field.sides.items()
     ]
     write_csv(args.output / 'erf.csv', [('model', 'weights', 'feature', 'img_size', 'images', 'share', 'side'), *rows])
-    if unreadable.paths:
-        console.print(unreadable.summary(), highlight=False, soft_wrap=True)
+    skipped = batches.samples.report(absolute=True)
+    if skipped:
+        console.print(skipped, highlight=False, soft_wrap=True)
 
 
 def _label(spec: Spec, args: argparse.Namespace) -> str:
@@ -157,11 +142,12 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
     if args.whole:
         image = read_whole(paths[0], model, size, args)
     else:
-        (image,) = read_images(paths, model, size, args, Unreadable(skip=False))
+        args.skip_bad_images = False
+        (image,) = read_images(load_images(paths, data_config(model, args, size), args))
     height, width = image.shape[-2:]
     pixel = tuple(args.pixel) if args.pixel else (width // 2, height // 2)
     if not all(0 <= x < side for x, side in zip(pixel, (width, height))):
-        raise UserError(f'--pixel {pixel[0]} {pixel[1]} lies outside of the {width} x {height} image')
+        raise UserError(f'--pixel {pixel[0]} {pixel[1]} is outside of the {width} x {height} image')
     is_vim = isinstance(model, Vim)
     if args.class_token and not is_vim:
         raise UserError(f'--class-token is for Vim, {args.model.name} has none')
@@ -256,7 +242,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     attention.add_argument('--channel', type=int, help='of this channel; default: the mean of all')
     attention.add_argument('--gamma', type=positive_float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
-        command.add_argument('--model', type=parse_spec, required=True, metavar='NAME[=FILE]', help=SPEC_HELP)
+        add_spec_options(command)
         command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
         command.add_argument('--output', type=Path, default=Path('views'), help='folder of the pictures')
         add_loader_options(command)
@@ -270,6 +256,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     console = Console()
     with one_line_errors('visualize.py'):
+        args.model = spec_of(args.model, args.checkpoint)
         args.output.mkdir(parents=True, exist_ok=True)
         args.draw(args, console)
     console.print(f'Pictures are in {args.output}/')

@@ -3,22 +3,22 @@
 import argparse
 import copy
 import math
+from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from vmamba.tools.training.checkpoint import BROKEN
-from vmamba.tools.training.config import Config, parse_yaml
-from vmamba.tools.training.setup import data_config_of
+from vmamba.tools.training.config import parse_yaml
 from vmamba.tools.user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
-from vmamba.models._pretrained import read_checkpoint
+from vmamba.models._pretrained import read_checkpoint, read_file
+from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.models.vim import Vim
 
-SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for fresh ones'
+SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
 _PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
@@ -49,11 +49,38 @@ def parse_spec(text: str) -> Spec:
     return Spec(name, weights)
 
 
+def spec_of(model: Optional[Spec], checkpoint: Optional[Path]) -> Spec:
+    """The model that is named by the options --model and --checkpoint.
+
+    Raises:
+        UserError: If both name weights, or the model is not named, or there is no such file.
+    """
+    name, weights, _ = model or Spec('')
+    if checkpoint is not None:
+        if weights:
+            raise UserError(f'--model {model} and --checkpoint {checkpoint} both name weights')
+        weights = str(checkpoint)
+        if not checkpoint.is_file():
+            raise UserError(f'there is no checkpoint {weights}')
+    if not name:
+        name = training_of(Spec('', weights)).get('model') if weights else None
+        if name is None:
+            raise UserError(f'{weights or "no model"}: name the model by --model, such as --model vmamba_t')
+    return Spec(name, weights)
+
+
+def add_spec_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `spec_of` reads."""
+    help_text = f"{SPEC_HELP}; default: the checkpoint's"
+    parser.add_argument('--model', type=parse_spec, metavar='NAME[=FILE]', help=help_text)
+    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights, such as best.pt of `vmamba train`')
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
     group.add_argument('--model-args', type=_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
-    group.add_argument('--seed', type=int, default=0, help='of untrained weights')
+    group.add_argument('--seed', type=int, default=0, help='of random weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
     group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest'), help="default: the model's own")
@@ -72,7 +99,7 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
 
-    A checkpoint of tools/train.py tells the model's arguments and how its images are preprocessed, which goes into the
+    A checkpoint of `vmamba train` holds the model's arguments, class names and preprocessing; the last goes into the
     model's `pretrained_cfg`.
 
     Args:
@@ -86,56 +113,36 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
     trained = training_of(spec)
-    arguments = {**_trained_args(trained), **args.model_args, **extra}
+    arguments = {**(model_args(trained) if trained else {}), **args.model_args, **extra}
     torch.manual_seed(args.seed)
     try:
         model = timm.create_model(spec.name, **_weight_args(spec, arguments)).eval()
     except _EXPECTED as error:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
-    model.pretrained_cfg = {**model.pretrained_cfg, **_preprocessing(model, arguments.get('in_chans', 3), trained)}
+    set_preprocessing(model, trained, arguments.get('in_chans', 3))
+    model.class_names = trained.get('class_names')
     return model
 
 
 def training_of(spec: Spec) -> Dict[str, Any]:
-    """The configuration in a checkpoint of tools/train.py; nothing for all other weights.
+    """What a checkpoint of `vmamba train` says of its model; empty for all other weights.
 
     Without a name in the spec, the checkpoint may be of any model.
 
     Raises:
-        UserError: If the checkpoint is of another model.
+        UserError: If the checkpoint is of another model, or cannot be read.
     """
+    path = spec.like or spec.weights
+    if not path or path == 'untrained':
+        return {}
     try:
-        content = torch.load(spec.like or spec.weights, map_location='cpu', weights_only=True, mmap=True)
-        config = content['config']
-        model, _, _ = config['model'], config['model_args'], config['in_chans']
-    except (*BROKEN, TypeError):  # no file, or not one of train.py's: `read_checkpoint` judges it
-        return {}
-    if spec.name and model.split('.')[0] != spec.name.split('.')[0]:
-        raise UserError(f'{spec}: the checkpoint is of {model}: give {model}={spec.like or spec.weights}')
-    return config
-
-
-def _trained_args(trained: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments with which tools/train.py built a model."""
-    if not trained:
-        return {}
-    sized = trained.get('img_size') and timm.get_pretrained_cfg(trained['model']).fixed_input_size
-    size = {'img_size': trained['img_size']} if sized else {}
-    return {'in_chans': trained['in_chans'], **size, **trained['model_args']}
-
-
-def _preprocessing(model: nn.Module, chans: int, trained: Dict[str, Any]) -> Dict[str, Any]:
-    """How tools/train.py preprocesses a model's images to validate: by the checkpoint's word, else by the same rules.
-
-    So one model is never normalised in two ways.
-    """
-    config = Config(in_chans=chans, img_size=trained.get('img_size'), crop_pct=trained.get('crop_pct'))
-    rules = data_config_of(config, model)
-    if 'mean' not in trained or chans != trained['in_chans']:
-        return rules
-    said = {key: trained[key] for key in ('interpolation', 'crop_mode') if key in trained}
-    return {**rules, **said, 'mean': tuple(trained['mean']), 'std': tuple(trained['std'])}
+        facts = run_facts(read_file(path))
+    except _EXPECTED as error:
+        raise UserError(f'{spec}: {error}') from error
+    if spec.name and facts and facts['model'].split('.')[0] != spec.name.split('.')[0]:
+        raise UserError(f'{spec}: the checkpoint is of {facts["model"]}: give {facts["model"]}={path}')
+    return facts
 
 
 def _model_args(text: str) -> Dict[str, Any]:

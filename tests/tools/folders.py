@@ -1,10 +1,10 @@
 """Tiny folders of real images for the tests of the tools, a disk that is full, and a folder that is in use."""
 
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from skimage import data
 from sklearn.datasets import load_digits
+from vmamba.tools.output_files import lock_folder
+from vmamba.tools.user_errors import UserError
 
 
 def write_digits(root: Path, per_class: int, classes: int = 10, start: int = 0) -> Path:
@@ -34,31 +36,35 @@ def write_photographs(root: Path, height: int = 70, width: int = 100) -> Path:
     return root
 
 
-LOCKING = """
-import os, sys, time
-from pathlib import Path
-from vmamba.tools.output_files import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    child = os.fork()  # as a loading process
-    if child:
-        print(child, flush=True)
-    time.sleep(60)
-"""
+def _hold(folder, answer):
+    """Locks a folder and starts a child, as a loading process; answers with its id, or with the error."""
+    try:
+        with lock_folder(folder):
+            child = os.fork()
+            if child:
+                answer.send(child)
+            time.sleep(60)
+    except UserError as error:
+        answer.send(str(error))
 
 
 @contextmanager
 def in_use(folder):
     """Another process, which has locked a folder and started a child; ends without cleaning up, before its child."""
-    command = [sys.executable, '-c', LOCKING, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        child = process.stdout.readline()
-        if not child:
-            raise ChildProcessError(process.stderr.read())
-        try:
-            yield process
-        finally:
-            process.kill()
-            os.kill(int(child), signal.SIGKILL)
+    context = multiprocessing.get_context('fork')  # importing the library again would take seconds
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_hold, args=(folder, sender))
+    process.start()
+    child = receiver.recv()
+    try:
+        if isinstance(child, str):
+            raise ChildProcessError(child)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        if not isinstance(child, str):
+            os.kill(child, signal.SIGKILL)
 
 
 @contextmanager

@@ -248,7 +248,7 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
         common = images, *NANO, *options, '--output', tmp_path / f'f{len(options)}'
         assert str(broken) in failure(capsys, *common)
         run(*common, '--skip-bad-images')
-        assert f'1 unreadable image left out: {broken}' in capsys.readouterr().out.replace('\n', '')
+        assert f'skipped 1 unreadable image(s): {broken}' in capsys.readouterr().out.replace('\n', '')
         assert [row['state'] for row in read_index(common[-1])] == ['done', 'unreadable', 'done']
 
 

@@ -6,13 +6,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import ImageFolder
+from vmamba.tools.images.batches import SKIPPED, Samples
 from vmamba.tools.images.decoding import read_image, read_pixels, to_mode
-from vmamba.tools.images.image_files import Unreadable, find_images
+from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
-    FolderReader,
-    TorchFolder,
+    LabelledFiles,
     corruption_folders,
     folder_names,
     read_folder,
@@ -44,8 +45,10 @@ def test_pixels_of_an_unknown_range_are_unreadable_and_say_so(tmp_path, dtype):
     path = save(tmp_path / 'depth.tif', Image.fromarray(SHADES.astype(dtype)))
     with pytest.raises(ValueError, match='32 bits'):
         read_image(path)
+    samples = Samples(ImageDataset('', reader=LabelledFiles([(str(path), 0)], {}, tmp_path)), lambda x: x, 'RGB', False)
+    assert samples[0][1] == SKIPPED
     with pytest.raises(UserError, match=r'depth.tif \(its pixels have 32 bits .*--skip-bad-images'):
-        Unreadable(skip=False).add(path)
+        samples.check()
 
 
 def test_other_modes_become_what_pillow_makes_of_them():
@@ -97,15 +100,16 @@ def add_loops(classes):
 
 
 def test_each_folder_is_read_once_whatever_links_lead_to_it(classes):
-    found, folder = find_images(classes), read_folder(classes, 'val')
+    found, folder = find_images(classes), read_folder(classes, top=True)
+    names = list(folder.class_to_idx)
     assert len(found) == 7
-    assert [(path.name, folder.classes[label]) for path, label in folder.samples] == [
+    assert [(path.rpartition('/')[2], names[label]) for path, label in folder.samples] == [
         *(('a.png', '1'), ('g.png', '1'), ('b.png', '2'), ('c.png', '2')),
         *(('d.png', '10'), ('e.png', '10'), ('f.webp', 'x')),
     ]
     add_loops(classes)
     assert find_images(classes) == found
-    assert read_folder(classes, 'val') == folder
+    assert read_folder(classes, top=True).samples == folder.samples
 
 
 def test_two_links_to_one_folder_count_once(tmp_path):
@@ -119,16 +123,15 @@ def test_two_links_to_one_folder_count_once(tmp_path):
 def test_training_reads_folders_as_the_libraries_do_but_without_loops(classes):
     theirs, torch_theirs = ReaderImageFolder(str(classes)), ImageFolder(str(classes))
     options = dict(class_map={'deep': 7, '10': 3}, input_key='.png')
-    assert FolderReader(str(classes), **options).samples == ReaderImageFolder(str(classes), **options).samples
+    assert read_folder(classes, **options).samples == ReaderImageFolder(str(classes), **options).samples
     add_loops(classes)
     (classes / 'all').unlink()  # which torchvision counts as a class
-    ours, torch_ours = FolderReader(str(classes)), TorchFolder(str(classes))
+    ours, torch_ours = read_folder(classes), read_folder(classes, top=True, key=str)
     assert (ours.samples, ours.class_to_idx) == (theirs.samples, theirs.class_to_idx)
     assert ours.filenames() == theirs.filenames()
     assert (torch_ours.samples, torch_ours.class_to_idx) == (torch_theirs.samples, torch_theirs.class_to_idx)
     (classes / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='no images in the class folders empty'):
-        TorchFolder(str(classes))
+    assert read_folder(classes).empty == read_folder(classes, top=True).empty == [str(classes / 'empty')]
 
 
 def test_corruptions_behind_a_loop_are_not_found_again(tmp_path):
@@ -158,7 +161,7 @@ def test_a_folder_without_images_names_the_endings(tmp_path):
     with pytest.raises(UserError, match=r'must end in \.png, \.jpg, .*\.webp$'):
         find_images(tmp_path)
     with pytest.raises(UserError, match=r'must end in \.png, \.jpg, .*\.webp$'):
-        read_folder(tmp_path, 'notes')
+        read_folder(tmp_path)
 
 
 def test_folders_of_one_name_are_called_by_their_paths(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ def test_a_folder_that_is_in_use_is_refused_until_its_process_ends(tmp_path):
                 lock_folder(folder, option)
             assert f'is writing into {folder}: wait until it ends, or choose another {option}' in str(error.value)
         process.kill()
-        process.wait()
+        process.join()
         lock_folder(folder).close()  # though a child of the process is still there
 
 

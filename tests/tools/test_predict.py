@@ -111,7 +111,7 @@ def test_batches_keep_the_order_and_bad_images_are_named(run, photographs, capsy
     assert list(found) == [str(photographs / name) for name in names]
     assert found[str(photographs / 'b3.png')] == found[str(photographs / 'astronaut.png')]
     assert found[str(photographs / 'deep/coffee.png')] != found[str(photographs / 'astronaut.png')]
-    assert f'1 unreadable image left out: {photographs}/b1.png' in error
+    assert f'skipped 1 unreadable image(s): {photographs}/b1.png' in error
 
 
 def test_the_picture_has_a_row_for_every_image(run, photographs, tmp_path):

@@ -152,7 +152,7 @@ def test_the_best_weights_are_the_average_only_where_it_scores_better(run, tmp_p
 
 def test_fine_tuning_without_weights_is_told(run, tmp_path):
     args = *SMALL, '--epochs', 1, '--layer-decay', 0.8, '--output', tmp_path
-    told = 'this run starts without weights: give --pretrained or --checkpoint FILE'
+    told = 'test_vit starts from random weights; to fine-tune, give --pretrained or --checkpoint FILE'
     assert told in run(*args)[1]
     assert told not in run(*args, '--resume', '--epochs', 2)[1]
 
@@ -160,10 +160,10 @@ def test_fine_tuning_without_weights_is_told(run, tmp_path):
 def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(run, fails, tmp_path):
     args = *SMALL, '--epochs', 1, '--output', tmp_path
     assert 'starting a new run' in run(*args, '--resume')[0]
-    assert '--resume goes on with it' in fails(*args)
+    assert '--resume continues it' in fails(*args)
     message = fails(*args, '--resume', '--weight-decay', 0.1)
     assert 'weight_decay 0.05, now 0.1; give what it had, or another --output' in message
-    assert 'images an update 32, now 16' in fails(*args, '--resume', '--batch-size', 16)
+    assert 'images per update 32, now 16' in fails(*args, '--resume', '--batch-size', 16)
     out, err, status = run(*args, '--resume', '--epochs', 2)
     assert 'resumed from' in out and status == 0, err
     assert [row['epoch'] for row in rows(tmp_path)] == [1, 2]
@@ -186,8 +186,8 @@ def test_a_run_that_ended_while_another_began_is_not_overwritten(fails, monkeypa
         (folder / 'checkpoint-00000005.pt').touch()
         return lock_folder(folder)
 
-    monkeypatch.setattr(train, 'lock_folder', lock)
-    assert 'holds a run already: --resume goes on with it' in fails(*SMALL, '--epochs', 1, '--output', tmp_path)
+    monkeypatch.setattr('vmamba.tools.training.run.lock_folder', lock)
+    assert 'holds a run already: --resume continues it' in fails(*SMALL, '--epochs', 1, '--output', tmp_path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(run, fails, tmp_path):
@@ -244,7 +244,7 @@ def test_unreadable_images_stop_a_run_or_are_counted(run, fails, tmp_path, worke
     args = *SMALL, '--data', '', '--data-dir', data, '--batch-size', 4, '--epochs', 1, '--workers', workers
     message = fails(*args, '--output', tmp_path / 'a')
     assert any(str(path) in message for path in broken[:2])
-    assert 'cannot be read as an image' in message and '--skip-bad-images' in message
+    assert 'cannot read the image' in message and '--skip-bad-images' in message
     out, err, status = run(*args, '--output', tmp_path / 'b', '--skip-bad-images')
     assert status == 0
     assert 'skipped 2 unreadable image(s): cat/2.png, dog/4.png' in err
@@ -264,8 +264,9 @@ def test_folders_that_do_not_fit(fails, tmp_path):
     other = image_folder(tmp_path / 'other')
     (other / 'validation/dog').rename(other / 'validation/emu')
     assert 'different classes: dog, emu' in message(other)
-    single = image_folder(tmp_path / 'single') / 'train'
-    assert f"{single} has no 'train'; it has cat, dog: --train-split names the folder in it" in message(single)
+    flat = image_folder(tmp_path / 'flat') / 'train'
+    (flat / 'cat/0.png').rename(flat / '0.png')
+    assert f'{flat}/0.png is in no class folder: expected {flat}/CLASS/IMAGE' in message(flat)
     assert 'there is no folder' in message(tmp_path / 'nowhere')
     (tmp_path / 'bare').mkdir()
     assert "has no 'train'; it has nothing" in message(tmp_path / 'bare')
@@ -351,20 +352,23 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--crop-pct', '0'], 'crop_pct must be above 0 and at most 1, got 0'),
         (['--scale', '[1.0, 0.5]'], 'scale must be two numbers, the lower first, got [1.0, 0.5]'),
         (['--warmup-epochs', '2'], 'warmup_epochs 2 must be below epochs 2'),
-        (['--data', 'hfd/foo'], 'for the folder data_dir; did you mean hfds/'),
+        (['--data', 'hfd/foo'], 'is neither a folder nor a CSV file, nor one of packaged/...'),
         (['--data', 'synthetik'], 'did you mean synthetic?'),
         (['--val-split', 'train'], "train_split and val_split are both 'train'"),
         (['--train-split', 'all'], "packaged/lfw has the images of both other splits in 'all'"),
         (['--data', 'packaged/mnist'], 'there are packaged/mnist5k, packaged/digits, packaged/lfw'),
         (['--train-split', 'test'], "packaged/lfw has no split 'test', only train, validation, all"),
-        (['--data', ''], 'no data: give --data-dir FOLDER'),
+        (['--data', ''], 'no data: give --data FOLDER, --data FILE.csv'),
         (['--num-classes', '1'], 'the data has 2 classes, num_classes is 1'),
         (['--mixup', '0.8'], 'need whole batches: set drop_last'),
         (['--mixup', '0.8', '--drop-last', '--batch-size', '3'], 'batch_size must be even, got 3'),
         (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
         (['--batch-size', '500', '--drop-last'], 'fewer images than an update of 500'),
         (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
-        (['--pretrained', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights: leave pretrained out'),
+        (
+            ['--pretrained', '--model', 'vmamba_nano'],
+            'has no published weights: give --checkpoint FILE, or --from-scratch',
+        ),
         (['--teacher', 'test_vit'], 'test_vit have 1000 classes, the data 2; give --teacher-checkpoint FILE'),
         (['--teacher', 'test_vitt'], "there is no teacher 'test_vitt'; did you mean test_vit"),
         (['--teacher', 'vim_nano'], 'vim_nano has no published weights: give --teacher-checkpoint FILE'),
@@ -372,7 +376,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--model-args', '{a: 1, a: 2}'], "'{a: 1, a: 2}' is not valid YAML: the key 'a' is there twice"),
         (['--model-args', '{dept: 3}'], "unexpected keyword argument 'dept'; did you mean depth"),
         (['--ema-warmup'], 'there is none: set ema_decay'),
-        (['--shard'], 'shard shares the weights out among processes: start several by torchrun'),
+        (['--shard'], 'shard distributes the weights over processes: start several by torchrun'),
         (['--shard', '--clip-grad', '1', '--clip-mode', 'agc'], 'clip_mode agc takes norms of whole rows'),
         (['--device', 'tpu'], "cannot run on device 'tpu'"),
     ],
@@ -440,8 +444,7 @@ def test_every_model_has_a_configuration_that_fits(monkeypatch):
     from timm import create_model, list_models
     from vmamba.tools.training.config import load_config
 
-    paths = [path for path in (ROOT / CONFIGS).glob('[!_]*.yaml') if path.stem != 'demo']
-    configs = {path.stem: load_config(path, {}) for path in paths}
+    configs = {path.stem: load_config(path, {}) for path in (ROOT / CONFIGS).glob('[!_]*.yaml')}
     ours = {name for pattern in ('vmamba_*', 'vim_*') for name in list_models(pattern)}
     assert ours <= {config.model for config in configs.values()}
     for name, config in configs.items():
@@ -457,9 +460,8 @@ def test_the_commands_of_the_page_are_commands(monkeypatch):
     from vmamba.tools.training.config import load_config
 
     monkeypatch.chdir(ROOT)
-    commands = re.findall(
-        r'^.*(?:vmamba train|vmamba.tools.train) (configs.*)$', (ROOT / 'docs/training.md').read_text(), re.MULTILINE
-    )
+    page = (ROOT / 'docs/training.md').read_text()
+    commands = re.findall(r'^(?:torchrun .*-m vmamba.tools.train|vmamba train) (.*)$', page, re.MULTILINE)
     assert len(commands) == 5
     for command in commands:
         path, _, values = train.parse_args(shlex.split(command))

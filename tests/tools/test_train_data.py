@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from training_runs import ROOT, SMALL, assert_same, newest, rows, signals_kept
 from vmamba.tools import train
 from vmamba.tools.training.config import Config
-from vmamba.tools.training.data import IndexedData, StreamedData, Validation
+from vmamba.tools.training.data import IndexedData, StreamedData, create_validation
 from vmamba.tools.training.runtime import Runtime
 from vmamba.tools.user_errors import UserError
 
@@ -82,9 +82,9 @@ class SomeBroken(Dataset):
 
 def test_a_validation_does_without_unreadable_images_and_training_takes_their_neighbours():
     config, runtime = Config(batch_size=2, workers=0, skip_bad_images=True), Runtime(torch.device('cpu'))
-    validation = Validation(SomeBroken(), config, DATA_CONFIG, runtime)
-    assert [targets.tolist() for _, targets in validation] == [[0], [2, 3], [6]]
-    assert validation.report() == 'skipped 3 unreadable image(s): image 1, image 4, image 5'
+    validation = create_validation(SomeBroken(), config, DATA_CONFIG, runtime)
+    assert [targets.tolist() for *_, targets in validation] == [[0], [2, 3], [6]]
+    assert validation.samples.report() == 'skipped 3 unreadable image(s): image 1, image 4, image 5'
     train = IndexedData(SomeBroken(), replace(config, drop_last=False), DATA_CONFIG, runtime)
     assert sorted(torch.cat([batch.targets for batch in train.batches(0, 0)]).tolist()) == [0, 2, 2, 3, 6, 6, 6]
 

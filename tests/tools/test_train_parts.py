@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_transform
-from vmamba.tools.images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
+from vmamba.tools.images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset, stratified_split
 from vmamba.tools.images.scenes import Composer
 from vmamba.tools.output_files import write_atomically
 from vmamba.tools.training.checkpoint import Checkpoints
@@ -184,3 +184,12 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         write_atomically(path, write)
     assert [file.name for file in tmp_path.iterdir()] == ['file']
     assert path.read_bytes() == b'before'
+
+
+def test_a_split_is_stratified_disjoint_and_repeatable():
+    labels = torch.arange(10).repeat_interleave(50)
+    train, test = stratified_split(labels, 0.2, seed=3)
+    assert labels[train].bincount().tolist() == [40] * 10
+    assert torch.cat([train, test]).sort().values.tolist() == list(range(500))
+    assert torch.equal(test, stratified_split(labels, 0.2, seed=3)[1])
+    assert not torch.equal(test, stratified_split(labels, 0.2, seed=4)[1])

@@ -12,7 +12,6 @@ from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
 from vmamba.tools import train, validate, weights
-from vmamba.tools.figures.validate_figure import resolution_lines
 
 TOOL = Path(validate.__file__)
 
@@ -165,11 +164,11 @@ def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypat
 
 
 def test_folders_are_imagenets_synsets_or_numbers():
-    from vmamba.tools.images.labelled_folders import Folder, class_indices
+    from vmamba.tools.images.labelled_folders import class_indices
 
-    assert class_indices(Folder('v2', [], ['0', '2', '10'], []), 1000) == [0, 2, 10]
-    assert class_indices(Folder('few', [], ['n01440764', 'n01443537'], []), 1000) == [0, 1]
-    assert class_indices(Folder('mapped', [], ['b', 'a'], []), 7, {'a': 0, 'b': 5}) == [5, 0]
+    assert class_indices('v2', ['0', '2', '10'], 1000) == [0, 2, 10]
+    assert class_indices('few', ['n01440764', 'n01443537'], 1000) == [0, 1]
+    assert class_indices('mapped', ['b', 'a'], 7, {'a': 0, 'b': 5}) == [5, 0]
 
 
 def test_real_labels(tmp_path):
@@ -214,7 +213,7 @@ def test_a_link_that_leads_up_changes_nothing(digits, checkpoint, tmp_path):
     assert [linked[key] for key in ('images', 'top1', 'top5')] == [plain[key] for key in ('images', 'top1', 'top5')]
 
 
-@pytest.mark.parametrize('name, size', [('validate.csv', 20), ('validate.png', 2000)])
+@pytest.mark.parametrize('name, size', [('validate.csv', 100), ('validate.png', 2000)])
 def test_a_full_disk_is_one_line_with_the_file(digits, tmp_path, capsys, name, size):
     options = '--num-classes', 10, '--img-size', 32, 48, '--output', tmp_path
     with full_disk(size):
@@ -240,7 +239,7 @@ def test_corruptions(tmp_path, capsys):
     assert 'defocus_blur' in printed and 'mean of 2' in printed
 
 
-def test_weights_of_one_model_are_told_apart(tmp_path, capsys):
+def test_weights_of_one_model_are_told_apart(tmp_path, capsys, monkeypatch):
     write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
     model = timm.create_model('vmamba_nano')
     specs = []
@@ -253,10 +252,15 @@ def test_weights_of_one_model_are_told_apart(tmp_path, capsys):
     printed = ''.join(capsys.readouterr().out.split())
     assert printed.count('fog│50.00') == printed.count('fog│100.00') == 2
     assert len(read(tmp_path)) == 4  # what is named twice is measured once
-    rows = [validate.Row(**{**row, 'img_size': int(row['img_size'])}) for row in read(tmp_path)]
-    lines = resolution_lines(rows)
-    assert list(lines) == [f'vmamba_nano, {tmp_path / name}.pth' for name in ('half', 'wrong')]
-    assert list(resolution_lines(rows[:2])) == ['vmamba_nano']
+    numbers = [dict(img_size=int(row['img_size']), top1=float(row['top1'])) for row in read(tmp_path)]
+    rows = [validate.Row(**{**row, **found, 'published_top1': 9}) for row, found in zip(read(tmp_path), numbers)]
+    drawn = []
+    monkeypatch.setattr(validate, 'plot_resolutions', lambda *lines: drawn.append(lines))
+    validate.draw_resolutions(rows, tmp_path)
+    validate.draw_resolutions(rows[:2], tmp_path)
+    labels = [f'vmamba_nano, {tmp_path}/{name}.pth' for name in ('half', 'wrong')]
+    assert drawn[0][0] == {labels[0]: {32: 50, 36: 50}, labels[1]: {32: 0, 36: 0}}
+    assert drawn[1][:2] == ({'vmamba_nano': {32: 50, 36: 50}}, {'vmamba_nano': {32: 9, 36: 9}})
 
 
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):
@@ -267,7 +271,7 @@ def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, cap
     message = failure(capsys, *common)
     assert str(broken) in message and '--skip-bad-images' in message
     run(*common, '--skip-bad-images')
-    assert '2 unreadable images left out' in capsys.readouterr().out
+    assert 'skipped 2 unreadable image(s)' in capsys.readouterr().out
     assert (read(tmp_path)[0]['images'], read(tmp_path)[0]['unreadable']) == ('4', '2')
 
 

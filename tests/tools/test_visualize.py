@@ -189,7 +189,7 @@ def test_attention_over_a_whole_image(photographs, tmp_path, model, layer, shape
         (['erf', '.', '--model', 'vmamba_nano=untrained', '--features', 'stages.7'], "no feature 'stages.7'; did you"),
         (['erf', '.', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights'),
         (['attention', '.', '--model', 'vmamba_nano=untrained', '--layers', 'stages.2.blocks.9'], 'has no layer'),
-        (['attention', '.', '--model', 'vmamba_nano=untrained', '--pixel', '5', '32'], '--pixel 5 32 lies outside'),
+        (['attention', '.', '--model', 'vmamba_nano=untrained', '--pixel', '5', '32'], '--pixel 5 32 is outside'),
         (['attention', '.', '--model', 'vmamba_nano=untrained', '--channel', '64'], 'the channels 0 to 63'),
         (['attention', '.', '--model', 'vmamba_nano=untrained', '--class-token'], '--class-token is for Vim'),
         (['attention', '.', '--model', 'resnet10t=untrained'], 'ResNet has no selective scans'),
@@ -231,4 +231,4 @@ def test_unreadable_images_are_named(tmp_path, capsys):
         run(*common)
     assert str(broken) in capsys.readouterr().err
     run(*common, '--skip-bad-images')
-    assert '1 unreadable image left out' in capsys.readouterr().out
+    assert 'skipped 1 unreadable image(s)' in capsys.readouterr().out

@@ -22,7 +22,7 @@ class Wanted(NamedTuple):
         pooled: The vector before the classifier, too.
         indices: Of the maps among the model's intermediates, rising.
         names: Of the maps, such as stages.2 or blocks.11.
-        reductions: Pixels a step of each map.
+        reductions: Image pixels per pixel of each map.
         norm: Apply the final norm to the maps, where the model can.
     """
 
@@ -115,8 +115,8 @@ def tiled_maps(
 ) -> Dict[str, np.ndarray]:
     """Maps of an image of any size, of which the device holds one tile at a time.
 
-    A tile is computed with the overlap around it, which is thrown away. The routes of a scan reach over the whole
-    image, so that tiles change the features; docs/large_images.md says how far.
+    A tile is computed with the overlap around it, which is discarded. The routes of a scan span the whole
+    image, so tiles change the features; docs/large_images.md shows by how much.
 
     Args:
         model: Takes images of any size.
@@ -145,7 +145,7 @@ def tiled_maps(
             for name, reduction, (rows, columns) in zip(wanted.names, wanted.reductions, sides):
                 i, j = top // reduction, left // reduction
                 h, w = min(tile // reduction, rows - i), min(tile // reduction, columns - j)
-                if h > 0 and w > 0:  # the last patch may lie in the tile before
+                if h > 0 and w > 0:  # the last patch may be in the previous tile
                     a, b = (top - y) // reduction, (left - x) // reduction
                     core = maps[name][0, :, a : a + h, b : b + w].float().cpu().numpy()
                     if core.shape[1:] != (h, w):

@@ -58,7 +58,7 @@ def receptive_fields(
 
 
 def centre_of(model: nn.Module, size: int, reduction: int) -> float:
-    """Where the centre of the pixels lies, along a side, that the map's central pixel stands for."""
+    """Position, along a side, of the centre of the image pixels under the map's central pixel."""
     patch, _ = patch_layout(model)
     return steps(size, patch, reduction) // 2 * reduction + max(patch, reduction) / 2
 

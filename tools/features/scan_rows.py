@@ -124,5 +124,5 @@ def inputs_of(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, T
 
 
 def token_of_patch(patch: int, patches: int) -> int:
-    """Vim's token of a patch: those from the middle on lie behind the class token."""
+    """Vim's token of a patch: those from the middle on come after the class token."""
     return patch + (patch >= patches // 2)

@@ -1,8 +1,8 @@
-"""Features on disk: what is written is never lost by a kill, and a later run goes on where it stopped.
+"""Features on disk: an interruption loses nothing that is written, and a later run continues.
 
 A folder of features holds
 
-- settings.json: what the features are of; another run with the same goes on, with others it is an error,
+- settings.json: model and settings of the features; a run with others is an error,
 - progress.npy: a byte for each image, 1 once its features are written, 2 where it could not be read,
 - index.csv: row, image, class folder, and state of each image when the last run began or ended,
 - features of one size (`Table`): NAME.npy [images, ...], to be memory-mapped, row by row as in the index,
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from safetensors.numpy import load_file, save
 from vmamba.tools.output_files import LOCK, lock_folder, part_of, write_csv, write_text
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.user_errors import UserError, changes
 
 Features = Dict[str, np.ndarray]
 TODO, DONE, UNREADABLE = 0, 1, 2
@@ -38,8 +38,8 @@ class Store:
     Args:
         folder: Where to write.
         paths: The images.
-        settings: What the features are of, as JSON has it.
-        overwrite: Throw away what is there instead of going on.
+        settings: Of the features, as values of JSON.
+        overwrite: Discard the features in the folder instead of continuing.
 
     Raises:
         UserError: If something else is there.
@@ -47,17 +47,17 @@ class Store:
 
     def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
         self.folder, self.paths = folder, paths
-        begun, progress = folder / 'settings.json', folder / 'progress.npy'
-        begins = {folder / LOCK, part_of(begun)}  # what a run has at its start
-        if folder.exists() and not begun.is_file() and any(path not in begins for path in folder.iterdir()):
+        record, progress = folder / 'settings.json', folder / 'progress.npy'
+        begins = {folder / LOCK, part_of(record)}  # files of a run at its start
+        if folder.exists() and not record.is_file() and any(path not in begins for path in folder.iterdir()):
             raise UserError(f'{folder} holds something other than features: give another --output')
         self.lock = lock_folder(folder)  # of this folder, until it is closed
-        if begun.is_file() and overwrite:
+        if record.is_file() and overwrite:
             _remove(folder)
-        if begun.is_file():
+        if record.is_file():
             _check_same(read_settings(folder), settings, folder)
         else:
-            write_text(begun, json.dumps(settings, indent=1))
+            write_text(record, json.dumps(settings, indent=1))
         self._progress = _array(progress, np.dtype(np.uint8), (len(paths),))
 
     def todo(self) -> List[int]:
@@ -126,15 +126,14 @@ class Files(Store):
         return self.folder / 'files' / f'{row:08d}{suffix}'
 
 
-def _check_same(begun: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> None:
-    different = [key for key in settings if begun.get(key) != json.loads(json.dumps(settings[key]))]
+def _check_same(before: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> None:
+    different = changes(before, json.loads(json.dumps(settings)))
     if different:
-        pairs = ', '.join(f'{key} {begun.get(key)!r}, now {settings[key]!r}' for key in different)
-        raise UserError(f'{folder} was begun with {pairs}: give another --output, or --overwrite to start again')
+        raise UserError(f'{folder} has features with {different}: give another --output, or --overwrite to start again')
 
 
 def _remove(folder: Path) -> None:
-    """Removes features, and nothing else that may lie beside them."""
+    """Removes the features and no other files."""
     names = read_settings(folder).get('features', [])
     shutil.rmtree(folder / 'files', ignore_errors=True)
     for name in ('index.csv', 'run.json', *(f'{name}.npy' for name in names), 'progress.npy', 'settings.json'):
@@ -167,7 +166,7 @@ def _room_for(path: Path) -> Iterator[None]:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise UserError(
-            f'cannot write {path}: {error.strerror}; make room, and the same command goes on, or give another --output'
+            f'cannot write {path}: {error.strerror}; make room and run the same command again, or give another --output'
         ) from error
 
 
@@ -207,7 +206,7 @@ def check_comparable(folder: Path, other: Path) -> None:
     ours, theirs = read_settings(folder), read_settings(other)
     for settings in (ours, theirs):
         if settings['weights_sha256']:
-            settings['model'] = settings['model'].partition('=')[0]  # the same file may lie elsewhere
+            settings['model'] = settings['model'].partition('=')[0]  # the same file may have another path
     different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
     pairs = [f'{key} {ours.get(key)!r} and {theirs.get(key)!r}' for key in sorted({*different} - _FREE)]
     if pairs:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from vmamba.tools.images.decoding import read_image
 from vmamba.tools.output_files import write_atomically
 
-if TYPE_CHECKING:  # so that a comparison needs no digits
+if TYPE_CHECKING:
     from vmamba.tools.benchmarks.highres import Case, Result
-    from vmamba.tools.images.digits import Epoch
 
 MARKERS = 'osD^vPX*'
 
@@ -81,25 +81,6 @@ def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
     panel.grid(alpha=0.3)
 
 
-def plot_training(histories: Dict[str, Sequence[Epoch]], path: Path) -> None:
-    """Training loss and held-out accuracy of every model after each epoch."""
-    figure = Figure(figsize=(9, 3.8), layout='constrained')
-    panels = figure.subplots(1, 2)
-    for i, (model, history) in enumerate(histories.items()):
-        epochs = [record.epoch for record in history]
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=model)
-        panels[0].plot(epochs, [record.loss for record in history], **style)
-        panels[1].plot(epochs, [100 * record.accuracy for record in history], **style)
-    panels[0].set_yscale('log')
-    for panel, ylabel in zip(panels, ('training loss', 'held-out accuracy, %')):
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel('epoch')
-        panel.set_ylabel(ylabel)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    save_figure(figure, path)
-
-
 def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
     """Losses and accuracies of a training run after each epoch; what a run has not measured is left out."""
     panels_of = {
@@ -145,4 +126,39 @@ def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path)
         panel.set_ylabel('validation accuracy, %')
         panel.grid(alpha=0.3)
         panel.legend()
+    save_figure(figure, path)
+
+
+def plot_resolutions(lines: Dict[str, Dict[int, float]], published: Dict[str, Dict[int, float]], path: Path) -> None:
+    """Top-1 accuracy against the side of the images, a line for each label; crosses are published values."""
+    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    panel = figure.subplots()
+    for i, (label, values) in enumerate(lines.items()):
+        style = dict(color=f'C{i % 10}')
+        panel.plot(*zip(*sorted(values.items())), marker=MARKERS[i % len(MARKERS)], label=label, **style)
+        if published.get(label):
+            name = f'{label}, published (ImageNet-1K val)'
+            panel.scatter(*zip(*published[label].items()), marker='x', label=name, **style)
+    panel.set_xticks(sorted({size for values in lines.values() for size in values}))
+    panel.set_xlabel('image size, pixels')
+    panel.set_ylabel('top-1 accuracy, %')
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_predictions(predictions: Sequence[Tuple[Path, List[Tuple[str, float]]]], path: Path) -> None:
+    """Every image beside bars of its most probable classes."""
+    figure = Figure(figsize=(9, 3 * len(predictions)), layout='constrained')
+    for (image, classes), (left, right) in zip(predictions, figure.subplots(len(predictions), 2, squeeze=False)):
+        pixels = read_image(image)
+        pixels.thumbnail((512, 512))
+        left.imshow(pixels)
+        left.set_axis_off()
+        left.set_title(image.name.replace('$', r'\$'), fontsize=9)
+        right.barh(range(len(classes)), [value for _, value in classes])
+        right.set_yticks(range(len(classes)), [name.replace('$', r'\$')[:40] for name, _ in classes], fontsize=8)
+        right.set_xlim(0, 1)
+        right.set_xlabel('probability', fontsize=8)
+        right.invert_yaxis()
     save_figure(figure, path)

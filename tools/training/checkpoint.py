@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or absent."""
+"""The checkpoints of a run.
 
-import pickle
+They are not those of timm's CheckpointSaver: an interrupted run resumes exactly, from files that are written atomically
+and whose checksums are verified.
+"""
+
 import re
-import shutil
-import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -11,13 +12,13 @@ import torch
 from vmamba.tools.output_files import write_atomically
 from vmamba.tools.user_errors import UserError
 
-_PATTERN = re.compile(r'checkpoint-(\d{8,})(?:_(\d+))?(\.pt)?')
-WHOLE = 'whole.pt'  # in the folder of a sharded checkpoint: what is not in shards
-BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+from vmamba.models._pretrained import read_file
+
+_PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder, named by the number of updates: files, or folders of shards.
+    """The checkpoints of a run in its folder, named by the number of updates.
 
     Args:
         folder: Of the run.
@@ -27,29 +28,27 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
-        self.broken: List[Path] = []  # newer than what was loaded; they would be kept in the place of good ones
+        self.broken: List[Path] = []  # newer than the loaded one; they must not displace good ones
 
     def paths(self) -> List[Path]:
         """From the newest to the oldest."""
-        return sorted(filter(_age, self.folder.glob('checkpoint-*')), key=_age, reverse=True)
+        return sorted(filter(_updates, self.folder.glob('checkpoint-*')), key=_updates, reverse=True)
 
     def save(self, state: Dict[str, Any], update: int) -> Path:
         """Writes a checkpoint, then removes what is broken or too old."""
         path = self.folder / f'checkpoint-{update:08d}.pt'
         write_atomically(path, lambda file: torch.save(state, file))
-        remove(self.superseded(path))
+        broken = [old for old in self.broken if old != path]
+        good = [old for old in self.paths() if old not in broken]
+        for old in (*broken, *good[self.keep :]):
+            old.unlink()
+        self.broken = []
         return path
 
-    def superseded(self, newest: Path) -> List[Path]:
-        """The checkpoints that are of no use once there is this one."""
-        paths = self.paths()
-        broken = [path for path in paths if path in self.broken and path != newest]
-        self.broken = []
-        return [*broken, *[path for path in paths if path not in broken][self.keep :]]
-
     def remove_parts(self) -> None:
-        """Removes what killed runs had begun to write."""
-        remove(list(self.folder.glob('.*.part')))
+        """Removes incomplete files of killed runs."""
+        for path in self.folder.glob('.*.part'):
+            path.unlink()
 
     def save_best(self, state: Dict[str, Any]) -> None:
         """Writes the weights of the best score; they are all that is needed of it."""
@@ -59,7 +58,7 @@ class Checkpoints:
         """The newest readable checkpoint; only tensors and plain values are unpickled.
 
         Args:
-            warn: Told of every broken one that is skipped.
+            warn: Called with a message for every broken one that is skipped.
 
         Returns:
             Its content and its path, or None if there is no checkpoint.
@@ -70,10 +69,10 @@ class Checkpoints:
         paths = self.paths()
         for number, path in enumerate(paths):
             try:
-                state = self.read(path)
-            except BROKEN as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                warn(f'skipped the broken checkpoint {path}, to be removed when the next one is written: {reason}')
+                state = read_file(path)
+            except (OSError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0][:200]
+                warn(f'skipped the broken checkpoint {path}, which the next one replaces: {reason}')
             else:
                 self.broken = paths[:number]
                 return state, path
@@ -81,26 +80,8 @@ class Checkpoints:
             raise UserError(f'all {len(paths)} checkpoints in {self.folder} are broken; restart in another --output')
         return None
 
-    def read(self, path: Path) -> Dict[str, Any]:
-        """Content of a checkpoint; of a sharded one what is not in shards, which tells whose it is."""
-        return read_file(path / WHOLE)['state'] if path.is_dir() else read_file(path)
 
-
-def remove(paths: List[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _age(path: Path) -> Optional[Tuple[int, int]]:
-    """Place of a checkpoint among the others; None for what is none."""
+def _updates(path: Path) -> int:
+    """Number of updates in the name of a checkpoint, 0 if it is none."""
     found = _PATTERN.fullmatch(path.name)
-    return found and (int(found[1]), int(found[2] or 0))
-
-
-def read_file(path: Path) -> Dict[str, Any]:
-    """What torch.save wrote, if its checksums are right."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f'the checksum of its part {damaged} is wrong')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return int(found[1]) if found else 0

@@ -2,25 +2,45 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import yaml
 from vmamba.configs import find_config
 from vmamba.tools.user_errors import UserError, nearest
 
-from .limits import check_values
-
 BASE_KEY = '_base_'
 
 
-def _key(default: Any, text: str) -> Any:
-    """A field with its help text; a list or a dictionary is copied for each run."""
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=default.copy, metadata={'help': text})
-    return dataclasses.field(default=default, metadata={'help': text})
+class Range(NamedTuple):
+    """Limits of a number, or of each number of a list."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: object) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        words = {'at least': self.least, 'above': self.above, 'at most': self.most, 'below': self.below}
+        return ' and '.join(f'{word} {limit:g}' for word, limit in words.items() if math.isfinite(limit))
+
+
+POSITIVE, NOT_NEGATIVE, ABOVE_0 = Range(least=1), Range(least=0), Range(above=0)
+PROBABILITY, SHARE, FRACTION = Range(least=0, most=1), Range(least=0, below=1), Range(above=0, below=1)
+FACTOR, SEED = Range(above=0, most=1), Range(least=0, below=2**63)
+
+
+def _key(default: Any, text: str, allowed: Union[Range, Sequence[Any], None] = None) -> Any:
+    """A field with its help text and what it allows; a list or a dictionary is copied for each run."""
+    kind = 'default_factory' if isinstance(default, (list, dict)) else 'default'
+    value = default.copy if isinstance(default, (list, dict)) else default
+    return dataclasses.field(**{kind: value}, metadata={'help': text, 'allowed': allowed})
 
 
 @dataclasses.dataclass
@@ -30,83 +50,101 @@ class Config:
     # Model
     model: str = _key('', 'name of any timm model')
     model_args: Dict[str, Any] = _key({}, 'arguments of the model')
-    num_classes: Optional[int] = _key(None, 'default: those of the data')
-    in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey')
-    drop_path: Optional[float] = _key(None, 'rate of stochastic depth')
-    pretrained: bool = _key(False, 'start from published weights')
+    num_classes: Optional[int] = _key(None, 'default: those of the data', POSITIVE)
+    in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey', (1, 3))
+    drop_path: Optional[float] = _key(None, 'rate of stochastic depth', SHARE)
+    pretrained: bool = _key(False, 'start from published weights; a checkpoint takes precedence')
     checkpoint: Optional[str] = _key(None, 'start from the weights in this file')
-    new_head: bool = _key(False, 'start with a new classifier where the weights have another number of classes')
+    new_head: bool = _key(False, 're-initialise the classifier if the weights have another number of classes')
     teacher: Optional[str] = _key(None, 'timm model to distil from')
     teacher_checkpoint: Optional[str] = _key(None, "file of the teacher's weights; default: the published ones")
-    distill_weight: float = _key(1.0, 'weight of the distillation loss')
-    distill_temperature: float = _key(1.0, 'temperature of the distillation loss')
+    distill_weight: float = _key(1.0, 'weight of the distillation loss', NOT_NEGATIVE)
+    distill_temperature: float = _key(1.0, 'temperature of the distillation loss', ABOVE_0)
     # Data
     data: str = _key(
-        '', "timm's dataset name ('' for a folder, hfds/..., tfds/..., wds/...), packaged/... or synthetic"
+        '', "a folder, a CSV file, timm's dataset name (hfds/..., tfds/..., wds/...), packaged/... or synthetic"
     )
-    data_dir: Optional[str] = _key(None, 'folder of the data')
+    data_dir: Optional[str] = _key(None, 'folder or CSV file of the data; for named datasets, their folder')
     data_args: Dict[str, Any] = _key({}, "arguments of timm's create_dataset")
     train_split: str = _key('train', 'split to learn from')
     val_split: str = _key('validation', 'split to validate on')
-    img_size: Optional[int] = _key(None, "side of the images, default: the model's")
-    batch_size: int = _key(128, 'images a process and step')
-    val_batch_size: Optional[int] = _key(None, 'default: batch_size')
-    workers: int = _key(4, 'loading processes of each process')
+    val_fraction: Optional[float] = _key(
+        None, 'share of each class to validate on, if the data has no validation split; default: 0.2', FRACTION
+    )
+    img_size: Optional[int] = _key(None, "side of the images, default: the model's", POSITIVE)
+    batch_size: int = _key(128, 'images per process and step', POSITIVE)
+    val_batch_size: Optional[int] = _key(None, 'default: batch_size', POSITIVE)
+    workers: int = _key(4, 'loading processes of each process', NOT_NEGATIVE)
     drop_last: bool = _key(True, 'leave out the last, smaller batch of an epoch')
-    skip_bad_images: bool = _key(False, 'replace unreadable images by their neighbours instead of stopping')
-    synthetic_images: int = _key(1_281_167, 'images of an epoch of synthetic data')
+    skip_bad_images: bool = _key(False, 'skip unreadable images instead of stopping')
+    synthetic_images: int = _key(1_281_167, 'images per epoch of synthetic data', POSITIVE)
     # Augmentation
-    augment: bool = _key(True, 'without, images are only resized and cropped as in validation')
-    aug_repeats: int = _key(1, 'repeated augmentation: times that an image follows itself')
-    scale: List[float] = _key([0.08, 1.0], 'range of the area of random crops')
-    ratio: List[float] = _key([3 / 4, 4 / 3], 'range of the aspect ratio of random crops')
-    hflip: float = _key(0.5, 'probability of a horizontal flip')
-    vflip: float = _key(0.0, 'probability of a vertical flip')
-    color_jitter: float = _key(0.4, 'strength of colour jitter, where there is no auto_augment')
+    augment: bool = _key(True, 'false: only resize and crop as in validation')
+    aug_repeats: int = _key(1, 'repeated augmentation: how often an image is repeated', POSITIVE)
+    scale: List[float] = _key([0.08, 1.0], 'range of the area of random crops', FACTOR)
+    ratio: List[float] = _key([3 / 4, 4 / 3], 'range of the aspect ratio of random crops', ABOVE_0)
+    hflip: float = _key(0.5, 'probability of a horizontal flip', PROBABILITY)
+    vflip: float = _key(0.0, 'probability of a vertical flip', PROBABILITY)
+    color_jitter: float = _key(0.4, 'strength of colour jitter, where there is no auto_augment', NOT_NEGATIVE)
     auto_augment: Optional[str] = _key(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
-    interpolation: str = _key('random', 'of random crops')
-    crop_pct: Optional[float] = _key(None, "share of the image that validation crops, default: the model's")
-    reprob: float = _key(0.0, 'probability of random erasing')
-    remode: str = _key('pixel', 'what erases: const, rand or pixel')
-    mixup: float = _key(0.0, 'alpha of mixup')
-    cutmix: float = _key(0.0, 'alpha of cutmix')
-    mixup_prob: float = _key(1.0, 'probability of mixing a batch')
-    mixup_switch_prob: float = _key(0.5, 'probability of cutmix where both are on')
-    mixup_mode: str = _key('batch', 'batch, pair or elem')
-    smoothing: float = _key(0.1, 'label smoothing')
+    interpolation: str = _key(
+        'random', 'of random crops', ('random', 'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
+    )
+    crop_pct: Optional[float] = _key(None, "share of the image that validation crops, default: the model's", FACTOR)
+    reprob: float = _key(0.0, 'probability of random erasing', PROBABILITY)
+    remode: str = _key('pixel', 'what erases: const, rand or pixel', ('const', 'rand', 'pixel'))
+    mixup: float = _key(0.0, 'alpha of mixup', NOT_NEGATIVE)
+    cutmix: float = _key(0.0, 'alpha of cutmix', NOT_NEGATIVE)
+    mixup_prob: float = _key(1.0, 'probability of mixing a batch', PROBABILITY)
+    mixup_switch_prob: float = _key(0.5, 'probability of cutmix where both are on', PROBABILITY)
+    mixup_mode: str = _key('batch', 'batch, pair or elem', ('batch', 'pair', 'elem'))
+    smoothing: float = _key(0.1, 'label smoothing', SHARE)
     # Optimisation
     opt: str = _key('adamw', "name of timm's optimizer")
     opt_args: Dict[str, Any] = _key({}, 'arguments of the optimizer')
-    lr: Optional[float] = _key(None, 'peak learning rate, default: lr_base * images an update / 512')
-    lr_base: float = _key(5e-4, 'peak learning rate for 512 images an update')
-    weight_decay: float = _key(0.05, 'decay of the parameters that the model does not exempt')
-    layer_decay: Optional[float] = _key(None, 'factor of the learning rate from layer to layer, for fine-tuning')
-    clip_grad: Optional[float] = _key(None, 'limit of the gradient')
-    clip_mode: str = _key('norm', 'norm, value or agc')
-    accumulate: int = _key(1, 'steps an update')
-    epochs: int = _key(300, 'passes over the data')
-    sched: str = _key('cosine', "name of timm's schedule")
-    warmup_epochs: float = _key(20.0, 'epochs of rising learning rate, among the epochs')
-    warmup_prefix: bool = _key(False, 'begin the schedule after the warm-up, instead of at the first epoch')
-    warmup_lr: float = _key(1e-6, 'learning rate at the start')
-    min_lr: float = _key(5e-6, 'learning rate at the end')
-    ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average')
+    lr: Optional[float] = _key(None, 'peak learning rate, default: lr_base * images per update / 512', ABOVE_0)
+    lr_base: float = _key(5e-4, 'peak learning rate for 512 images per update', ABOVE_0)
+    weight_decay: float = _key(0.05, 'decay of the parameters that the model does not exempt', NOT_NEGATIVE)
+    layer_decay: Optional[float] = _key(
+        None, 'factor of the learning rate from layer to layer, for fine-tuning', FACTOR
+    )
+    clip_grad: Optional[float] = _key(None, 'limit of the gradient', ABOVE_0)
+    clip_mode: str = _key('norm', 'norm, value or agc', ('norm', 'value', 'agc'))
+    accumulate: int = _key(1, 'steps per update', POSITIVE)
+    epochs: int = _key(300, 'passes over the data', POSITIVE)
+    sched: str = _key(
+        'cosine',
+        "name of timm's schedule",
+        ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
+    )
+    warmup_epochs: float = _key(20.0, 'epochs of rising learning rate, included in epochs', NOT_NEGATIVE)
+    warmup_prefix: bool = _key(False, 'start the schedule after the warm-up instead of at the first epoch')
+    warmup_lr: float = _key(1e-6, 'learning rate at the start', NOT_NEGATIVE)
+    min_lr: float = _key(5e-6, 'learning rate at the end', NOT_NEGATIVE)
+    ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average', SHARE)
     ema_warmup: bool = _key(False, 'let the decay of the average rise to ema_decay, for short runs')
     # How it runs
     precision: Optional[str] = _key(
-        None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU'
+        None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU', ('fp32', 'bf16', 'fp16')
     )
     compile: bool = _key(False, 'compile the model')
     channels_last: bool = _key(False, 'memory format of the images and convolutions')
     grad_checkpointing: bool = _key(False, 'less memory, more time')
-    shard: bool = _key(False, 'share the weights out among the processes of torchrun (FSDP2) instead of copying them')
+    shard: bool = _key(False, 'shard the weights over the processes of torchrun (FSDP2) instead of copying them')
     device: str = _key('', 'cpu or cuda, default: the GPU if there is one')
-    seed: int = _key(0, 'of the weights, the order, the augmentation and the mixing')
+    seed: int = _key(0, 'of the weights, the order, the augmentation and the mixing', SEED)
     # Records
     output: str = _key('', 'folder of the run, default: runs/NAME_OF_CONFIG')
-    log_every: int = _key(50, 'updates between log lines')
-    checkpoint_every: int = _key(0, 'updates between checkpoints; one is written after every epoch anyway')
-    keep_checkpoints: int = _key(2, 'newest checkpoints to keep')
+    log: List[str] = _key(
+        ['tensorboard'],
+        'where metrics go besides epochs.csv: tensorboard, wandb; [] for nowhere',
+        ('tensorboard', 'wandb'),
+    )
+    log_every: int = _key(50, 'updates between log lines', POSITIVE)
+    checkpoint_every: int = _key(
+        0, 'updates between checkpoints; one is written after every epoch anyway', NOT_NEGATIVE
+    )
+    keep_checkpoints: int = _key(2, 'newest checkpoints to keep', POSITIVE)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -127,6 +165,11 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
     values = {key: _convert(key, value, 'the command line') for key, value in overrides.items()}
     config = Config(**{**_read(path, []), **values})
     config.output = config.output or f'runs/{path.stem}'
+    config.pretrained &= config.checkpoint is None
+    if config.data and Path(config.data).exists():
+        if config.data_dir is not None:
+            raise UserError(f'data {config.data} and data_dir {config.data_dir} both name the data; leave one out')
+        config.data, config.data_dir = '', config.data
     _check(config)
     return config
 
@@ -211,8 +254,11 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
             value = float(value)
         except ValueError:
             pass
-    if kind is list and isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
-        value = [float(item) for item in value]
+    if kind is list and isinstance(value, list):
+        kinds = (int, float) if typing.get_args(arguments[0]) == (float,) else str
+        if not all(isinstance(item, kinds) for item in value):
+            raise UserError(f'{key} must be a list of {"texts" if kinds is str else "numbers"}, {source} gives {value}')
+        value = value if kinds is str else [float(item) for item in value]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f'{key} must be of type {kind.__name__}, {source} gives {value!r}')
     return value
@@ -221,7 +267,14 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
 def _check(config: Config) -> None:
     if not config.model:
         raise UserError("the configuration names no model; add 'model: vmamba_t'")
-    check_values(config)
+    for key, field in FIELDS.items():
+        _check_value(key, getattr(config, key), field.metadata['allowed'])
+    for key in ('scale', 'ratio'):
+        pair = getattr(config, key)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise UserError(f'{key} must be two numbers, the lower first, got {pair}')
+    if config.warmup_epochs >= config.epochs:
+        raise UserError(f'warmup_epochs {config.warmup_epochs:g} must be below epochs {config.epochs}: lower it, or 0')
     mixes = config.mixup > 0 or config.cutmix > 0
     if mixes and config.batch_size % 2:
         raise UserError(
@@ -233,8 +286,16 @@ def _check(config: Config) -> None:
         raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
     if config.ema_warmup and config.ema_decay is None:
         raise UserError('ema_warmup is of a moving average, but there is none: set ema_decay, such as 0.999')
-    if config.pretrained and config.checkpoint:
-        raise UserError(f'pretrained and checkpoint ({config.checkpoint}) exclude each other; leave one out')
+
+
+def _check_value(key: str, value: Any, allowed: Union[Range, Sequence[Any], None]) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        if allowed is None or item is None or item in allowed:
+            continue
+        if isinstance(allowed, Range):
+            raise UserError(f'{key} must be {allowed}, got {value}')
+        guess = nearest(item, allowed) if isinstance(item, str) else ''
+        raise UserError(f'{key} must be one of {", ".join(map(str, allowed))}, got {item!r}{guess}')
 
 
 def option_of(key: str) -> str:
@@ -249,9 +310,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(option, action=action, default=argparse.SUPPRESS, help=help_text)
+        elif field.type == List[str]:
+            parser.add_argument(option, nargs='*', default=argparse.SUPPRESS, help=help_text, metavar='NAME')
         else:
             kind = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
             parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
+    parser.add_argument(
+        '--from-scratch', dest='pretrained', action='store_false', default=argparse.SUPPRESS, help='--no-pretrained'
+    )
 
 
 def _parse_text(text: str) -> Optional[str]:

@@ -4,22 +4,18 @@ import itertools
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image, to_mode
-from vmamba.tools.user_errors import UserError, listed
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch
+from vmamba.tools.images.decoding import image_mode
+from vmamba.tools.user_errors import UserError
 
 from .config import Config
-from .order import BatchOrder, Key
-from .runtime import Runtime, leave_stopping_to_main
+from .order import BatchOrder
+from .runtime import Runtime
 from .seeding import derive_seed, seeded
-from .splits import NAMES_SHOWN, SYNTHETIC
+from .splits import SYNTHETIC
 from .transforms import create_train_transform
-
-LEFT_OUT = -1  # label of an image that could not be read
 
 
 class Batch(NamedTuple):
@@ -31,87 +27,12 @@ class Batch(NamedTuple):
     weight: float
 
 
-class Samples(Dataset):
-    """A dataset's transformed images, by pairs of the augmentation's seed and the index.
-
-    An unreadable image is marked in `bad`, which loading processes share. If they are to be skipped, the next readable
-    one takes its place, or its label is LEFT_OUT; otherwise `check` ends the run.
-
-    Args:
-        dataset: With images and labels.
-        transform: Of the images.
-        config: Settings.
-        replace: Whether another image may take the place of one that is skipped.
-    """
-
-    def __init__(self, dataset: Dataset, transform: Callable, config: Config, replace: bool = True) -> None:
-        dataset.transform = None  # of torchvision's and timm's datasets alike
-        self.dataset, self.transform = dataset, transform
-        self.mode = image_mode(config.in_chans)
-        self.skip_bad = config.skip_bad_images
-        self.tries = len(dataset) if self.skip_bad and replace else 1
-        self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-        self._reported = 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> Tuple[Any, int]:
-        seed, index = key
-        image, target = Image.new(self.mode, (1, 1)), LEFT_OUT
-        for offset in range(self.tries):
-            candidate = (index + offset) % len(self)
-            try:
-                image, target = self.read(candidate)
-                break
-            except READ_ERRORS:
-                self.bad[candidate] = True
-        with seeded(seed):
-            return self.transform(image), target
-
-    def read(self, index: int) -> Tuple[Image.Image, int]:
-        """The image, decoded, and its label."""
-        if isinstance(self.dataset, ImageDataset):  # which would replace what it cannot decode without counting it
-            file, target, *_ = self.dataset.reader[index]
-            return read_image(file, self.mode), target
-        image, target = self.dataset[index]
-        return to_mode(image, self.mode), target
-
-    def check(self) -> None:
-        """Raises UserError if an unreadable image was met and they are not to be skipped, or if none is readable."""
-        if self.skip_bad and self.bad.all():
-            raise UserError(f'none of the {len(self)} images can be read, such as {self._name(0, absolute=True)}')
-        if not self.skip_bad and self.bad.any():
-            index = int(self.bad.nonzero()[0])
-            raise UserError(f'{self._describe(index)}; repair or remove it, or give --skip-bad-images')
-
-    def report(self) -> Optional[str]:
-        """What was skipped, if there is more of it than the last time."""
-        indices = self.bad.nonzero().flatten().tolist()
-        if len(indices) == self._reported:
-            return None
-        self._reported = len(indices)
-        names = listed(list(map(self._name, indices)), NAMES_SHOWN)
-        return f'skipped {len(indices)} unreadable image(s): {names}'
-
-    def _name(self, index: int, **kwargs: bool) -> str:
-        return self.dataset.filename(index, **kwargs) if hasattr(self.dataset, 'filename') else f'image {index}'
-
-    def _describe(self, index: int) -> str:
-        path = self._name(index, absolute=True)
-        try:
-            self.read(index)
-        except READ_ERRORS as error:
-            return f'{path} cannot be read as an image: {" ".join(str(error).split())}'
-        return f'{path} could not be read as an image'
-
-
 class IndexedData:
     """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
         transform = create_train_transform(config, data_config)
-        self.samples = Samples(dataset, transform, config)
+        self.samples = Samples(dataset, transform, image_mode(config.in_chans), config.skip_bad_images, replace=True)
         self.order = BatchOrder(
             dataset,
             config.batch_size,
@@ -123,7 +44,7 @@ class IndexedData:
             config.seed,
         )
         self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = _prefetch(self.samples, config, data_config, runtime, batch_sampler=self.order)
+        self.loader = prefetch(self.samples, data_config, runtime.device, config.workers, batch_sampler=self.order)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -134,9 +55,6 @@ class IndexedData:
         for (images, targets), (count, weight) in zip(self.loader, self.order.counts()):
             self.samples.check()
             yield Batch(images, targets, count, weight)
-
-    def report(self) -> Optional[str]:
-        return self.samples.report()
 
 
 class Stream(IterableDataset):
@@ -181,11 +99,12 @@ class StreamedData:
         if config.skip_bad_images:
             raise UserError(f'{config.data} is read as a stream, which can skip no images: leave skip_bad_images out')
         transform = create_train_transform(config, data_config)
+        self.samples = None
         self.seeds = config.seed, runtime.rank
         self.stream = Stream(dataset, transform, self.seeds, config.workers)
         self.generator = torch.Generator()  # of what PyTorch seeds the loading processes by
         args = dict(batch_size=config.batch_size, drop_last=True, generator=self.generator, persistent_workers=False)
-        self.loader = _prefetch(self.stream, config, data_config, runtime, **args)
+        self.loader = prefetch(self.stream, data_config, runtime.device, config.workers, **args)
         self.accumulate = config.accumulate
         self.updates_per_epoch = len(self.loader) // config.accumulate
 
@@ -200,19 +119,16 @@ class StreamedData:
         for images, targets in itertools.islice(self.loader, steps.start, steps.stop):
             yield Batch(images, targets, len(images), 1 / self.accumulate)
 
-    def report(self) -> None:
-        return None
-
 
 class SyntheticData:
-    """The same random images, on the device already, time and again: what remains is the time of the model."""
+    """The same random images on the device for every batch, which leaves the time of the model alone."""
 
     def __init__(self, config: Config, data_config: Dict[str, Any], num_classes: int, runtime: Runtime) -> None:
         generator = torch.Generator().manual_seed(config.seed + runtime.rank)
         images = torch.randn(config.batch_size, *data_config['input_size'], generator=generator)
         targets = torch.randint(num_classes, (config.batch_size,), generator=generator)
         self.batch = Batch(images.to(runtime.device), targets.to(runtime.device), len(images), 1 / config.accumulate)
-        self.accumulate = config.accumulate
+        self.samples, self.accumulate = None, config.accumulate
         self.images = config.synthetic_images
         self.updates_per_epoch = self.images // (config.batch_size * config.accumulate * runtime.world)
 
@@ -223,58 +139,34 @@ class SyntheticData:
         for _ in range((self.updates_per_epoch - update) * self.accumulate):
             yield self.batch._replace(images=self.batch.images.clone())  # mixing changes images in place
 
-    def report(self) -> None:
-        return None
 
+class StreamedImages:
+    """The images to validate on of a dataset that can only be read in its own order."""
 
-class Validation:
-    """All readable images of the validation split, each once, shared out among the processes."""
-
-    def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
+        stream = Stream(dataset, eval_transform(data_config), (config.seed, runtime.rank), config.workers)
         batch_size = config.val_batch_size or config.batch_size
-        transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
-        if isinstance(dataset, IterableDataset):
-            self.samples = None
-            stream = Stream(dataset, transform, (config.seed, runtime.rank), config.workers)
-            self.loader = _prefetch(stream, config, data_config, runtime, batch_size=batch_size)
-            return
-        self.samples = Samples(dataset, transform, config, replace=False)
-        keys = [(0, index) for index in range(runtime.rank, len(dataset), runtime.world)]
-        args = dict(sampler=keys, batch_size=batch_size)
-        self.loader = _prefetch(self.samples, config, data_config, runtime, **args)
+        self.samples = None
+        self.loader = prefetch(stream, data_config, runtime.device, config.workers, batch_size=batch_size)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.loader.dataset)
 
-    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Tuple[None, Tensor, Tensor]]:
         for images, targets in self.loader:
-            if self.samples:
-                self.samples.check()
-                if self.samples.skip_bad:
-                    readable = targets != LEFT_OUT
-                    images, targets = images[readable], targets[readable]
-            if len(targets):
-                yield images, targets
-
-    def report(self) -> Optional[str]:
-        return self.samples.report() if self.samples else None
+            yield None, images, targets
 
 
-def _prefetch(
-    samples: Union[Samples, Stream], config: Config, data_config: Dict[str, Any], runtime: Runtime, **loader_args: Any
-) -> PrefetchLoader:
-    """Batches that are copied to the device, and normalised there, while the model is at work on the one before."""
-    loader = DataLoader(
-        samples,
-        num_workers=config.workers,
-        collate_fn=fast_collate,
-        pin_memory=runtime.device.type == 'cuda',
-        worker_init_fn=leave_stopping_to_main,
-        **{'persistent_workers': config.workers > 0, **loader_args},
-    )
-    normalisation = {name: data_config[name] for name in ('mean', 'std')}
-    return PrefetchLoader(loader, channels=config.in_chans, device=runtime.device, **normalisation)
+Validation = Union[Images, StreamedImages]
+
+
+def create_validation(dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> Validation:
+    """The images to validate on, each once, shared among the processes."""
+    if isinstance(dataset, IterableDataset):
+        return StreamedImages(dataset, config, data_config, runtime)
+    indices = range(runtime.rank, len(dataset), runtime.world)
+    sizes = config.val_batch_size or config.batch_size, config.workers
+    return Images(dataset, data_config, *sizes, runtime.device, config.skip_bad_images, indices)
 
 
 def create_data(
@@ -286,7 +178,7 @@ def create_data(
     else:
         kind = StreamedData if isinstance(datasets[0], IterableDataset) else IndexedData
         train = kind(datasets[0], config, data_config, runtime)
-        validation = Validation(datasets[1], config, data_config, runtime)
+        validation = create_validation(datasets[1], config, data_config, runtime)
     if train.updates_per_epoch == 0:
         size = config.batch_size * config.accumulate * runtime.world
         raise UserError(f'an epoch has fewer images than an update of {size}: lower batch_size, or drop_last: false')

@@ -10,11 +10,13 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.task import TrainingTask
-from timm.utils import accuracy, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
+from .checkpoint import Checkpoints
 from .config import Config
 from .data import Batch, Validation
 from .parallel import Parallel, whole
@@ -39,7 +41,7 @@ class Trainer:
         data: Training batches.
         validation: Images to validate on, if there are any.
         facts: What it takes to evaluate the weights, of `setup.describe`.
-        report: Takes what there is to tell.
+        report: Shows and records the progress.
     """
 
     def __init__(
@@ -62,17 +64,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, self.num_classes)
         self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
-        self.checkpoints = parallel.checkpoints(Path(config.output), config.keep_checkpoints)
+        self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
         self.stop = StopRequest()
-        # The place of the next update, and what has been found up to it.
+        # The position of the next update, and the results up to it.
         self.update, self.epoch, self.position = 0, 0, 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, images, norms of gradients
         self.history: List[Dict[str, float]] = []
         self.best = -math.inf
 
     def run(self) -> None:
-        """Trains from the present place to the last epoch."""
+        """Trains from the current position to the last epoch."""
         while self.epoch < self.config.epochs:
             start, done = time.perf_counter(), self.update
             self._train_epoch()
@@ -118,7 +120,7 @@ class Trainer:
                 self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip().double()
-        # With loss scaling an infinite gradient is an ordinary event: the update is left out, and the scale halved.
+        # With loss scaling infinite gradients are expected: the update is skipped and the scale halved.
         self.sums[2] += norm if not self.scaler.is_enabled() else norm.nan_to_num(0, 0, 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -192,7 +194,7 @@ class Trainer:
         models = self.parallel.eval_models()
         # Of each model: loss, top-1, top-5, images.
         scores = torch.zeros(len(models), 4, dtype=torch.float64, device=self.runtime.device)
-        for images, targets in self.validation:
+        for _, images, targets in self.validation:
             images = self._laid_out(images)
             scores += torch.stack([self._score(model, images, targets) for model in models])
             if self.parallel.saves_alone:  # else all would have to stop at once, and not all have as many batches
@@ -210,9 +212,9 @@ class Trainer:
         """Sums of loss, percentages of right answers, and the number of images."""
         with self._autocast():
             logits = model(images).float()
-        loss = nn.functional.cross_entropy(logits, targets)
-        top1, top5 = accuracy(logits, targets, topk=(1, min(5, self.num_classes)))
-        return torch.stack([loss, top1, top5, torch.ones_like(loss)]).double() * len(targets)
+        loss = nn.functional.cross_entropy(logits, targets, reduction='sum').double()
+        top1, top5 = 100 * hits(logits, targets).double().sum(dim=0)
+        return torch.stack([loss, top1, top5, torch.ones_like(loss) * len(targets)])
 
     def _end_epoch(self, row: Dict[str, float]) -> None:
         """Goes to the start of the next epoch, reports this one and saves."""
@@ -220,7 +222,7 @@ class Trainer:
         self.epoch, self.position = self.epoch + 1, 0
         self.sums.zero_()
         for part in (self.data, self.validation):
-            note = part.report() if part else None
+            note = part.samples.report() if part and part.samples else ''
             if note:
                 self.report.warn(note)
         averaged = row.get('ema_top1', -math.inf) >= row.get('val_top1', math.inf)
@@ -228,7 +230,7 @@ class Trainer:
         improved = score > self.best
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
-        # Before the checkpoint, which says that this epoch is done: what a kill prevents is done again.
+        # Before the checkpoint, which marks the epoch as done: after a kill in between, both are repeated.
         if improved:
             self._save_best(row, averaged)
         self._save()
@@ -237,7 +239,7 @@ class Trainer:
         number = self.parallel.stop_signal(self.stop.signal)
         if number:
             self._save(alone=self.parallel.saves_alone)
-            self.report.say(f'stopped by signal {number} after update {self.update}; --resume goes on')
+            self.report.say(f'stopped by signal {number} after update {self.update}; --resume continues the run')
             self.report.close()
             self.stop.exit(number)
 
@@ -246,7 +248,7 @@ class Trainer:
         return {**state, **self.task.get_checkpoint_state(ema=True)} if self.task.has_ema() else state
 
     def _save_best(self, row: Dict[str, float], averaged: bool) -> None:
-        """Writes the weights that scored best, and only them, since whoever loads both takes the average."""
+        """Writes the weights that scored best, and no others: loaders of a file with both take the average."""
         weights = whole(self.task.get_checkpoint_state(ema=averaged))
         state = weights['state_dict_ema' if averaged else 'state_dict']
         if self.runtime.is_primary:
@@ -255,10 +257,10 @@ class Trainer:
                 self.report.say(f'best.pt has {"the moving average" if averaged else "the weights themselves"}')
 
     def _save(self, alone: bool = False) -> None:
-        """Writes a checkpoint, unless what it would hold is broken.
+        """Writes a checkpoint, unless losses or gradients are not finite.
 
         Args:
-            alone: The other processes are not here: estimate their losses by those of this one.
+            alone: The other processes do not take part: their losses are estimated by those of this one.
         """
         self._check_finite()
         sums = (
@@ -266,11 +268,12 @@ class Trainer:
             if alone
             else torch.tensor(self.runtime.sum(self.sums.clone()), dtype=torch.float64)
         )
-        if not self.parallel.saves:
+        if self.parallel.saves_alone and not self.runtime.is_primary:
             return
-        state = dict(
-            **self._weights(),
-            optimizer=self.optimizer.state_dict(),
+        state = self.parallel.gather({**self._weights(), 'optimizer': self.optimizer.state_dict()})
+        if not self.runtime.is_primary:
+            return
+        state.update(
             scaler=self.scaler.state_dict(),
             config=dataclasses.asdict(self.config),
             num_classes=self.num_classes,
@@ -282,7 +285,7 @@ class Trainer:
         self.last_saved = self.checkpoints.save(state, self.update)
 
     def resume(self) -> bool:
-        """Goes to the place of the newest readable checkpoint; stays at the start, and says so, if there is none.
+        """Loads the newest readable checkpoint; starts a new run, with a message, if there is none.
 
         Raises:
             UserError: If the checkpoint belongs to another run.
@@ -294,10 +297,7 @@ class Trainer:
         state, path = found
         ours = dict(num_classes=self.num_classes, update_size=self.update_size, data=self._data_facts())
         check_same_run(state, {**ours, 'config': dataclasses.asdict(self.config)}, path)
-        self.task.load_checkpoint_state(state['state_dict'])
-        if self.task.has_ema():
-            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
-        self.optimizer.load_state_dict(state['optimizer'])
+        self.parallel.load(state, self.optimizer)
         self.scaler.load_state_dict(state['scaler'])
         self.sums.copy_(state['sums'] * self.runtime.is_primary)  # they are those of all processes
         for key in ('update', 'epoch', 'position', 'history', 'best'):
@@ -307,7 +307,7 @@ class Trainer:
         return True
 
     def _data_facts(self) -> Dict[str, Any]:
-        """What tells other data from these."""
+        """What identifies the data of the run."""
         validated = len(self.validation) if self.validation else 0
         return {'images': len(self.data), 'validation images': validated, 'classes': self.facts['class_names']}
 

@@ -10,20 +10,20 @@ Key = Tuple[int, int]
 
 
 class BatchOrder:
-    """Batch sampler of one process, which can begin at any update of any epoch.
+    """Batch sampler of one process, which can start at any update of any epoch.
 
-    An update takes the next `batch_size * accumulate * world` images of the epoch's order, and process and step take
-    every so many of them. So updates see the same images however these three numbers make up their product. An image
-    comes as a pair of the seed of its augmentation and its index.
+    An update takes the next `batch_size * accumulate * world` images of the epoch's order, which processes and steps
+    share. So updates see the same images for any factors of this product. An image is a pair of the seed of its
+    augmentation and its index.
 
     Args:
         dataset: What is ordered.
-        batch_size: Images a process and step.
-        accumulate: Steps an update.
+        batch_size: Images per process and step.
+        accumulate: Steps per update.
         world: Number of processes.
         rank: This process.
-        repeats: Times that an image follows itself, augmented differently; an epoch keeps its length.
-        drop_last: Leave out the last update where it has fewer images.
+        repeats: How often an image is repeated with other augmentation; the epoch keeps its length.
+        drop_last: Leave out the last update if it has fewer images.
         seed: Of the order.
     """
 
@@ -41,7 +41,7 @@ class BatchOrder:
         self.parts, self.accumulate, self.world, self.rank = accumulate * world, accumulate, world, rank
         self.seed = seed
         self.update_size = batch_size * self.parts
-        # One process's share is all; the shares of the processes are cut from the updates.
+        # The sampler orders all images; the processes' shares are cut from the updates.
         self.sampler = RepeatAugSampler(dataset, 1, 0, num_repeats=repeats, selected_round=0)
         whole, rest = divmod(len(dataset), self.update_size)
         self.updates_per_epoch = whole + bool(rest and not drop_last)
@@ -61,7 +61,7 @@ class BatchOrder:
         for update in range(self.update, self.updates_per_epoch):
             places = range(update * self.update_size, update * self.update_size + self._size(update))
             for step in range(self.accumulate):
-                # A process without an image takes one of weight 0, since all have to take part in the update.
+                # A process without an image takes one of weight 0, because all have to take part in the update.
                 own = places[step * self.world + self.rank :: self.parts] or places[:1]
                 yield [(derive_seed(self.seed, self.epoch, place), order[place]) for place in own]
 

@@ -1,9 +1,8 @@
-"""How the processes of a run share the work: by copies of the model, or by shards of it (PyTorch's FSDP2)."""
+"""The model in several processes: copies of it (DDP) or shards of it (PyTorch's FSDP2)."""
 
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, Iterator, List, Union
+from typing import Any, Dict, Iterator, List, Union
 
 import torch
 import torch.distributed as dist
@@ -11,13 +10,12 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from vmamba.tools.user_errors import UserError
 
-from .checkpoint import Checkpoints
 from .config import Config
 from .runtime import Runtime
-from .sharded_checkpoint import ShardedCheckpoints
 
 CPU_VERSION = (2, 13)  # of PyTorch, from which on FSDP2 is known to average right without GPUs
 
@@ -35,23 +33,30 @@ class Copies:
 
     def __init__(self, config: Config, task: TrainingTask, runtime: Runtime) -> None:
         self.task, self.runtime = task, runtime
-        self.saves = runtime.is_primary  # whether this process takes part in writing checkpoints
         if config.compile:
             task.compile()
         if runtime.world > 1:
             task.eval_model = task.get_eval_model()  # not the wrapper, which might wait for the others
             device_ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
-            # Gradients are averaged where they lie instead of being copied there and back.
+            # Gradients are averaged in place instead of being copied to buckets and back.
             task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
 
     def no_sync(self) -> AbstractContextManager:
-        """Gradients of what runs inside stay in this process until those of a later step are averaged."""
+        """Gradients computed inside are not averaged over the processes until a later step."""
         return self.task.no_sync()
 
     def eval_models(self) -> List[nn.Module]:
         """The model, and its moving average if there is one, for as many batches as each process has."""
         averages = [self.task.get_eval_model(ema=True)] if self.task.has_ema() else []
         return [self.task.get_eval_model(), *averages]
+
+    def gather(self, state: Dict[str, Any]) -> Dict[str, Any]:
+        """The state as the first process saves it; other processes need not call this."""
+        return state
+
+    def load(self, state: Dict[str, Any], optimizer: Optimizer) -> None:
+        """Loads weights, moving average and optimizer of a checkpoint."""
+        _load(self.task, state, optimizer)
 
     def stop_signal(self, own: int) -> int:
         """The signal for which this process should save and stop, 0 for none.
@@ -60,9 +65,6 @@ class Copies:
             own: The signal that it received.
         """
         return own if self.runtime.is_primary else 0
-
-    def checkpoints(self, folder: Path, keep: int) -> Checkpoints:
-        return Checkpoints(folder, keep)
 
 
 class Shards:
@@ -80,24 +82,24 @@ class Shards:
     saves_alone = False
 
     def __init__(self, config: Config, task: TrainingTask, runtime: Runtime) -> None:
-        self.task, self.saves = task, True
+        self.task, self.runtime = task, runtime
         # FSDP2 takes weights of no other format; convolutions follow that of the images.
         self.model = task.get_trainable_module().to(memory_format=torch.contiguous_format)
         self.skeleton = _without_weights(self.model)
-        self.mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-        self.group = dist.new_group(backend='gloo')  # for decisions, which so do not wait for the GPU
+        mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+        self.group = dist.new_group(backend='gloo')  # for decisions, so that they do not wait for the GPU
         for block in blocks_of(self.model):
             if config.compile:
                 block.compile()
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(self.model, mesh=self.mesh)
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
         if task.has_ema():
             shards = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             task.get_trainable_module(ema=True).module.load_state_dict(shards, assign=True)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients of what runs inside stay in this process until those of a later step are averaged."""
+        """Gradients computed inside are not averaged over the processes until a later step."""
         self.model.set_requires_gradient_sync(False)
         try:
             yield
@@ -114,30 +116,49 @@ class Shards:
             model.load_state_dict(whole(state), assign=True)
         return models
 
+    def gather(self, state: Dict[str, Any]) -> Dict[str, Any]:
+        """The state with whole tensors, in the first process; all processes have to call this."""
+        return whole(state, self.runtime.is_primary)
+
+    def load(self, state: Dict[str, Any], optimizer: Optimizer) -> None:
+        """Loads weights, moving average and optimizer of a checkpoint, which holds whole tensors."""
+        shards = self.model.state_dict()
+        weights = {
+            name: {key: like(value, shards[key]) for key, value in state[name].items()}
+            for name in ('state_dict', 'state_dict_ema')
+            if name in state
+        }
+        parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        numbers = [number for group in state['optimizer']['param_groups'] for number in group['params']]
+        found = state['optimizer']['state']
+        moments = {
+            number: {key: like(value, parameter) for key, value in found[number].items()}
+            for number, parameter in zip(numbers, parameters, strict=True)
+            if number in found
+        }
+        _load(self.task, {**weights, 'optimizer': {**state['optimizer'], 'state': moments}}, optimizer)
+
     def stop_signal(self, own: int) -> int:
         """A signal that any of the processes received: all have to save after the same update."""
         signal = torch.tensor(own)
         dist.all_reduce(signal, dist.ReduceOp.MAX, group=self.group)
         return int(signal)
 
-    def checkpoints(self, folder: Path, keep: int) -> ShardedCheckpoints:
-        return ShardedCheckpoints(folder, keep, self.mesh, self.group)
-
 
 Parallel = Union[Copies, Shards]
 
 
 def distribute(config: Config, task: TrainingTask, runtime: Runtime) -> Parallel:
-    """Compiles the model of a task if asked for, and shares it out; its parameters may be others afterwards."""
+    """Compiles the model of a task if asked for, and distributes it; its parameters may be replaced."""
     return (Shards if config.shard else Copies)(config, task, runtime)
 
 
 def check_sharding(config: Config, runtime: Runtime) -> None:
-    """Raises UserError if the model is to be sharded and cannot be."""
+    """Raises UserError if sharding is asked for and not possible."""
     if not config.shard:
         return
     if runtime.world == 1:
-        raise UserError('shard shares the weights out among processes: start several by torchrun, or leave it out')
+        raise UserError('shard distributes the weights over processes: start several by torchrun, or leave it out')
     check_version(runtime.device.type)
 
 
@@ -167,8 +188,30 @@ def _without_weights(model: nn.Module) -> nn.Module:
     return copy
 
 
-def whole(value: Any) -> Any:
-    """A tensor, or a dictionary of any depth, with sharded tensors gathered; all processes have to call it."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """A tensor, or a dictionary of any depth, with sharded tensors gathered; all processes have to call it.
+
+    Args:
+        value: What to gather.
+        keep: Return the gathered tensors; without, each is dropped as soon as it is gathered.
+    """
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    return value.full_tensor() if isinstance(value, DTensor) else value
+        return {key: whole(item, keep) for key, item in value.items()}
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full if keep else None
+
+
+def like(value: Any, shard: Any) -> Any:
+    """A whole tensor distributed as a sharded one of its shape; any other value as it is."""
+    if not isinstance(shard, DTensor) or not isinstance(value, torch.Tensor) or value.shape != shard.shape:
+        return value
+    return distribute_tensor(value.to(shard.device), shard.device_mesh, shard.placements)
+
+
+def _load(task: TrainingTask, state: Dict[str, Any], optimizer: Optimizer) -> None:
+    task.load_checkpoint_state(state['state_dict'])
+    if task.has_ema():
+        task.load_checkpoint_state(state['state_dict_ema'], ema=True)
+    optimizer.load_state_dict(state['optimizer'])

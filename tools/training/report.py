@@ -1,43 +1,87 @@
-"""What a run tells: lines or a progress bar, epochs.csv, TensorBoard and a picture."""
+"""Output of a run: lines or a progress bar, epochs.csv, a picture, TensorBoard and Weights & Biases."""
 
+import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from vmamba.tools.figures.plots import plot_run
-from vmamba.tools.output_files import write_csv, writing
+from vmamba.tools.output_files import write_csv, write_text, writing
+from vmamba.tools.user_errors import UserError
 
+from .config import Config
 from .runtime import Runtime
+
+LOGS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}  # modules, which take seconds to import
+
+
+class TensorBoard:
+    """Records in the run's folder; those after the given numbers of updates and epochs are dropped."""
+
+    def __init__(self, module: Any, output: Path, config: Config, updates: int, epochs: int) -> None:
+        self.folder = output / 'tensorboard'
+        steps = {'update': updates, 'epoch': epochs}
+        self.writers = {
+            name: module.SummaryWriter(self.folder / name, purge_step=step + 1) for name, step in steps.items()
+        }
+
+    def add(self, name: str, values: Dict[str, float], step: int) -> None:
+        with writing(self.folder / name):
+            for key, value in values.items():
+                self.writers[name].add_scalar(f'{name}/{key}', value, step)
+
+    def close(self) -> None:
+        for name, writer in self.writers.items():
+            with writing(self.folder / name):
+                writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases in the project of the environment (WANDB_PROJECT) or `vmamba`; resumed by its id."""
+
+    def __init__(self, module: Any, output: Path, config: Config, updates: int, epochs: int) -> None:
+        record = output / 'wandb.txt'
+        run_id = record.read_text().strip() if record.is_file() and updates else None
+        project = os.environ.get('WANDB_PROJECT', 'vmamba')
+        names = dict(project=project, name=output.name, id=run_id, resume='allow', dir=str(output))
+        self.run = module.init(**names, config=vars(config))
+        write_text(record, self.run.id)
+        for name in ('update', 'epoch'):  # W&B's own step cannot go back to a checkpoint
+            self.run.define_metric(f'{name}/*', step_metric=f'{name}/step')
+
+    def add(self, name: str, values: Dict[str, float], step: int) -> None:
+        self.run.log({f'{name}/step': step, **{f'{name}/{key}': value for key, value in values.items()}})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 class Report:
-    """Takes what there is to tell, and tells it from the first process only.
+    """Shows and records the progress of a run; only the first process does.
 
     Args:
-        output: Folder of the run.
+        config: Settings.
         runtime: Place among the processes.
+
+    Raises:
+        UserError: If the package of a log is missing.
     """
 
-    def __init__(self, output: Path, runtime: Runtime) -> None:
-        self.output, self.runtime = output, runtime
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.output, self.runtime = config, Path(config.output), runtime
         self.console = Console(quiet=not runtime.is_primary, highlight=False, soft_wrap=True)
-        self.writers: Dict[str, Any] = {}
+        self.modules = {name: _import(name) for name in config.log} if runtime.is_primary else {}
+        self.logs: List[Any] = []
         self.bar = None
 
     def open_records(self, updates: int, epochs: int) -> None:
-        """Begins TensorBoard's records, dropping those from these numbers of updates and epochs on."""
-        if not self.runtime.is_primary:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-        except ImportError:
-            self.warn('tensorboard is not installed, so there are no records for it')
-        else:
-            for name, steps in (('update', updates), ('epoch', epochs)):
-                self.writers[name] = SummaryWriter(self.output / 'tensorboard' / name, purge_step=steps + 1)
-        if self.console.is_terminal:
+        """Opens the logs and the progress bar of a run that has done this many updates and epochs."""
+        kinds = {'tensorboard': TensorBoard, 'wandb': Wandb}
+        for name, module in self.modules.items():
+            self.logs.append(kinds[name](module, self.output, self.config, updates, epochs))
+        if self.runtime.is_primary and self.console.is_terminal:
             columns = TextColumn('{task.description}'), BarColumn(), TextColumn('{task.fields[status]}')
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self.task = self.bar.add_task('', status='')
@@ -52,7 +96,7 @@ class Report:
         print(f'train.py: warning: {prefix}{text}', file=sys.stderr, flush=True)
 
     def say_status(self, status: str) -> None:
-        """What the run is at now; plain lines leave it out."""
+        """Shows a state in the progress bar; plain lines leave it out."""
         if self.bar:
             self.bar.update(self.task, status=status)
 
@@ -63,43 +107,44 @@ class Report:
             self.bar.reset(self.task, description=name, total=updates, completed=position, status='')
 
     def progress(self, update: int, position: int, loss: float, lr: float, rate: float, memory: float) -> None:
-        """Tells of the updates since the last time: mean loss, learning rate, images per second and peak memory."""
-        if not self.runtime.is_primary:
-            return
+        """Reports the updates since the last call: mean loss, learning rate, images per second and peak memory."""
         status = f'loss {loss:.4f}, lr {lr:.3g}, {rate:.0f} images/s, {memory:.0f} MiB'
         if self.bar:
             self.bar.update(self.task, completed=position, status=status)
         else:
             self.say(f'epoch {self.epoch + 1} update {position}/{self.updates}: {status}')
         values = {'loss': loss, 'lr': lr, 'images_per_second': rate, 'memory_mib': memory}
-        self._add_scalars('update', values, update)
+        for log in self.logs:
+            log.add('update', values, update)
 
     def end_epoch(self, history: List[Dict[str, float]]) -> None:
-        """Tells of the last epoch and writes all of them."""
+        """Reports the last epoch and writes all of them."""
         if not self.runtime.is_primary:
             return
         row = history[-1]
         scores = [f'{key} {row[key]:.4g}' for key in row if key not in ('epoch', 'updates', 'lr')]
         self.say(f'epoch {row["epoch"]} done: {", ".join(scores)}')
-        self._add_scalars('epoch', row, row['epoch'])
+        for log in self.logs:
+            log.add('epoch', row, row['epoch'])
         write_csv(self.output / 'epochs.csv', [list(row), *([past.get(key) for key in row] for past in history)])
 
     def finish(self, history: List[Dict[str, float]]) -> None:
-        """Draws the curves and names the result."""
+        """Draws the curves and names the folder of the results."""
         if self.runtime.is_primary:
+            from vmamba.tools.figures.plots import plot_run  # matplotlib: in one process only
+
             plot_run(history, self.output / 'curves.png')
             self.say(f'done; the results are in {self.output}/')
-        self.close()
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-        for name, writer in self.writers.items():
-            with writing(self.output / 'tensorboard' / name):
-                writer.close()
+        for log in self.logs:
+            log.close()
 
-    def _add_scalars(self, name: str, values: Dict[str, float], step: int) -> None:
-        if name in self.writers:
-            with writing(self.output / 'tensorboard' / name):
-                for key, value in values.items():
-                    self.writers[name].add_scalar(f'{name}/{key}', value, step)
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(LOGS[name])
+    except ImportError as error:
+        raise UserError(f'log {name} needs the package {name}: pip install {name}; or leave it out of --log') from error

@@ -56,9 +56,9 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def leave_stopping_to_main(worker: int) -> None:
-    """For loading processes, which a signal to the whole job reaches too: the main process still needs their images.
+    """For loading processes: they ignore stop signals to the whole job, because the main process needs their images.
 
-    They end with it, for PyTorch's look every few seconds whether it is there.
+    They end with the main process, which PyTorch's workers check every few seconds.
 
     Args:
         worker: Number among the loading processes.
@@ -68,21 +68,25 @@ def leave_stopping_to_main(worker: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGINT (of the terminal), to stop between two updates; a second one takes its usual course.
+    """Remembers SIGTERM or SIGINT, to stop between two updates; a second one has its default effect.
 
-    With copies of the model only the first process stops of its own accord, after writing a checkpoint. The others go
-    on, since it needs them to finish its update, until they find it gone or torchrun ends them.
+    With copies of the model only the first process stops by itself, after writing a checkpoint. The others continue,
+    because it needs them to finish its update, until it is gone or torchrun ends them.
     """
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def exit(self, number: int) -> None:
-        """Ends the process with the status that a signal stands for."""
+        """Ends the process with the exit status of a signal."""
         os._exit(128 + number)  # waiting for the others would take as long as they wait for this one

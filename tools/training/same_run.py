@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that is to go on from it."""
+"""Whether a checkpoint belongs to the run that resumes from it."""
 
 import dataclasses
 from pathlib import Path
@@ -8,10 +8,10 @@ from vmamba.tools.user_errors import UserError, changes
 
 from .config import Config
 
-# What may differ when a run goes on: where and how it runs, and how long. The size of an update is checked by itself.
+# Keys that may change at a resume: where, how and how long the run is. The size of an update is checked separately.
 FREE_KEYS = {
-    *('output', 'workers', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
-    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing'),
+    *('output', 'workers', 'log', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
+    *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing', 'shard'),
     *('pretrained', 'checkpoint', 'new_head', 'teacher_checkpoint'),
 }
 _NAMES_SHOWN = 5
@@ -39,7 +39,7 @@ def _facts(state: Dict[str, Any]) -> Dict[str, Any]:
     config = {**dataclasses.asdict(Config()), **state['config']}
     counts = {key: value for key, value in state['data'].items() if key != 'classes'}
     keys = config.keys() - FREE_KEYS - {'num_classes'}
-    sizes = {'num_classes': state['num_classes'], 'images an update': state['update_size']}
+    sizes = {'num_classes': state['num_classes'], 'images per update': state['update_size']}
     return {**{key: config[key] for key in keys}, **sizes, **counts}
 
 

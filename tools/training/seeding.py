@@ -1,7 +1,7 @@
-"""Random numbers that depend on nothing but the seed and on what they are for.
+"""Random numbers that depend on the seed and their purpose only.
 
-No generator's state is carried from step to step. So none has to be saved: a run that goes on after an interruption
-draws what it would have drawn, whatever the number of loading processes, and two processes augment as one does.
+RNG state is not saved: all randomness is derived from seed, epoch and step. So a resumed run draws the same numbers
+with any number of loading processes, and two processes augment as one does.
 """
 
 import hashlib

@@ -6,7 +6,6 @@ from typing import Any, Dict, Optional
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -16,6 +15,8 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
 from vmamba.tools.user_errors import UserError, nearest
+
+from vmamba.models.trained import preprocessing
 
 from .config import Config
 
@@ -35,6 +36,11 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(config.model, **{**args, **config.model_args})
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
+        if config.pretrained and is_download(error):
+            raise UserError(
+                f'cannot download the published weights of {config.model} ({_one_line(error)}); give --checkpoint FILE '
+                'with a copy of them, or --from-scratch for random weights'
+            ) from error
         raise UserError(f'cannot build {config.model}: {_one_line(error)}{_way_out(config, error)}') from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -47,8 +53,14 @@ def _check_model(key: str, name: str) -> None:
         raise UserError(f'there is no {key} {name!r}{nearest(name, known)}')
 
 
+def is_download(error: Exception) -> bool:
+    """Whether published weights could not be downloaded, by this library or by timm."""
+    return isinstance(error, OSError) or str(error).startswith('could not download')
+
+
 def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
+    first = error.__cause__ if str(error).startswith('could not download') else None
+    return ' '.join(str(first or error).split()) or type(error).__name__
 
 
 def _way_out(config: Config, error: Exception) -> str:
@@ -74,11 +86,11 @@ def _weights(config: Config, num_classes: int) -> Dict[str, Any]:
         overlay = dict(file=config.checkpoint, num_classes=-1 if config.new_head else num_classes)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
     if config.pretrained:
-        published = _published(config.model, 'leave pretrained out, or give --checkpoint FILE')
+        published = _published(config.model, 'give --checkpoint FILE, or --from-scratch for random weights')
         if published.num_classes != num_classes and not config.new_head:
             raise UserError(
                 f'the published weights of {config.model} have {published.num_classes} classes, the data '
-                f'{num_classes}; --new-head starts a new classifier'
+                f'{num_classes}; --new-head re-initialises the classifier'
             )
     return dict(pretrained=config.pretrained)
 
@@ -96,19 +108,13 @@ def _published(name: str, advice: str) -> PretrainedCfg:
 
 
 def starts_from_scratch(config: Config) -> bool:
-    """Whether settings of fine-tuning are there, but no weights to fine-tune."""
+    """Whether a run with settings for fine-tuning starts from random weights."""
     return (config.new_head or config.layer_decay is not None) and not (config.pretrained or config.checkpoint)
 
 
 def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
     """Size, interpolation, normalisation and crop of the images that a model takes."""
-    wanted = dict(in_chans=config.in_chans, img_size=config.img_size, crop_pct=config.crop_pct)
-    cfg = {**model.pretrained_cfg}
-    if config.img_size is None:
-        cfg['input_size'] = (config.in_chans, *cfg['input_size'][1:])
-    if config.in_chans == 1:
-        cfg.update(mean=(0.5,), std=(0.5,))
-    return resolve_data_config(wanted, pretrained_cfg=cfg)
+    return preprocessing(model, config.in_chans, config.img_size, config.crop_pct)
 
 
 def describe(
@@ -120,7 +126,7 @@ def describe(
         config: Settings.
         data_config: Of `data_config_of`.
         num_classes: Of the model.
-        classes: Index of every class, where the data tells.
+        classes: Index of every class, if the data has names.
     """
     kept = {key: data_config[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
     return dict(

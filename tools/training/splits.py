@@ -1,14 +1,15 @@
-"""The two splits of the configured data: found where they are said to be, and nothing of one in the other."""
+"""The training and validation split of the configured data, which share no image."""
 
+import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.images.image_files import has_image_ending, walk
-from vmamba.tools.images.labelled_folders import FolderReader, TorchFolder
+from vmamba.tools.images.labelled_folders import LabelledFiles, read_csv, read_folder
 from vmamba.tools.images.packaged_data import PREFIX, create_packaged_dataset
 from vmamba.tools.user_errors import UserError, listed, nearest
 
@@ -16,10 +17,12 @@ from .config import Config, option_of
 
 SYNTHETIC = 'synthetic'
 NAMES_SHOWN = 10
+VAL_FRACTION = 0.2
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # timm takes any other name for a folder's
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))  # in timm's order
 _ALL = 'all'  # split of the packaged images
+_PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
 
 
 def load_datasets(config: Config) -> List[Dataset]:
@@ -33,10 +36,15 @@ def load_datasets(config: Config) -> List[Dataset]:
     _check_name(config)
     if config.train_split == config.val_split:
         raise UserError(f'train_split and val_split are both {config.val_split!r}: choose another split to validate on')
+    if config.val_fraction is not None and config.data not in ('', *_TORCH_FOLDERS):
+        raise UserError(
+            f'val_fraction is for a folder or a CSV file, not for {config.data}; Hugging Face datasets take slices: '
+            "--train-split 'train[:80%]' --val-split 'train[80%:]'"
+        )
     if config.data.startswith(PREFIX):
         datasets = [_packaged(config, split) for split in (config.train_split, config.val_split)]
     elif config.data in ('', *_TORCH_FOLDERS):
-        datasets = _folders(config)
+        datasets = _files(config)
     else:
         datasets = [_create(config, split, config.data_dir) for split in (config.train_split, config.val_split)]
         _check_torchvision(config, *datasets)
@@ -56,8 +64,8 @@ def _check_name(config: Config) -> None:
     known = (SYNTHETIC, PREFIX, *_PREFIXES)
     guess = nearest(name.partition('/')[0] + '/', known) or nearest(name, known)
     raise UserError(
-        f"data {name!r} is none of {', '.join(prefix + '...' for prefix in (PREFIX, *_PREFIXES))}, {SYNTHETIC} and '' "
-        f'for the folder data_dir{guess}'
+        f'data {name!r} is neither a folder nor a CSV file, nor one of '
+        f'{", ".join(prefix + "..." for prefix in (PREFIX, *_PREFIXES))} and {SYNTHETIC}{guess}'
     )
 
 
@@ -70,16 +78,49 @@ def _packaged(config: Config, split: str) -> Dataset:
         raise UserError(str(error)) from error
 
 
-def _folders(config: Config) -> List[Dataset]:
-    """Images by class, in a folder (or tar file) for each split."""
+def _files(config: Config) -> List[Dataset]:
+    """Images by class: in a folder (or tar file) for each split, in one folder without splits, or in a CSV file."""
     if config.data_dir is None:
-        raise UserError('no data: give --data-dir FOLDER, or --data packaged/mnist5k, or --data synthetic')
-    if not Path(config.data_dir).exists():
-        raise UserError(f'there is no folder {config.data_dir}; --data-dir names the folder of the data')
-    splits = {key: getattr(config, key) for key in ('train_split', 'val_split')}
-    paths = [_find(Path(config.data_dir), key, split) for key, split in splits.items()]
-    _check_apart(*paths)
-    return [_create(config, split, str(path)) for split, path in zip(splits.values(), paths)]
+        raise UserError('no data: give --data FOLDER, --data FILE.csv, --data packaged/mnist5k or --data synthetic')
+    root = Path(config.data_dir)
+    if not root.exists():
+        raise UserError(f'there is no folder or CSV file {root}; --data names the data')
+    if root.suffix.lower() == '.csv':
+        parts = read_csv(root, [_names_of(split) for split in (config.train_split, config.val_split)])
+        return _datasets(config, parts, root)
+    if _is_whole(root, config):
+        return _datasets(config, [_read_folder(config, root)], root)
+    train = _find(root, 'train_split', config.train_split)
+    if config.val_fraction is not None:
+        return _datasets(config, [_read_folder(config, train)], train)
+    validation = _find(root, 'val_split', config.val_split)
+    _check_apart(train, validation)
+    return [_folder(config, path) for path in (train, validation)]
+
+
+def _is_whole(root: Path, config: Config) -> bool:
+    """Whether a folder has class folders and no splits: no name of a split is in it, and none was given."""
+    default = Config.train_split, Config.val_split
+    names = {*_names_of(default[0]), *_names_of(default[1]), 'test'}
+    entries = {path.name for path in root.iterdir()} if root.is_dir() else names
+    return (config.train_split, config.val_split) == default and not entries & names and bool(entries)
+
+
+def _datasets(config: Config, parts: List[LabelledFiles], source: Path) -> List[Dataset]:
+    """Datasets of both splits; if there is one part, a share of it is held out for validation.
+
+    Raises:
+        UserError: If a share is to be held out, but the splits are given; or if both share an image.
+    """
+    if len(parts) == 1:
+        parts = list(parts[0].hold_out(config.val_fraction or VAL_FRACTION, config.seed))
+    elif config.val_fraction is not None:
+        raise UserError(f'{source} has a validation split already: leave val_fraction out')
+    else:
+        shared = set.intersection(*({os.path.realpath(path) for path, _ in part.samples} for part in parts))
+        if shared:
+            raise UserError(f'images to validate on must not be trained on: {source} has {min(shared)} in both splits')
+    return [ImageDataset(part.root, reader=part, input_img_mode=image_mode(config.in_chans)) for part in parts]
 
 
 def _check_apart(train: Path, validation: Path) -> None:
@@ -106,10 +147,14 @@ def _real_paths(root: Path) -> Tuple[Set[Path], Set[Path]]:
     return folders, linked
 
 
+def _names_of(split: str) -> Sequence[str]:
+    """A split and its synonyms."""
+    return (split, *next((names for names in _SYNONYMS if split in names), ()))
+
+
 def _find(root: Path, key: str, split: str) -> Path:
     """The folder of a split, which timm would look for in the same places before it took all of the data."""
-    names = [split, *next((names for names in _SYNONYMS if split in names), ())]
-    found = next((root / name for name in names if name and (root / name).exists()), None)
+    found = next((root / name for name in _names_of(split) if name and (root / name).exists()), None)
     if found:
         return found
     there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
@@ -118,17 +163,37 @@ def _find(root: Path, key: str, split: str) -> Path:
     raise UserError(f'{root} has no {split!r}; it has {has}: {way_out}')
 
 
-def _create(config: Config, split: str, root: Optional[str]) -> Dataset:
-    mode = image_mode(config.in_chans)
-    extra: Dict[str, Any] = dict(input_img_mode=mode, seed=config.seed, batch_size=config.batch_size)
-    if config.data.lower().startswith('torch/'):
-        extra = {}
-    args = {'is_training': split == config.train_split, **extra, **config.data_args}
+def _folder(config: Config, root: Path) -> Dataset:
+    if root.is_dir():
+        return ImageDataset(root, reader=_read_folder(config, root), input_img_mode=image_mode(config.in_chans))
+    return _create(config, root.name, str(root))  # a tar file
+
+
+def _read_folder(config: Config, root: Path) -> LabelledFiles:
+    as_torchvision = dict(top=True, key=str) if config.data in _TORCH_FOLDERS else {}
     try:
-        if config.data in _TORCH_FOLDERS:
-            return TorchFolder(root, **config.data_args)
-        if not config.data and Path(root).is_dir():
-            return ImageDataset(root, reader=FolderReader(root, **config.data_args), input_img_mode=mode)
+        files = read_folder(root, **as_torchvision, **config.data_args)
+    except (TypeError, ValueError, AssertionError, OSError) as error:
+        raise UserError(f'data_args {config.data_args} do not fit the folder {root}: {error}') from error
+    if files.empty:
+        shown = listed(files.empty, NAMES_SHOWN)
+        raise UserError(f'{len(files.empty)} class folder(s) without an image: {shown}; fill or remove them')
+    return files
+
+
+def _create(config: Config, split: str, root: Optional[str]) -> Dataset:
+    """A dataset by timm.
+
+    Raises:
+        UserError: If it cannot be opened, or its package is missing.
+    """
+    prefix = config.data.lower().partition('/')[0]
+    package = _PACKAGES.get(prefix)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f'{config.data} needs the package {package}: pip install {package.replace("_", "-")}')
+    extra = dict(input_img_mode=image_mode(config.in_chans), seed=config.seed, batch_size=config.batch_size)
+    args = {'is_training': split == config.train_split, **(extra if prefix != 'torch' else {}), **config.data_args}
+    try:
         return create_dataset(config.data, root=root, split=split, search_split=False, **args)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
         where = f'{config.data or "the folder"} {root or ""}'.strip()
@@ -144,20 +209,8 @@ def _check_torchvision(config: Config, train: Dataset, validation: Dataset) -> N
 
 
 def _check_classes(train: Dataset, validation: Dataset) -> None:
-    """Raises UserError for folders of classes without images, and for splits with different classes."""
-    for dataset in (train, validation):
-        reader = getattr(dataset, 'reader', None)
-        if isinstance(reader, FolderReader):
-            _check_filled(Path(reader.root), reader.class_to_idx)
+    """Raises UserError for splits with different classes."""
     ours, theirs = class_names(train), class_names(validation)
     if ours and theirs and ours != theirs:
         differ = sorted(map(str, ours.keys() ^ theirs.keys())) or ['their order']
         raise UserError(f'training and validation have different classes: {", ".join(differ[:NAMES_SHOWN])}')
-
-
-def _check_filled(root: Path, classes: Dict[str, int]) -> None:
-    leaves = [path for path in root.rglob('*') if path.is_dir() and path.name not in classes]
-    empty = [str(path) for path in leaves if not any(child.is_dir() for child in path.iterdir())]
-    if empty:
-        shown = ', '.join(sorted(empty)[:NAMES_SHOWN])
-        raise UserError(f'{len(empty)} class folder(s) without an image: {shown}; fill or remove them')

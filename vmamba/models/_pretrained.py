@@ -143,6 +143,11 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
         CheckpointFileError: If the file does not exist.
         RuntimeError: If the file is corrupt or holds other objects than weights.
     """
+    return _select_weights(read_file(path), Path(path), use_ema)
+
+
+def read_file(path: Union[str, Path]) -> Any:
+    """Reads all that a .safetensors or PyTorch file holds; see `read_checkpoint` for how, and for the errors."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointFileError(f'there is no checkpoint file {path}')
@@ -153,12 +158,11 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
         with torch.serialization.safe_globals(
             [argparse.Namespace, *((record, name) for name, record in _RECORDS.items())]
         ):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise RuntimeError(_refusal(path)) from error
     except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise RuntimeError(f'{path} is not a readable checkpoint: {error}') from error
-    return _select_weights(checkpoint, path, use_ema)
 
 
 def check_sums(path: Path) -> None:
