@@ -17,7 +17,7 @@ ids = [path.stem for path in CONFIGS]
 # One of each kind of model.
 KINDS = [
     next(path for path in CONFIGS if path.name.startswith(kind))
-    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'upernet_vmamba-t', 'upernet_vim', 'mask2former')
+    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'vmamba-t_upernet', 'vim-t_upernet', 'mask2former')
 ]
 
 
@@ -96,18 +96,18 @@ def test_the_state_space_parameters_of_the_small_configs_do_not_decay(path):
 
 # In millions: what the official repositories and papers state, to the digits that they give.
 PARAMETERS = {
-    'mask-rcnn_vmamba-t_fpn_1x_coco': 50,
-    'mask-rcnn_vmamba-s_fpn_1x_coco': 70,
-    'mask-rcnn_vmamba-b_fpn_1x_coco': 108,
-    'mask-rcnn_vmamba-t-v0_fpn_1x_coco': 42.4,
-    'mask-rcnn_vmamba-s-v0_fpn_1x_coco': 63.924,
-    'mask-rcnn_vmamba-b-v0_fpn_1x_coco': 95.628,
-    'upernet_vmamba-t_160k_ade20k-512x512': 62,
-    'upernet_vmamba-s_160k_ade20k-512x512': 82,
-    'upernet_vmamba-b_160k_ade20k-512x512': 122,
-    'upernet_vmamba-t-v0_160k_ade20k-512x512': 54.546956,
-    'upernet_vmamba-s-v0_160k_ade20k-512x512': 76.070924,
-    'upernet_vmamba-b-v0_160k_ade20k-512x512': 109.765548,
+    'mask-rcnn_vmamba-t_fpn_amp-1x_coco': 50,
+    'mask-rcnn_vmamba-s_fpn_amp-1x_coco': 70,
+    'mask-rcnn_vmamba-b_fpn_amp-1x_coco': 108,
+    'mask-rcnn_vmamba-t-v0_fpn_amp-1x_coco': 42.4,
+    'mask-rcnn_vmamba-s-v0_fpn_amp-1x_coco': 63.924,
+    'mask-rcnn_vmamba-b-v0_fpn_amp-1x_coco': 95.628,
+    'vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512': 62,
+    'vmamba-s_upernet_8xb2-amp-160k_ade20k-512x512': 82,
+    'vmamba-b_upernet_8xb2-amp-160k_ade20k-512x512': 122,
+    'vmamba-t-v0_upernet_8xb2-amp-160k_ade20k-512x512': 54.546956,
+    'vmamba-s-v0_upernet_8xb2-amp-160k_ade20k-512x512': 76.070924,
+    'vmamba-b-v0_upernet_8xb2-amp-160k_ade20k-512x512': 109.765548,
 }
 
 
@@ -142,16 +142,16 @@ def schedule(path):
 
 # Of each pattern the schedule, and the drop path rates by variant, which are not those of the classifiers.
 RECIPES = {
-    'mask-rcnn_vmamba-*_fpn_1x_coco': (
+    'mask-rcnn_vmamba-*_fpn_amp-1x_coco': (
         (1e-4, 0.05, 12, 1000, [8, 11], 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.2, 's_v0': 0.2, 'b_v0': 0.2},
     ),
-    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (
+    'mask-rcnn_vmamba-*_fpn_amp-ms-crop-3x_coco': (
         (1e-4, 0.05, 36, 1000, [27, 33], 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2},
     ),
     'cascade-mask-rcnn_vim-*': ((1e-4, 0.1, 25, 250, [22, 24], 64), {'t': 0.1, 's': 0.1}),
-    'upernet_vmamba-*': (
+    'vmamba-*_upernet_*_ade20k-*': (
         (6e-5, 0.01, 160000, 1500, None, 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.3, 's_v0': 0.3, 'b_v0': 0.3},
     ),
@@ -212,19 +212,19 @@ def padded_size(config, folder, size):
 
 def test_every_published_model_has_a_config():
     variants = {'t', 's', 'b', 't-s2l5', 't-v0', 's-v0', 'b-v0'}
-    expected = {f'mask-rcnn_vmamba-{v}_fpn_1x_coco' for v in variants}
-    expected |= {f'mask-rcnn_vmamba-{v}_fpn_ms-3x_coco' for v in ('t', 's', 'b', 't-s2l5')}
-    expected |= {f'upernet_vmamba-{v}_160k_ade20k-512x512' for v in variants}
-    expected |= {f'upernet_vmamba-s_160k_ade20k-{size}' for size in ('640x640', '896x896')}
-    expected |= {f'upernet_vim-{v}_{steps}_ade20k-512x512' for v in 'ts' for steps in ('60k', '160k')}
-    expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_lsj-100e_coco' for v in 'ts'}
-    expected |= {'dino-4scale_vmamba-t_12e_coco', 'mask2former_vmamba-t_160k_ade20k-512x512'}
+    expected = {f'mask-rcnn_vmamba-{v}_fpn_amp-1x_coco' for v in variants}
+    expected |= {f'mask-rcnn_vmamba-{v}_fpn_amp-ms-crop-3x_coco' for v in ('t', 's', 'b', 't-s2l5')}
+    expected |= {f'vmamba-{v}_upernet_8xb2-amp-160k_ade20k-512x512' for v in variants}
+    expected |= {f'vmamba-s_upernet_8xb2-amp-160k_ade20k-{size}' for size in ('640x640', '896x896')}
+    expected |= {f'vim-{v}_upernet_{steps}_ade20k-512x512' for v in 'ts' for steps in ('4xb8-amp-60k', '8xb2-amp-160k')}
+    expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_amp-lsj-100e_coco' for v in 'ts'}
+    expected |= {'dino-4scale_vmamba-t_8xb2-12e_coco', 'mask2former_vmamba-t_8xb2-160k_ade20k-512x512'}
     assert {path.stem for path in CONFIGS} == expected
 
 
 @pytest.mark.parametrize('side,longest', [(512, 2048), (640, 2560), (896, 3584)])
 def test_crop_sizes_reach_every_pipeline(side, longest):
-    config = load_config(next(path for path in SEGMENTATION if path.match(f'upernet_vmamba-s_*-{side}x{side}.py')))
+    config = load_config(next(path for path in SEGMENTATION if path.match(f'vmamba-s_upernet_*-{side}x{side}.py')))
     train = {step.type: step for step in config.train_dataloader.dataset.pipeline}
     assert train['RandomResize'].scale == (longest, side) and train['RandomCrop'].crop_size == (side, side)
     assert config.model.data_preprocessor.size == (side, side)

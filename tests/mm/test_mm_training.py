@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 
 PROCESSES = 2
 CONFIGS = {
-    'vmamba': ROOT / 'configs/segmentation/upernet_vmamba-t_160k_ade20k-512x512.py',
-    'vim': ROOT / 'configs/segmentation/upernet_vim-t_60k_ade20k-512x512.py',
+    'vmamba': ROOT / 'configs/segmentation/vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512.py',
+    'vim': ROOT / 'configs/segmentation/vim-t_upernet_4xb8-amp-60k_ade20k-512x512.py',
 }
 
 

@@ -7,7 +7,7 @@ from vmamba.configs import FOLDER, config_files, find_config
 from vmamba.tools import configurations
 from vmamba.tools.training.config import load_config
 
-NAME = 'upernet_vmamba-s_160k_ade20k-640x640'
+NAME = 'vmamba-s_upernet_8xb2-amp-160k_ade20k-640x640'
 
 
 @pytest.mark.parametrize(
