@@ -1,9 +1,12 @@
 """Every config builds; made small, its model trains a step and predicts, on batches of any images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from mm_cases import CLASSES, ROOT, batch_for, config_files, load_config, losses, predictions, small_model
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import build_optim_wrapper
@@ -17,7 +20,7 @@ ids = [path.stem for path in CONFIGS]
 # One of each kind of model.
 KINDS = [
     next(path for path in CONFIGS if path.name.startswith(kind))
-    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'vmamba-t_upernet', 'vim-t_upernet', 'mask2former')
+    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'vmamba-t_upernet_8xb2', 'vim-t_upernet', 'mask2former')
 ]
 
 
@@ -76,7 +79,7 @@ def test_the_optimizer(path):
     assert len(rates) == len(list(model.parameters()))
     block = next(p for name, p in model.backbone.named_parameters() if name.endswith('A_log'))
     assert decays[block] == 0 and max(decays.values()) == config.optim_wrapper.optimizer.weight_decay
-    decay = {'cascade-mask-rcnn_vim': 0.837, 'upernet_vim': 0.92}
+    decay = {'cascade-mask-rcnn_vim': 0.837, 'vim-s_upernet_4xb8': 0.95, 'vim-': 0.92}
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
@@ -155,8 +158,10 @@ RECIPES = {
         (6e-5, 0.01, 160000, 1500, None, 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.3, 's_v0': 0.3, 'b_v0': 0.3},
     ),
-    'upernet_vim-*_60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'t': 0.1, 's': 0.1}),
-    'upernet_vim-*_160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
+    'vim-t_upernet_4xb8-amp-60k_*': ((2e-4, 0.1, 60000, 1500, None, 32), {'t': 0.1}),
+    'vim-s_upernet_4xb8-amp-60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'s': 0.1}),
+    'vim-*_upernet_8xb2-amp-160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
+    'vmamba-t_upernet_4xb2-amp-80k_cityscapes-*': ((6e-5, 0.01, 80000, 1500, None, 8), {'t': 0.2}),
 }
 
 
@@ -219,7 +224,22 @@ def test_every_published_model_has_a_config():
     expected |= {f'vim-{v}_upernet_{steps}_ade20k-512x512' for v in 'ts' for steps in ('4xb8-amp-60k', '8xb2-amp-160k')}
     expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_amp-lsj-100e_coco' for v in 'ts'}
     expected |= {'dino-4scale_vmamba-t_8xb2-12e_coco', 'mask2former_vmamba-t_8xb2-160k_ade20k-512x512'}
+    expected |= {'vmamba-t_upernet_4xb2-amp-80k_cityscapes-512x1024'}
+    expected |= {'mask-rcnn_vmamba-t_fpn_own-dataset', 'vmamba-t_upernet_own-dataset'}
     assert {path.stem for path in CONFIGS} == expected
+
+
+def test_the_metafiles_name_every_config():
+    index = yaml.safe_load((ROOT / 'configs/model-index.yml').read_text())
+    models = [model for path in index['Import'] for model in yaml.safe_load((ROOT / path).read_text())['Models']]
+    assert {model['Name'] for model in models} == {path.stem for path in CONFIGS if 'own-dataset' not in path.stem}
+    for model in models:
+        config, data = load_config(ROOT / model['Config']), model['Metadata']['Training Data']
+        assert Path(model['Config']).stem == model['Name']
+        assert config.train_dataloader.dataset.get('type', 'RepeatDataset').startswith((data, 'RepeatDataset'))
+        assert model['In Collection'] == {'VMambaBackbone': 'VMamba', 'VimBackbone': 'Vim'}[config.model.backbone.type]
+        for result in model.get('Results', []):
+            assert result['Dataset'] == data and 'published' in model['Metadata']['Figures']
 
 
 @pytest.mark.parametrize('side,longest', [(512, 2048), (640, 2560), (896, 3584)])

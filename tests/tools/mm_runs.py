@@ -26,6 +26,14 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope='module')
+def unformatted():
+    """mmengine lays out each run's config six times by yapf, which takes longer than the tests' trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 def command(tool, *arguments):
     return [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from folders import in_use
-from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line
+from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line, unformatted  # noqa: F401 - the fixture
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.user_errors import UserError
 

@@ -12,7 +12,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mm_runs import DETECTION, QUICK, SEGMENTATION, TINY, command, environment, in_two_processes
+from mm_runs import (  # noqa: F401 - the fixture
+    DETECTION,
+    QUICK,
+    SEGMENTATION,
+    TINY,
+    command,
+    environment,
+    in_two_processes,
+    unformatted,
+)
 from PIL import Image
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.training.parallel import check_version
@@ -52,10 +61,10 @@ LEARNING = {
     'segmentation': (
         SEGMENTATION,
         [
-            *('train_cfg.max_iters=30', 'train_cfg.val_interval=30', 'default_hooks.checkpoint.interval=30'),
+            *('train_cfg.max_iters=40', 'train_cfg.val_interval=40', 'default_hooks.checkpoint.interval=40'),
             'optim_wrapper.optimizer.lr=8e-3',
         ],
-        'iter_30.pth',
+        'iter_40.pth',
         {'mIoU': 35.0},
     ),
 }
