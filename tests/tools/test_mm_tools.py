@@ -116,16 +116,16 @@ def test_images_of_folders_and_frames_of_videos_are_predicted(kind, trained, tmp
     _, config, checkpoint, tiny = trained(kind)
     images = Path('data/scenes/images')
     (tmp_path / 'many/deep').mkdir(parents=True)
-    pixels = cv2.imread(str(images / 'training/training_00000.jpg'))
+    pixels = cv2.imread(str(images / 'training/training_00005.jpg'))
     cv2.imwrite(str(tmp_path / 'many/deep/a.png'), pixels)
     film = cv2.VideoWriter(str(tmp_path / 'film.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (96, 96))
     for frame in (pixels, pixels[:, ::-1]):
         film.write(np.ascontiguousarray(frame))
     film.release()
-    inputs = [images / 'training/training_00000.jpg', tmp_path / 'many', tmp_path / 'film.avi']
+    inputs = [images / 'training/training_00005.jpg', tmp_path / 'many', tmp_path / 'film.avi']
     options = ['--config', config, '--checkpoint', checkpoint, '--output', tmp_path / 'out', '--device', 'cpu']
     mm_infer.main([*map(str, [*inputs, *options]), '--threshold', '0.05', '--cfg-options', *tiny])
-    names = ['training_00000', 'deep/a', 'film_000000', 'film_000001']
+    names = ['training_00005', 'deep/a', 'film_000000', 'film_000001']
     assert [line.partition(': ')[0] for line in capsys.readouterr().out.splitlines() if ': ' in line] == names
     for name in names:
         drawn = cv2.imread(str(tmp_path / f'out/vis/{name}.png'))
@@ -147,8 +147,8 @@ def check_detections(folder, names):
 def check_maps(folder, names):
     maps = [np.asarray(Image.open(folder / f'{name}.png')) for name in names]
     assert (maps[0] == maps[1]).all() and (maps[2] != maps[3]).any()
-    truth = np.asarray(Image.open('data/scenes/annotations/training/training_00000.png')) - 1  # 0 is unlabelled
-    assert maps[0].shape == truth.shape and (maps[0] == truth).mean() > 0.8
+    truth = np.asarray(Image.open('data/scenes/annotations/training/training_00005.png')) - 1  # 0 is unlabelled
+    assert maps[0].shape == truth.shape and (maps[0] == truth).mean() > 0.75  # without digits 0.69
 
 
 # Few steps, without validation, whose images a worker augments.
