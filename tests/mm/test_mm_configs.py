@@ -240,6 +240,9 @@ def test_every_published_model_has_a_config():
     assert {path.stem for path in CONFIGS} == expected
 
 
+DATA = {'COCO': 'coco', 'ADE20K': 'ade', 'Cityscapes': 'cityscapes'}
+
+
 def test_the_metafiles_name_every_config():
     index = yaml.safe_load((ROOT / 'configs/model-index.yml').read_text())
     models = [model for path in index['Import'] for model in yaml.safe_load((ROOT / path).read_text())['Models']]
@@ -247,7 +250,9 @@ def test_the_metafiles_name_every_config():
     for model in models:
         config, data = load_config(ROOT / model['Config']), model['Metadata']['Training Data']
         assert Path(model['Config']).stem == model['Name']
-        assert config.train_dataloader.dataset.get('type', 'RepeatDataset').startswith((data, 'RepeatDataset'))
+        assert f"'data/{DATA[data]}" in repr(config.train_dataloader)
+        steps = model['Metadata'].get('Iterations')
+        assert steps is None or steps == config.train_cfg.max_iters
         assert model['In Collection'] == {'VMambaBackbone': 'VMamba', 'VimBackbone': 'Vim'}[config.model.backbone.type]
         for result in model.get('Results', []):
             assert result['Dataset'] == data and 'published' in model['Metadata']['Figures']

@@ -1,4 +1,4 @@
-"""What trainings of mmdet's and mmseg's models begin with, and where their data go on."""
+"""What trainings of mmdet's and mmseg's models start with, and how their data resume."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_training_begins_with_what_is_asked_for(tmp_path):
         return cfg.get('resume', False), cfg.get('load_from'), tuple(cfg.get('fresh', ()))
 
     assert start(None) == (False, None, ())
-    assert start(True, load_from='coco.pth') == (False, 'coco.pth', ())  # nothing to go on from
+    assert start(True, load_from='coco.pth') == (False, 'coco.pth', ())  # nothing to resume from
     assert start('5.pth', load_from='coco.pth') == (True, '5.pth', ())
     assert start(None, ['head'], load_from='coco.pth') == (False, 'coco.pth', ('head',))
     with pytest.raises(UserError, match='load_from=CHECKPOINT'):
@@ -105,7 +105,7 @@ class Numbers(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
 @pytest.mark.parametrize('done', [2, 3, 7])
-def test_data_go_on_where_they_were(sampler, done, monkeypatch):
+def test_data_resume_where_they_were(sampler, done, monkeypatch):
     monkeypatch.setattr(loops.time, 'sleep', lambda _: None)  # of mmengine's, between epochs
 
     def batches(done, count):

@@ -124,6 +124,7 @@ def test_images_of_folders_and_frames_of_videos_are_predicted(kind, trained, tmp
     film.release()
     inputs = [images / 'training/training_00005.jpg', tmp_path / 'many', tmp_path / 'film.avi']
     options = ['--config', config, '--checkpoint', checkpoint, '--output', tmp_path / 'out', '--device', 'cpu']
+    capsys.readouterr()  # the training's log
     mm_infer.main([*map(str, [*inputs, *options]), '--threshold', '0.05', '--cfg-options', *tiny])
     names = ['training_00005', 'deep/a', 'film_000000', 'film_000001']
     assert [line.partition(': ')[0] for line in capsys.readouterr().out.splitlines() if ': ' in line] == names
