@@ -46,7 +46,7 @@ def find_config(path: Path) -> Path:
     for found in (path, installed):
         if found.is_file():
             return found
-    if renamed := current_name(name):
+    if (renamed := current_name(name)) and installed.parent in (FOLDER, files[renamed].parent):
         logging.getLogger('vmamba').warning('the configuration %s is now named %s', name, renamed)
         return files[renamed]
     near = get_close_matches(name, files, n=3)

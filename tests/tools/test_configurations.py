@@ -85,3 +85,8 @@ def test_a_copy_replaces_nothing(tmp_path, capsys):
 def test_a_configuration_is_found_by_its_earlier_name(earlier, now, caplog):
     assert find_config(Path(earlier)).stem == now
     assert caplog.messages == [f'the configuration {Path(earlier).name.removesuffix(".py")} is now named {now}']
+
+
+def test_an_earlier_name_in_a_folder_of_the_user_is_not_replaced():
+    with pytest.raises(FileNotFoundError):
+        find_config(Path('mine/mask-rcnn_vmamba-t_fpn_1x_coco.py'))
