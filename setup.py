@@ -9,6 +9,12 @@ setup(
         *(f'vmamba.{name}' for name in found if '__pycache__' not in name),
     ],
     package_dir={f'vmamba.{folder}': folder for folder in FOLDERS},
-    package_data={'vmamba': ['py.typed'], 'vmamba.configs.classification': ['*.yaml']},
+    package_data={
+        'vmamba': ['py.typed'],
+        'vmamba.configs': ['model-index.yml'],
+        'vmamba.configs.classification': ['*.yaml'],
+        'vmamba.configs.detection': ['metafile.yml'],
+        'vmamba.configs.segmentation': ['metafile.yml'],
+    },
     py_modules=['vmamba_cli'],
 )

@@ -2,7 +2,7 @@
 
 vmamba configs list
 vmamba configs show vmamba_t
-vmamba configs copy mask-rcnn_vmamba-t_fpn_1x_coco --output my_configs
+vmamba configs copy mask-rcnn_vmamba-t_fpn_amp-1x_coco --output my_configs
 """
 
 import argparse

@@ -29,7 +29,7 @@ class Training(NamedTuple):
 
 TRAININGS = (
     Training('detection/mask-rcnn_vmamba-nano_fpn_scenes.py', {'coco/bbox_mAP': 0.30, 'coco/segm_mAP': 0.30}),
-    Training('segmentation/upernet_vmamba-nano_scenes.py', {'mIoU': 50.0}),
+    Training('segmentation/vmamba-nano_upernet_scenes.py', {'mIoU': 50.0}),
 )
 
 

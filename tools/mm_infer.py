@@ -1,69 +1,129 @@
-"""Draws what a detector of mmdet or a segmentor of mmseg sees in an image: boxes and masks, or the segmentation.
+"""Predicts the objects or the segmentation of images and videos with a detector of mmdet or a segmentor of mmseg.
 
-vmamba mm-infer image.jpg --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output drawn.png
+    vmamba mm-infer photo.jpg folder film.mp4 --config CONFIG --checkpoint work_dirs/NAME/epoch_12.pth --output out
+
+out/vis/NAME.png is the drawn prediction. For a detector, out/preds/NAME.json has labels, class names, scores, boxes and
+masks (COCO's run lengths). For a segmentor, out/preds/NAME.png has the class of each pixel.
 """
 
 import argparse
+import json
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from vmamba.tools.devices import pick_device
-from vmamba.tools.openmmlab.options import add_overrides, file_name
+from vmamba.tools.output_files import write_text, writing
 from vmamba.tools.user_errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
-    from torch import nn
+    from mmengine.infer import BaseInferencer
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
 
-def infer(args: argparse.Namespace) -> str:
-    """Writes the picture; returns what it shows."""
-    from mmengine.registry import VISUALIZERS  # here, so that a missing package is one line, too
-    from vmamba.tools.openmmlab.configs import load_config
+def infer(args: argparse.Namespace) -> None:
+    """Writes and prints the predictions for all inputs."""
+    import mmcv
+    from rich.progress import track
     from vmamba.tools.openmmlab.draw import draw
 
-    check_image(args.image)
-    cfg = load_config(args.config, args.cfg_options)
-    model, sample = predict(cfg, args)
-    visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
-    visualizer.dataset_meta = model.dataset_meta
-    draw(visualizer, args.image, sample, args.output, args.threshold, truth=False)
-    return summary(sample, model.dataset_meta['classes'], args.threshold)
+    files = files_of(args.inputs)
+    inferencer = build_inferencer(args)
+    classes = inferencer.model.dataset_meta['classes']
+    for name, path in track(files.items(), 'Predicting', disable=len(files) == 1):
+        for frame, image in frames_of(name, path):
+            sample = inferencer.forward(inferencer.collate_fn([inferencer.pipeline(image)]))[0].cpu()
+            with writing(args.output):
+                draw(
+                    inferencer.visualizer, image, sample, args.output / f'vis/{frame}.png', args.threshold, truth=False
+                )
+                target = args.output / f'preds/{frame}'
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if 'pred_instances' in sample:
+                    found = inferencer.pred2dict(sample)
+                    found['names'] = [classes[label] for label in found['labels']]
+                    write_text(target.with_name(f'{target.name}.json'), json.dumps(found) + '\n')
+                else:
+                    mmcv.imwrite(sample.pred_sem_seg.data[0].numpy().astype(np.uint8), f'{target}.png')
+            print(f'{frame}: {summary(sample, classes, args.threshold)}')
 
 
-def check_image(path: Path) -> None:
-    """Raises a UserError if there is no image that can be read."""
+def files_of(inputs: Sequence[Path]) -> Dict[str, Path]:
+    """Images and videos by the names of their results: those of folders with their path in the folder.
+
+    Raises:
+        UserError: If an input does not exist, a folder has none, or two have the same name.
+    """
+    files: Dict[str, Path] = {}
+    for path in inputs:
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob('*')) if file.suffix.lower() in (*IMAGES, *VIDEOS)]
+        else:
+            found = [path] if path.is_file() else []
+        if not found:
+            raise UserError(f'{path} has no images or videos' if path.is_dir() else f'there is no image {path}')
+        for file in found:
+            name = str((file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix(''))
+            if name in files:
+                raise UserError(f'{files[name]} and {file} would both be written as {name}: use an --output for each')
+            files[name] = file
+    return files
+
+
+def frames_of(name: str, path: Path) -> Iterator[Tuple[str, np.ndarray]]:
+    """The image of a file, or the frames of a video, [H, W, 3] in BGR, and the name of each.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    import cv2
     import mmcv
 
-    if not path.is_file():
-        raise UserError(f'there is no image {path}')
-    if mmcv.imread(str(path)) is None:
-        raise UserError(f'{path} is no image that can be read')
+    if path.suffix.lower() not in VIDEOS:
+        image = mmcv.imread(str(path))
+        if image is None:
+            raise UserError(f'{path} is no image that can be read')
+        yield name, image
+        return
+    video = cv2.VideoCapture(str(path))
+    number, (read, image) = 0, video.read()
+    if not read:
+        raise UserError(f'{path} is no video that OpenCV can read')
+    while read:
+        yield f'{name}_{number:06d}', image
+        number, (read, image) = number + 1, video.read()
 
 
-def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
-    """The model with its weights, and what it predicts for the image."""
+def build_inferencer(args: argparse.Namespace) -> 'BaseInferencer':
+    """The library's inferencer with the model of the config and all weights of the checkpoint."""
     from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import DATASETS, MODELS
+    from mmengine.registry import DATASETS
     from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
     from vmamba.tools.openmmlab.checks import check_classes, check_maps
+    from vmamba.tools.openmmlab.configs import load_config
     from vmamba.tools.openmmlab.runs import building
 
-    with building('model'):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    check_maps(model)
-    dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-    check_classes(dataset, model)
-    load_weights(model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))
-    model.cfg = cfg
-    model.dataset_meta = dataset.metainfo
-    model = model.to(args.device).eval()
+    cfg = load_config(args.config, args.cfg_options)
     if cfg.default_scope == 'mmdet':
-        from mmdet.apis import inference_detector as run
+        from mmdet.apis import DetInferencer as Inferencer
     else:
-        from mmseg.apis import inference_model as run
-    return model, run(model, str(args.image))
+        from mmseg.apis import MMSegInferencer as Inferencer
+    cfg.visualizer.vis_backends = None
+    with building('model'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about random weights, which are replaced below
+        inferencer = Inferencer(cfg, device=args.device.type)
+        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
+    check_maps(inferencer.model)
+    check_classes(dataset, inferencer.model)
+    # The inferencer's own loading runs code in the checkpoint, and only warns about weights that do not fit.
+    load_weights(inferencer.model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))
+    inferencer.model = revert_sync_batchnorm(inferencer.model).eval()
+    inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = dataset.metainfo
+    return inferencer
 
 
 def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
@@ -71,38 +131,35 @@ def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
     if 'pred_instances' in sample:
         found = sample.pred_instances[sample.pred_instances.scores >= threshold]
         names = [f'{classes[label]} {score:.2f}' for label, score in zip(found.labels, found.scores)]
-    else:
-        counts = (
-            torch.bincount(sample.pred_sem_seg.data.flatten(), minlength=len(classes))
-            / sample.pred_sem_seg.data.numel()
-        )
-        names = [f'{classes[i]} {counts[i]:.1%}' for i in counts.argsort(descending=True) if counts[i] > 0]
-    return ', '.join(names) or f'nothing with a score of at least {threshold}'
+        return ', '.join(names) or f'nothing with a score of at least {threshold}'
+    labels = sample.pred_sem_seg.data
+    shares = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
+    return ', '.join(f'{classes[i]} {shares[i]:.1%}' for i in shares.argsort(descending=True) if shares[i] > 0)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    from vmamba.tools.openmmlab.options import add_overrides  # here, so that a missing package is one line
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('image', type=Path)
+    parser.add_argument('inputs', type=Path, nargs='+', metavar='INPUT', help='images, folders of them, or videos')
     parser.add_argument(
         '--config', type=Path, required=True, help='config file of mmdet or mmseg, or the name of an installed one'
     )
     parser.add_argument('--checkpoint', type=Path, required=True)
-    parser.add_argument(
-        '--output', type=file_name('.png', '.jpg'), default=Path('drawn.png'), help='PNG or JPEG to write'
-    )
-    parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
+    parser.add_argument('--output', type=Path, default=Path('predicted'), metavar='FOLDER', help='folder to write to')
+    parser.add_argument('--threshold', type=float, default=0.3, help='lowest score of a drawn detection')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
     add_overrides(parser)
     args = parser.parse_args(argv)
+    if args.output.suffix.lower() in IMAGES:
+        parser.error(f'--output is a folder, got {str(args.output)!r}')
     args.device = pick_device(args.device)
     return args
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
     with one_line_errors('mm_infer.py'):
-        shown = infer(args)
-        print(f'Wrote {args.output}: {shown}')
+        infer(parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -7,9 +7,8 @@ torchrun --nproc-per-node 8 -m vmamba.tools.mm_test CONFIG CHECKPOINT --launcher
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
-from vmamba.tools.openmmlab.options import add_config_options, file_name
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import UserError, one_line_errors, positive
 
@@ -17,13 +16,10 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-def test(args: argparse.Namespace) -> Dict[str, Any]:
-    """The metrics of a checkpoint on the config's test data."""
-    from vmamba.tools.openmmlab.configs import (  # here: a missing package is one line, too
-        join_processes,
-        load_config,
-        set_work_dir,
-    )
+def test(args: argparse.Namespace) -> None:
+    """Writes the metrics of a checkpoint on the config's test data."""
+    from mmengine.dist import is_main_process
+    from vmamba.tools.openmmlab.configs import join_processes, load_config, set_work_dir
     from vmamba.tools.openmmlab.runs import add_hook, build_runner
 
     cfg = load_config(args.config, args.cfg_options)
@@ -38,14 +34,18 @@ def test(args: argparse.Namespace) -> Dict[str, Any]:
         import vmamba.tools.openmmlab.draw  # noqa: F401 - registers the hook
 
         add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
-    return build_runner(cfg).test()
+    metrics = {name: float(value) for name, value in build_runner(cfg).test().items()}
+    if is_main_process():
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.output, json.dumps(metrics, indent=2) + '\n')
+        print(f'Wrote {args.output}: {", ".join(f"{name} {value:.4g}" for name, value in metrics.items())}')
 
 
 def augment(cfg: 'Config', path: Path) -> None:
-    """Lets the model see each image in the variants of the config's `tta_pipeline`, and merges what it predicts.
+    """Makes the model see each image in the variants of the config's `tta_pipeline`, and merge its predictions.
 
     Raises:
-        UserError: If the config does not say how, or its model has what cannot be merged.
+        UserError: If the config does not say how, or its model predicts what cannot be merged.
     """
     from vmamba.tools.openmmlab.configs import leaf_configs
 
@@ -59,13 +59,9 @@ def augment(cfg: 'Config', path: Path) -> None:
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
-def write_metrics(metrics: Dict[str, Any], path: Path) -> None:
-    """Writes numbers as JSON, by their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({name: float(value) for name, value in metrics.items()}, indent=2) + '\n')
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    from vmamba.tools.openmmlab.options import add_config_options, file_name  # here: a missing package is one line
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_config_options(parser)
     parser.add_argument('checkpoint', type=Path)
@@ -75,25 +71,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--draw', type=Path, metavar='FOLDER', help='draw predictions as FOLDER/IMAGE.png')
     parser.add_argument('--limit', type=positive, help='most images to draw')
-    parser.add_argument('--threshold', type=float, default=0.3, help='least score of a detection to be drawn')
+    parser.add_argument('--threshold', type=float, default=0.3, help='lowest score of a drawn detection')
     parser.add_argument(
         '--tta',
         action='store_true',
         help="test-time augmentation, such as several scales, by the config's tta_pipeline",
     )
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
     with one_line_errors('mm_test.py'):
-        from mmengine.dist import is_main_process
-
-        metrics = test(args)
-        if is_main_process():
-            write_metrics(metrics, args.output)
-            print(f'Wrote {args.output}: {", ".join(f"{name} {value:.4g}" for name, value in metrics.items())}')
+        test(parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
 """Trains a detector of mmdet or a segmentor of mmseg from its config, on a CPU, a GPU or, under torchrun, several.
 
-    vmamba mm-train configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py
-    vmamba mm-train configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py --resume
+    vmamba mm-train mask-rcnn_vmamba-t_fpn_amp-1x_coco
+    vmamba mm-train mask-rcnn_vmamba-t_fpn_amp-1x_coco --resume
     torchrun --nproc-per-node 8 -m vmamba.tools.mm_train CONFIG --launcher pytorch --auto-scale-lr
 
-A killed training goes on with --resume behind its last checkpoint, and ends with the weights that it would have had.
+A killed training resumes from its last checkpoint with --resume, and ends with the weights that it would have had.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
-from vmamba.tools.openmmlab.options import add_config_options
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError, one_line_errors
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace) -> None:
     """Runs the training that the options describe."""
-    # Here, so that a missing package is one line, too.
     from vmamba.tools.openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
     from vmamba.tools.openmmlab.resume import make_resumable
     from vmamba.tools.openmmlab.runs import build_runner
@@ -32,10 +30,13 @@ def train(args: argparse.Namespace) -> None:
     set_work_dir(cfg, args.config, args.output)
     join_processes(cfg, args.launcher)
     if args.tensorboard:
-        add_tensorboard(cfg)
+        cfg.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+        cfg.visualizer.vis_backends += [dict(type='TensorboardVisBackend')]
     set_precision(cfg, args.precision)
     if args.auto_scale_lr:
-        scale_lr(cfg, args.config)
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise UserError(f'{args.config} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
+        cfg.auto_scale_lr.enable = True
     if args.fsdp:
         use_shards(cfg)
     with lock_folder(Path(cfg.work_dir)) if is_first_process(args.launcher) else nullcontext():
@@ -45,17 +46,18 @@ def train(args: argparse.Namespace) -> None:
 
 
 def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[str]) -> None:
-    """Settles which checkpoint the training goes on from or begins with, if any.
+    """Decides which checkpoint the training resumes from or starts with, if any.
 
     Args:
         cfg: Of the training.
-        resume: A checkpoint to go on from, or whether to do so from the last in the work folder, if there is one.
-        fresh: Modules that keep their initial weights when a training begins with a checkpoint.
+        resume: A checkpoint to resume from, or whether to do so from the last in the work folder, if there is one.
+        fresh: Modules that keep their initial weights when a training starts with a checkpoint.
 
     Raises:
         UserError: If there are such modules, but no checkpoint.
     """
     from mmengine.runner import find_latest_checkpoint
+    from vmamba.tools.openmmlab.checkpoints import within
 
     if isinstance(resume, str):
         cfg.resume, cfg.load_from = True, resume
@@ -66,10 +68,13 @@ def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[
         cfg.fresh = fresh
         if cfg.get('load_from') is None:
             raise UserError('--fresh says what not to load: name a checkpoint by --cfg-options load_from=CHECKPOINT')
+    loaded = cfg.get('load_from') and (cfg.get('resume') or not within('backbone', cfg.get('fresh', ())))
+    if loaded and 'pretrained' in cfg.model.get('backbone', {}):
+        cfg.model.backbone.pretrained = False  # the checkpoint has these weights
 
 
 def use_shards(cfg: 'Config') -> None:
-    """Shares weights, gradients and moments out among the processes."""
+    """Shards weights, gradients and moments over the processes."""
     from vmamba.tools.training.parallel import check_version
 
     check_version('cuda' if torch.cuda.is_available() else 'cpu')
@@ -78,38 +83,24 @@ def use_shards(cfg: 'Config') -> None:
     cfg.runner_type = 'ShardedRunner'
 
 
-def add_tensorboard(cfg: 'Config') -> None:
-    """Lets the config's visualizer write TensorBoard's files, beside what it writes anyway."""
-    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
-    if all(backend['type'] != 'TensorboardVisBackend' for backend in backends):
-        backends = [*backends, dict(type='TensorboardVisBackend')]
-    cfg.visualizer.vis_backends = backends
-
-
 def set_precision(cfg: 'Config', precision: Optional[str]) -> None:
-    """bfloat16 where it is safe, or fp32 all through, or what the config says.
+    """bf16 mixed precision, fp32, or what the config says.
 
     Raises:
-        UserError: If there is no GPU for the lower precision.
+        UserError: If mixed precision has no GPU.
     """
-    wrapper = cfg.optim_wrapper
-    if precision == 'bf16':  # bfloat16 has fp32's range, so that losses need no scaling
-        wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    if precision == 'bf16':  # it has fp32's range, so losses need no scaling
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
     elif precision == 'fp32':
-        cfg.optim_wrapper = {key: value for key, value in wrapper.items() if key not in ('dtype', 'loss_scale')}
+        cfg.optim_wrapper = {key: v for key, v in cfg.optim_wrapper.items() if key not in ('dtype', 'loss_scale')}
         cfg.optim_wrapper.type = 'OptimWrapper'
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise UserError('mixed precision needs a GPU, and PyTorch finds none; --precision fp32 trains without')
 
 
-def scale_lr(cfg: 'Config', path: Path) -> None:
-    """The learning rate in proportion to the images a step, against those that the config's rate is for."""
-    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise UserError(f'{path} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
-    cfg.auto_scale_lr.enable = True
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    from vmamba.tools.openmmlab.options import add_config_options  # here, so that a missing package is one line
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_config_options(parser)
     parser.add_argument('--output', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
@@ -119,14 +110,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='?',
         const=True,
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, by default the last in the work folder, if there is one',
+        help='resume from this checkpoint, by default from the last in the work folder, if there is one',
     )
     parser.add_argument(
         '--fresh',
         nargs='+',
         default=(),
         metavar='MODULE',
-        help='modules or weights that start fresh, such as heads for other classes, where load_from has all the others',
+        help='modules or weights to re-initialise, such as heads for other classes, where load_from has all the others',
     )
     parser.add_argument(
         '--precision', choices=('fp32', 'bf16'), help="bf16: automatic mixed precision; default: the config's"
@@ -137,7 +128,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
     )
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--fsdp', action='store_true', help='shard weights and optimizer over the processes')
     parser.add_argument(
         '--tensorboard', action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files"
@@ -149,9 +139,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
     with one_line_errors('mm_train.py'):
-        train(args)
+        train(parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ def expand(name):
 @pytest.mark.parametrize('page', PAGES)
 def test_configs_and_tools_exist(page):
     text = (ROOT / page).read_text()
-    names = re.findall(r'(?:configs/\w+/|`)((?:mask|cascade|upernet)[\w{},-]*\.py)', text)
+    names = re.findall(r'(?:configs/\w+/|`)((?:mask|cascade|vim|vmamba|dino)[\w{},-]*\.py)', text)
     configs = {path.name for path in (ROOT / 'configs').rglob('*.py')}
     assert names
     assert {full for name in names for full in expand(name)} <= configs

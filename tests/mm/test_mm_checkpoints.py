@@ -16,8 +16,8 @@ from official import vim_state, vmamba_maps, vmamba_state
 import vmamba.mm
 from vmamba.models.vmamba import checkpoint_filter_fn
 
-MASK_RCNN = ROOT / 'configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py'
-UPERNET = ROOT / 'configs/segmentation/upernet_vmamba-t_160k_ade20k-512x512.py'
+MASK_RCNN = ROOT / 'configs/detection/mask-rcnn_vmamba-t_fpn_amp-1x_coco.py'
+UPERNET = ROOT / 'configs/segmentation/vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512.py'
 DEPTHS = dict(depths=(1, 1, 1, 1))
 
 

@@ -1,9 +1,15 @@
 """Every config builds; made small, its model trains a step and predicts, on batches of any images."""
 
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from mm_cases import CLASSES, ROOT, batch_for, config_files, load_config, losses, predictions, small_model
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import build_optim_wrapper
@@ -17,11 +23,13 @@ ids = [path.stem for path in CONFIGS]
 # One of each kind of model.
 KINDS = [
     next(path for path in CONFIGS if path.name.startswith(kind))
-    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'upernet_vmamba-t', 'upernet_vim', 'mask2former')
+    for kind in ('mask-rcnn_vmamba-t', 'cascade', 'dino', 'vmamba-t_upernet_8xb2', 'vim-t_upernet', 'mask2former')
 ]
+# Configs on the same base differ in the variant and its channels, which are made small: one of each base is enough.
+DISTINCT = list({re.search(r'_base_ = (.+)', path.read_text())[1]: path for path in CONFIGS}.values())
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=ids)
+@pytest.mark.parametrize('path', DISTINCT, ids=[path.stem for path in DISTINCT])
 def test_the_model_trains_and_predicts(path):
     model = small_model(path).train()
     batch = batch_for(model)
@@ -53,14 +61,20 @@ def test_the_backbone_is_of_the_channels_that_the_rest_takes(path):
     config = load_config(path)
     backbone = config.model.backbone
     assert backbone.pretrained is True and backbone.variant in timm.list_models()
-    with torch.device('meta'):
-        built = MODELS.build({**backbone, 'pretrained': None})
+    given = out_channels(repr({**backbone, 'pretrained': None, 'drop_path_rate': 0.0}))
     if 'neck' in config.model:
-        assert config.model.neck.in_channels == built.out_channels
+        assert config.model.neck.in_channels == given
     else:
-        assert config.model.decode_head.in_channels == built.out_channels
+        assert config.model.decode_head.in_channels == given
         auxiliary = config.model.get('auxiliary_head')
-        assert auxiliary is None or auxiliary.in_channels == built.out_channels[auxiliary.in_index]
+        assert auxiliary is None or auxiliary.in_channels == given[auxiliary.in_index]
+
+
+@cache
+def out_channels(backbone):
+    """Of a backbone, by the text of its config: many configs have the same."""
+    with torch.device('meta'):
+        return MODELS.build(ast.literal_eval(backbone)).out_channels
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=ids)
@@ -76,7 +90,7 @@ def test_the_optimizer(path):
     assert len(rates) == len(list(model.parameters()))
     block = next(p for name, p in model.backbone.named_parameters() if name.endswith('A_log'))
     assert decays[block] == 0 and max(decays.values()) == config.optim_wrapper.optimizer.weight_decay
-    decay = {'cascade-mask-rcnn_vim': 0.837, 'upernet_vim': 0.92}
+    decay = {'cascade-mask-rcnn_vim': 0.837, 'vim-s_upernet_4xb8': 0.95, 'vim-': 0.92}
     rate = next((rate for name, rate in decay.items() if path.name.startswith(name)), 1.0)
     multiplier = 0.1 if path.name.startswith(('dino', 'mask2former')) else 1.0
     assert rates[block] / max(rates.values()) == pytest.approx(multiplier * (rate**4 if rate < 1 else 1))
@@ -96,18 +110,18 @@ def test_the_state_space_parameters_of_the_small_configs_do_not_decay(path):
 
 # In millions: what the official repositories and papers state, to the digits that they give.
 PARAMETERS = {
-    'mask-rcnn_vmamba-t_fpn_1x_coco': 50,
-    'mask-rcnn_vmamba-s_fpn_1x_coco': 70,
-    'mask-rcnn_vmamba-b_fpn_1x_coco': 108,
-    'mask-rcnn_vmamba-t-v0_fpn_1x_coco': 42.4,
-    'mask-rcnn_vmamba-s-v0_fpn_1x_coco': 63.924,
-    'mask-rcnn_vmamba-b-v0_fpn_1x_coco': 95.628,
-    'upernet_vmamba-t_160k_ade20k-512x512': 62,
-    'upernet_vmamba-s_160k_ade20k-512x512': 82,
-    'upernet_vmamba-b_160k_ade20k-512x512': 122,
-    'upernet_vmamba-t-v0_160k_ade20k-512x512': 54.546956,
-    'upernet_vmamba-s-v0_160k_ade20k-512x512': 76.070924,
-    'upernet_vmamba-b-v0_160k_ade20k-512x512': 109.765548,
+    'mask-rcnn_vmamba-t_fpn_amp-1x_coco': 50,
+    'mask-rcnn_vmamba-s_fpn_amp-1x_coco': 70,
+    'mask-rcnn_vmamba-b_fpn_amp-1x_coco': 108,
+    'mask-rcnn_vmamba-t-v0_fpn_amp-1x_coco': 42.4,
+    'mask-rcnn_vmamba-s-v0_fpn_amp-1x_coco': 63.924,
+    'mask-rcnn_vmamba-b-v0_fpn_amp-1x_coco': 95.628,
+    'vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512': 62,
+    'vmamba-s_upernet_8xb2-amp-160k_ade20k-512x512': 82,
+    'vmamba-b_upernet_8xb2-amp-160k_ade20k-512x512': 122,
+    'vmamba-t-v0_upernet_8xb2-amp-160k_ade20k-512x512': 54.546956,
+    'vmamba-s-v0_upernet_8xb2-amp-160k_ade20k-512x512': 76.070924,
+    'vmamba-b-v0_upernet_8xb2-amp-160k_ade20k-512x512': 109.765548,
 }
 
 
@@ -142,21 +156,23 @@ def schedule(path):
 
 # Of each pattern the schedule, and the drop path rates by variant, which are not those of the classifiers.
 RECIPES = {
-    'mask-rcnn_vmamba-*_fpn_1x_coco': (
+    'mask-rcnn_vmamba-*_fpn_amp-1x_coco': (
         (1e-4, 0.05, 12, 1000, [8, 11], 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.2, 's_v0': 0.2, 'b_v0': 0.2},
     ),
-    'mask-rcnn_vmamba-*_fpn_ms-3x_coco': (
+    'mask-rcnn_vmamba-*_fpn_amp-ms-crop-3x_coco': (
         (1e-4, 0.05, 36, 1000, [27, 33], 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2},
     ),
     'cascade-mask-rcnn_vim-*': ((1e-4, 0.1, 25, 250, [22, 24], 64), {'t': 0.1, 's': 0.1}),
-    'upernet_vmamba-*': (
+    'vmamba-*_upernet_*_ade20k-*': (
         (6e-5, 0.01, 160000, 1500, None, 16),
         {'t': 0.2, 's': 0.3, 'b': 0.6, 't_s2l5': 0.2, 't_v0': 0.3, 's_v0': 0.3, 'b_v0': 0.3},
     ),
-    'upernet_vim-*_60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'t': 0.1, 's': 0.1}),
-    'upernet_vim-*_160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
+    'vim-t_upernet_4xb8-amp-60k_*': ((2e-4, 0.1, 60000, 1500, None, 32), {'t': 0.1}),
+    'vim-s_upernet_4xb8-amp-60k_*': ((1e-4, 0.05, 60000, 1500, None, 32), {'s': 0.1}),
+    'vim-*_upernet_8xb2-amp-160k_*': ((1e-4, 0.05, 160000, 1500, None, 16), {'t': 0.1, 's': 0.1}),
+    'vmamba-t_upernet_4xb2-amp-80k_cityscapes-*': ((6e-5, 0.01, 80000, 1500, None, 8), {'t': 0.2}),
 }
 
 
@@ -212,19 +228,39 @@ def padded_size(config, folder, size):
 
 def test_every_published_model_has_a_config():
     variants = {'t', 's', 'b', 't-s2l5', 't-v0', 's-v0', 'b-v0'}
-    expected = {f'mask-rcnn_vmamba-{v}_fpn_1x_coco' for v in variants}
-    expected |= {f'mask-rcnn_vmamba-{v}_fpn_ms-3x_coco' for v in ('t', 's', 'b', 't-s2l5')}
-    expected |= {f'upernet_vmamba-{v}_160k_ade20k-512x512' for v in variants}
-    expected |= {f'upernet_vmamba-s_160k_ade20k-{size}' for size in ('640x640', '896x896')}
-    expected |= {f'upernet_vim-{v}_{steps}_ade20k-512x512' for v in 'ts' for steps in ('60k', '160k')}
-    expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_lsj-100e_coco' for v in 'ts'}
-    expected |= {'dino-4scale_vmamba-t_12e_coco', 'mask2former_vmamba-t_160k_ade20k-512x512'}
+    expected = {f'mask-rcnn_vmamba-{v}_fpn_amp-1x_coco' for v in variants}
+    expected |= {f'mask-rcnn_vmamba-{v}_fpn_amp-ms-crop-3x_coco' for v in ('t', 's', 'b', 't-s2l5')}
+    expected |= {f'vmamba-{v}_upernet_8xb2-amp-160k_ade20k-512x512' for v in variants}
+    expected |= {f'vmamba-s_upernet_8xb2-amp-160k_ade20k-{size}' for size in ('640x640', '896x896')}
+    expected |= {f'vim-{v}_upernet_{steps}_ade20k-512x512' for v in 'ts' for steps in ('4xb8-amp-60k', '8xb2-amp-160k')}
+    expected |= {f'cascade-mask-rcnn_vim-{v}_fpn_amp-lsj-100e_coco' for v in 'ts'}
+    expected |= {'dino-4scale_vmamba-t_8xb2-12e_coco', 'mask2former_vmamba-t_8xb2-160k_ade20k-512x512'}
+    expected |= {'vmamba-t_upernet_4xb2-amp-80k_cityscapes-512x1024'}
+    expected |= {'mask-rcnn_vmamba-t_fpn_own-dataset', 'vmamba-t_upernet_own-dataset'}
     assert {path.stem for path in CONFIGS} == expected
+
+
+DATA = {'COCO': 'coco', 'ADE20K': 'ade', 'Cityscapes': 'cityscapes'}
+
+
+def test_the_metafiles_name_every_config():
+    index = yaml.safe_load((ROOT / 'configs/model-index.yml').read_text())
+    models = [model for path in index['Import'] for model in yaml.safe_load((ROOT / path).read_text())['Models']]
+    assert {model['Name'] for model in models} == {path.stem for path in CONFIGS if 'own-dataset' not in path.stem}
+    for model in models:
+        config, data = load_config(ROOT / model['Config']), model['Metadata']['Training Data']
+        assert Path(model['Config']).stem == model['Name']
+        assert f"'data/{DATA[data]}" in repr(config.train_dataloader)
+        steps = model['Metadata'].get('Iterations')
+        assert steps is None or steps == config.train_cfg.max_iters
+        assert model['In Collection'] == {'VMambaBackbone': 'VMamba', 'VimBackbone': 'Vim'}[config.model.backbone.type]
+        for result in model.get('Results', []):
+            assert result['Dataset'] == data and 'published' in model['Metadata']['Figures']
 
 
 @pytest.mark.parametrize('side,longest', [(512, 2048), (640, 2560), (896, 3584)])
 def test_crop_sizes_reach_every_pipeline(side, longest):
-    config = load_config(next(path for path in SEGMENTATION if path.match(f'upernet_vmamba-s_*-{side}x{side}.py')))
+    config = load_config(next(path for path in SEGMENTATION if path.match(f'vmamba-s_upernet_*-{side}x{side}.py')))
     train = {step.type: step for step in config.train_dataloader.dataset.pipeline}
     assert train['RandomResize'].scale == (longest, side) and train['RandomCrop'].crop_size == (side, side)
     assert config.model.data_preprocessor.size == (side, side)

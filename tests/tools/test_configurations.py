@@ -7,7 +7,7 @@ from vmamba.configs import FOLDER, config_files, find_config
 from vmamba.tools import configurations
 from vmamba.tools.training.config import load_config
 
-NAME = 'upernet_vmamba-s_160k_ade20k-640x640'
+NAME = 'vmamba-s_upernet_8xb2-amp-160k_ade20k-640x640'
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,26 @@ def test_a_copy_replaces_nothing(tmp_path, capsys):
         configurations.main(['copy', 'vim_t', '--output', str(tmp_path)])
     assert error.value.code == 2 and '_vim.yaml exists and differs' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['_vim.yaml']
+
+
+@pytest.mark.parametrize(
+    'earlier, now',
+    [
+        ('mask-rcnn_vmamba-t-s2l5_fpn_ms-3x_coco', 'mask-rcnn_vmamba-t-s2l5_fpn_amp-ms-crop-3x_coco'),
+        ('configs/detection/mask-rcnn_vmamba-t_fpn_1x_coco.py', 'mask-rcnn_vmamba-t_fpn_amp-1x_coco'),
+        ('cascade-mask-rcnn_vim-s_fpn_lsj-100e_coco', 'cascade-mask-rcnn_vim-s_fpn_amp-lsj-100e_coco'),
+        ('dino-4scale_vmamba-t_12e_coco', 'dino-4scale_vmamba-t_8xb2-12e_coco'),
+        ('upernet_vim-t_60k_ade20k-512x512.py', 'vim-t_upernet_4xb8-amp-60k_ade20k-512x512'),
+        ('upernet_vmamba-b-v0_160k_ade20k-512x512', 'vmamba-b-v0_upernet_8xb2-amp-160k_ade20k-512x512'),
+        ('mask2former_vmamba-t_160k_ade20k-512x512', 'mask2former_vmamba-t_8xb2-160k_ade20k-512x512'),
+        ('upernet_vmamba-nano_scenes', 'vmamba-nano_upernet_scenes'),
+    ],
+)
+def test_a_configuration_is_found_by_its_earlier_name(earlier, now, caplog):
+    assert find_config(Path(earlier)).stem == now
+    assert caplog.messages == [f'the configuration {Path(earlier).name.removesuffix(".py")} is now named {now}']
+
+
+def test_an_earlier_name_in_a_folder_of_the_user_is_not_replaced():
+    with pytest.raises(FileNotFoundError):
+        find_config(Path('mine/mask-rcnn_vmamba-t_fpn_1x_coco.py'))

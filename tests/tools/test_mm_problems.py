@@ -1,7 +1,6 @@
 """What the user can correct, said in one line by the tools for mmdet and mmseg."""
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from folders import in_use
-from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, assert_one_line
+from mm_runs import DETECTION, QUICK, SEGMENTATION, assert_one_line, unformatted  # noqa: F401 - the fixture
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
-from vmamba.tools.openmmlab.options import override
 from vmamba.tools.user_errors import UserError
 
 pytestmark = pytest.mark.skipif(
@@ -204,14 +202,14 @@ def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path):
         read_checkpoint(str(path))
 
 
-def test_without_mmengine_the_tools_say_what_to_install():
-    hide = 'import runpy, sys; sys.modules["mmengine"] = None; sys.argv = sys.argv[1:]; '
-    script = ROOT / 'tools/mm_train.py'
-    code = f'{hide}runpy.run_path({str(script)!r}, run_name="__main__")'
-    done = subprocess.run([sys.executable, '-c', code, script, DETECTION], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("mmengine is missing; install it by `pip install 'vmamba[mm,tools]'`")
-    assert 'Traceback' not in done.stderr
+@pytest.mark.parametrize('tool', [mm_train, mm_test, mm_infer])
+def test_without_mmengine_the_tools_say_what_to_install(tool, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(('mmengine', 'vmamba.tools.openmmlab.'))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'mmengine', None)
+    message = "the package mmengine is missing; install it by `pip install 'vmamba[mm,tools]'`"
+    name = f'{tool.__name__.rpartition(".")[2]}.py'
+    assert_one_line(name, tool.main, [DETECTION, 'last.pth'], [message], capsys)
 
 
 @pytest.mark.parametrize('config', [DETECTION, SEGMENTATION])
@@ -228,9 +226,9 @@ def test_inference_with_another_number_of_classes_is_refused(capsys):
     assert_one_line('mm_infer.py', mm_infer.main, [*arguments, *options], [message], capsys)
 
 
-def test_a_file_that_is_no_image_is_refused(capsys):
-    arguments = ['data/scenes/annotations/list.json', '--config', DETECTION, '--checkpoint', 'absent.pth']
-    assert_one_line('mm_infer.py', mm_infer.main, arguments, ['list.json is no image that can be read'], capsys)
+def test_a_file_that_is_no_image_is_refused():
+    with pytest.raises(UserError, match='list.json is no image that can be read'):
+        next(mm_infer.frames_of('list', Path('data/scenes/annotations/list.json')))
 
 
 @pytest.mark.parametrize('part', ['train', 'val', 'test'])
@@ -252,12 +250,15 @@ def test_labels_that_the_data_do_not_have_are_refused_wherever_they_are_read(par
             check(runner, 0, {'data_samples': samples})
 
 
-DRAWN = '--config', 'c.py', '--checkpoint', 'l.pth', 'i.jpg'
 WRONG_OPTIONS = {
     'images to draw': (mm_test, ['config.py', 'last.pth', '--limit', '-1'], "got '-1'"),
     'folder of metrics': (mm_test, ['config.py', 'last.pth', '--output', 'data'], "ends with .json, got 'data'"),
-    'folder of a picture': (mm_infer, ['--output', 'data', *DRAWN], 'data'),
-    'picture without suffix': (mm_infer, ['--output', 'drawn', *DRAWN], 'drawn'),
+    'file for a folder': (
+        *(mm_infer, ['--config', 'c.py', '--checkpoint', 'l.pth', 'i.jpg', '--output', 'drawn.png']),
+        "--output is a folder, got 'drawn.png'",
+    ),
+    'option without value': (mm_train, ['c.py', '--cfg-options', 'model'], "expected KEY=VALUE, got 'model'"),
+    'open bracket': (mm_train, ['c.py', '--cfg-options', 'a=[1,(2]'], 'Imbalanced brackets'),
 }
 
 
@@ -273,12 +274,13 @@ def test_wrong_options_are_refused(case, capsys):
 @pytest.mark.parametrize(
     'text, value',
     [
-        *[('false', False), ('True', True), ('NONE', None), ('[true,x]', [True, 'x'])],
-        *[("'false'", 'false'), ('1e-4', 1e-4), ('data/none', 'data/none')],
+        *[('false', False), ('True', True), ('None', None), ('[true,x]', [True, 'x']), ('(a, b)', ('a', 'b'))],
+        *[("'false'", 'false'), ('1e-4', 1e-4), ('data/none', 'data/none'), ('my data/', 'my data/')],
+        *[("[{'type': 'A', 'p': 0.5}]", [{'type': 'A', 'p': 0.5}]), ("('polar bear',)", ('polar bear',))],
     ],
 )
 def test_values_of_options_are_read_as_mmengines_tools_read_them(text, value):
-    assert override(f'a.b={text}') == ('a.b', value)
+    assert mm_train.parse_args(['c.py', '--cfg-options', 'x=1', f'a.b={text}']).cfg_options == {'x': 1, 'a.b': value}
 
 
 def test_keys_that_may_be_misspelt_are_pointed_at(capsys):
@@ -297,11 +299,29 @@ def test_keys_that_may_be_misspelt_are_pointed_at(capsys):
     assert second.startswith('--cfg-options data_root has no effect where the config file has used data_root already')
 
 
-def test_a_rate_to_scale_without_its_batch_size_is_refused():
-    from mmengine.config import Config
+def test_a_rate_to_scale_without_its_batch_size_is_refused(tmp_path, capsys):
+    arguments = [DETECTION, '--work-dir', str(tmp_path), '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None']
+    message = 'has no auto_scale_lr.base_batch_size'
+    assert_one_line('mm_train.py', mm_train.main, arguments, [message], capsys)
 
-    with pytest.raises(UserError, match='config.py has no auto_scale_lr.base_batch_size'):
-        mm_train.scale_lr(Config(dict(auto_scale_lr=None)), 'config.py')
+
+@pytest.mark.parametrize(
+    'inputs, message',
+    [
+        (['absent.jpg'], 'there is no image absent.jpg'),
+        (['data/scenes/images/empty'], 'data/scenes/images/empty has no images or videos'),
+        ([IMAGE, 'data/scenes/images/training'], 'would both be written as training_00000'),
+    ],
+)
+def test_inputs_without_images_and_of_the_same_name_are_refused(inputs, message, capsys):
+    arguments = [*inputs, '--config', DETECTION, '--checkpoint', 'absent.pth']
+    assert_one_line('mm_infer.py', mm_infer.main, arguments, [message], capsys)
+
+
+def test_a_video_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / 'a.mp4').write_text('no video')
+    with pytest.raises(UserError, match='a.mp4 is no video that OpenCV can read'):
+        next(mm_infer.frames_of('a', tmp_path / 'a.mp4'))
 
 
 def test_variants_of_images_need_a_config_that_says_which(capsys):

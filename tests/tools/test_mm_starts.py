@@ -1,4 +1,4 @@
-"""What trainings of mmdet's and mmseg's models begin with, and where their data go on."""
+"""What trainings of mmdet's and mmseg's models start with, and how their data resume."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,6 @@ from mmengine.runner import IterBasedTrainLoop, loops  # noqa: E402
 from vmamba.tools.openmmlab.checkpoints import load_weights  # noqa: E402
 from vmamba.tools.openmmlab.configs import load_config  # noqa: E402
 from vmamba.tools.openmmlab.resume import SeededBatches, SeedHook  # noqa: E402
-from vmamba.tools.openmmlab.runs import StrictRunner  # noqa: E402
 
 FRESH = ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits')
 
@@ -65,12 +64,12 @@ def test_named_modules_keep_their_weights(detector):
 
 def test_a_training_begins_with_what_is_asked_for(tmp_path):
     def start(asked, fresh=(), **settings):
-        cfg = Config(dict(work_dir=str(tmp_path), **settings))
+        cfg = Config(dict(work_dir=str(tmp_path), model=dict(), **settings))
         mm_train.choose_start(cfg, asked, fresh)
         return cfg.get('resume', False), cfg.get('load_from'), tuple(cfg.get('fresh', ()))
 
     assert start(None) == (False, None, ())
-    assert start(True, load_from='coco.pth') == (False, 'coco.pth', ())  # nothing to go on from
+    assert start(True, load_from='coco.pth') == (False, 'coco.pth', ())  # nothing to resume from
     assert start('5.pth', load_from='coco.pth') == (True, '5.pth', ())
     assert start(None, ['head'], load_from='coco.pth') == (False, 'coco.pth', ('head',))
     with pytest.raises(UserError, match='load_from=CHECKPOINT'):
@@ -81,23 +80,19 @@ def test_a_training_begins_with_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'load_from, resume, fresh, initialised',
+    'settings, fetched',
     [
-        (None, False, (), {'backbone', 'head'}),
-        ('a.pth', True, ('head',), set()),
-        ('a.pth', False, (), set()),
-        ('a.pth', False, ('head',), {'head'}),
-        ('a.pth', False, ('backbone',), {'backbone', 'head'}),
+        ({}, True),
+        (dict(load_from='a.pth', resume=True, fresh=('backbone',)), False),
+        (dict(load_from='a.pth'), False),
+        (dict(load_from='a.pth', fresh=('head',)), False),
+        (dict(load_from='a.pth', fresh=('backbone',)), True),
     ],
 )
-def test_weights_that_are_replaced_are_not_fetched(load_from, resume, fresh, initialised):
-    model, done = torch.nn.Module(), set()
-    model.backbone = MODELS.build(dict(type='VMambaBackbone', variant='vmamba_nano', pretrained='imagenet.pth'))
-    model.init_weights = lambda: done.update({'head', 'backbone'} if model.backbone.pretrained else {'head'})
-    runner = StrictRunner.__new__(StrictRunner)
-    runner._load_from, runner._resume, runner.cfg, runner.model = load_from, resume, Config(dict(fresh=fresh)), model
-    runner._init_model_weights()
-    assert done == initialised
+def test_weights_that_are_replaced_are_not_fetched(settings, fetched):
+    cfg = Config(dict(model=dict(backbone=dict(pretrained='imagenet.pth')), **settings))
+    mm_train.choose_start(cfg, None, ())
+    assert cfg.model.backbone.pretrained == ('imagenet.pth' if fetched else False)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -110,11 +105,11 @@ class Numbers(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
 @pytest.mark.parametrize('done', [2, 3, 7])
-def test_data_go_on_where_they_were(sampler, done, monkeypatch):
+def test_data_resume_where_they_were(sampler, done, monkeypatch):
     monkeypatch.setattr(loops.time, 'sleep', lambda _: None)  # of mmengine's, between epochs
 
     def batches(done, count):
-        order = SeededBatches(sampler(Numbers(), shuffle=True, seed=0), 2, seed=0)
+        order = SeededBatches(sampler(Numbers(), shuffle=True, seed=0), 2)
         loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
         loop.dataloader = torch.utils.data.DataLoader(Numbers(), batch_sampler=order, collate_fn=list)
         loop.dataloader_iterator = loops._InfiniteDataloaderIterator(loop.dataloader)

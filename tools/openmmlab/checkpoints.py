@@ -1,4 +1,4 @@
-"""Checkpoints for models of mmdet and mmseg, loaded whole and without running code from them."""
+"""Checkpoints of mmdet and mmseg models, read without running code from them, and loaded completely."""
 
 import logging
 import re
@@ -14,13 +14,12 @@ from vmamba.tools.user_errors import UserError, listed, nearest
 
 from vmamba.models._pretrained import check_sums
 
-MAX_MESSAGE = 800  # characters about weights that do not fit
-MAX_KEYS = 5  # of each kind in it
+MAX_MESSAGE = 800  # characters
 OUTPUT_NORM = re.compile(r'(^|\.)outnorm\d+\.(weight|bias)$')  # official checkpoints may lack those of the backbones
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """The content of a checkpoint file, without running any code that it may hold.
+    """The content of a checkpoint file. No code in it is run, unlike by mmengine.
 
     Raises:
         UserError: If there is no such file, or it is damaged or no checkpoint.
@@ -31,14 +30,13 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         check_sums(Path(path))
         with torch.serialization.safe_globals(harmless_types()):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a broken file makes the reader stumble over
-        raise UserError(
-            f'{path} is no checkpoint that can be read safely: {textwrap.shorten(str(error), 120)}'
-        ) from error
+    except Exception as error:  # a broken file can raise anything in the reader
+        reason = textwrap.shorten(str(error), 120)
+        raise UserError(f'{path} is no checkpoint that can be read safely: {reason}') from error
 
 
 def harmless_types() -> List[Any]:
-    """What mmengine's checkpoints hold beside tensors: the log's numbers, in arrays of NumPy."""
+    """What mmengine's checkpoints hold in addition to tensors: the log's numbers, in arrays of NumPy."""
     builders = [value.__reduce__()[0] for value in (np.zeros(1), np.float64(0))]
     modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since NumPy 2
     named = [(builder, f'{module}.{builder.__name__}') for builder in builders for module in modules]
@@ -47,57 +45,44 @@ def harmless_types() -> List[Any]:
 
 
 def _statistics(owner: Any, name: str) -> Any:
-    """The attribute of the log's class that its pickle names; of anything else there is none."""
+    """The attributes of the log's class, which its pickle names; those of anything else are refused."""
     if owner is not HistoryBuffer:
         raise ValueError(f'a checkpoint may not ask for the attribute {name} of {owner}')
     return getattr(owner, name)
 
 
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str, fresh: Sequence[str] = ()) -> None:
-    """Loads all weights of the model, except the norms of a backbone's outputs where the checkpoint has others.
+    """Loads all weights of a model. Only the norms of a backbone's outputs may differ; this is a warning.
 
     Args:
-        model: All of it, without wrappers.
+        model: Without wrappers.
         checkpoint: What the file holds.
         path: The file, for messages.
-        fresh: Names of modules or weights that keep their own, whatever the checkpoint has for them.
+        fresh: Names of modules or weights that keep their values, whatever the checkpoint has for them.
 
     Raises:
         UserError: If another weight is missing, unexpected or of another shape, with the first of their names.
     """
-    check_names(model, fresh)
-    given, own = checkpoint.get('state_dict', checkpoint), model.state_dict()
-    state = {key: value for key, value in given.items() if not within(key, fresh)}
-    state.update((key, value) for key, value in own.items() if within(key, fresh))
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise misfit(path, str(error)) from error
-    differing = [key for key in (*missing, *unexpected) if OUTPUT_NORM.search(key)]
-    missing, unexpected = ([key for key in keys if key not in differing] for keys in (missing, unexpected))
-    if missing or unexpected:
-        kinds = {'missing': missing, 'unexpected': unexpected}
-        raise misfit(path, '; '.join(f'{kind} {first(keys)}' for kind, keys in kinds.items() if keys))
-    for keys, what in ((differing, 'norms of outputs that only one of model and checkpoint has'), (fresh, 'as asked')):
-        if keys:
-            print_log(f'{path}: not loaded, {what}: {", ".join(keys)}', logger='current', level=logging.WARNING)
-
-
-def check_names(model: nn.Module, fresh: Sequence[str]) -> None:
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())} - {''}
     for name in fresh:
         if name not in names:
             raise UserError(f'the model has no module or weight {name!r} to keep fresh{nearest(name, names)}')
+    state = {key: value for key, value in checkpoint.get('state_dict', checkpoint).items() if not within(key, fresh)}
+    state.update((key, value) for key, value in model.state_dict().items() if within(key, fresh))
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        kinds = {'missing': missing, 'unexpected': unexpected}
+        wrong = {kind: [key for key in keys if not OUTPUT_NORM.search(key)] for kind, keys in kinds.items()}
+        if any(wrong.values()):
+            raise RuntimeError('; '.join(f'{kind} {listed(keys, 5)}' for kind, keys in wrong.items() if keys))
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')
+        raise UserError(f'{path} does not fit the config: {reason}') from error
+    for keys, what in (([*missing, *unexpected], 'norms of outputs that only one side has'), (fresh, 'as asked')):
+        if keys:
+            print_log(f'{path}: not loaded, {what}: {", ".join(keys)}', logger='current', level=logging.WARNING)
 
 
 def within(key: str, modules: Sequence[str]) -> bool:
+    """Whether a weight lies in one of the modules, or is named itself."""
     return any(f'{key}.'.startswith(f'{module}.') for module in modules)
-
-
-def misfit(path: str, problem: str) -> UserError:
-    message = textwrap.shorten(problem, MAX_MESSAGE, placeholder=' ...')
-    return UserError(f'{path} does not fit the config: {message}')
-
-
-def first(keys: Sequence[str]) -> str:
-    return listed(keys, MAX_KEYS)

@@ -1,7 +1,7 @@
-"""Checks of data, and of models against them, before and while they are used."""
+"""Checks of data, and of models against them, before and during their use."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from typing import Any, Iterator, Sequence, Tuple
 
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
@@ -9,47 +9,41 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.user_errors import UserError, listed
 
 IGNORED_LABEL = 255
-MAX_NAMES = 5  # of classes in a message
 
 
 @HOOKS.register_module()
 class CheckHook(Hook):
     """Stops before the first step if folders are missing or the data's classes are not the model's.
 
-    Labels in maps of classes are only known when their image is loaded, and are checked before the model sees them.
+    Labels in segmentation maps are known only when an image is loaded, and are checked before the model sees them.
     """
 
     priority = 'HIGHEST'
 
     def before_train(self, runner: Runner) -> None:
-        check_data(runner.train_loop.dataloader.dataset, runner.model)
-        if runner.val_loop is not None:
-            check_data(runner.val_loop.dataloader.dataset, runner.model)
+        for loop in filter(None, (runner.train_loop, runner.val_loop)):
+            check_data(loop.dataloader.dataset, runner.model)
 
     def before_test(self, runner: Runner) -> None:
         check_data(runner.test_loop.dataloader.dataset, runner.model)
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        check_labels(data_batch, runner.train_loop.dataloader.dataset)
-
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        check_labels(data_batch, runner.val_loop.dataloader.dataset)
-
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        check_labels(data_batch, runner.test_loop.dataloader.dataset)
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
+        check_labels(data_batch['data_samples'], getattr(runner, f'{mode}_loop').dataloader.dataset)
 
 
 def check_data(dataset: Any, model: nn.Module) -> None:
-    """Checks that the folders are there and that the heads have as many classes as the data.
+    """Checks that the folders exist and that the heads have as many classes as the data.
 
     Raises:
         UserError: If not.
     """
     for leaf in leaves(dataset):
-        check_folders(leaf)
+        for prefix in leaf.data_prefix.values():
+            if prefix and '://' not in prefix and not Path(prefix).exists():
+                raise absent(prefix)
         check_classes(leaf, unwrap(model))
 
 
@@ -61,7 +55,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def leaves(dataset: Any) -> Iterator[BaseDataset]:
-    """The data sets under wrappers that repeat or join them."""
+    """The data sets inside wrappers that repeat or join them."""
     inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else [])
     if not inner:
         yield dataset
@@ -69,51 +63,52 @@ def leaves(dataset: Any) -> Iterator[BaseDataset]:
         yield from leaves(part)
 
 
-def check_folders(dataset: BaseDataset) -> None:
-    for prefix in dataset.data_prefix.values():
-        if prefix and '://' not in prefix and not Path(prefix).exists():
-            raise absent(prefix)
-
-
 def absent(path: Any) -> UserError:
     return UserError(f'there is no {path}; correct the path in the config, or by --cfg-options')
 
 
 def check_classes(dataset: BaseDataset, model: nn.Module) -> None:
+    """Checks the classes of a data set against its annotation file and the heads of the model.
+
+    Raises:
+        UserError: If they differ.
+    """
     classes = dataset.metainfo['classes']
-    known = getattr(dataset, 'cat_ids', classes)  # what COCO's annotation file has of them
+    known = getattr(dataset, 'cat_ids', classes)  # those of COCO's annotation file
     if len(known) != len(classes):
-        raise UserError(f'{dataset.ann_file} has {len(known)} of the {len(classes)} classes: {shorten(classes)}')
+        raise UserError(f'{dataset.ann_file} has {len(known)} of the {len(classes)} classes: {listed(classes, 5)}')
     for name, count in class_counts(model):
         if count != len(classes):
             raise UserError(
-                f'{name} has num_classes {count}, but the data have {len(classes)} classes: {shorten(classes)}'
+                f'{name} has num_classes {count}, but the data have {len(classes)} classes: {listed(classes, 5)}'
             )
 
 
-def shorten(names: Sequence[str]) -> str:
-    return ', '.join(names[:MAX_NAMES]) + (', ...' if len(names) > MAX_NAMES else '')
-
-
 def class_counts(model: nn.Module) -> Iterator[Tuple[str, int]]:
-    """The heads of a model that have classes of the data, and how many."""
+    """The heads of a model that predict classes of the data, and how many."""
     for name, module in model.named_modules():
-        parent, _, own = name.rpartition('.')
-        if own.isdigit():
-            own = parent.rpartition('.')[2]
-        if own.endswith('head') and own != 'rpn_head' and isinstance(getattr(module, 'num_classes', None), int):
-            yield name, module.num_classes
+        own = [part for part in name.split('.') if not part.isdigit()][-1:]  # a head, or one of a list
+        if own and own[0].endswith('head') and own != ['rpn_head']:
+            if isinstance(getattr(module, 'num_classes', None), int):
+                yield name, module.num_classes
 
 
-def check_labels(batch: Dict[str, Any], dataset: Any) -> None:
-    """Checks that maps of classes have no others than the data set.
+def check_labels(samples: Sequence[Any], dataset: Any) -> None:
+    """Checks that segmentation maps have no labels beyond the classes of the data set.
+
+    Args:
+        samples: Of a batch; with test-time augmentation, lists of them.
+        dataset: That they are from.
 
     Raises:
-        UserError: If one does.
+        UserError: If one has.
     """
-    for sample in samples_of(batch['data_samples']):
-        if 'gt_sem_seg' in sample:
-            labels, classes = sample.gt_sem_seg.data, len(dataset.metainfo['classes'])
+    classes = len(dataset.metainfo['classes'])
+    for sample in samples:
+        if isinstance(sample, (list, tuple)):
+            check_labels(sample, dataset)
+        elif 'gt_sem_seg' in sample:
+            labels = sample.gt_sem_seg.data
             wrong = labels[(labels != IGNORED_LABEL) & (labels >= classes)]
             if len(wrong):
                 raise UserError(
@@ -121,43 +116,24 @@ def check_labels(batch: Dict[str, Any], dataset: Any) -> None:
                 )
 
 
-def samples_of(samples: Sequence[Any]) -> Iterator[Any]:
-    """The samples of a batch; with test-time augmentation, those of each variant in turn."""
-    for sample in samples:
-        yield from sample if isinstance(sample, (list, tuple)) else (sample,)
-
-
 def check_maps(model: nn.Module) -> None:
-    """Checks that neck or heads take the maps that the backbone gives.
+    """Checks that the neck or the heads take the maps that one of this library's backbones returns.
 
     Raises:
-        UserError: If they are of another number or of other channels.
+        UserError: If they take another number of maps, or other channels.
     """
     given = getattr(getattr(model, 'backbone', None), 'out_channels', None)
-    if given is None:  # not one of this library's
-        return
-    for name, taken in maps_taken(model):
-        differ = any(i >= len(given) or given[i] != channels for i, channels in taken.items())
-        if differ or name == 'neck' and len(taken) != len(given):  # which takes all
+    neck = getattr(model, 'neck', None)
+    for name in ('neck',) if neck is not None else ('decode_head', 'auxiliary_head'):
+        taker = getattr(model, name, None)
+        channels = getattr(taker, 'in_channels', None)
+        channels = [channels] if isinstance(channels, int) else list(channels or ())
+        index = getattr(taker, 'in_index', range(len(channels)))
+        index = [index] if isinstance(index, int) else list(index)
+        fits = all(i < len(given or ()) and given[i] == taken for i, taken in zip(index, channels))
+        if given and channels and (not fits or taker is neck and len(channels) != len(given)):  # a neck takes all maps
             raise UserError(
-                f'{name} takes maps {list(taken)} of {list(taken.values())} channels, but the backbone, with '
+                f'{name} takes maps {index} of {channels} channels, but the backbone, with '
                 f'out_indices {tuple(model.backbone.out_indices)}, gives {len(given)} of {given}: correct in_channels '
                 'or out_indices'
             )
-
-
-def maps_taken(model: nn.Module) -> Iterator[Tuple[str, Dict[int, int]]]:
-    """The modules behind the backbone, and the channels of the maps that they take by the maps' numbers."""
-    if getattr(model, 'neck', None) is not None:
-        channels = getattr(model.neck, 'in_channels', None)
-        if isinstance(channels, (list, tuple)):
-            yield 'neck', dict(enumerate(channels))
-        return
-    for name in ('decode_head', 'auxiliary_head'):
-        heads = getattr(model, name, None)
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
-            numbers, channels = (getattr(head, key, None) for key in ('in_index', 'in_channels'))
-            if isinstance(numbers, int) and isinstance(channels, int):
-                yield name, {numbers: channels}
-            elif isinstance(numbers, (list, tuple)) and isinstance(channels, (list, tuple)):
-                yield name, dict(zip(numbers, channels))

@@ -5,7 +5,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Optional, Set
+from typing import Any, Dict, Iterable, Iterator, Optional
 
 import torch
 from mmengine.config import Config
@@ -15,24 +15,15 @@ from vmamba.configs import find_config
 from vmamba.tools.user_errors import UserError, nearest
 from yaml import YAMLError
 
-import vmamba.mm  # noqa: F401 - registers the backbones; without compiled operators of mmcv, mmdet needs its stand-in
+import vmamba.mm  # noqa: F401 - registers the backbones; without mmcv's compiled operators, mmdet needs its stand-in
 
 SCOPES = ('mmdet', 'mmseg')
-# What mmengine and the tools read from a config beside the arguments of the runner.
-FURTHER_KEYS = {
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'find_unused_parameters',
-    'fresh',
-    'model_wrapper_cfg',
-    'runner_type',
-    'sync_bn',
-    'tta_model',
-    'tta_pipeline',
-}
-_RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}  # where launchers write them
+# What mmengine and the tools read from the top level of a config, in addition to the arguments of the runner.
+FURTHER_KEYS = (
+    'activation_checkpointing compile custom_imports efficient_conv_bn_eval find_unused_parameters fresh '
+    'model_wrapper_cfg runner_type sync_bn tta_model tta_pipeline'
+).split()
+_RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK', 'none': ''}
 
 
 def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
@@ -52,34 +43,32 @@ def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
         raise UserError(f'{path} with these --cfg-options is no config: {error}') from error
     if cfg.get('default_scope') not in SCOPES:
         raise UserError(f'{path} has default_scope {cfg.get("default_scope")!r}, expected one of {", ".join(SCOPES)}')
-    import_module(cfg.default_scope)  # else a missing package shows as a name that no registry knows
+    import_module(cfg.default_scope)  # otherwise a missing package shows as a name that no registry knows
     init_default_scope(cfg.default_scope)
     return cfg
 
 
 def check_keys(cfg: Config, options: Iterable[str]) -> None:
-    """Refuses options for keys that nothing reads, and points at others that look misspelt.
+    """Refuses options for top-level keys that nothing reads, and warns of others that look misspelt.
 
-    Below the top level, new keys are common: what a class does not take is its error, but plain dictionaries take all.
+    New keys below the top level are common. A class reports those that it does not take, a plain dictionary does not.
     """
-    read = keys_read()
+    read = {*inspect.signature(Runner.__init__).parameters, *FURTHER_KEYS} - {'self', 'cfg'}
     for key in options:
         name = key.partition('.')[0]
         if name not in read and name not in cfg.keys():
             raise UserError(f'--cfg-options {key}: the config has no {name!r}{nearest(name, read)}')
         if name not in read:
-            say(f'{key} has no effect where the config file has used {name} already: override these places')
+            warning = f'has no effect where the config file has used {name} already: override these places'
         elif hint := hint_for(cfg, key):
-            say(f'{key} is new in the config{hint}')
-
-
-def keys_read() -> Set[str]:
-    """Names at a config's top level that mmengine and the tools read."""
-    return {*inspect.signature(Runner.__init__).parameters, *FURTHER_KEYS} - {'self', 'cfg'}
+            warning = f'is new in the config{hint}'
+        else:
+            continue
+        print(f'--cfg-options {key} {warning}', file=sys.stderr)
 
 
 def hint_for(cfg: Config, key: str) -> str:
-    """What to ask about a key whose name is not in the config but near others there."""
+    """'; did you mean ...?' for a key that the config lacks and that is like one that it has."""
     node: Any = cfg
     for name in key.split('.'):
         if isinstance(node, (list, tuple)):
@@ -91,12 +80,8 @@ def hint_for(cfg: Config, key: str) -> str:
     return ''
 
 
-def say(warning: str) -> None:
-    print(f'--cfg-options {warning}', file=sys.stderr)
-
-
 def leaf_configs(dataset: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The configs of the data sets under wrappers that repeat or join them."""
+    """The configs of the data sets inside wrappers that repeat or join them."""
     inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
     if not inner:
         yield dataset
@@ -111,13 +96,13 @@ def set_work_dir(cfg: Config, config: Path, work_dir: Optional[Path]) -> None:
 
 
 def join_processes(cfg: Config, launcher: str) -> None:
-    """Lets the processes of a launcher work together, on CPUs where there are no GPUs."""
+    """Sets the launcher. On CPUs it starts the process group here, since mmengine's own start needs GPUs."""
     cfg.launcher = launcher
-    if launcher == 'pytorch' and not torch.cuda.is_available():  # mmengine's own start and wrapping need GPUs
+    if launcher == 'pytorch' and not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(broadcast_buffers=False, device_ids=None))
 
 
 def is_first_process(launcher: str) -> bool:
-    """Whether this is the first of a launcher's processes, which mmengine does not know before a runner is built."""
-    return launcher == 'none' or os.environ.get(_RANKS[launcher], '0') == '0'
+    """Whether this is the first process of a launcher; mmengine knows only after the runner is built."""
+    return os.environ.get(_RANKS[launcher], '0') == '0'

@@ -1,8 +1,7 @@
-"""Training that goes on after a kill as if nothing had happened.
+"""Training that resumes exactly.
 
-mmengine restores weights, optimizer, schedules and the order of the images, but not the random numbers: augmentation in
-the workers, drop path and the sampling of proposals. Here these depend on nothing but the seed and the number of the
-step, so that they need no restoring.
+mmengine restores weights, optimizer, schedules and the order of the images, but no random state: augmentation in the
+workers, drop path and the sampling of proposals would differ. Here they depend only on the seed and the step.
 """
 
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -16,16 +15,19 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler
 from vmamba.tools.training.seeding import seed_all
 
-_DATA, _STEP = range(2)  # what the random numbers are for
+from .checkpoints import read_checkpoint
+from .runs import add_hook
+
+_DATA, _STEP = range(2)  # what random numbers are for
 
 
 def seed_everything(*key: int) -> None:
-    """Makes all random numbers of this process depend on the key alone."""
+    """Makes all random numbers of this process depend on the key only."""
     seed_all(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class SeededIndices(list):
-    """Indices of a batch's images: whoever loads them in turn draws random numbers that depend on the key alone."""
+    """Indices of a batch's images; iterating seeds each image by the key and its position."""
 
     def __init__(self, indices: Sequence[int], key: Tuple[int, ...]) -> None:
         super().__init__(indices)
@@ -45,17 +47,16 @@ class SeededBatches:
     """A batch sampler whose batches carry the key of their random numbers.
 
     Args:
-        sampler: Of the images.
-        batch_size: Images a batch.
-        seed: Of the training.
+        sampler: Of the images; its seed is that of the batches, too.
+        batch_size: Images per batch.
         drop_last: Leave out an incomplete batch at the end of an epoch.
-        batches: Config of a batch sampler, for batches that are not just the sampler's images in turn.
+        batches: Config of another batch sampler, for batches that are not simply the next images of the sampler.
     """
 
     def __init__(
-        self, sampler: Sampler, batch_size: int, seed: int, drop_last: bool = False, batches: Optional[dict] = None
+        self, sampler: Sampler, batch_size: int, drop_last: bool = False, batches: Optional[dict] = None
     ) -> None:
-        self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
         args = dict(sampler=sampler, batch_size=batch_size)
         self._batches = (
             DATA_SAMPLERS.build(batches, default_args=args) if batches else BatchSampler(drop_last=drop_last, **args)
@@ -63,7 +64,7 @@ class SeededBatches:
         self._start = 0
 
     def skip(self, count: int) -> int:
-        """Lets the next iteration begin behind so many batches; returns the number of its epoch."""
+        """Makes the next iteration start after this many batches; returns the number of its epoch."""
         epoch = 0
         if hasattr(self.sampler, 'epoch'):  # others never end
             epoch, count = divmod(count, len(self))
@@ -76,7 +77,7 @@ class SeededBatches:
         epoch = getattr(self.sampler, 'epoch', 0)
         for number, indices in enumerate(self._batches):
             if number >= start:
-                yield SeededIndices(indices, (self.seed, get_rank(), _DATA, epoch, number))
+                yield SeededIndices(indices, (self.sampler.seed, get_rank(), _DATA, epoch, number))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -84,7 +85,7 @@ class SeededBatches:
 
 @HOOKS.register_module()
 class SeedHook(Hook):
-    """Seeds each step of the training by its number, and places the data of a resumed one behind what it has seen."""
+    """Seeds each training step by its number, and lets the data of a resumed training skip what was seen."""
 
     priority = 'VERY_HIGH'
 
@@ -103,14 +104,16 @@ class SeedHook(Hook):
 
 
 def make_resumable(cfg: Config) -> None:
-    """Makes the training of a config resumable to the bit: its seed, 0 if it has none, decides all random numbers."""
-    seed = cfg.get('randomness', {}).get('seed') or 0
-    cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
+    """Makes the training of a config exactly resumable: its seed alone decides all random numbers.
+
+    A resumed training takes the seed of its checkpoint. Without a seed, mmengine draws one and logs it.
+    """
+    if cfg.get('resume'):
+        seed = read_checkpoint(cfg.load_from).get('meta', {}).get('seed')
+        if seed is not None:
+            cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
     loader = cfg.train_dataloader
     loader.batch_sampler = dict(
-        type='SeededBatches',
-        seed=seed,
-        drop_last=loader.pop('drop_last', False),
-        batches=loader.get('batch_sampler'),
+        type='SeededBatches', drop_last=loader.pop('drop_last', False), batches=loader.get('batch_sampler')
     )
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='SeedHook')]
+    add_hook(cfg, type='SeedHook')

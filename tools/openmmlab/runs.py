@@ -1,45 +1,52 @@
-"""mmengine's runner with errors that say what to correct: what does not fit is a line in its log, or a traceback."""
+"""mmengine's runner with strict loading, and with errors that say what to correct instead of tracebacks."""
 
 import os
 import textwrap
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
+import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 from vmamba.tools.user_errors import UserError
 
-from vmamba.mm.base import TimmBackbone
-
-from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint, within
+from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint
 from .checks import absent, check_maps, unwrap
 from .configs import leaf_configs
 
-WRONG = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)  # what wrong values end in
-EMPTY = 'need at least one array to concatenate'  # what mmengine's storing of no images ends in
+WRONG = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)  # how wrong values fail
+EMPTY = 'need at least one array to concatenate'  # how mmengine's data sets fail without images
 
 
 @contextmanager
-def building(what: str) -> Iterator[None]:
-    """Turns errors about values that a class does not take into one that names what was to be built."""
+def building(what: str, *further: type) -> Iterator[None]:
+    """Turns errors about wrong values, and further ones, into a UserError that names what was to be built."""
     try:
         yield
     except FileNotFoundError as error:
         raise (absent(error.filename) if error.filename else UserError(str(error))) from error
-    except WRONG as error:
+    except (*WRONG, *further) as error:
         reason = textwrap.shorten(f'{type(error).__name__}: {error}', MAX_MESSAGE, placeholder=' ...')
         raise UserError(f'{what} cannot be built: {reason}; correct the config, or --cfg-options') from error
 
 
 @RUNNERS.register_module()
 class StrictRunner(Runner):
-    """A runner that loads a checkpoint whole, runs no code from it, and names the part of a config that is wrong.
+    """A runner that loads a checkpoint completely, runs no code from it, and names the part of a config that is wrong.
 
-    The config's `fresh` names modules that keep their initial weights when the others are loaded by `load_from`.
+    The config's `fresh` names modules that keep their initial weights when `load_from` has all the others.
     """
+
+    build_train_loop = building('train_cfg')(Runner.build_train_loop)
+    build_val_loop = building('val_cfg')(Runner.build_val_loop)
+    build_test_loop = building('test_cfg')(Runner.build_test_loop)
+    build_optim_wrapper = building('optim_wrapper')(Runner.build_optim_wrapper)
+    build_param_scheduler = building('param_scheduler')(Runner.build_param_scheduler)
+    _init_model_weights = building('the pretrained model', RuntimeError)(Runner._init_model_weights)
 
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
@@ -58,59 +65,26 @@ class StrictRunner(Runner):
     def build_model(self, model: Any) -> nn.Module:
         with building('model'):
             model = super().build_model(model)
+        if not torch.cuda.is_available():  # SyncBatchNorm needs GPUs
+            model = revert_sync_batchnorm(model)
         check_maps(unwrap(model))
         return model
 
-    def build_train_loop(self, loop: Any) -> Any:
-        with building('train_cfg'):
-            return super().build_train_loop(loop)
-
-    def build_val_loop(self, loop: Any) -> Any:
-        with building('val_cfg'):
-            return super().build_val_loop(loop)
-
-    def build_test_loop(self, loop: Any) -> Any:
-        with building('test_cfg'):
-            return super().build_test_loop(loop)
-
-    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        with building('optim_wrapper'):
-            return super().build_optim_wrapper(optim_wrapper)
-
-    def build_param_scheduler(self, scheduler: Any) -> Any:
-        with building('param_scheduler'):
-            return super().build_param_scheduler(scheduler)
-
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """Loads all weights from a local file; where to and how strictly is not for the caller to say."""
+        """Loads all weights from a local file; the caller decides neither where to nor how strictly."""
         checkpoint = read_checkpoint(filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        fresh = () if self._resume else self.cfg.get('fresh', ())
         try:
-            load_weights(unwrap(self.model), checkpoint, filename, fresh)
+            load_weights(unwrap(self.model), checkpoint, filename, () if self._resume else self.cfg.get('fresh', ()))
         except UserError as error:
-            if self._resume or not isinstance(self._train_loop, BaseLoop):  # for a test, it is not built
+            if self._resume or not isinstance(self._train_loop, BaseLoop):  # a test has not built it
                 raise
             raise UserError(
-                f'{error}; --fresh MODULE lets a module start with new weights, such as a head of other classes'
+                f'{error}; --fresh MODULE re-initialises a module, such as a head with other classes'
             ) from error
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
-
-    def _init_model_weights(self) -> None:
-        """Initialises the weights that are not to be loaded, from a pretrained backbone if the config names one."""
-        if self._load_from is not None:
-            fresh = self.cfg.get('fresh', ())
-            if self._resume or not fresh:
-                return
-            for name, module in unwrap(self.model).named_modules():
-                if isinstance(module, TimmBackbone) and not within(name, fresh):
-                    module.pretrained = False
-        try:
-            super()._init_model_weights()
-        except RuntimeError as error:  # the backbone's, which says what it could not fetch or what does not fit
-            raise UserError(textwrap.shorten(str(error), MAX_MESSAGE, placeholder=' ...')) from error
 
 
 def sources(dataset: Dict[str, Any]) -> Iterator[str]:
@@ -126,10 +100,10 @@ def add_hook(cfg: Config, **hook: Any) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, one that checks data and checkpoints unless the config names its own.
+    """The runner of a config: one that checks data and checkpoints, unless the config names its own.
 
     Raises:
-        UserError: If the config asks for what is not registered, or with wrong values.
+        UserError: If the config asks for something that is not registered, or has wrong values.
     """
     add_hook(cfg, type='CheckHook')
     cfg.setdefault('runner_type', 'StrictRunner')

@@ -1,4 +1,4 @@
-"""Backbones for OpenMMLab's mmdet, mmseg and mmpretrain.
+"""Backbones for OpenMMLab's mmdet and mmseg.
 
 `custom_imports = dict(imports=['vmamba.mm'])` in a config registers them and lets mmdet run without mmcv's compiled
 operators.

@@ -1,9 +1,9 @@
-"""Crops of 640 x 640; images are resized to a shorter side of 640."""
+"""Crops of 896 x 896; images are resized to a shorter side of 896."""
 
-_base_ = './upernet_vmamba-s_160k_ade20k-512x512.py'
+_base_ = './vmamba-s_upernet_8xb2-amp-160k_ade20k-512x512.py'
 
-crop_size = (640, 640)
-scale = (2560, 640)
+crop_size = (896, 896)
+scale = (3584, 896)
 train_pipeline = _base_.train_pipeline
 train_pipeline[2].update(scale=scale)
 train_pipeline[3].update(crop_size=crop_size)

@@ -1,4 +1,4 @@
-_base_ = './_base_/mask-rcnn_1x.py'
+_base_ = './_base_/mask-rcnn_amp-1x.py'
 
 model = dict(
     backbone=dict(variant='vmamba_b_v0', drop_path_rate=0.2),

@@ -1,6 +1,6 @@
 """Mask R-CNN on COCO: 36 epochs, multi-scale with DETR's crops."""
 
-_base_ = './mask-rcnn_1x.py'
+_base_ = './mask-rcnn_amp-1x.py'
 
 scales = [(side, 1333) for side in range(480, 801, 32)]
 train_pipeline = [

@@ -5,3 +5,6 @@ model = dict(
     decode_head=dict(in_channels=[192, 192, 192, 192], channels=192),
     auxiliary_head=dict(in_channels=192),
 )
+
+# The official launch script of the published figure.
+optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=0.1))
