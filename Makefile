@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test test-fast test-targets test-timm lint clean
+.PHONY: demo demo-mm test test-fast test-targets test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -38,9 +38,13 @@ test-timm: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf demo demo-mm data/scenes build dist .pytest_cache .ruff_cache
+	rm -rf demo demo-mm data/scenes build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: there, pip installs itself into the environment.

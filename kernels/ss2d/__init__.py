@@ -78,7 +78,10 @@ def ss2d_core(
     Args:
         x: Activated map [B, H, W, D], in any floating dtype.
         x_proj_weight: [4 * (R + 2N), D].
-        dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
+        dt_weight: [4, D, R], as in `ss2d_scan`.
+        dt_bias: [4, D].
+        A: [4, D, N], negative.
+        D: [4, D].
         norm_weight: [D].
         norm_bias: [D].
         norm_eps: Added to the variance.
