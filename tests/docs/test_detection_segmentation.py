@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ('README.md', 'docs/detection_segmentation.md')
+PAGES = ('docs/detection_segmentation.md',)
 
 
 def expand(name):
