@@ -175,7 +175,7 @@ def _forward_core(
     save: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments, _ = _arguments(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    outputs = core_forward(*arguments, save)
+    outputs = core_forward(*(*arguments, save))
     return tuple(A.new_empty(0) if output is None else output for output in outputs)
 
 
@@ -199,7 +199,7 @@ def _arguments(
 
 def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
     arguments, layout = _arguments(*inputs)
-    grads = core_backward(grads[0].contiguous(), *arguments, CoreOutputs(None, *saved))
+    grads = core_backward(grads[0].contiguous(), *(*arguments, CoreOutputs(None, *saved)))
     _, conv_weight, conv_bias, *_, A, D = inputs
     grad_conv_weight, grad_conv_bias = grads.conv.sum(dim=0).split([conv_weight.numel(), conv_bias.numel()])
     grad_D, grad_dt_bias, grad_A = grads.scans.sum(dim=0).split([D.numel(), D.numel(), A.numel()])

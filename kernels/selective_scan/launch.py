@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 class Flags(NamedTuple):
     softplus: bool
     directions: int
-    reverse: bool
+    reverse: int  # compiled as 0 or 1
     channels_last: bool
     exact: bool
     nvidia: bool

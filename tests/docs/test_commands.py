@@ -182,6 +182,7 @@ def test_the_published_figures_of_the_page_are_those_of_the_tool():
 
 def test_model_tables_show_every_model_with_its_size_and_published_accuracy():
     import timm
+
     from vmamba.tools.published import PUBLISHED
 
     sizes = {
