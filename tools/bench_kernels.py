@@ -23,6 +23,7 @@ import torch._functorch.config as functorch_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+
 from vmamba.tools.benchmarks.kernel_cases import (
     BACKWARD,
     BOTH,

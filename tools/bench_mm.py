@@ -28,6 +28,7 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.runner import Runner
     from rich.progress import track
     from rich.table import Table
+
     from vmamba.tools.benchmarks.measure import is_out_of_memory
     from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
     from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory, triton_version

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
 from vmamba.tools.benchmarks.timing import triton_version

@@ -20,6 +20,7 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
 from rich.progress import track
+
 from vmamba.tools.benchmarks.highres_report import (
     Measurement,
     cells_of,

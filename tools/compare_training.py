@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import timm
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from vmamba.configs import FOLDER
 from vmamba.tools import train
 from vmamba.tools.benchmarks.run_queue import Result, Run, keep, kept, train_all

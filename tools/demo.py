@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+import vmamba  # noqa: F401
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.highres_report import print_report, record, write_picture
 from vmamba.tools.benchmarks.measure import Case
@@ -26,8 +28,6 @@ from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import read_yaml
 from vmamba.tools.user_errors import one_line_errors
-
-import vmamba  # noqa: F401
 
 REQUIRED_ACCURACY = 0.97
 SIZES = (224, 448, 672)

@@ -21,6 +21,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
 from vmamba.tools.features.store import check_comparable, read_features, read_index, read_settings
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console

@@ -22,6 +22,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.features import store as feature_store
 from vmamba.tools.features.maps import (

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 from torch import nn
+
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.figures.validate_figure import plot_resolutions
 from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader

@@ -34,6 +34,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+
+from vmamba.models.vim import Vim
 from vmamba.tools.devices import pick_device
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
@@ -60,8 +62,6 @@ from vmamba.tools.weights import (
     own_size,
     parse_spec,
 )
-
-from vmamba.models.vim import Vim
 
 ROUTES = ['rows \u2192', 'columns \u2193', 'rows \u2190', 'columns \u2191']
 DIRECTIONS = ['forward', 'backward']

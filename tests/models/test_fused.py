@@ -7,9 +7,9 @@ import timm
 import torch
 from cases import DEVICE, needs_triton
 from recorder import Recorder
-from vmamba.kernels import use_triton
 
 import vmamba  # noqa: F401  registers the models
+from vmamba.kernels import use_triton
 
 pytestmark = [needs_triton, pytest.mark.slow]
 VMAMBA, VIM = ('SS2DBranch', 'MlpBranch'), ('BiMambaBranch',)

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 import torch
+
 from vmamba.tools import bench_cpu
 
 

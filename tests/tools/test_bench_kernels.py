@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+
 from vmamba.tools import bench_kernels
 from vmamba.tools.benchmarks import kernel_cases, kernel_report, timing
 from vmamba.tools.benchmarks.kernel_cases import HostCase, Reference, ScanCase, SS2DCase, Workload

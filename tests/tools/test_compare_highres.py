@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+
 from vmamba.tools import compare_highres
 from vmamba.tools.benchmarks import measure, worker
 from vmamba.tools.benchmarks.highres_report import print_report, record, write_docs, write_picture

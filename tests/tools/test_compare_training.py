@@ -11,6 +11,7 @@ import psutil
 import pytest
 from folders import in_use
 from training_runs import signals_kept
+
 from vmamba.tools import compare_training
 from vmamba.tools.benchmarks import run_queue
 from vmamba.tools.benchmarks.run_queue import Process, Result, Run

@@ -6,6 +6,7 @@ from typing import Iterable, List, Sequence, Tuple
 
 from rich.console import Console
 from rich.table import Table
+
 from vmamba.tools.figures.plots import plot_comparison
 from vmamba.tools.output_files import write_csv
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+
 from vmamba.tools.output_files import write_csv as write_table
 
 from .kernel_cases import REFERENCE_GPU, Case, Reference

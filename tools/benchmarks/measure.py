@@ -21,9 +21,9 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
-from vmamba.tools.devices import device_name
 
 from vmamba.models.vim import Vim
+from vmamba.tools.devices import device_name
 
 from .timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.output_files import write_csv
 

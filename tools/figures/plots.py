@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
 from vmamba.tools.output_files import write_atomically
 
 if TYPE_CHECKING:  # so that a comparison needs no digits

@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+
 from vmamba.tools.features.receptive_field import Field
 
 from .plots import save_figure

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import track
+
 from vmamba.tools.output_files import writing
 
 from .scenes import NAMES, PHOTOGRAPHS, Composer, Scene
