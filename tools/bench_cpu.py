@@ -11,15 +11,16 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 import vmamba  # noqa: F401
 from vmamba.tools.devices import device_name
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.user_errors import one_line_errors
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 SWIN, DEIT = 'swin_tiny_patch4_window7_224', 'deit_tiny_patch16_224'
 SIZE = 224

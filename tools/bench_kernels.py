@@ -20,8 +20,6 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from vmamba.tools.benchmarks.kernel_cases import (
@@ -47,6 +45,9 @@ from vmamba.tools.benchmarks.timing import measure_ceilings, median_ms, peak_mib
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--output', '--csv', '--docs')

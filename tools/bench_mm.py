@@ -26,8 +26,6 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.optim import OptimWrapper, build_optim_wrapper
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
-    from rich.progress import track
-    from rich.table import Table
 
     from vmamba.tools.benchmarks.measure import is_out_of_memory
     from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
@@ -37,6 +35,9 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
     from vmamba.tools.terminal import open_console
+
+    from rich.progress import track
+    from rich.table import Table
 
 OUTPUTS = ('--docs',)
 WIDTH = 120  # of the table where there is no terminal

@@ -17,15 +17,16 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.sections import command_of, markdown_table, write_section
 from vmamba.tools.benchmarks.timing import triton_version
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.user_errors import UserError, one_line_errors, positive
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 TRAIN = Path(__file__).with_name('train.py')
 CONFIG = FOLDER / 'classification/synthetic.yaml'

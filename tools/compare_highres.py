@@ -18,9 +18,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
-from rich.console import Console
-from rich.progress import track
-
 from vmamba.tools.benchmarks.highres_report import (
     Measurement,
     cells_of,
@@ -35,6 +32,9 @@ from vmamba.tools.benchmarks.worker import Worker
 from vmamba.tools.devices import pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
+
+from rich.console import Console
+from rich.progress import track
 
 MODELS = (
     'vmamba_t',

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vmamba.configs import FOLDER
 from vmamba.tools import train
@@ -39,6 +37,9 @@ from vmamba.tools.output_files import lock_folder
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
 from vmamba.tools.user_errors import UserError, nearest, one_line_errors, positive
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
 OWN_KEYS = ('model', 'model_args', 'data', 'seed')  # of the configuration, which the comparison sets

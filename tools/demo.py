@@ -11,9 +11,6 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import vmamba  # noqa: F401
 from vmamba.configs import FOLDER
@@ -28,6 +25,10 @@ from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import read_yaml
 from vmamba.tools.user_errors import one_line_errors
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 REQUIRED_ACCURACY = 0.97
 SIZES = (224, 448, 672)

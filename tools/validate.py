@@ -19,9 +19,6 @@ from typing import FrozenSet, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
 from torch import nn
 
 from vmamba.tools.devices import device_name, pick_device
@@ -52,6 +49,10 @@ from vmamba.tools.weights import (
     own_size,
     parse_spec,
 )
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal

@@ -31,8 +31,6 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from vmamba.models.vim import Vim
@@ -62,6 +60,9 @@ from vmamba.tools.weights import (
     own_size,
     parse_spec,
 )
+
+from rich.console import Console
+from rich.progress import Progress
 
 ROUTES = ['rows \u2192', 'columns \u2193', 'rows \u2190', 'columns \u2191']
 DIRECTIONS = ['forward', 'backward']

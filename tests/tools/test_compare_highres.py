@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 from vmamba.tools import compare_highres
 from vmamba.tools.benchmarks import measure, worker
@@ -12,6 +11,8 @@ from vmamba.tools.benchmarks.highres_report import print_report, record, write_d
 from vmamba.tools.benchmarks.measure import Case, Result, build_model, is_out_of_memory
 from vmamba.tools.benchmarks.worker import Worker
 from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args
+
+from rich.console import Console
 
 GPU = torch.device('cuda')
 

@@ -5,7 +5,6 @@ import random
 import signal
 import time
 
-import psutil
 import pytest
 import torch
 from folders import in_use, write_digits
@@ -13,6 +12,8 @@ from training_runs import CONFIGS, SMALL, TORCHRUN, assert_same, finish, image_f
 
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
+
+import psutil
 
 # Everything that draws random numbers or has a state.
 STATEFUL = (

@@ -4,11 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Iterable, List, Sequence, Tuple
 
-from rich.console import Console
-from rich.table import Table
-
 from vmamba.tools.figures.plots import plot_comparison
 from vmamba.tools.output_files import write_csv
+
+from rich.console import Console
+from rich.table import Table
 
 from .kernel_report import number
 from .measure import Case, Result

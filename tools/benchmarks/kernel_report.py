@@ -7,10 +7,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vmamba.tools.output_files import write_csv as write_table
+
+from rich.console import Console
+from rich.table import Table
 
 from .kernel_cases import REFERENCE_GPU, Case, Reference
 from .sections import markdown_table, write_section

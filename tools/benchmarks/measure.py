@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, ContextManager, Optional, Tuple
 
-import psutil
 import timm
 import torch
 from timm.layers import set_fused_attn
@@ -24,6 +23,8 @@ from torch import nn
 
 from vmamba.models.vim import Vim
 from vmamba.tools.devices import device_name
+
+import psutil
 
 from .timing import MIB, median_ms, peak_mib, settled_memory, triton_version
 

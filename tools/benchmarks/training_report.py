@@ -6,11 +6,12 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.output_files import write_csv
+
+from rich.console import Console
+from rich.table import Table
 
 from .run_queue import Result
 from .sections import markdown_table, write_section

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 from vmamba.tools.features.receptive_field import Field
+
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 
 from .plots import save_figure
 
