@@ -11,8 +11,9 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
-
-import vmamba  # noqa: F401
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.highres_report import print_report, record, write_picture
 from vmamba.tools.benchmarks.measure import Case
@@ -26,9 +27,7 @@ from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import read_yaml
 from vmamba.tools.user_errors import one_line_errors
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+import vmamba  # noqa: F401
 
 REQUIRED_ACCURACY = 0.97
 SIZES = (224, 448, 672)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
-
 from vmamba.tools.devices import pick_device
 from vmamba.tools.openmmlab.options import add_overrides, file_name
 from vmamba.tools.user_errors import UserError, one_line_errors
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 def infer(args: argparse.Namespace) -> str:
     """Writes the picture; returns what it shows."""
     from mmengine.registry import VISUALIZERS  # here, so that a missing package is one line, too
-
     from vmamba.tools.openmmlab.configs import load_config
     from vmamba.tools.openmmlab.draw import draw
 
@@ -48,7 +46,6 @@ def predict(cfg: 'Config', args: argparse.Namespace) -> Tuple['nn.Module', Any]:
     """The model with its weights, and what it predicts for the image."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS, MODELS
-
     from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
     from vmamba.tools.openmmlab.checks import check_classes, check_maps
     from vmamba.tools.openmmlab.runs import building

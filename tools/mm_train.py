@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
-
 from vmamba.tools.openmmlab.options import add_config_options
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError, one_line_errors

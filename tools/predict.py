@@ -17,7 +17,6 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
-
 from vmamba.tools.devices import pick_device
 from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive

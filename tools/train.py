@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
-
-import vmamba  # noqa: F401
 from vmamba.tools.output_files import lock_folder, write_text, writing
 from vmamba.tools.training.checkpoint import Checkpoints
 from vmamba.tools.training.config import FIELDS, Config, add_options, load_config, option_of
@@ -36,6 +34,8 @@ from vmamba.tools.training.setup import (
 )
 from vmamba.tools.training.splits import class_names, load_datasets
 from vmamba.tools.user_errors import UserError, nearest, program
+
+import vmamba  # noqa: F401
 
 
 def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, Any]]:

@@ -19,8 +19,10 @@ from typing import FrozenSet, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
 from torch import nn
-
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.figures.validate_figure import plot_resolutions
 from vmamba.tools.images.image_files import UNREADABLE, Unreadable, add_loader_options, find_images, make_loader
@@ -49,10 +51,6 @@ from vmamba.tools.weights import (
     own_size,
     parse_spec,
 )
-
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal

@@ -9,14 +9,14 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-
-import vmamba  # noqa: F401
-from vmamba.models._pretrained import read_checkpoint
-from vmamba.models.vim import Vim
 from vmamba.tools.training.checkpoint import BROKEN
 from vmamba.tools.training.config import Config, parse_yaml
 from vmamba.tools.training.setup import data_config_of
 from vmamba.tools.user_errors import UserError, nearest, positive_float
+
+import vmamba  # noqa: F401
+from vmamba.models._pretrained import read_checkpoint
+from vmamba.models.vim import Vim
 
 SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for fresh ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
 from skimage import data
 from sklearn.datasets import load_digits
 

@@ -2,7 +2,6 @@ import csv
 
 import pytest
 import torch
-
 from vmamba.tools import bench_cpu
 
 

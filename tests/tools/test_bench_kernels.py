@@ -3,15 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-
+from rich.console import Console
 from vmamba.tools import bench_kernels
 from vmamba.tools.benchmarks import kernel_cases, kernel_report, timing
 from vmamba.tools.benchmarks.kernel_cases import HostCase, Reference, ScanCase, SS2DCase, Workload
 from vmamba.tools.benchmarks.kernel_report import Result, Run, number, records, write_docs
 from vmamba.tools.benchmarks.sections import replace_section
 from vmamba.tools.benchmarks.timing import Ceilings
-
-from rich.console import Console
 
 CPU = ['--device', 'cpu', '--batch-size', '1', '--repeats', '1']
 SCAN = ScanCase('scan_tiny', 2, Reference('mamba_ssm', 1.0, 8.0), dim=8, length=10, dstate=3, groups=2)

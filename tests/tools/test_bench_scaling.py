@@ -1,5 +1,4 @@
 import pytest
-
 from vmamba.tools import bench_scaling
 
 

@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-
+from rich.console import Console
 from vmamba.tools import compare_highres
 from vmamba.tools.benchmarks import measure, worker
 from vmamba.tools.benchmarks.highres_report import print_report, record, write_docs, write_picture
 from vmamba.tools.benchmarks.measure import Case, Result, build_model, is_out_of_memory
 from vmamba.tools.benchmarks.worker import Worker
 from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args
-
-from rich.console import Console
 
 GPU = torch.device('cuda')
 

@@ -7,17 +7,15 @@ import statistics
 import sys
 import time
 
+import psutil
 import pytest
 from folders import in_use
 from training_runs import signals_kept
-
 from vmamba.tools import compare_training
 from vmamba.tools.benchmarks import run_queue
 from vmamba.tools.benchmarks.run_queue import Process, Result, Run
 from vmamba.tools.benchmarks.training_report import spread
 from vmamba.tools.compare_training import Peer
-
-import psutil
 
 RUN = Run('lfw', 'a', 0, 'test_vit', {})
 FAST = ['--tasks', 'lfw', '--device', 'cpu']

@@ -3,7 +3,6 @@ import timm
 import torch
 from folders import full_disk
 from safetensors.torch import load_file
-
 from vmamba.tools import convert
 
 

@@ -3,7 +3,6 @@ import csv
 import pytest
 import timm
 import torch
-
 from vmamba.tools import demo
 from vmamba.tools.images import digits
 from vmamba.tools.images.packaged_data import stratified_split

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import ImageFolder
-
 from vmamba.tools.images.decoding import read_image, read_pixels, to_mode
 from vmamba.tools.images.image_files import Unreadable, find_images
 from vmamba.tools.images.labelled_folders import (

@@ -13,7 +13,6 @@ import pytest
 import torch
 from mm_runs import DETECTION, QUICK, ROOT, SEGMENTATION, command, environment
 from PIL import Image
-
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.training.parallel import check_version
 from vmamba.tools.user_errors import UserError
@@ -201,7 +200,6 @@ def sharding_runs():
 def segmentor(scenes):
     """A checkpoint of random weights."""
     from mmengine.registry import MODELS
-
     from vmamba.tools.openmmlab.configs import load_config
 
     path = scenes / 'segmentor.pth'

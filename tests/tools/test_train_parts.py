@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_transform
-
 from vmamba.tools.images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset
 from vmamba.tools.images.scenes import Composer
 from vmamba.tools.output_files import write_atomically

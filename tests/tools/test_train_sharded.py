@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from training_runs import CONFIGS, TORCHRUN, assert_same, finish, rows, start, wait_for
-
 from vmamba.kernels import use_triton
-from vmamba.layers import residual
 from vmamba.tools.training.parallel import CPU_VERSION, blocks_of, whole
 from vmamba.tools.training.sharded_checkpoint import ShardedCheckpoints
 from vmamba.tools.user_errors import UserError
+
+from vmamba.layers import residual
 
 pytestmark = [
     pytest.mark.skipif(

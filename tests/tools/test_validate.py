@@ -11,7 +11,6 @@ import torch
 from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
-
 from vmamba.tools import train, validate, weights
 from vmamba.tools.figures.validate_figure import resolution_lines
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
-from vmamba.tools.images.decoding import read_image
-
 from matplotlib.figure import Figure
+from vmamba.tools.images.decoding import read_image
 
 from .plots import save_figure
 

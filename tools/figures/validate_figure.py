@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Sequence
 
 import numpy as np
-
 from matplotlib.figure import Figure
 
 from .plots import MARKERS, save_figure

@@ -12,7 +12,6 @@ from timm.data import ImageDataset, create_loader
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader
-
 from vmamba.tools.user_errors import UserError, at_least, listed, positive
 
 from .decoding import READ_ERRORS, image_mode, read_image, why_unreadable

@@ -14,7 +14,6 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torchvision.datasets import ImageFolder
-
 from vmamba.tools.user_errors import UserError
 
 from .image_files import has_image_ending, walk

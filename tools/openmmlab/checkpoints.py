@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 from torch import nn
+from vmamba.tools.user_errors import UserError, listed, nearest
 
 from vmamba.models._pretrained import check_sums
-from vmamba.tools.user_errors import UserError, listed, nearest
 
 MAX_MESSAGE = 800  # characters about weights that do not fit
 MAX_KEYS = 5  # of each kind in it

@@ -14,7 +14,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler
-
 from vmamba.tools.training.seeding import seed_all
 
 _DATA, _STEP = range(2)  # what the random numbers are for

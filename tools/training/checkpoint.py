@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-
 from vmamba.tools.output_files import write_atomically
 from vmamba.tools.user_errors import UserError
 

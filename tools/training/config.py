@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import yaml
-
 from vmamba.configs import find_config
 from vmamba.tools.user_errors import UserError, nearest
 

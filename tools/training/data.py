@@ -9,7 +9,6 @@ from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image, to_mode
 from vmamba.tools.user_errors import UserError, listed
 

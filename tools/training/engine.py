@@ -13,7 +13,6 @@ from timm.task import TrainingTask
 from timm.utils import accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
 from vmamba.tools.user_errors import UserError
 
 from .config import Config

@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from vmamba.tools.figures.plots import plot_run
-from vmamba.tools.output_files import write_csv, writing
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from vmamba.tools.figures.plots import plot_run
+from vmamba.tools.output_files import write_csv, writing
 
 from .runtime import Runtime
 

@@ -15,7 +15,6 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
-
 from vmamba.tools.user_errors import UserError, nearest
 
 from .config import Config

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
-
 from vmamba.tools.output_files import cause_of, not_written, sync_folder
 
 from .checkpoint import BROKEN, WHOLE, Checkpoints, read_file, remove

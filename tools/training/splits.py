@@ -6,7 +6,6 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
-
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.images.image_files import has_image_ending, walk
 from vmamba.tools.images.labelled_folders import FolderReader, TorchFolder
