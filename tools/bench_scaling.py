@@ -31,7 +31,7 @@ from rich.table import Table
 TRAIN = Path(__file__).with_name('train.py')
 CONFIG = FOLDER / 'classification/synthetic.yaml'
 OUTPUTS = ('--docs',)
-HEADER = ('processes', 'images an update', 'images/s', 'efficiency', 'peak MiB a process')
+HEADER = ('processes', 'images per step', 'images/s', 'efficiency', 'peak MiB a process')
 NOTES = """`train.py` with {model} in {precision}, {batch_size} images a process and update whatever their number, which
 lie on the device already; one process is without torchrun. {how} Medians of {epochs} epochs of {updates} updates in
 {repeats} run(s) of each, behind one epoch that does not count; the efficiency is the rate over that of one process

@@ -101,10 +101,10 @@ def shared_config(extra: Sequence[str]) -> Config:
 
 
 def earlier_results(args: argparse.Namespace, runs: Sequence[Run], settings: Dict[str, Any]) -> List[Result]:
-    """Those that an interrupted comparison left, if it is to go on.
+    """Results of an interrupted comparison that is resumed.
 
     Raises:
-        UserError: If there are such runs and they are not to go on, or had other settings.
+        UserError: If such runs exist and --resume is not given, or their settings differ.
     """
     if args.resume:
         return kept(runs, settings, args.output)
@@ -130,7 +130,7 @@ def compare(
         done = 0
 
         def tell(going: int, epochs_done: int) -> None:
-            progress.update(bar, completed=epochs_done, status=f'{done} of {len(runs)} runs done, {going} going on')
+            progress.update(bar, completed=epochs_done, status=f'{done} of {len(runs)} runs done, {going} running')
 
         for result in chain(earlier, train_all(missing, options, args.output, args.jobs, args.timeout, tell)):
             done += 1

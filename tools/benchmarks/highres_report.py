@@ -38,7 +38,7 @@ def run_of(case: Case) -> str:
 
 
 def record(measurements: Iterable[Measurement], path: Path, command: str) -> List[Measurement]:
-    """Writes a row of CSV as soon as each case is measured; an interrupt ends it with what there is, if anything."""
+    """Writes a row of CSV as soon as each case is measured; an interrupt ends it with the rows written so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded, table = [], []
     try:

@@ -75,7 +75,7 @@ class Result(NamedTuple):
 
 
 class Process:
-    """A run of train.py that goes on.
+    """A running process of train.py.
 
     Args:
         run: What is trained.
@@ -192,9 +192,9 @@ def train_all(
     timeout: float,
     tell: Callable[[int, int], None],
 ) -> Iterator[Result]:
-    """Trains, and hands over what came of each run as soon as it ends.
+    """Trains, and yields the result of each run when it ends.
 
-    SIGINT and SIGTERM end the runs that go on, as interrupted; those that have not begun do not begin.
+    SIGINT and SIGTERM end the current runs, as interrupted; the remaining ones do not start.
 
     Args:
         runs: Started in this order.
@@ -202,7 +202,7 @@ def train_all(
         output: Folder of the folders of the runs.
         jobs: Runs at once.
         timeout: Most seconds for a run.
-        tell: Told now and then of the number of runs that go on and of the epochs that all have done.
+        tell: Called now and then with the number of current runs and of the epochs that all runs have completed.
     """
     waiting: Deque[Run] = deque(runs)
     going: List[Process] = []

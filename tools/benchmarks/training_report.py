@@ -25,7 +25,7 @@ Each model is trained from scratch by `configs/classification/compare.yaml`: {ep
 {batch_size} and images of {img_size}x{img_size} in {precision}, the same settings for all models and tasks, tuned to
 none. A seed decides the weights, the order and the augmentation. Accuracy is that on the validation images after the
 last epoch, not after the best one; ± is the standard deviation over the seeds. All runs are listed, also those that
-failed. {jobs} went on at once, so that the minutes do not compare the models.
+failed. {jobs} runs shared the GPU, so the minutes do not compare the models.
 {tasks}
 
 The models of timm are of about the size of ours: `swin` and `convnext` have the four stages of `vmamba_nano`, at
