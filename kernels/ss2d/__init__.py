@@ -31,14 +31,14 @@ __all__ = ['NUM_ROUTES', 'ss2d_core', 'ss2d_scan']
 
 
 def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
-    """Scans a map along the four routes of `cross_scan` and sums what each leaves at every pixel.
+    """Scans a map along the four routes of `cross_scan` and sums the four outputs at every pixel.
 
     On route k, with dt, B, C = split(x_dbl[..., k, :], [R, N, N]) of the pixel visited at step l:
 
         delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * x_l,    y_l = <C_l, h_l> + D[k] * x_l
 
-    The projections x_dbl are made at the pixels' own places: a linear layer commutes with the order of pixels.
+    The projections x_dbl are in the order of the map: a linear layer commutes with a permutation of pixels.
     State, A, D and dt_bias are kept in fp32 (fp64 if x is fp64). Differentiable in reverse mode in every argument.
 
     Args:
@@ -73,7 +73,7 @@ def ss2d_core(
 ) -> Tensor:
     """The core of SS2D, one operator on Triton: LayerNorm over the channels of `ss2d_scan`.
 
-    The scan's projections x_dbl = x_proj_weight @ x are made in x's dtype.
+    The scan's projections x_dbl = x_proj_weight @ x are computed in x's dtype.
 
     Args:
         x: Activated map [B, H, W, D], in any floating dtype.
