@@ -75,7 +75,8 @@ def test_the_source_distribution_holds_everything(built):
         names = {name.partition('/')[2] for name in sdist.getnames()}
     expected = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in files_of(folder)}
     assert expected <= names
-    assert {'LICENSE', 'Makefile', 'README.md', 'pyproject.toml', 'setup.py', 'vmamba_cli.py'} <= names
+    texts = {'CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md'}
+    assert {*texts, 'Makefile', 'mkdocs.yml', 'pyproject.toml', 'setup.py', 'vmamba_cli.py'} <= names
 
 
 def files_of(folder, ending='*'):

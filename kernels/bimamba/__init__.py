@@ -86,8 +86,8 @@ def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Ten
         delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * u_l,    y_l = <C_l, h_l> + D[k] * u_l
 
-    Computed in plain PyTorch. State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse mode in
-    every argument.
+    Computed in plain PyTorch. State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse
+    mode in every argument.
 
     Args:
         u: Input of each direction, both in the sequence's order [B, L, 2, D], in any floating dtype.
