@@ -8,7 +8,7 @@ the commands of the other pages.
 import io
 import re
 import shlex
-import subprocess
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -143,12 +143,13 @@ def run(command, monkeypatch):
     models = {'vmamba_t': 'vmamba_nano=untrained' if name == 'extract' else 'vmamba_nano'}
     arguments = [models.get(argument, argument.replace('vmamba_t=', 'vmamba_nano=')) for argument in arguments]
     arguments = [*name.split(), *arguments, *SMALL_OPTIONS.get(name, '').split()]
-    if name == 'train':  # it replaces the handlers of signals
-        done = subprocess.run([sys.executable, '-m', 'vmamba_cli', *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    else:
-        monkeypatch.setattr(sys, 'argv', ['vmamba'])
+    monkeypatch.setattr(sys, 'argv', ['vmamba'])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         vmamba_cli.main(arguments)
+    finally:
+        for number, handler in handlers.items():  # training sets its own
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize('page', RUN)
