@@ -1,11 +1,11 @@
-# Everything runs in .venv, which the first target that needs it creates and the others reuse.
+# All targets run in .venv, which is created when it is first needed.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test test-fast test-targets test-timm lint clean
+.PHONY: demo demo-mm test test-fast test-targets test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -13,21 +13,21 @@ demo: .venv/.tools
 demo-mm: .venv/.mm
 	$(BIN)/python tools/demo_mm.py --output demo-mm
 
-# A thread for each worker: more would fight over the processor.
+# One thread per worker: more would compete for the cores.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# For people who change something: the operators in plain PyTorch, layers and models, in two minutes on two cores.
+# A quick subset: operators in plain PyTorch, layers and models. Takes two minutes on two cores.
 test-fast: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not triton" \
 		tests/kernels tests/layers tests/models
 
-# Compiles every kernel of the models for each kind of GPU; none is needed. Takes an hour on two cores.
+# Compiles every kernel of the models for each GPU architecture, without a GPU. Takes an hour on two cores.
 test-targets: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -rP --confcutdir tests/targets tests/targets
 
-# timm's own tests of models, on those of this library (see tests/timm_plugin.py). Only timm's source distribution has
-# them, which is downloaded in the version installed. Takes 40 minutes on two cores.
+# timm's own model tests on the models of this library (see tests/timm_plugin.py). They come from timm's source
+# distribution, which is downloaded in the installed version. Takes 40 minutes on two cores.
 test-timm: .venv/.dev
 	test -d .venv/timm-$(TIMM) || ( \
 		$(BIN)/python -m pip download --no-deps --no-binary timm -d .venv timm==$(TIMM) && \
@@ -38,9 +38,13 @@ test-timm: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf demo demo-mm data/scenes build dist .pytest_cache .ruff_cache
+	rm -rf demo demo-mm data/scenes build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: there, pip installs itself into the environment.

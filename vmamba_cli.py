@@ -1,6 +1,6 @@
-"""The command `vmamba`: runs the tools of the library by their names.
+"""The command `vmamba`, which runs the tools of the library.
 
-It lies beside the package, because importing that takes seconds, which `vmamba --help` need not.
+The module is outside the package because importing the package takes seconds, and `vmamba --help` does not need it.
 """
 
 import sys
@@ -10,23 +10,23 @@ from typing import List, Optional, Tuple
 
 # Name of a command, one or two words: its module in vmamba.tools, and what it does.
 COMMANDS = {
-    'train': ('train', 'train a classifier by a configuration'),
+    'train': ('train', 'train or fine-tune a classifier'),
     'validate': ('validate', 'accuracy on folders of images'),
     'predict': ('predict', 'classify images'),
     'extract': ('extract_features', 'write the features of images'),
-    'knn': ('evaluate_features', 'k-NN and linear probe on extracted features'),
+    'knn': ('evaluate_features', 'k-NN and a linear probe on extracted features'),
     'visualize': ('visualize', 'effective receptive fields and scan attention'),
-    'convert': ('convert', 'convert an official checkpoint to safetensors'),
+    'convert': ('convert', 'convert a checkpoint to safetensors'),
     'configs': ('configurations', 'list, show and copy the installed configurations'),
     'mm-train': ('mm_train', 'train a detector of mmdet or a segmentor of mmseg'),
     'mm-test': ('mm_test', 'test a detector or segmentor'),
-    'mm-infer': ('mm_infer', 'draw the predictions for an image'),
+    'mm-infer': ('mm_infer', 'predict and draw boxes, masks or segmentation'),
     'make-scenes': ('make_scenes', 'compose a small data set for detection and segmentation'),
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),
     'compare highres': ('compare_highres', 'time and memory of feature extraction by image size'),
-    'compare training': ('compare_training', 'accuracy of models that are trained alike'),
+    'compare training': ('compare_training', 'accuracy of models trained with the same recipe'),
 }
 
 
@@ -61,7 +61,7 @@ def seconds(first: str) -> List[str]:
 
 
 def unknown(argv: List[str]) -> str:
-    """What is wrong with arguments that begin with no command."""
+    """The error message for arguments that begin with no command."""
     second = seconds(argv[0])
     if second:
         near = get_close_matches(' '.join(argv[1:2]), second, n=1)

@@ -30,6 +30,7 @@ def check(function: str, sizes: Optional[Dict[str, int]] = None, **tensors: Spec
     """
     sizes = dict(sizes or {})
     main, (reference, _) = next(iter(tensors.items()))
+    assert reference is not None
     for name, (tensor, spec) in tensors.items():
         if tensor is None:
             continue
@@ -58,9 +59,9 @@ def _fits(tensor: Tensor, spec: str, sizes: Dict[str, int]) -> bool:
         words = spec.split()[1:]
         shape = shape[-len(words) :]
     else:
-        words = next((words for words in map(str.split, spec.split(' | ')) if len(words) == len(shape)), None)
-    if words is None:
-        return False
+        words = next((words for words in map(str.split, spec.split(' | ')) if len(words) == len(shape)), [])
+        if len(words) != len(shape):
+            return False
     for word, size in zip(words, shape):
         name, _, positive = word.partition('>')
         if positive and size == 0:

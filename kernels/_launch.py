@@ -198,7 +198,8 @@ class Launch:
 
     def _compile(self, key: tuple, tensors: Tuple[Optional[Tensor], ...]) -> None:
         """Launches by Triton's own way, and remembers what it compiled."""
-        compiled = self.kernel[(*self.grid, 1)](*tensors, *self.marked_arguments(), **self.options)
+        grid = (*self.grid, 1)
+        compiled = self.kernel[grid](*tensors, *self.marked_arguments(), **self.options)
         if compiled is not None:  # Triton's interpreter compiles nothing
             stream_of = triton.runtime.driver.active.get_current_stream
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of

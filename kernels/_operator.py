@@ -133,7 +133,7 @@ class Operator:
         return f'({", ".join([*grads, *arguments, *saved])}) -> ({returns})'
 
     def _setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        *inputs, ctx.save = inputs
+        inputs, ctx.save = inputs[:-1], inputs[-1]
         outputs = (output,) if self._outputs == 1 else output
         ctx.others = [None if i in self._tensors else value for i, value in enumerate(inputs)]
         ctx.set_materialize_grads(False)  # zeros for what is saved

@@ -52,7 +52,7 @@ def scan_forward(
     last_state = torch.empty_like(state)
     A_log2 = A * _LOG2_E
     grows = _grows(A, delta, delta_softplus)
-    batches, chunks = _cut(*u.shape[:2], A.numel())
+    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel())
     for rows in batches:
         entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks, delta_softplus, grows)
         for chunk, states in _walk_chunks(*entries):
@@ -86,7 +86,7 @@ def scan_backward(
     grad_initial = torch.empty_like(state)
     A_log2 = A * _LOG2_E
     grows = _grows(A, delta, delta_softplus)
-    batches, chunks = _cut(*u.shape[:2], A.numel())
+    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel())
     for rows in batches:
         starts = [state[rows]]
         entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks[:-1], delta_softplus, grows)

@@ -80,11 +80,11 @@ def causal_conv1d(
         x: [B, D, L], in any floating dtype and with any strides.
         weight: [D, w].
         bias: [D].
-        seq_idx: Integers [B, L] that number the sequences packed in a row: a tap only sees positions of the same
-            number. Where it is negative, which is padding, out is zero.
-        initial_states: What comes before x [B, D, w - 1]; not together with seq_idx.
+        seq_idx: Integers [B, L], the number of the packed sequence of each position: a tap only sees positions with
+            the same number. Where it is negative (padding), out is zero.
+        initial_states: The columns before x [B, D, w - 1]; not together with seq_idx.
         return_final_states: Also return the last w - 1 columns of initial_states and x; not together with seq_idx.
-        final_states_out: Where to write these [B, D, w - 1]; without `return_final_states` it stays as it is.
+        final_states_out: Tensor [B, D, w - 1] that these are written to; unused without `return_final_states`.
         activation: None, 'silu' or 'swish', which is the same.
 
     Returns:

@@ -48,11 +48,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
 
         out_{h,w} = bias + sum_{i,j} weight[:, i, j] * x_{h + i - c, w + j - c}
 
-    By Triton for k up to 5, computed in fp32; otherwise by PyTorch's convolution in x's dtype, to which it rounds the
-    weight, and before SiLU the result. Differentiable in reverse mode in every tensor.
+    Computed by Triton in fp32 for k up to 5; otherwise by PyTorch's convolution in x's dtype, which rounds the weight,
+    and the result before SiLU. Differentiable in reverse mode in every tensor.
 
     Args:
-        x: [B, H, W, D], in any floating dtype and with any strides; fast where channels are neighbours in memory.
+        x: [B, H, W, D], in any floating dtype and with any strides; fastest if channels are contiguous in memory.
         weight: [D, k, k].
         bias: [D].
         silu: Return silu(out).

@@ -122,7 +122,7 @@ def bidirectional_scan(
     """See `vmamba.kernels.bidirectional_scan`: a selective scan in each direction, summed."""
     wide = torch.promote_types(u.dtype, torch.float32)
     dt_rank, dstate = dt_weight.shape[-1], A.shape[-1]
-    y = 0
+    y = torch.zeros((), dtype=wide, device=u.device)
     for k, reverse in enumerate((False, True)):
         dt, B, C = x_dbl[:, :, k].to(wide).transpose(1, 2).split([dt_rank, dstate, dstate], dim=1)
         delta = dt_weight[k].to(wide) @ dt

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vmamba.kernels import _launch
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'  # on a CPU the kernels are interpreted, see conftest.py

@@ -1,13 +1,17 @@
 """The command `vmamba`."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import vmamba_cli
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -79,6 +83,16 @@ def test_a_missing_extra_is_one_line(run, monkeypatch, tmp_path, package, module
     code, _, error = run(*arguments)
     what = f"the package {package} is missing; install it by `pip install 'vmamba[{extras}]'`"
     assert (code, error) == (2, f'vmamba {arguments[0]}: error: {what}\n')
+
+
+def test_a_missing_extra_is_one_line_of_a_script_too(tmp_path):
+    (tmp_path / 'rich').mkdir()
+    (tmp_path / 'rich/__init__.py').write_text("raise ModuleNotFoundError('no rich', name='rich')")
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    script = [sys.executable, 'tools/compare_highres.py']
+    done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True)
+    what = "the package rich is missing; install it by `pip install 'vmamba[tools]'`"
+    assert (done.returncode, done.stderr) == (2, f'compare_highres.py: error: {what}\n')
 
 
 def test_errors_name_the_command(run):

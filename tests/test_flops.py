@@ -5,9 +5,9 @@ import timm
 import torch
 from cases import BACKENDS, DEVICE, needs_triton
 from torch.utils.flop_counter import FlopCounterMode
-from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_core, ss2d_scan, use_triton
 
 from vmamba.flops import count_macs
+from vmamba.kernels import bidirectional_scan, selective_scan, ss2d_core, ss2d_scan, use_triton
 
 pytest.importorskip('fvcore')
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,7 +24,6 @@ import vmamba
 print(vmamba.__file__)
 main()
 """
-PREDICT = ('predict', 'photo.png', '--model', 'vmamba_nano', '--random-weights', '--top', '2', '--device', 'cpu')
 
 
 def call(*command, cwd, code=0):
@@ -45,7 +45,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(built, tmp_path_factory):
-    """The wheel in a fresh environment that sees the packages of this one, and an empty folder with a photograph."""
+    """The wheel in a fresh environment that sees the packages of this one, and an empty folder."""
     folder = tmp_path_factory.mktemp('installed')
     call(sys.executable, '-m', 'venv', '--without-pip', folder / 'env', cwd=folder)
     python = next((folder / 'env').glob('*/python'))
@@ -54,7 +54,6 @@ def installed(built, tmp_path_factory):
     others = [path for path in sys.path if path.endswith('site-packages')]
     Path(site.strip(), 'others.pth').write_text('\n'.join(others))
     (folder / 'empty').mkdir()
-    Image.new('RGB', (50, 40), 'red').save(folder / 'empty/photo.png')
     return SimpleNamespace(python=python, command=python.with_name('vmamba'), folder=folder / 'empty')
 
 
@@ -75,21 +74,33 @@ def test_the_source_distribution_holds_everything(built):
         names = {name.partition('/')[2] for name in sdist.getnames()}
     expected = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in files_of(folder)}
     assert expected <= names
-    assert {'LICENSE', 'Makefile', 'README.md', 'pyproject.toml', 'setup.py', 'vmamba_cli.py'} <= names
+    texts = {'CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md'}
+    assert {*texts, 'Makefile', 'mkdocs.yml', 'pyproject.toml', 'setup.py', 'vmamba_cli.py'} <= names
 
 
 def files_of(folder, ending='*'):
     return [path for path in (ROOT / folder).rglob(f'*.{ending}') if path.is_file() and path.suffix != '.pyc']
 
 
-def test_the_command_runs_in_an_empty_folder(installed):
-    small = ('--model', 'test_vit', '--epochs', '1', '--warmup-epochs', '0', '--workers', '0', '--device', 'cpu')
-    call(installed.command, 'train', 'lfw_vmamba_nano', *small, cwd=installed.folder)
-    assert (installed.folder / 'runs/lfw_vmamba_nano/best.pt').is_file()
+def test_a_first_user_fine_tunes_predicts_and_extracts_in_an_empty_folder(installed):
+    """Own images of two classes, the command of the wheel, and no triton for the second and third step."""
+    for color, (low, high) in {'dark': (0, 100), 'bright': (156, 256)}.items():
+        (installed.folder / 'photos' / color).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.random.default_rng(i).integers(low, high, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(installed.folder / f'photos/{color}/{i}.png')
+    small = ('--model', 'vmamba_nano', '--no-pretrained', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 0)
+    on_cpu = ('--workers', 0, '--device', 'cpu')
+    train = ('train', 'finetune', '--data', 'photos', '--output', 'runs/mine', *small, *on_cpu)
+    call(installed.command, *train, cwd=installed.folder)
 
-
-def test_the_command_runs_without_triton(installed):
-    out, _ = call(installed.python, '-c', WITHOUT_TRITON, *PREDICT, cwd=installed.folder)
+    predict = ('predict', 'photos/dark/0.png', '--checkpoint', 'runs/mine/best.pt', *on_cpu)
+    out, _ = call(installed.python, '-c', WITHOUT_TRITON, *predict, cwd=installed.folder)
     package, image, *classes = out.splitlines()
     assert Path(package).is_relative_to(installed.python.parents[1])
-    assert image == 'photo.png' and [line.split()[0][-1] for line in classes] == ['%', '%']
+    assert image == 'photos/dark/0.png'
+    assert {line.split()[1] for line in classes} == {'dark', 'bright'}
+
+    extract = ('extract', 'photos', '--model', 'vmamba_nano=runs/mine/best.pt', *on_cpu)
+    call(installed.python, '-c', WITHOUT_TRITON, *extract, cwd=installed.folder)
+    assert np.load(installed.folder / 'features/pooled.npy').shape == (40, 256)

@@ -21,8 +21,8 @@ import pandas as pd
 import timm
 import torch
 import torch._functorch.config as functorch_config
-from rich.progress import track
 from torch import Tensor
+
 from vmamba.tools.benchmarks.cases import (
     INFERENCE,
     KINDS,
@@ -50,6 +50,8 @@ from vmamba.tools.benchmarks.timing import (
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors, positive
+
+from rich.progress import track
 
 MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
 OUTPUTS = ('--output', '--csv', '--docs')

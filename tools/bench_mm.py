@@ -26,7 +26,7 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.optim import OptimWrapper, build_optim_wrapper
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
-    from rich.progress import track
+
     from vmamba.tools.benchmarks.report import Report, command_of, versions
     from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
     from vmamba.tools.devices import device_name, pick_device
@@ -34,6 +34,8 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
     from vmamba.tools.terminal import open_console
+
+    from rich.progress import track
 
 OUTPUTS = ('--docs',)
 WIDTH = 120  # of the table where there is no terminal

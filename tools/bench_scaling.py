@@ -17,12 +17,14 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.progress import track
+
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.report import Report, command_of, versions
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.user_errors import UserError, one_line_errors, positive
+
+from rich.console import Console
+from rich.progress import track
 
 TRAIN = Path(__file__).with_name('train.py')
 CONFIG = FOLDER / 'classification/synthetic.yaml'

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
-from rich.console import Console
-from rich.progress import track
+
 from vmamba.tools.benchmarks.highres import Case, Result, Worker
 from vmamba.tools.benchmarks.report import Report, command_of, number, write_records
 from vmamba.tools.devices import pick_device
 from vmamba.tools.figures.plots import plot_comparison
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import one_line_errors
+
+from rich.console import Console
+from rich.progress import track
 
 MODELS = (
     'vmamba_t',

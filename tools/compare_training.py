@@ -25,8 +25,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
-from rich.console import Console
-from rich.progress import track
+
 from vmamba.configs import FOLDER
 from vmamba.tools import train
 from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
@@ -37,6 +36,9 @@ from vmamba.tools.output_files import lock_folder, write_text
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
 from vmamba.tools.user_errors import UserError, changes, nearest, one_line_errors, positive
+
+from rich.console import Console
+from rich.progress import track
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
 SCRIPT = Path(__file__).with_name('train.py')

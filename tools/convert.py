@@ -10,10 +10,10 @@ from typing import Any, Dict, List, Optional
 
 import timm
 from safetensors.torch import save
-from vmamba.tools.output_files import write_atomically
-from vmamba.tools.user_errors import UserError, one_line_errors
 
 import vmamba  # noqa: F401
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.user_errors import UserError, one_line_errors
 
 
 def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:

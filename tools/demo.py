@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from rich.console import Console
+import vmamba  # noqa: F401
 from vmamba.tools.benchmarks.highres import Case
 from vmamba.tools.compare_highres import MODELS, compare, record, report_of, write_picture
 from vmamba.tools.devices import pick_device
@@ -21,7 +21,7 @@ from vmamba.tools.training.config import load_config
 from vmamba.tools.training.run import train
 from vmamba.tools.user_errors import one_line_errors, positive
 
-import vmamba  # noqa: F401
+from rich.console import Console
 
 CONFIGS = {'mnist5k_vmamba_nano': 7, 'mnist5k_vim_nano': 9}  # epochs of each: minutes on two cores
 RECIPE = dict(in_chans=1, lr=3e-3, warmup_epochs=1, log=[])

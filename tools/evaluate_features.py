@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+
+from vmamba.tools.features.store import check_comparable, read_features, read_index, read_settings
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.terminal import open_console
+from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
+
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,10 +27,6 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_sco
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from vmamba.tools.features.store import check_comparable, read_features, read_index, read_settings
-from vmamba.tools.output_files import write_csv
-from vmamba.tools.terminal import open_console
-from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
 WIDTH = 120  # of the table where there is no terminal
 

@@ -20,8 +20,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.features import store as feature_store
 from vmamba.tools.features.maps import (
@@ -52,6 +51,9 @@ from vmamba.tools.weights import (
     own_size,
     spec_of,
 )
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Extraction:

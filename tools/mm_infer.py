@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+
 from vmamba.tools.devices import pick_device
 from vmamba.tools.output_files import write_text, writing
 from vmamba.tools.user_errors import UserError, one_line_errors
@@ -28,8 +29,10 @@ VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 def infer(args: argparse.Namespace) -> None:
     """Writes and prints the predictions for all inputs."""
     import mmcv
-    from rich.progress import track
+
     from vmamba.tools.openmmlab.draw import draw
+
+    from rich.progress import track
 
     files = files_of(args.inputs)
     inferencer = build_inferencer(args)
@@ -102,6 +105,7 @@ def build_inferencer(args: argparse.Namespace) -> 'BaseInferencer':
     """The library's inferencer with the model of the config and all weights of the checkpoint."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import DATASETS
+
     from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
     from vmamba.tools.openmmlab.checks import check_classes, check_maps
     from vmamba.tools.openmmlab.configs import load_config

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def test(args: argparse.Namespace) -> None:
     """Writes the metrics of a checkpoint on the config's test data."""
     from mmengine.dist import is_main_process
+
     from vmamba.tools.openmmlab.configs import join_processes, load_config, set_work_dir
     from vmamba.tools.openmmlab.runs import add_hook, build_runner
 

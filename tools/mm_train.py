@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
+
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError, one_line_errors
 
@@ -57,6 +58,7 @@ def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[
         UserError: If there are such modules, but no checkpoint.
     """
     from mmengine.runner import find_latest_checkpoint
+
     from vmamba.tools.openmmlab.checkpoints import within
 
     if isinstance(resume, str):

@@ -17,6 +17,7 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
+
 from vmamba.tools.devices import pick_device
 from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.image_files import find_images

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from torch.distributed.elastic.multiprocessing.errors import record
+
 from vmamba.tools.training.config import add_options, load_config
 from vmamba.tools.training.run import train
 from vmamba.tools.user_errors import Parser, one_line_errors

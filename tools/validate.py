@@ -20,10 +20,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
 from torch import Tensor, nn
+
 from vmamba.tools.devices import device_name, pick_device
 from vmamba.tools.figures.plots import plot_resolutions
 from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
@@ -54,6 +52,10 @@ from vmamba.tools.weights import (
     parse_spec,
     spec_of,
 )
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal

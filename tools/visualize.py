@@ -31,9 +31,9 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
+
+from vmamba.models.vim import Vim
 from vmamba.tools.devices import pick_device
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
@@ -56,7 +56,8 @@ from vmamba.tools.weights import (
     spec_of,
 )
 
-from vmamba.models.vim import Vim
+from rich.console import Console
+from rich.progress import Progress
 
 ROUTES = ['rows \u2192', 'columns \u2193', 'rows \u2190', 'columns \u2191']
 DIRECTIONS = ['forward', 'backward']

@@ -10,13 +10,13 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from vmamba.tools.training.config import parse_yaml
-from vmamba.tools.user_errors import UserError, nearest, positive_float
 
 import vmamba  # noqa: F401
 from vmamba.models._pretrained import read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.models.vim import Vim
+from vmamba.tools.training.config import parse_yaml
+from vmamba.tools.user_errors import UserError, nearest, positive_float
 
 SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones'
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')

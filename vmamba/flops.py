@@ -16,7 +16,7 @@ def fvcore_handles() -> Dict[str, Handle]:
     handles = {f'vmamba::{name}': _handle(op.macs) for name, op in OPERATORS.items() if op.macs is not None}
     core = handles['vmamba::ss2d_core']
     # The fused LayerNorm counts like a separate one.
-    handles['vmamba::ss2d_core'] = lambda inputs, outputs: core(inputs, outputs) + 5 * prod(_shape(inputs[0]))
+    handles['vmamba::ss2d_core'] = lambda inputs, outputs: core(inputs, outputs) + 5 * prod(_shape(inputs[0]) or ())
     return handles
 
 

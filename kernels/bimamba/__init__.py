@@ -32,15 +32,16 @@ def bimamba_core(
     A: Tensor,
     D: Tensor,
 ) -> Tensor:
-    """What lies between the in- and the output projection of a bidirectional Mamba block.
+    """A bidirectional Mamba block without its input and output projections.
 
     With x, z = xz.chunk(2, dim=-1), and for direction k, 0 from the first position and 1 from the last:
 
         u_k = silu(conv_k(x)),    y = sum_k scan(u_k, x_proj_weight[k] @ u_k),    out = y / 2 * silu(z)
 
     with the convolutions of `bidirectional_conv1d` and the scans of `bidirectional_scan`. State, A, D and dt_bias are
-    kept in fp32 (fp64 if xz is fp64). Differentiable in reverse mode in every argument. On Triton one operator, for at
-    most 4 taps and 64 states: it saves xz, the projections, the mean of y and states, and recomputes the rest.
+    kept in fp32 (fp64 if xz is fp64). Differentiable in reverse mode in every argument. On Triton this is one
+    operator, for at most 4 taps and 64 states. It saves xz, the projections, the mean of y and states, and recomputes
+    the rest.
 
     Args:
         xz: [B, L, 2 * D], in any floating dtype.
@@ -85,8 +86,8 @@ def bidirectional_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Ten
         delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * u_l,    y_l = <C_l, h_l> + D[k] * u_l
 
-    In plain PyTorch. State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse mode in
-    every argument.
+    Computed in plain PyTorch. State, A, D and dt_bias are kept in fp32 (fp64 if u is fp64). Differentiable in reverse
+    mode in every argument.
 
     Args:
         u: Input of each direction, both in the sequence's order [B, L, 2, D], in any floating dtype.
@@ -175,7 +176,7 @@ def _forward_core(
     save: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments, _ = _arguments(xz, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D)
-    outputs = core_forward(*arguments, save)
+    outputs = core_forward(*(*arguments, save))
     return tuple(A.new_empty(0) if output is None else output for output in outputs)
 
 
@@ -199,7 +200,7 @@ def _arguments(
 
 def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
     arguments, layout = _arguments(*inputs)
-    grads = core_backward(grads[0].contiguous(), *arguments, CoreOutputs(None, *saved))
+    grads = core_backward(grads[0].contiguous(), *(*arguments, CoreOutputs(None, *saved)))
     _, conv_weight, conv_bias, *_, A, D = inputs
     grad_conv_weight, grad_conv_bias = grads.conv.sum(dim=0).split([conv_weight.numel(), conv_bias.numel()])
     grad_D, grad_dt_bias, grad_A = grads.scans.sum(dim=0).split([D.numel(), D.numel(), A.numel()])

@@ -86,7 +86,8 @@ class _Chain(torch.autograd.Function):
         links = _links(ctx.branches, tensors)
         weights = [list(islice(tensors, count)) for count in ctx.counts]
         saved = [branch.Saved(*islice(tensors, len(branch.Saved._fields))) for branch in ctx.branches]
-        stream, gradients = StreamGradient(grad.contiguous().view(-1, grad.shape[-1])), []
+        stream = StreamGradient(grad.contiguous().view(-1, grad.shape[-1]))
+        gradients: List[Any] = []
         with on_device(grad):
             for i in reversed(range(len(links))):
                 before = links[i - 1] if i > 0 else None

@@ -218,7 +218,9 @@ def _weights_launch(
     Args:
         wanted: Of each weight its shape, layout and `log_A`, and whether it has the dtype.
     """
-    pieces, shapes, sizes = [], [], []
+    pieces: List[int] = []
+    shapes: List[Optional[Tuple[int, ...]]] = []
+    sizes: List[Tuple[int, ...]] = []
     for shape, layout, log_A, has_dtype in wanted:
         if layout is None and has_dtype and not log_A:
             shapes.append(None)
@@ -247,7 +249,11 @@ def _sum_launch(
     Args:
         arrays: Of each array the number of parts, and the shapes.
     """
-    counts, lengths, offsets, pieces, places = [], [], [], [], []
+    counts: List[int] = []
+    lengths: List[int] = []
+    offsets: List[int] = []
+    pieces: List[int] = []
+    places: List[Tuple[int, Tuple[int, ...]]] = []
     for count, shapes in arrays:
         sizes = [prod(shape) for shape in shapes]
         counts.append(count)
@@ -257,6 +263,6 @@ def _sum_launch(
         pieces += [*sizes, -lengths[-1] % _ALIGNMENT]
     absent = [0] * (_MAX_ARRAYS - len(arrays))
     block_parts, block = _SUM_BLOCK
-    sizes = *counts, *absent, (*lengths, *absent), (*offsets, *absent)
     grid = cdiv(max(lengths), block), len(arrays)
-    return Launch(sum_kernel, grid, sizes, (block_parts, block)), pieces, places
+    scalars = *counts, *absent, (*lengths, *absent), (*offsets, *absent)
+    return Launch(sum_kernel, grid, scalars, (block_parts, block)), pieces, places

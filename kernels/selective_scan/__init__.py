@@ -40,8 +40,8 @@ def selective_scan(
 
         h_l = exp(delta'_l * A) * h_{l-1} + delta'_l * B_l * u_l,    y_l = (<C_l, h_l> + D * u_l) * silu(z_l)
 
-    The state, A, D and delta_bias are kept in fp32 (fp64 if u is fp64). By Triton for 1 to 64 states. Differentiable in
-    reverse mode in every tensor argument.
+    The state, A, D and delta_bias are kept in fp32 (fp64 if u is fp64). Triton supports 1 to 64 states; otherwise
+    plain PyTorch runs. Differentiable in reverse mode in every tensor argument.
 
     Args:
         u: Input [batch, dim, L], in any floating dtype.

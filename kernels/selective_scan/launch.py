@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 class Flags(NamedTuple):
     softplus: bool
     directions: int
-    reverse: bool
+    reverse: int  # compiled as 0 or 1
     channels_last: bool
     exact: bool
     nvidia: bool
@@ -80,9 +80,9 @@ class Config(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Of a thread, as many as that many programs can have of the 65536 of a multiprocessor, dealt out in eights.
+        """Registers per thread: the 65536 of a multiprocessor, shared among its programs, in multiples of 8.
 
-        They hold what is loaded before it is needed: fewer for more warps were slower.
+        Registers hold data that is loaded early; fewer registers with more warps were slower.
         """
         return min(65536 // (32 * self.num_warps * self.programs_per_processor) // 8 * 8, 255)
 

@@ -31,14 +31,14 @@ __all__ = ['NUM_ROUTES', 'ss2d_core', 'ss2d_scan']
 
 
 def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
-    """Scans a map along the four routes of `cross_scan` and sums what each leaves at every pixel.
+    """Scans a map along the four routes of `cross_scan` and sums the four outputs at every pixel.
 
     On route k, with dt, B, C = split(x_dbl[..., k, :], [R, N, N]) of the pixel visited at step l:
 
         delta_l = softplus(dt_weight[k] @ dt_l + dt_bias[k])
         h_l = exp(delta_l * A[k]) * h_{l-1} + delta_l * B_l * x_l,    y_l = <C_l, h_l> + D[k] * x_l
 
-    The projections x_dbl are made at the pixels' own places: a linear layer commutes with the order of pixels.
+    The projections x_dbl are in the order of the map: a linear layer commutes with a permutation of pixels.
     State, A, D and dt_bias are kept in fp32 (fp64 if x is fp64). Differentiable in reverse mode in every argument.
 
     Args:
@@ -73,12 +73,15 @@ def ss2d_core(
 ) -> Tensor:
     """The core of SS2D, one operator on Triton: LayerNorm over the channels of `ss2d_scan`.
 
-    The scan's projections x_dbl = x_proj_weight @ x are made in x's dtype.
+    The scan's projections x_dbl = x_proj_weight @ x are computed in x's dtype.
 
     Args:
         x: Activated map [B, H, W, D], in any floating dtype.
         x_proj_weight: [4 * (R + 2N), D].
-        dt_weight, dt_bias, A, D: The arguments of `ss2d_scan`.
+        dt_weight: [4, D, R], as in `ss2d_scan`.
+        dt_bias: [4, D].
+        A: [4, D, N], negative.
+        D: [4, D].
         norm_weight: [D].
         norm_bias: [D].
         norm_eps: Added to the variance.
@@ -102,7 +105,7 @@ def ss2d_core(
 def _check_scan(function: str, x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> dict:
     """Sizes by name."""
     parameters = dict(dt_weight=(dt_weight, '4 D R'), dt_bias=(dt_bias, '4 D'), A=(A, '4 D N'), D=(D, '4 D'))
-    sizes = check(function, x=(x, 'B H>0 W>0 D>0'), **parameters)
+    sizes = check(function, None, x=(x, 'B H>0 W>0 D>0'), **parameters)
     width = sizes['R'] + 2 * sizes['N']
     return {**sizes, 'R+2N': width, '4(R+2N)': NUM_ROUTES * width}
 
@@ -124,7 +127,7 @@ def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     x, x_dbl, *parameters = tensors
     x, *parameters = (tensor.contiguous() for tensor in (x, *parameters))
     merge = merge_backward(grad_y.contiguous(), None, x, None, None)
-    grads = scan_backward(merge.merged, x, _whole_words(x_dbl, x), *parameters, states)
+    grads = scan_backward(merge.merged, x, _whole_words(x_dbl, x), *(*parameters, states))
     grad_parameters = _split_parameters(grads.parameters.sum(dim=0), *parameters[:3])
     grad_D = merge.vectors.sum(dim=0)[2:]
     return grads.x, grads.x_dbl, *grad_parameters, grad_D
@@ -144,7 +147,7 @@ def _like_scan(
 
 def _like_states(x: Tensor, dt_weight: Tensor, A: Tensor, triton: bool, save: bool) -> Tensor:
     sizes = sizes_of(x, dt_weight, A)
-    shape = (0, 0, 0) if triton else (0,)
+    shape: Tuple[int, ...] = (0, 0, 0) if triton else (0,)
     if triton and save:
         shape = states_shape(sizes, plan_of(sizes, Device.of(x)))
     return x.new_empty(shape, dtype=torch.float32)
@@ -198,7 +201,7 @@ def _backward_core(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     )
     x, norm_weight, *parameters = (tensor.contiguous() for tensor in (x, norm_weight, *parameters))
     merge = merge_backward(grad_out.contiguous(), merged, x, norm_weight, moments)
-    grads = scan_backward(merge.merged, x, x_dbl, *parameters, states)
+    grads = scan_backward(merge.merged, x, x_dbl, *(*parameters, states))
     grad_x = grads.x
     pixels = grads.x_dbl.view(-1, x_proj_weight.shape[0])  # [B * H * W, 4 * (R + 2N)]
     grad_x.view(-1, x.shape[-1]).addmm_(pixels, x_proj_weight.to(x.dtype))

@@ -1,7 +1,7 @@
 """Launches of SS2D's kernels: how they cut their work, by the sizes of the map and the GPU."""
 
 from functools import lru_cache
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def plan_of(sizes: Sizes, device: Device) -> Plan:
     return Plan(forward, Schedule(tile, chunks, batches, registers=168 if fits_at_once else None))
 
 
-def _block_d(sizes: Sizes, device: Device, needed: Dict[str, Tuple[float, float]]) -> int:
+def _block_d(sizes: Sizes, device: Device, needed: Mapping[str, Tuple[float, float]]) -> int:
     """Channels of a tile, fewer where the shared memory has no room for more."""
     fixed, per_row = needed[device.precision]
     return 32 if (fixed + per_row * sizes.block_r) * 1024 <= device.shared_memory else 16
@@ -160,7 +160,7 @@ plan = lru_cache(maxsize=MAX_PLANS)(plan_of)  # not for symbolic sizes, which ca
 
 
 def sizes_of(x: Tensor, dt_weight: Tensor, A: Tensor) -> Sizes:
-    return Sizes(*x.shape, dt_weight.shape[-1], A.shape[-1])
+    return Sizes(*(*x.shape, dt_weight.shape[-1], A.shape[-1]))
 
 
 def states_shape(sizes: Sizes, plan: Plan) -> Tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The examples of docs/large_images.md, as they are written there but for the model and the sizes."""
+"""The examples of docs/large_images.md, as they are written there, with a smaller model and smaller images."""
 
 import re
 from pathlib import Path

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BACKENDS, needs_triton
+
 from vmamba.kernels import conv1d, conv2d, norm, use_triton
 
 

@@ -5,9 +5,9 @@ from typing import Any, Callable, Dict, NamedTuple
 import oracles
 import torch
 from cases import DEVICE
-from vmamba.kernels import NUM_DIRECTIONS, NUM_ROUTES
 
 from vmamba import kernels
+from vmamba.kernels import NUM_DIRECTIONS, NUM_ROUTES
 
 
 class Case(NamedTuple):

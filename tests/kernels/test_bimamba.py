@@ -11,6 +11,7 @@ from cases import DEVICE, needs_triton
 from kernel_cases import CASES, Case, compare, in_double, run
 from recorder import Recorder
 from torch.utils.flop_counter import FlopCounterMode
+
 from vmamba.kernels import bidirectional_conv1d, bidirectional_scan, bimamba_core, chunked, naive, use_triton
 from vmamba.kernels.bimamba import gate
 from vmamba.kernels.bimamba.launch import ProjectionLayout

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import DEVICE
 from kernel_cases import randn
+
 from vmamba.kernels import use_triton
 from vmamba.kernels.branches import (
     BiMambaBranch,

@@ -3,9 +3,9 @@
 import kernel_cases
 import pytest
 import torch
-from vmamba.kernels._check import check, check_that
 
 from vmamba import kernels
+from vmamba.kernels._check import check, check_that
 
 
 def zeros(*shape):

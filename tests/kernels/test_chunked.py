@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import CASES, assert_equal, in_double, run, ss2d_scan
 from kernel_cases import selective_scan as arguments_of
+
 from vmamba.kernels import chunked
 
 SCAN = CASES['selective_scan']

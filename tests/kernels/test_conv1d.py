@@ -8,6 +8,7 @@ from cases import DEVICE
 from kernel_cases import CASES, Case, assert_equal, compare, in_double, run
 from recorder import Recorder
 from torch.utils.flop_counter import FlopCounterMode
+
 from vmamba.kernels import bidirectional_conv1d, causal_conv1d, conv1d
 
 BOTH, CAUSAL = CASES['bidirectional_conv1d'], CASES['causal_conv1d']

@@ -7,6 +7,7 @@ from cases import DEVICE
 from kernel_cases import CASES, assert_equal, compare, run
 from recorder import Recorder
 from torch.utils.flop_counter import FlopCounterMode
+
 from vmamba.kernels import conv2d, depthwise_conv2d
 
 CASE = CASES['depthwise_conv2d']

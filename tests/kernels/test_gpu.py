@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import DEVICE, needs_triton
 from kernel_cases import CASES, assert_equal, run
+
 from vmamba.kernels import (
     NUM_ROUTES,
     causal_conv1d,

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import torch
 from cases import DEVICE, needs_triton
+
 from vmamba.kernels import _launch, ss2d_scan, use_triton
 from vmamba.kernels._launch import Launch, cdiv, next_power_of_2, share_rows
 

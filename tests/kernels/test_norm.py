@@ -9,6 +9,7 @@ import torch
 from cases import DEVICE
 from kernel_cases import CASES, compare, in_double, run
 from recorder import Recorder
+
 from vmamba.kernels import layer_norm, norm
 
 EPS = 1e-3

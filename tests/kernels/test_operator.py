@@ -8,6 +8,7 @@ from recorder import Recorder
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
 from vmamba.kernels._operator import OPERATORS, Operator
 
 

@@ -11,6 +11,7 @@ from cases import DEVICE
 from kernel_cases import CASES, assert_equal, compare, in_double, run
 from kernel_cases import selective_scan as arguments
 from recorder import Recorder
+
 from vmamba.kernels import naive, selective_scan, use_triton
 from vmamba.kernels.selective_scan import launch
 

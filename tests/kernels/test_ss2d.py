@@ -14,6 +14,7 @@ from cases import DEVICE, needs_triton
 from kernel_cases import CASES, compare, in_double, run
 from recorder import Recorder
 from torch.utils.flop_counter import FlopCounterMode
+
 from vmamba.kernels import (
     NUM_ROUTES,
     chunked,

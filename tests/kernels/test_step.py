@@ -9,6 +9,7 @@ from cases import DEVICE
 from kernel_cases import place, randn
 from kernel_cases import selective_scan as scan_arguments
 from recorder import Recorder
+
 from vmamba.kernels import selective_scan, selective_state_update, use_triton
 
 needs_gpu = pytest.mark.skipif(DEVICE != 'cuda', reason='needs a CUDA device')

@@ -5,8 +5,8 @@ import pytest
 import torch
 from cases import BACKENDS, DEVICE
 from torch import nn
-from vmamba.kernels import use_triton
 
+from vmamba.kernels import use_triton
 from vmamba.layers import LayerNorm, LayerNorm2d, RmsNorm
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

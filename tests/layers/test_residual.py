@@ -17,8 +17,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize, prune
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
-from vmamba.kernels import branches, use_triton
 
+from vmamba.kernels import branches, use_triton
 from vmamba.layers import SS2D, BiMamba, LayerNorm, RmsNorm, residual_branches
 from vmamba.layers.residual import runs_fused
 

@@ -38,6 +38,29 @@ VMAMBA_KEYS = [
 ]
 
 
+@pytest.mark.parametrize('classes', [10, 1000])
+@pytest.mark.parametrize('source, target', [('avg', ''), ('', 'avg'), ('', '')])
+def test_a_classifier_loads_with_and_without_pooling(tmp_path, source, target, classes):
+    saved = timm.create_model('vmamba_t', num_classes=classes, global_pool=source, **VMAMBA)
+    overlay = dict(num_classes=classes)
+    model = load(
+        tmp_path / 'weights.pth',
+        saved.state_dict(),
+        'vmamba_t',
+        overlay=overlay,
+        num_classes=classes,
+        global_pool=target,
+    )
+    assert torch.equal(model.head.fc.weight.flatten(1), saved.head.fc.weight.flatten(1))
+    images = torch.randn(1, 3, 64, 64)
+    logits = model.eval()(images)
+    expected = saved.eval().forward_features(images)
+    expected = (
+        torch.einsum('bdhw,cd->bchw', expected, saved.head.fc.weight.flatten(1)) + saved.head.fc.bias[:, None, None]
+    )
+    torch.testing.assert_close(logits, expected.mean(dim=(2, 3)) if target else expected)
+
+
 @pytest.mark.parametrize('key,shape,named', VMAMBA_KEYS, ids=[f'{case[0]}-{case[1]}' for case in VMAMBA_KEYS])
 def test_a_weight_of_vmamba_that_cannot_be_reshaped_is_named(tmp_path, key, shape, named):
     state = official.vmamba_state((1, 1), 8)

@@ -10,6 +10,7 @@ import torch
 from cases import DEVICE, needs_triton
 from model_cases import SMALL, images
 from timm.models import create_feature_extractor, get_graph_node_names
+
 from vmamba.kernels import use_triton
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ import timm
 import torch
 from cases import DEVICE, needs_triton
 from recorder import Recorder
-from vmamba.kernels import use_triton
 
 import vmamba  # noqa: F401  registers the models
+from vmamba.kernels import use_triton
 
 pytestmark = [needs_triton, pytest.mark.slow]
 VMAMBA, VIM = ('SS2DBranch', 'MlpBranch'), ('BiMambaBranch',)
@@ -89,7 +89,7 @@ def test_weights_of_half_precision_give_what_the_modules_give(monkeypatch):
     pytest.param(SMALL['vmamba'], 2 + 2 * 2 + 1 + 1, id='vmamba'),
 ])  # fmt: skip
 def test_under_a_mode_every_operator_is_seen(case, norms, monkeypatch):
-    """The modules run, and each norm is a kernel of its own but for that within SS2D's core."""
+    """The modules run, and each norm is a kernel of its own, except the one within SS2D's core."""
     model, x = make(case, drop_path_rate=0.0)
     ran = chains.record(monkeypatch)
     with use_triton(False):

@@ -17,7 +17,6 @@ if os.environ.get('TRITON_INTERPRET') == '1':  # also in the processes, which kn
     speed_up()
 
 from vmamba.kernels import _launch, use_triton  # noqa: E402
-
 from vmamba.models.vim import VimBlock  # noqa: E402
 from vmamba.models.vmamba import VMambaBlock  # noqa: E402
 

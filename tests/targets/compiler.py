@@ -10,10 +10,10 @@ import triton
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
-from vmamba.kernels import _launch
 
 import vmamba  # noqa: F401, registers the models
 from vmamba import kernels
+from vmamba.kernels import _launch
 
 
 class Device(NamedTuple):

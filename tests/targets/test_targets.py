@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from compiler import DEVICES, compile_for, record_calls, record_models
+
 from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update
 
 MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t'

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 from training_runs import ROOT, signals_kept
+
 from vmamba.tools import train
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from skimage import data
-from sklearn.datasets import load_digits
+
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
+
+from skimage import data
+from sklearn.datasets import load_digits
 
 
 def write_digits(root: Path, per_class: int, classes: int = 10, start: int = 0) -> Path:

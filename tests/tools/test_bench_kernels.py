@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vmamba.tools import bench_kernels
 from vmamba.tools.benchmarks import cases as bench_cases
 from vmamba.tools.benchmarks import timing

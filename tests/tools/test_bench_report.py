@@ -1,7 +1,9 @@
 import pandas as pd
 import pytest
-from rich.console import Console
+
 from vmamba.tools.benchmarks.report import Report, command_of, markdown_table, number, replace_section
+
+from rich.console import Console
 
 TABLE = pd.DataFrame([{'case': 'a', 'n': 2, 'ms': 20.34}, {'case': 'b', 'n': 3, 'ms': None}])
 

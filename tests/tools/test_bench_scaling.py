@@ -1,4 +1,5 @@
 import pytest
+
 from vmamba.tools import bench_scaling
 
 

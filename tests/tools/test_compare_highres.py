@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
+
 from vmamba.tools import compare_highres
 from vmamba.tools.benchmarks import highres
 from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model
 from vmamba.tools.benchmarks.timing import is_out_of_memory
 from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args, record, report_of, write_picture
+
+from rich.console import Console
 
 GPU = torch.device('cuda')
 

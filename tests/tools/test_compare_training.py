@@ -4,13 +4,15 @@ import csv
 import statistics
 
 import pandas as pd
-import psutil
 import pytest
 from folders import in_use
 from training_runs import signals_kept
+
 from vmamba.tools import compare_training
 from vmamba.tools.benchmarks.report import number
 from vmamba.tools.compare_training import Peer, spread
+
+import psutil
 
 FAST = ['--tasks', 'lfw', '--device', 'cpu']
 TINY = ['--epochs', '1', '--warmup-epochs', '0', '--img-size', '32', '--workers', '0', '--precision', 'fp32']

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from vmamba.configs import FOLDER, config_files, find_config
 from vmamba.tools import configurations
 from vmamba.tools.training.config import load_config

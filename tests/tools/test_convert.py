@@ -3,6 +3,7 @@ import timm
 import torch
 from folders import full_disk
 from safetensors.torch import load_file
+
 from vmamba.tools import convert
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from vmamba.tools import demo
 from vmamba.tools.images import packaged_data
 

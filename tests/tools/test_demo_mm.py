@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from vmamba.tools import demo_mm, make_scenes
 
 

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from folders import full_disk, write_digits, write_photographs
+
 from vmamba.tools import evaluate_features, extract_features
 from vmamba.tools.features.store import check_comparable
 

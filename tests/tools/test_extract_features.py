@@ -14,6 +14,7 @@ import torch
 from folders import full_disk, in_use, truncate, write_digits, write_photographs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+
 from vmamba.tools import extract_features
 from vmamba.tools.features.maps import covering
 from vmamba.tools.features.store import Table, read_features, read_index

@@ -9,6 +9,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import ImageFolder
+
 from vmamba.tools.images.batches import SKIPPED, Samples
 from vmamba.tools.images.decoding import read_image, read_pixels, to_mode
 from vmamba.tools.images.image_files import find_images

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mm_runs import BACKBONE, QUICK, unformatted  # noqa: F401 - the fixture
 from PIL import Image
+
 from vmamba.tools import configurations, make_scenes, mm_test, mm_train
 
 pytestmark = pytest.mark.skipif(
@@ -61,6 +62,7 @@ def test_own_images_with_annotations_in_cocos_format(scenes, tmp_path, monkeypat
 
 def test_own_images_with_masks_in_folders(scenes, tmp_path, monkeypatch):
     from mmengine.registry import DATASETS
+
     from vmamba.tools.openmmlab.configs import load_config
 
     monkeypatch.chdir(tmp_path)

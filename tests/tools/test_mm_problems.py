@@ -10,6 +10,7 @@ import pytest
 import torch
 from folders import in_use
 from mm_runs import DETECTION, QUICK, SEGMENTATION, assert_one_line, unformatted  # noqa: F401 - the fixture
+
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.user_errors import UserError
 
@@ -165,6 +166,7 @@ def test_a_config_that_cannot_be_parsed_is_named(tmp_path, capsys, ending, conte
 def other_checkpoint(scenes):
     """Random weights of a detector whose backbone is deeper than the config's."""
     from mmengine.registry import MODELS
+
     from vmamba.tools.openmmlab.configs import load_config
 
     cfg = load_config(Path(DETECTION), {'model.backbone.model_options': dict(depths=(1, 1, 3, 1))})
@@ -235,6 +237,7 @@ def test_a_file_that_is_no_image_is_refused():
 def test_labels_that_the_data_do_not_have_are_refused_wherever_they_are_read(part):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
+
     from vmamba.tools.openmmlab.checks import CheckHook
 
     dataset = SimpleNamespace(metainfo={'classes': ('photograph', 'zero', 'one')})

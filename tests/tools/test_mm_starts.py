@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mm_runs import DETECTION
+
 from vmamba.tools import mm_train
 from vmamba.tools.user_errors import UserError
 
@@ -17,6 +18,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.dataset import DefaultSampler, InfiniteSampler  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import IterBasedTrainLoop, loops  # noqa: E402
+
 from vmamba.tools.openmmlab.checkpoints import load_weights  # noqa: E402
 from vmamba.tools.openmmlab.configs import load_config  # noqa: E402
 from vmamba.tools.openmmlab.resume import SeededBatches, SeedHook  # noqa: E402

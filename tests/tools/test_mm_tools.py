@@ -23,6 +23,7 @@ from mm_runs import (  # noqa: F401 - the fixture
     unformatted,
 )
 from PIL import Image
+
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.training.parallel import check_version
 from vmamba.tools.user_errors import UserError
@@ -256,6 +257,7 @@ def sharding_runs():
 def segmentor(scenes):
     """A checkpoint of random weights."""
     from mmengine.registry import MODELS
+
     from vmamba.tools.openmmlab.configs import load_config
 
     args = mm_train.parse_args([SEGMENTATION, '--cfg-options', *TINY[SEGMENTATION]])

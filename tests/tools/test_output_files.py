@@ -5,6 +5,7 @@ import os
 
 import pytest
 from folders import in_use
+
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
 

@@ -12,12 +12,12 @@ import timm
 import torch
 import yaml
 from training_runs import image_folder, newest, signals_kept
+
+import vmamba
 from vmamba.tools import extract_features, predict, train, validate
 from vmamba.tools.training.config import Config, load_config
 from vmamba.tools.training.splits import load_datasets
 from vmamba.tools.user_errors import UserError
-
-import vmamba
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from folders import truncate, write_photographs
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
 from vmamba.tools import predict
 
 RANDOM = '--model', 'vmamba_nano', '--random-weights'

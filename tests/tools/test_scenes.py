@@ -10,6 +10,7 @@ from folders import full_disk
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
 from vmamba.tools import make_scenes
 from vmamba.tools.images import scene_files, scenes
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from folders import full_disk, in_use
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
+
 from vmamba.tools import train
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
@@ -442,6 +443,7 @@ def test_the_terminal_gets_a_bar_and_grey_images_one_channel(run, monkeypatch, t
 
 def test_every_model_has_a_configuration_that_fits(monkeypatch):
     from timm import create_model, list_models
+
     from vmamba.tools.training.config import load_config
 
     configs = {path.stem: load_config(path, {}) for path in (ROOT / CONFIGS).glob('[!_]*.yaml')}

@@ -14,6 +14,7 @@ from timm.data import IterableImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, get_worker_info
 from training_runs import ROOT, SMALL, assert_same, newest, rows, signals_kept
+
 from vmamba.tools import train
 from vmamba.tools.training.config import Config
 from vmamba.tools.training.data import IndexedData, StreamedData, create_validation

@@ -5,13 +5,15 @@ import random
 import signal
 import time
 
-import psutil
 import pytest
 import torch
 from folders import in_use, write_digits
 from training_runs import CONFIGS, SMALL, TORCHRUN, assert_same, finish, image_folder, newest, rows, start, wait_for
+
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
+
+import psutil
 
 # Everything that draws random numbers or has a state.
 STATEFUL = (

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_transform
+
 from vmamba.tools.images.packaged_data import CLUTTER_SCALES, DATASETS, create_packaged_dataset, stratified_split
 from vmamba.tools.images.scenes import Composer
 from vmamba.tools.output_files import write_atomically

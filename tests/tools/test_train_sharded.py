@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training_runs import CONFIGS, TORCHRUN, assert_same, finish, newest, rows, start, wait_for
-from vmamba.kernels import use_triton
-from vmamba.tools.training.parallel import CPU_VERSION, blocks_of, whole
 
+from vmamba.kernels import use_triton
 from vmamba.layers import residual
+from vmamba.tools.training.parallel import CPU_VERSION, blocks_of, whole
 
 pytestmark = [
     pytest.mark.skipif(

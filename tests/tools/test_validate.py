@@ -11,6 +11,7 @@ import torch
 from folders import full_disk, truncate, write_digits
 from timm.data import IMAGENET_DEFAULT_MEAN
 from training_runs import SMALL, signals_kept
+
 from vmamba.tools import train, validate, weights
 
 TOOL = Path(validate.__file__)

@@ -5,13 +5,13 @@ import pytest
 import timm
 import torch
 from folders import full_disk, truncate, write_photographs
+
+import vmamba  # noqa: F401
 from vmamba.kernels import bidirectional_scan, ss2d_scan
+from vmamba.layers import SS2D, BiMamba
 from vmamba.tools import visualize
 from vmamba.tools.features.receptive_field import sides_holding
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
-
-import vmamba  # noqa: F401
-from vmamba.layers import SS2D, BiMamba
 
 
 @pytest.fixture(scope='module')

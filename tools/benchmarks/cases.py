@@ -8,6 +8,7 @@ from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Se
 import timm
 import torch
 from torch import Tensor
+
 from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core
 
 KINDS = ('scan', 'ss2d', 'model', 'host')

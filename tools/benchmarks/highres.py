@@ -19,11 +19,11 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
+
+from vmamba.models.vim import Vim
 from vmamba.tools.benchmarks.report import versions
 from vmamba.tools.benchmarks.timing import MIB, capture, is_out_of_memory, median_ms, peak_mib, settled_memory
 from vmamba.tools.devices import device_name
-
-from vmamba.models.vim import Vim
 
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
 MIN_REPEATS = 3

@@ -8,10 +8,12 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 import pandas as pd
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+
 from vmamba.tools.benchmarks.timing import triton_version
 from vmamba.tools.output_files import write_text
+
+from rich.console import Console
+from rich.table import Table
 
 
 def versions() -> str:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vmamba.tools.user_errors import UserError, nearest
 
 from vmamba.models.vim import Vim
+from vmamba.tools.user_errors import UserError, nearest
 
 POOLED = 'pooled'
 Allocate = Callable[[str, Sequence[int]], np.ndarray]

@@ -18,8 +18,8 @@ from typing import NamedTuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vmamba.kernels import NUM_ROUTES, bidirectional_conv1d, cross_scan, depthwise_conv2d
 
+from vmamba.kernels import NUM_ROUTES, bidirectional_conv1d, cross_scan, depthwise_conv2d
 from vmamba.layers import SS2D, BiMamba
 
 

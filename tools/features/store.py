@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 import numpy as np
 from numpy.lib.format import open_memmap
 from safetensors.numpy import load_file, save
+
 from vmamba.tools.output_files import LOCK, lock_folder, part_of, write_csv, write_text
 from vmamba.tools.user_errors import UserError, changes
 

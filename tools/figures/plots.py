@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 
+from vmamba.tools.images.decoding import read_image
+from vmamba.tools.output_files import write_atomically
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from vmamba.tools.images.decoding import read_image
-from vmamba.tools.output_files import write_atomically
 
 if TYPE_CHECKING:
     from vmamba.tools.benchmarks.highres import Case, Result

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
+
+from vmamba.tools.features.receptive_field import Field
+
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from vmamba.tools.features.receptive_field import Field
 
 from .plots import save_figure
 

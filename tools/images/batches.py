@@ -11,6 +11,7 @@ from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
 from vmamba.tools.training.runtime import leave_stopping_to_main
 from vmamba.tools.training.seeding import seeded
 from vmamba.tools.user_errors import UserError, at_least, listed, positive

@@ -6,6 +6,7 @@ from typing import BinaryIO, Iterator, Union
 
 import numpy as np
 from PIL import Image
+
 from vmamba.tools.user_errors import UserError
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files

@@ -7,6 +7,7 @@ from typing import Deque, Iterator, List, Optional, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
+
 from vmamba.tools.user_errors import UserError
 
 _FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_features.py writes

@@ -17,6 +17,7 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torch import Tensor
+
 from vmamba.tools.user_errors import UserError, listed
 
 from .image_files import walk

@@ -8,8 +8,10 @@ from typing import Any, Dict, List
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from rich.progress import track
+
 from vmamba.tools.output_files import writing
+
+from rich.progress import track
 
 from .scenes import NAMES, PHOTOGRAPHS, Composer, Scene
 

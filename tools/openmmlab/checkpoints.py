@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 from torch import nn
-from vmamba.tools.user_errors import UserError, listed, nearest
 
 from vmamba.models._pretrained import check_sums
+from vmamba.tools.user_errors import UserError, listed, nearest
 
 MAX_MESSAGE = 800  # characters
 OUTPUT_NORM = re.compile(r'(^|\.)outnorm\d+\.(weight|bias)$')  # official checkpoints may lack those of the backbones

@@ -9,6 +9,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+
 from vmamba.tools.user_errors import UserError, listed
 
 IGNORED_LABEL = 255

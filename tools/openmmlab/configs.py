@@ -11,11 +11,11 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from vmamba.configs import find_config
-from vmamba.tools.user_errors import UserError, nearest
 from yaml import YAMLError
 
 import vmamba.mm  # noqa: F401 - registers the backbones; without mmcv's compiled operators, mmdet needs its stand-in
+from vmamba.configs import find_config
+from vmamba.tools.user_errors import UserError, nearest
 
 SCOPES = ('mmdet', 'mmseg')
 # What mmengine and the tools read from the top level of a config, in addition to the arguments of the runner.

@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler
+
 from vmamba.tools.training.seeding import seed_all
 
 from .checkpoints import read_checkpoint

@@ -12,6 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
+
 from vmamba.tools.user_errors import UserError
 
 from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from vmamba.tools.output_files import write_atomically
-from vmamba.tools.user_errors import UserError
 
 from vmamba.models._pretrained import read_file
+from vmamba.tools.output_files import write_atomically
+from vmamba.tools.user_errors import UserError
 
 _PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')
 

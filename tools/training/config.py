@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import yaml
+
 from vmamba.configs import find_config
 from vmamba.tools.user_errors import UserError, nearest
 

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
 from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.user_errors import UserError

@@ -13,6 +13,7 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 

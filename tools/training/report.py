@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from vmamba.tools.output_files import write_csv, write_text, writing
 from vmamba.tools.user_errors import UserError
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import Config
 from .runtime import Runtime

@@ -7,10 +7,10 @@ from typing import Any, Dict, List
 import torch
 import torch.distributed as dist
 import yaml
-from vmamba.tools.output_files import lock_folder, write_text, writing
-from vmamba.tools.user_errors import UserError
 
 import vmamba  # noqa: F401
+from vmamba.tools.output_files import lock_folder, write_text, writing
+from vmamba.tools.user_errors import UserError
 
 from .checkpoint import Checkpoints
 from .config import Config

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
+
 from vmamba.tools.user_errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -14,9 +14,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.optim import Optimizer
-from vmamba.tools.user_errors import UserError, nearest
 
 from vmamba.models.trained import preprocessing
+from vmamba.tools.user_errors import UserError, nearest
 
 from .config import Config
 

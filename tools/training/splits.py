@@ -7,6 +7,7 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
+
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.images.image_files import has_image_ending, walk
 from vmamba.tools.images.labelled_folders import LabelledFiles, read_csv, read_folder

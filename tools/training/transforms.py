@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, posterize
+
 from vmamba.tools.user_errors import UserError
 
 from .config import Config

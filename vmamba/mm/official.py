@@ -4,7 +4,7 @@ https://github.com/MzeroMiko/VMamba (MIT), detection/ and segmentation/
 """
 
 import logging
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
@@ -89,11 +89,12 @@ class MM_VSSM(VMambaBackbone):  # noqa: N801
             _choose(name, others[name], {_FIXED[name]: None})
         if others.get('init_cfg') and not pretrained:
             print_log(f'MM_VSSM ignores init_cfg ({others["init_cfg"]})', logger='current', level=logging.WARNING)
+        depths = _depths(depths)
         norm = norm_layer.lower() if isinstance(norm_layer, str) else norm_layer
         _choose('norm_layer', norm, {'ln': None, 'ln2d': None})
         options = dict(
             in_chans=in_chans,
-            depths=tuple(depths),
+            depths=depths,
             embed_dim=_embed_dim(dims, len(depths)),
             ssm_ratio=ssm_ratio,
             d_state=ssm_d_state,
@@ -122,9 +123,15 @@ def _choose(name: str, value: Any, known: Dict[Any, Any]) -> Any:
     return known[value]
 
 
+def _depths(depths: Any) -> Tuple[int, ...]:
+    if not isinstance(depths, (tuple, list)) or not depths:
+        raise ValueError(f'depths must be a tuple or list with the number of blocks of each stage, got {depths!r}')
+    return tuple(depths)
+
+
 def _embed_dim(dims: Union[int, Sequence[int]], stages: int) -> int:
     if isinstance(dims, int):
         return dims
-    if list(dims) != [dims[0] * 2**i for i in range(stages)]:
-        raise ValueError(f'dims must double from stage to stage for {stages} stages, got {list(dims)}')
+    if not isinstance(dims, (tuple, list)) or list(dims) != [dims[0] * 2**i for i in range(stages)]:
+        raise ValueError(f'dims must double from stage to stage for {stages} stages, got {dims!r}')
     return dims[0]

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,8 @@ def softnms(
         Indices of the kept boxes.
     """
     scores, corners = scores.clone(), boxes + boxes.new_tensor([0, 0, offset, offset])
-    left, kept = torch.arange(len(boxes), device=boxes.device), []
+    left = torch.arange(len(boxes), device=boxes.device)
+    kept: List[Tensor] = []
     while len(left):
         best = left[scores[left].argmax()]
         dets[len(kept)] = torch.cat([boxes[best], scores[best, None]])

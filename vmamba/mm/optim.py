@@ -53,14 +53,16 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         names = {parameter: name for name, parameter in module.named_parameters()}
         for group in params:
             name = names[group['params'][0]]
-            group['lr'] = group.get('lr', self.base_lr) * scales.get(name, 1.0)
+            group.setdefault('lr', self.base_lr)
+            group['lr'] *= scales.get(name, 1.0)
             if name in exempt:
                 group['weight_decay'] = 0.0
         params[:] = _merge(params)
 
     def _of_backbones(self, model: nn.Module) -> Tuple[Dict[str, float], Set[str]]:
         """Learning-rate scale by parameter name, and names without weight decay."""
-        scales, exempt = {}, set()
+        scales: Dict[str, float] = {}
+        exempt: Set[str] = set()
         for prefix, module in model.named_modules():
             if isinstance(module, TimmBackbone):
                 prefix = f'{prefix}.' if prefix else ''

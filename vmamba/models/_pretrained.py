@@ -247,11 +247,21 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
 def _fit_classifier(
     state_dict: StateDict, model: nn.Module, source: Union[str, Path]
 ) -> Tuple[StateDict, Sequence[str]]:
-    """state_dict without a classifier that the model lacks or re-initialises, and the names re-initialised."""
+    """state_dict without a classifier that the model lacks or re-initialises, and the names re-initialised.
+
+    A linear classifier fits a 1x1 convolution, which timm uses without pooling, and the reverse.
+    """
     own, classifier = model.state_dict(), _classifier_keys(model)
     rest = {key: value for key, value in state_dict.items() if key not in classifier}
     if not any(key in own for key in classifier):
         return rest, ()
+    weight = state_dict.get(classifier[0])
+    if weight is not None and weight.ndim in (2, 4) and weight.shape[2:].numel() == 1:
+        pixelwise = own[classifier[0]].ndim == 4
+        state_dict = {
+            **state_dict,
+            classifier[0]: weight.flatten(1)[:, :, None, None] if pixelwise else weight.flatten(1),
+        }
     fits = all(key in state_dict and state_dict[key].shape == own[key].shape for key in classifier)
     if fits or model.num_classes == model.pretrained_cfg['num_classes']:
         return state_dict, ()

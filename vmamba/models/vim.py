@@ -129,12 +129,13 @@ class PatchEmbed(nn.Module):
                     f'image size {img_size[0]}x{img_size[1]} is not covered by patches of {self.patch_size} with '
                     f'stride {self.stride}: each side must be {self.patch_size} plus a multiple of {self.stride}'
                 )
-        return tuple((side - self.patch_size) // self.stride + 1 for side in img_size)
+        height, width = ((side - self.patch_size) // self.stride + 1 for side in img_size)
+        return height, width
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Changes the image size."""
-        img_size = to_2tuple(img_size)
-        self.img_size, self.grid_size = img_size, self.dynamic_feat_size(img_size)
+        size = to_2tuple(img_size)
+        self.img_size, self.grid_size = size, self.dynamic_feat_size(size)
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.in_chans, 1)
@@ -256,7 +257,7 @@ class Vim(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.patch_embed.grid_size) + 1, embed_dim, **dd))
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
-        block = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
+        block: Dict[str, Any] = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
         self.blocks = nn.Sequential(*(VimBlock(embed_dim, drop_path=rate, **block, **dd) for rate in drop_paths))
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=stride) for i in range(depth)]
         self.norm = RmsNorm(embed_dim, eps=NORM_EPS, **dd)
@@ -508,8 +509,9 @@ def _fold_layer_scale(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> 
     for key in [key for key in out if key.endswith('.ls.gamma') and key not in own]:
         name = key.replace('.ls.gamma', '.mixer.out_proj.weight')
         weight = out.get(name)
-        floating = weight is not None and weight.is_floating_point() and out[key].is_floating_point()
-        if floating and weight.shape[:1] == out[key].shape:
+        if weight is None or not weight.is_floating_point() or not out[key].is_floating_point():
+            continue
+        if weight.shape[:1] == out[key].shape:
             out[name] = weight * out.pop(key).unsqueeze(-1)
     return out
 

@@ -7,7 +7,7 @@ Official models and weights: https://github.com/MzeroMiko/VMamba (MIT). This cod
 
 import re
 from functools import partial
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -86,8 +86,8 @@ class PatchDownsample(PatchMerging):
         return x.permute(0, 3, 1, 2)
 
 
-_STEMS = {'conv': ConvStem, 'patch': PatchStem}
-_DOWNSAMPLES = {'conv': ConvDownsample, 'patch': PatchDownsample}
+_STEMS: Dict[str, Callable[..., nn.Module]] = {'conv': ConvStem, 'patch': PatchStem}
+_DOWNSAMPLES: Dict[str, Callable[..., nn.Module]] = {'conv': ConvDownsample, 'patch': PatchDownsample}
 
 
 class VMambaBlock(nn.Module):
@@ -209,7 +209,9 @@ class VMamba(nn.Module):
         self.in_chans = in_chans
         self.stem = _STEMS[stem](in_chans, embed_dim, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        block = dict(ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio)
+        block: Dict[str, Any] = dict(
+            ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio
+        )
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
         self.feature_info = []
