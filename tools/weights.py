@@ -126,7 +126,7 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
 
 
 def training_of(spec: Spec) -> Dict[str, Any]:
-    """What a checkpoint of `vmamba train` says of its model; empty for all other weights.
+    """What a checkpoint of `vmamba train` stores about its model; empty for all other weights.
 
     Without a name in the spec, the checkpoint may be of any model.
 

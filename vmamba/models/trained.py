@@ -41,7 +41,7 @@ def load(path: Union[str, Path], **kwargs: Any) -> nn.Module:
 
 
 def run_facts(content: Any) -> Dict[str, Any]:
-    """What a checkpoint of `vmamba train` says of its model; empty for other files.
+    """What a checkpoint of `vmamba train` stores about its model; empty for other files.
 
     Args:
         content: Of the file, see `read_file`.
