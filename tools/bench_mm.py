@@ -79,8 +79,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    'detection': Task('Mask R-CNN', 'detection/mask-rcnn_vmamba-t_fpn_1x_coco.py', (800, 1333), 2),
-    'segmentation': Task('UPerNet', 'segmentation/upernet_vmamba-t_160k_ade20k-512x512.py', (512, 512), 4),
+    'detection': Task('Mask R-CNN', 'detection/mask-rcnn_vmamba-t_fpn_amp-1x_coco.py', (800, 1333), 2),
+    'segmentation': Task('UPerNet', 'segmentation/vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512.py', (512, 512), 4),
 }
 
 
