@@ -37,22 +37,21 @@ def infer(args: argparse.Namespace) -> None:
     files = files_of(args.inputs)
     inferencer = build_inferencer(args)
     classes = inferencer.model.dataset_meta['classes']
-    for name, path in track(files.items(), 'Predicting', disable=len(files) == 1):
-        for frame, image in frames_of(name, path):
-            sample = inferencer.forward(inferencer.collate_fn([inferencer.pipeline(image)]))[0].cpu()
-            with writing(args.output):
-                draw(
-                    inferencer.visualizer, image, sample, args.output / f'vis/{frame}.png', args.threshold, truth=False
-                )
-                target = args.output / f'preds/{frame}'
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if 'pred_instances' in sample:
-                    found = inferencer.pred2dict(sample)
-                    found['names'] = [classes[label] for label in found['labels']]
-                    write_text(target.with_name(f'{target.name}.json'), json.dumps(found) + '\n')
-                else:
-                    mmcv.imwrite(sample.pred_sem_seg.data[0].numpy().astype(np.uint8), f'{target}.png')
-            print(f'{frame}: {summary(sample, classes, args.threshold)}')
+    frames = (frame for name, path in files.items() for frame in frames_of(name, path))
+    for frame, image in track(frames, 'Predicting', sum(map(frame_count, files.values()))):
+        sample = inferencer.forward(inferencer.collate_fn([inferencer.pipeline(image)]))[0].cpu()
+        with writing(args.output):
+            drawn = args.output / f'vis/{frame}.png'
+            draw(inferencer.visualizer, image, sample, drawn, args.threshold, truth=False)
+            target = args.output / f'preds/{frame}'
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if 'pred_instances' in sample:
+                found = inferencer.pred2dict(sample)
+                found['names'] = [classes[label] for label in found['labels']]
+                write_text(target.with_name(f'{target.name}.json'), json.dumps(found) + '\n')
+            else:
+                mmcv.imwrite(sample.pred_sem_seg.data[0].numpy().astype(np.uint8), f'{target}.png')
+        print(f'{frame}: {summary(sample, classes, args.threshold)}')
 
 
 def files_of(inputs: Sequence[Path]) -> Dict[str, Path]:
@@ -75,6 +74,15 @@ def files_of(inputs: Sequence[Path]) -> Dict[str, Path]:
                 raise UserError(f'{files[name]} and {file} would both be written as {name}: use an --output for each')
             files[name] = file
     return files
+
+
+def frame_count(path: Path) -> int:
+    """Number of images in a file, as a video states it."""
+    import cv2
+
+    if path.suffix.lower() not in VIDEOS:
+        return 1
+    return max(int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)), 1)
 
 
 def frames_of(name: str, path: Path) -> Iterator[Tuple[str, np.ndarray]]:

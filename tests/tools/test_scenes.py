@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -128,14 +128,17 @@ def test_what_scenes_were_made_with_is_recorded(folder):
     'tool, package, extras',
     [('make_scenes', 'mlxtend', 'tools'), ('bench_mm', 'mmengine', 'mm,tools'), ('demo_mm', 'rich', 'tools')],
 )
-def test_a_missing_package_is_named(tool, package, extras, tmp_path):
-    script = Path(make_scenes.__file__).with_name(f'{tool}.py')
-    code = f'import runpy, sys; sys.modules[{package!r}] = None'
-    code += f'; runpy.run_path({str(script)!r}, run_name="__main__")'
-    arguments = ['--output', 'new'] if tool != 'bench_mm' else []
-    done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == f'{tool}.py: error: the package {package} is missing; {ADVICE.format(extras)}\n'
+def test_a_missing_package_is_named(tool, package, extras, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    users = f'{package}.', 'vmamba.tools.images.scene', 'vmamba.tools.openmmlab.', 'vmamba.mm'
+    for name in [name for name in sys.modules if name.startswith(users)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *(['--output', 'new'] if tool != 'bench_mm' else [])])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(Path(make_scenes.__file__).with_name(f'{tool}.py')), run_name='__main__')
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f'{tool}.py: error: the package {package} is missing; {ADVICE.format(extras)}\n'
 
 
 def test_nothing_is_overwritten(folder, capsys):
