@@ -141,6 +141,9 @@ class Images:
             self.samples.check()
             indices = self.indices[done : done + len(targets)]
             done += len(targets)
+            if not self.samples.skip_bad:  # all are readable: no need to wait for the GPU
+                yield list(indices), images, targets
+                continue
             readable = targets != SKIPPED
             kept = [index for index, ok in zip(indices, readable.tolist()) if ok]
             if kept:
