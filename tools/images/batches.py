@@ -1,6 +1,7 @@
 """Batches of images, and what happens to images that cannot be read: the run stops with a name, or they are skipped."""
 
 import argparse
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -128,7 +129,7 @@ class Images:
         mode = image_mode(config['input_size'][0])
         self.samples = Samples(dataset, eval_transform(config), mode, skip_bad)
         self.indices = range(len(dataset)) if indices is None else indices
-        workers = workers if len(self.indices) > batch_size else 0
+        workers = useful_workers(workers) if len(self.indices) > batch_size else 0
         self.loader = prefetch(self.samples, config, device, workers, batch_size=batch_size, sampler=self.indices)
 
     def __len__(self) -> int:
@@ -141,10 +142,18 @@ class Images:
             self.samples.check()
             indices = self.indices[done : done + len(targets)]
             done += len(targets)
+            if not self.samples.skip_bad:  # all are readable: no need to wait for the GPU
+                yield list(indices), images, targets
+                continue
             readable = targets != SKIPPED
             kept = [index for index, ok in zip(indices, readable.tolist()) if ok]
             if kept:
                 yield kept, images[readable], targets[readable]
+
+
+def useful_workers(wanted: int) -> int:
+    """The wanted number of loading processes, but not more than processors: PyTorch warns of more."""
+    return min(wanted, os.cpu_count() or 1)
 
 
 def eval_transform(config: Dict[str, Any]) -> Callable:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch
+from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch, useful_workers
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.user_errors import UserError
 
@@ -45,7 +45,8 @@ class IndexedData:
             config.seed,
         )
         self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = prefetch(self.samples, data_config, runtime.device, config.workers, batch_sampler=self.order)
+        workers = useful_workers(config.workers)
+        self.loader = prefetch(self.samples, data_config, runtime.device, workers, batch_sampler=self.order)
 
     def __len__(self) -> int:
         return len(self.samples)
