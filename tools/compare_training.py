@@ -19,9 +19,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
@@ -256,7 +257,7 @@ def compare(
     done = {(row['task'], row['model'], row['seed']) for row in rows}
     missing = [run for run in runs if run[:3] not in done]
     queue = Queue(options, args.output, args.timeout)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with interruptible(), ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(queue.train, run): run for run in missing}
         try:
             for future in track(as_completed(futures), 'Training', total=len(futures), console=console):
@@ -278,6 +279,21 @@ def compare(
         ended = sum(row['status'] != 'interrupted' for row in rows)
         console.print(f'Interrupted: {ended} of {len(runs)} runs are done')
     return sorted(rows, key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt on SIGINT and SIGTERM, also where the process was started with SIGINT ignored."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summary(rows: Sequence[Row]) -> pd.DataFrame:
