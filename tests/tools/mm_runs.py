@@ -1,5 +1,6 @@
 """Runs of the tools for mmdet and mmseg on a few composed scenes, with tiny models."""
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -28,8 +29,11 @@ TINY = {
 
 @pytest.fixture(autouse=True, scope='module')
 def unformatted():
-    """mmengine lays out each run's config six times by yapf, which takes longer than the tests' trainings."""
+    """mmengine formats each run's config six times by yapf, and reads all metafiles of mmdet for each base of a config:
+    both take longer than the trainings of the tests."""
+    utils = pytest.importorskip('mmengine.config.utils')
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 

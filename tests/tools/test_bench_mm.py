@@ -3,6 +3,8 @@ import pytest
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
+from mm_runs import unformatted  # noqa: E402, F401 - the fixture
+
 from vmamba.tools import bench_mm  # noqa: E402
 
 SHALLOW = {

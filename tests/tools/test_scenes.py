@@ -130,7 +130,7 @@ def test_what_scenes_were_made_with_is_recorded(folder):
 )
 def test_a_missing_package_is_named(tool, package, extras, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    users = f'{package}.', 'vmamba.tools.images.scene', 'vmamba.tools.openmmlab.', 'vmamba.mm'
+    users = f'{package}.', 'vmamba.tools.images.', 'vmamba.tools.openmmlab.', 'vmamba.mm'
     for name in [name for name in sys.modules if name.startswith(users)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

