@@ -87,7 +87,7 @@ def test_running_out_of_memory_is_a_result(tmp_path):
 
 def test_failing_is_a_result_and_the_process_starts_again():
     failing, working = Case('no_such_model', 32), Case('vmamba_nano', 32, dtype='bfloat16', repeats=1)
-    worker = Worker(timeout=60)
+    worker = Worker(timeout=600)
     try:
         result = worker.measure(failing)
         assert result.status == 'failed' and 'no_such_model' in result.message
@@ -114,7 +114,7 @@ def leave(connection):
 
 @pytest.mark.parametrize('target, status', [(sleep, 'timeout'), (kill, 'OOM'), (leave, 'failed')])
 def test_a_process_that_ends_badly_is_a_result(target, status):
-    worker = Worker(timeout=2 if target is sleep else 60, target=target)
+    worker = Worker(timeout=2 if target is sleep else 600, target=target)
     assert worker.measure(Case('vmamba_nano', 32)).status == status
 
 
@@ -315,7 +315,7 @@ def test_models_are_built_for_the_size_without_classifier(name, size, side):
 
 
 def test_peak_is_at_least_the_largest_map():
-    worker = Worker(timeout=60)
+    worker = Worker(timeout=600)
     result = worker.measure(Case('vmamba_nano', 512, repeats=1))
     worker.stop()
     assert result.peak_mib >= 16 * 256 * 256 * 4 / 2**20  # the output of the first convolution, which is fp32

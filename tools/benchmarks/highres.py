@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -171,9 +171,10 @@ def result_of(case: Case) -> Result:
 
 
 def serve(connection: Connection) -> None:
-    """Answers each case with its result, until the process is killed."""
-    while True:
-        connection.send(result_of(connection.recv()))
+    """Answers each case with its result, until the process is killed or the other end is closed."""
+    with suppress(EOFError):
+        while True:
+            connection.send(result_of(connection.recv()))
 
 
 class Worker:
@@ -193,7 +194,7 @@ class Worker:
         if self._process is None:
             context = multiprocessing.get_context('spawn')
             self._connection, end = context.Pipe()
-            self._process = context.Process(target=self.target, args=(end,), daemon=True)
+            self._process = context.Process(target=self.target, args=(end,))  # no daemon: compilers start processes
             self._process.start()
             end.close()
         try:
