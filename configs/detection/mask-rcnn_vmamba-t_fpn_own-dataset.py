@@ -12,22 +12,9 @@ classes = ('cat', 'dog')  # names of the annotations' categories
 model = dict(
     roi_head=dict(bbox_head=dict(num_classes=len(classes)), mask_head=dict(num_classes=len(classes))),
 )
-train_dataloader = dict(
-    dataset=dict(
-        data_root=data_root,
-        metainfo=dict(classes=classes),
-        ann_file='annotations/train.json',
-        data_prefix=dict(img='train/'),
-    )
-)
-val_dataloader = dict(
-    dataset=dict(
-        data_root=data_root,
-        metainfo=dict(classes=classes),
-        ann_file='annotations/val.json',
-        data_prefix=dict(img='val/'),
-    )
-)
+dataset = dict(data_root=data_root, metainfo=dict(classes=classes))
+train_dataloader = dict(dataset=dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'), **dataset))
+val_dataloader = dict(dataset=dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'), **dataset))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator

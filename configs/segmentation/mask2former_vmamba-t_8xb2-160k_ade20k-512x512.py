@@ -17,16 +17,7 @@ dice_loss = dict(
 
 model = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        size=(512, 512),
-        pad_val=0,
-        seg_pad_val=255,
-        test_cfg=dict(size_divisor=32),
-    ),
+    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),
     backbone=dict(type='VMambaBackbone', variant='vmamba_t', drop_path_rate=0.2, pretrained=True),
     decode_head=dict(
         type='Mask2FormerHead',

@@ -2,6 +2,18 @@
 
 crop_size = (512, 512)
 scale = (2048, 512)
+model = dict(
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        size=crop_size,
+        pad_val=0,
+        seg_pad_val=255,
+    ),
+)
+
 data_root = 'data/ade/ADEChallengeData2016'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
