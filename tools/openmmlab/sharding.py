@@ -12,10 +12,10 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from vmamba.tools.training.parallel import blocks_of
+from vmamba.tools.training.parallel import blocks_of, like
 
 from .runs import StrictRunner
 
@@ -82,9 +82,4 @@ def shard(model: nn.Module, optimizer: Optimizer) -> None:
     moments = {shards[names[parameter]]: state for parameter, state in optimizer.state.items()}
     optimizer.state = defaultdict(dict)
     for parameter, state in moments.items():
-        optimizer.state[parameter] = {
-            key: distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            if isinstance(value, Tensor) and value.shape == parameter.shape  # not the number of steps
-            else value
-            for key, value in state.items()
-        }
+        optimizer.state[parameter] = {key: like(value, parameter) for key, value in state.items()}
