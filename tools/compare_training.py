@@ -18,11 +18,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
@@ -36,6 +35,7 @@ from vmamba.tools.images.packaged_data import DATASETS
 from vmamba.tools.output_files import lock_folder, write_text
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
+from vmamba.tools.training.runtime import StopRequest
 from vmamba.tools.user_errors import UserError, changes, nearest, one_line_errors, positive
 
 from rich.console import Console
@@ -43,6 +43,7 @@ from rich.progress import track
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
 SCRIPT = Path(__file__).with_name('train.py')
+POLL_SECONDS = 0.2
 RESULT = 'result.json'  # in the folder of a run that came to its end
 OWN_KEYS = ('model', 'model_args', 'data', 'seed')  # of the configuration, which the comparison sets
 OUTPUTS = ('--output', '--docs')
@@ -170,10 +171,11 @@ class Queue:
             )
             self._processes.append(process)
             try:
-                process.wait(self.timeout)
+                process.wait(self.timeout if not self.stopped else 0)
             except subprocess.TimeoutExpired:
                 status, message = 'timeout', f'took more than {self.timeout:g} s'
             _kill(process)
+            self._processes.remove(process)  # its number may become that of another process
         text = (folder / 'log.txt').read_text(errors='replace')
         if self.stopped:
             status = 'interrupted'
@@ -195,7 +197,7 @@ class Queue:
     def stop(self) -> None:
         """Ends the runs in progress."""
         self.stopped = True
-        for process in self._processes:
+        for process in list(self._processes):
             _kill(process)
 
 
@@ -256,11 +258,11 @@ def compare(
     """Trains what is missing among the rows, and adds a row for each run as it ends; an interrupt ends all runs."""
     done = {(row['task'], row['model'], row['seed']) for row in rows}
     missing = [run for run in runs if run[:3] not in done]
-    queue = Queue(options, args.output, args.timeout)
-    with interruptible(), ThreadPoolExecutor(args.jobs) as pool:
+    queue, stop = Queue(options, args.output, args.timeout), StopRequest()
+    with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(queue.train, run): run for run in missing}
         try:
-            for future in track(as_completed(futures), 'Training', total=len(futures), console=console):
+            for future in track(ended(futures, stop), 'Training', total=len(futures), console=console):
                 run, row = futures[future], future.result()
                 rows.append(row)
                 write_records(rows, args.output / 'training.csv')
@@ -269,31 +271,25 @@ def compare(
                     write_text(args.output / run.name / RESULT, json.dumps(content))
                 shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
                 console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
-        except KeyboardInterrupt:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
             queue.stop()
-    if queue.stopped:
-        interrupted = [future.result() for future in futures if future.done() and not future.cancelled()]
+    stop.restore()
+    if stop.signal:
+        interrupted = [future.result() for future in futures if not future.cancelled()]
         rows += [row for row in interrupted if row not in rows]
         write_records(rows, args.output / 'training.csv')
-        ended = sum(row['status'] != 'interrupted' for row in rows)
-        console.print(f'Interrupted: {ended} of {len(runs)} runs are done')
+        count = sum(row['status'] != 'interrupted' for row in rows)
+        console.print(f'Interrupted: {count} of {len(runs)} runs are done')
     return sorted(rows, key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raises KeyboardInterrupt on SIGINT and SIGTERM, also where the process was started with SIGINT ignored."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def ended(futures: Iterable[Future], stop: StopRequest) -> Iterator[Future]:
+    """The futures as they end, until a signal asks to stop."""
+    pending = set(futures)
+    while pending and not stop.signal:
+        done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+        yield from done
 
 
 def summary(rows: Sequence[Row]) -> pd.DataFrame:
