@@ -227,10 +227,15 @@ def derive(case: Case, record: Record, copy: float) -> Record:
     return record
 
 
-def bench(cases: Sequence[Case], device: torch.device, repeats: int) -> List[Record]:
-    """Measures the cases one after another, those of the host's time in turn, under a progress bar."""
+def bench(cases: Sequence[Case], device: torch.device, repeats: int, copy: float) -> List[Record]:
+    """Measures the cases one after another, those of the host's time in turn, under a progress bar.
+
+    Args:
+        copy: Bytes per second of a copy on the device.
+    """
     alone, in_turn = ([case for case in cases if isinstance(case, HostCase) == is_host] for is_host in (False, True))
-    records = [measure(case, device, repeats) for case in track(alone, 'Measuring', disable=not alone)]
+    shown = track(alone, 'Measuring', disable=not alone)
+    records = [derive(case, measure(case, device, repeats), copy) for case in shown]
     return records + measure_in_turn(in_turn, device, repeats)
 
 
@@ -290,7 +295,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
-    cases = [*scan_cases(), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
+    cases = [*scan_cases(args.device), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
     try:
         args.cases = select(cases, args.only, args.case)
     except ValueError as error:
@@ -315,9 +320,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.activation_memory_budget is not None:
         functorch_config.activation_memory_budget = args.activation_memory_budget
     ceilings = measure_ceilings(args.device, args.repeats)
-    records = bench(args.cases, args.device, args.repeats)
-    by_name = {(case.name, case.by): case for case in args.cases}
-    records = [derive(by_name[record['case'], record['by']], record, ceilings.copy) for record in records]
+    records = bench(args.cases, args.device, args.repeats, ceilings.copy)
     facts = {
         'machine': f'{device_name(args.device)}; measured: {ceilings}',
         'versions': versions(),

@@ -17,7 +17,7 @@ THEIRS = HostCase('host_test_vit', 1, 'test_vit', size=160)
 
 
 def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_kernels, 'scan_cases', lambda: [SCAN])
+    monkeypatch.setattr(bench_kernels, 'scan_cases', lambda device: [SCAN])
     monkeypatch.setattr(bench_kernels, 'ss2d_cases', lambda: [SS2D])
     output, docs = tmp_path / 'new' / 'kernels.csv', tmp_path / 'docs' / 'benchmarks.md'
     bench_kernels.main([*CPU, '--only', 'scan', 'ss2d', '--output', str(output), f'--docs={docs}'])
@@ -110,9 +110,9 @@ def test_the_scan_of_mamba_ssm_follows_each_of_ours(monkeypatch):
 
     selective_scan_fn.__module__ = 'mamba_ssm.ops.selective_scan_interface'
     monkeypatch.setattr(bench_cases, 'mamba_ssm_scan', lambda: selective_scan_fn)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    ours, theirs, *_ = bench_cases.scan_cases()
+    ours, theirs, *_ = bench_cases.scan_cases(torch.device('cuda'))
     assert ours.name == theirs.name and (ours.by, theirs.by) == ('vmamba', 'mamba_ssm')
+    assert {case.by for case in bench_cases.scan_cases(torch.device('cpu'))} == {'vmamba'}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_unknown_names_and_wrong_numbers_are_clear_errors(capsys, arguments, mes
 
 
 def test_registry():
-    cases = [*bench_cases.scan_cases(), *bench_cases.ss2d_cases(), *bench_cases.host_cases()]
+    cases = [*bench_cases.scan_cases(torch.device('cpu')), *bench_cases.ss2d_cases(), *bench_cases.host_cases()]
     cases += bench_cases.model_cases(bench_kernels.MODELS, compile_training=True)
     by_name = {(case.name, case.by): case for case in cases}
     assert len(by_name) == len(cases)

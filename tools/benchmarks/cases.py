@@ -210,9 +210,9 @@ _HOST = {
 }
 
 
-def scan_cases() -> List[ScanCase]:
+def scan_cases(device: torch.device) -> List[ScanCase]:
     """Selective scans, each followed by mamba_ssm's on a GPU where that is installed."""
-    peer = mamba_ssm_scan() if torch.cuda.is_available() else None
+    peer = mamba_ssm_scan() if device.type == 'cuda' else None
     functions = [selective_scan] if peer is None else [selective_scan, peer]
     return [
         ScanCase(f'scan_d{dim}_l{length}_n{dstate}_g{groups}', batch, dim, length, dstate, groups, function)
