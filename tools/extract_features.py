@@ -43,9 +43,9 @@ from vmamba.tools.weights import (
     add_model_options,
     add_precision_option,
     add_spec_options,
-    amp_dtype,
     any_size_args,
     at_size,
+    autocast,
     data_config,
     load_model,
     own_size,
@@ -121,7 +121,7 @@ class Extraction:
             with (
                 Progress(*columns, console=self.console) as progress,
                 torch.inference_mode(),
-                torch.autocast(self.args.device, self.args.amp_dtype, enabled=self.args.amp_dtype is not None),
+                autocast(self.args),
             ):
                 task = progress.add_task('', total=len(self.paths), completed=done)
                 for count in self._native(todo) if self.args.native else self._batches(todo):
@@ -243,7 +243,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.native and args.img_size:
         parser.error('--img-size and --native or --tile exclude each other')
     args.device = pick_device(args.device).type
-    args.amp_dtype = amp_dtype(args)
     return args
 
 

@@ -27,8 +27,8 @@ from vmamba.tools.weights import (
     add_model_options,
     add_precision_option,
     add_spec_options,
-    amp_dtype,
     at_size,
+    autocast,
     data_config,
     load_model,
     own_size,
@@ -75,7 +75,7 @@ def find_all(sources: Sequence[Path]) -> List[Path]:
 
 def class_names(model: nn.Module) -> List[str]:
     """Name of every class: those in the checkpoint, else ImageNet's where the number of classes is, else indices."""
-    if model.class_names and len(model.class_names) == model.num_classes:
+    if model.class_names:
         return model.class_names
     subset = infer_imagenet_subset(model)
     if subset is None:
@@ -86,9 +86,8 @@ def class_names(model: nn.Module) -> List[str]:
 
 def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Iterator[Tuple[int, Tensor]]:
     """The index of every readable image and its probabilities [classes]."""
-    dtype = amp_dtype(args)
     for indices, batch, _ in images:
-        with torch.inference_mode(), torch.autocast(args.device, dtype, enabled=dtype is not None):
+        with torch.inference_mode(), autocast(args):
             logits = model(batch)
         yield from zip(indices, logits.float().softmax(-1).cpu())
 

@@ -44,8 +44,8 @@ from vmamba.tools.weights import (
     Spec,
     add_model_options,
     add_precision_option,
-    amp_dtype,
     at_size,
+    autocast,
     data_config,
     load_model,
     own_size,
@@ -116,7 +116,7 @@ def count_hits(
     """
     count, sums = 0, torch.zeros(2, dtype=torch.float64)
     for indices, batch, _ in images:
-        with torch.inference_mode(), torch.autocast(args.device, args.amp_dtype, enabled=args.amp_dtype is not None):
+        with torch.inference_mode(), autocast(args):
             logits = model(batch)
         right = labels[indices]
         labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
@@ -141,7 +141,7 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
         if not model.num_classes:
             raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
         known = class_map
-        if class_map is None and model.class_names and len(model.class_names) == model.num_classes:
+        if class_map is None and model.class_names:
             known = {label: index for index, label in enumerate(model.class_names)}
         labels = [folder_labels(folder, model.num_classes, known, args) for folder in folders]
         for size in dict.fromkeys(args.img_size or [own_size(model)]):
@@ -305,7 +305,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.imagenet_c and args.crop_pct is None:
         args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize
     args.device = pick_device(args.device).type
-    args.amp_dtype = amp_dtype(args)
     return args
 
 

@@ -92,7 +92,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the precision of a forward pass, which `amp_dtype` reads."""
+    """Adds the precision of a forward pass, which `autocast` reads."""
     parser.add_argument('--precision', choices=_PRECISIONS, default='fp32', help='the lower ones by autocast')
 
 
@@ -100,7 +100,7 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
 
     A checkpoint of `vmamba train` holds the model's arguments, class names and preprocessing; the last goes into the
-    model's `pretrained_cfg`.
+    model's `pretrained_cfg`. `class_names` is None where the names are not those of the model's classes.
 
     Args:
         spec: What to load.
@@ -121,7 +121,8 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
     set_preprocessing(model, trained, arguments.get('in_chans', 3))
-    model.class_names = trained.get('class_names')
+    names = trained.get('class_names')
+    model.class_names = names if names and len(names) == model.num_classes else None
     return model
 
 
@@ -243,6 +244,7 @@ def any_size_args(name: str) -> Dict[str, Any]:
     return {'dynamic_img_size': True} if is_vim(name) else {}
 
 
-def amp_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
-    """What autocast lowers to; None for no autocast."""
-    return _PRECISIONS[args.precision]
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The context of a forward pass with the device and the precision of the options."""
+    dtype = _PRECISIONS[args.precision]
+    return torch.autocast(args.device, dtype, enabled=dtype is not None)

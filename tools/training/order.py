@@ -12,8 +12,8 @@ Key = Tuple[int, int]
 class BatchOrder:
     """Batch sampler of one process, which can start at any update of any epoch.
 
-    An update takes the next `batch_size * accumulate * world` images of the epoch's order, which processes and steps
-    share. So updates see the same images for any factors of this product. An image is a pair of the seed of its
+    Each update uses the next `batch_size * accumulate * world` images of the epoch's order, shared among processes and
+    steps. So updates see the same images for any factors of this product. An image is a pair of the seed of its
     augmentation and its index.
 
     Args:
