@@ -9,6 +9,7 @@ from .naive import cross_merge, cross_scan
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
+from .ssd import non_causal_ssd, ssd_scan
 from .step import selective_state_update
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     'cross_scan',
     'depthwise_conv2d',
     'layer_norm',
+    'non_causal_ssd',
     'rms_norm',
     'selective_scan',
     'selective_state_update',
     'ss2d_core',
     'ss2d_scan',
+    'ssd_scan',
     'use_triton',
 ]

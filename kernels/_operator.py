@@ -35,7 +35,8 @@ class Operator:
         forward: Computes (*results, *saved) from (*inputs, save), annotated. Without `save`, what only the backward
             pass needs may be empty.
         backward: Computes the gradients of the tensor inputs, in their order, from (grads, inputs, saved), where grads
-            are those of the results (None for zero). An input that is None or has no gradient gets None.
+            are those of the results (None for zero). An input that is None, integers or without a gradient gets
+            None.
         like: Uninitialised (*results, *saved), from the arguments of `forward`.
         results: How many outputs are results; the others are saved for the backward pass.
         macs: Multiply-adds of the forward pass, from the inputs with shapes in place of tensors.
@@ -115,7 +116,7 @@ class Operator:
         return _one_or_all(
             tuple(
                 inputs[0].new_empty(0)
-                if inputs[i] is None
+                if not _has_gradient(inputs[i])
                 else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
                 for i in self._tensors
             )
@@ -157,7 +158,7 @@ class Operator:
         else:
             computed = self.backward(grads, tuple(inputs), saved)
         for i, grad in zip(self._tensors, computed):
-            if inputs[i] is not None:
+            if _has_gradient(inputs[i]):
                 gradients[i] = grad
         return tuple(gradients)
 
@@ -195,6 +196,10 @@ def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any],
     operator = torch.library.custom_op(f'vmamba::{name}', function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
+
+
+def _has_gradient(tensor: Optional[Tensor]) -> bool:
+    return tensor is not None and tensor.is_floating_point()
 
 
 def _one_or_all(outputs: Sequence[Tensor]) -> Any:

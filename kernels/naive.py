@@ -1,6 +1,6 @@
 """The operators as their definitions, one step at a time: the oracle of every test.
 
-Nothing here is fast or saves memory. Everything is differentiable and computes in fp32, or in fp64 if u is fp64.
+Nothing here is fast or saves memory. Everything is differentiable and computes in fp32, or in fp64 if its input is.
 """
 
 from typing import Optional
@@ -54,6 +54,54 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(z.to(wide))
     return y.to(dtype), h
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    z: Optional[Tensor] = None,
+    dt_bias: Optional[Tensor] = None,
+    initial_states: Optional[Tensor] = None,
+    seq_idx: Optional[Tensor] = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float('inf')),
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `vmamba.kernels.ssd_scan`.
+
+    Returns:
+        y [batch, L, H, P] in x's dtype and the last state [batch, H, P, N].
+    """
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    batch, seqlen, heads, dim = x.shape
+    x, dt, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    B, C = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (B, C))
+
+    state = x.new_zeros(batch, heads, dim, B.shape[-1]) if initial_states is None else initial_states.to(wide)
+    y = [torch.empty(0)] * seqlen
+    number = None if seq_idx is None else torch.zeros_like(seq_idx[:, 0])
+    for step in reversed(range(seqlen)) if reverse else range(seqlen):
+        if seq_idx is not None:
+            same = seq_idx[:, step] == number
+            state, number = torch.where(same[:, None, None, None], state, 0), seq_idx[:, step]
+        decay, added = torch.exp(dt[:, step] * A), (dt[:, step, :, None] * x[:, step])[..., None] * B[:, step, :, None]
+        state = decay[..., None, None] * state + added
+        y[step] = (state @ C[:, step, :, :, None]).squeeze(-1)
+    out = torch.stack(y, dim=1)
+
+    if D is not None:
+        out = out + (D if D.ndim == 2 else D[:, None]).to(wide) * x
+    if z is not None:
+        out = out * F.silu(z.to(wide))
+    return out.to(dtype), state
 
 
 def route_positions(height: int, width: int) -> Tensor:

@@ -123,6 +123,68 @@ def selective_scan(
     return torch.stack(y, dim=-1), torch.stack(h, dim=-1)
 
 
+def ssd_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=None,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0, math.inf),
+    reverse=False,
+):
+    """The scan of Mamba-2 for one position and head at a time; differentiable. All arguments in float64.
+
+    Returns:
+        y [batch, L, H, P] and the last state [batch, H, P, N].
+    """
+    batch, seqlen, heads, dim = x.shape
+    share, dstate = heads // B.shape[2], B.shape[3]
+    outs, states = [], []
+    for head in range(heads):
+        S = x.new_zeros(batch, dim, dstate) if initial_states is None else initial_states[:, head]
+        before = torch.zeros(batch, dtype=torch.long)
+        y = [None] * seqlen
+        for step in range(seqlen - 1, -1, -1) if reverse else range(seqlen):
+            if seq_idx is not None:
+                S = torch.where((seq_idx[:, step] == before)[:, None, None], S, 0)
+                before = seq_idx[:, step]
+            size = dt[:, step, head] + (0 if dt_bias is None else dt_bias[head])
+            size = softplus(size) if dt_softplus else size
+            size = size.clamp(*dt_limit)
+            u, b, c = x[:, step, head], B[:, step, head // share], C[:, step, head // share]
+            S = torch.exp(size * A[head])[:, None, None] * S + torch.einsum('b,bp,bn->bpn', size, u, b)
+            out = torch.einsum('bpn,bn->bp', S, c)
+            if D is not None:
+                out = out + D[head] * u
+            if z is not None:
+                out = out * silu(z[:, step, head])
+            y[step] = out
+        outs.append(torch.stack(y, dim=1))
+        states.append(S)
+    return torch.stack(outs, dim=2), torch.stack(states, dim=1)
+
+
+def non_causal_ssd(x, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False):
+    """Every position reads the sum of what all positions write; in float64."""
+    share = x.shape[2] // B.shape[2]
+    outs = []
+    for head in range(x.shape[2]):
+        size = dt[:, :, head] + (0 if dt_bias is None else dt_bias[head])
+        weight = -(softplus(size) if dt_softplus else size) * A[head]
+        u, b, c = x[:, :, head], B[:, :, head // share], C[:, :, head // share]
+        S = sum(torch.einsum('b,bp,bn->bpn', weight[:, i], u[:, i], b[:, i]) for i in range(x.shape[1]))
+        out = torch.stack([torch.einsum('bpn,bn->bp', S, c[:, i]) for i in range(x.shape[1])], dim=1)
+        outs.append(out if D is None else out + D[head] * u)
+    return torch.stack(outs, dim=2)
+
+
 def _coefficient(tensor, n, step, u):
     """Entry n of B or C at one position for each channel, [batch or 1, dim]."""
     batch, dim, _ = u.shape

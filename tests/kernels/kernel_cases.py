@@ -83,6 +83,40 @@ def selective_scan(
     return {name: placed[name] for name in order}
 
 
+def ssd_scan(
+    batch=2,
+    seqlen=19,
+    heads=4,
+    dim=5,
+    dstate=3,
+    groups=2,
+    optional='Dzbs',
+    steps=0.5,
+    head_dims=False,
+    dtype=torch.float32,
+):
+    """Arguments of `ssd_scan`; see `selective_scan`.
+
+    Args:
+        head_dims: D is [H, P].
+    """
+    maps = {
+        'x': randn(batch, seqlen, heads, dim),
+        'dt': torch.rand(batch, seqlen, heads, dtype=torch.float64) * steps,
+        'B': randn(batch, seqlen, groups, dstate),
+        'C': randn(batch, seqlen, groups, dstate),
+        'z': randn(batch, seqlen, heads, dim) if 'z' in optional else None,
+    }
+    parameters = {
+        'A': -torch.rand(heads, dtype=torch.float64) * 2,
+        'D': randn(heads, *([dim] if head_dims else [])) if 'D' in optional else None,
+        'dt_bias': torch.rand(heads, dtype=torch.float64) - 0.5 if 'b' in optional else None,
+        'initial_states': randn(batch, heads, dim, dstate) if 's' in optional else None,
+    }
+    placed = place(maps, parameters, dtype)
+    return {name: placed[name] for name in ('x', 'dt', 'A', 'B', 'C', 'D', 'z', 'dt_bias', 'initial_states')}
+
+
 def ss2d_scan(batch=2, size=(3, 5), dim=5, dstate=2, dt_rank=2, dtype=torch.float32):
     maps = {'x': randn(batch, *size, dim), 'x_dbl': randn(batch, *size, NUM_ROUTES, dt_rank + 2 * dstate)}
     return place(maps, scan_parameters(NUM_ROUTES, dim, dstate, dt_rank), dtype)
@@ -151,6 +185,12 @@ CASES = {
         selective_scan,
         oracles.selective_scan,
         dict(delta_softplus=True),
+    ),
+    'ssd_scan': Case(
+        lambda **arguments: kernels.ssd_scan(**arguments, return_final_states=True),
+        ssd_scan,
+        oracles.ssd_scan,
+        dict(chunk_size=8, dt_softplus=True),
     ),
     'ss2d_scan': Case(kernels.ss2d_scan, ss2d_scan, oracles.ss2d_scan),
     'ss2d_core': Case(kernels.ss2d_core, ss2d_core, oracles.ss2d_core, dict(norm_eps=1e-3)),
