@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-from vmamba.models.vim import resize_pos_embed
+from vmamba.models._isotropic import resize_pos_embed
 
 VMAMBA = dict(depths=(1, 1), embed_dim=8)
 VIM = dict(depth=1, embed_dim=16, img_size=32)

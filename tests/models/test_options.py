@@ -4,7 +4,7 @@ import pytest
 import timm
 
 from vmamba.layers import SS2D, BiMamba
-from vmamba.models.vim import PatchEmbed
+from vmamba.models._isotropic import PatchEmbed
 
 MODELS = [
     ('num_classes', -1),

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from model_cases import tokens_of
 
-from vmamba.models.vim import Vim, insert_class_token, resize_pos_embed, split_class_token
+from vmamba.models._isotropic import insert_class_token, resize_pos_embed, split_class_token
+from vmamba.models.vim import Vim
 
 
 def make_model(img_size=32, patch_size=16, stride=16, **options):

@@ -14,8 +14,15 @@ from . import ops  # noqa: E402
 
 ops.install()  # must precede any import of mmcv.ops
 
-from .backbones import VimBackbone, VMambaBackbone  # noqa: E402
+from .backbones import StageBackbone, TokenBackbone, VimBackbone, VMambaBackbone  # noqa: E402
 from .official import MM_VSSM  # noqa: E402
 from .optim import LayerDecayConstructor  # noqa: E402
 
-__all__ = ['MM_VSSM', 'LayerDecayConstructor', 'VMambaBackbone', 'VimBackbone']
+__all__ = [
+    'MM_VSSM',
+    'LayerDecayConstructor',
+    'StageBackbone',
+    'TokenBackbone',
+    'VMambaBackbone',
+    'VimBackbone',
+]

@@ -1,8 +1,4 @@
-"""VMamba and Vision Mamba (Vim) as backbones of detectors and segmentors.
-
-VMamba: Visual State Space Model, https://arxiv.org/abs/2401.10166
-Vision Mamba, https://arxiv.org/abs/2401.09417
-"""
+"""The models of this library as backbones of detectors and segmentors."""
 
 from typing import Any, Iterable, Sequence, Tuple, Union
 
@@ -13,23 +9,23 @@ from torch import Tensor, nn
 from ..layers import LayerNorm2d
 from ..models import Vim, VMamba
 from ..models import vim as vim_module
-from ..models import vmamba as vmamba_module
+from ..models._hierarchical import HierarchicalModel
+from ..models._isotropic import TokenModel
 from .base import TimmBackbone
 from .pyramid import make_resample
 
 
 @MODELS.register_module()
-class VMambaBackbone(TimmBackbone):
-    """VMamba's stages at strides 4, 8, 16 and 32, each followed by its own LayerNorm `outnorm{i}`.
+class StageBackbone(TimmBackbone):
+    """The stages of a model at strides 4, 8, 16 and 32, each followed by its own LayerNorm `outnorm{i}`.
 
     Args:
-        variant: Registered name, e.g. 'vmamba_t'.
+        variant: Registered name of any family of this library with stages, e.g. 'mambavision_t'.
         out_indices: Stages whose outputs are returned.
         **kwargs: See `TimmBackbone`. frozen_stages=0 freezes only the stem; the output norms are always trained.
     """
 
-    family = VMamba
-    filter_fn = staticmethod(vmamba_module.checkpoint_filter_fn)
+    family: type = HierarchicalModel
 
     def __init__(self, variant: str, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs: Any) -> None:
         super().__init__(variant, out_indices, **kwargs)
@@ -50,23 +46,28 @@ class VMambaBackbone(TimmBackbone):
 
 
 @MODELS.register_module()
-class VimBackbone(TimmBackbone):
-    """A simple feature pyramid of Vim's patch tokens after selected blocks, without the class token.
+class VMambaBackbone(StageBackbone):
+    """`StageBackbone` of VMamba only."""
+
+    family = VMamba
+
+
+@MODELS.register_module()
+class TokenBackbone(TimmBackbone):
+    """A simple feature pyramid of patch tokens after selected blocks, without the class token.
 
     Each block's map goes through its own LayerNorm `outnorm{block}`. Transposed convolutions or max pooling
     (`pyramid.{i}`) then resample it from the model's stride to output i's. Images are zero-padded on the right and
     bottom to whole patches, and the position embedding is resized to match.
 
     Args:
-        variant: Registered name, e.g. 'vim_t'.
+        variant: Registered name of any family of this library with patch tokens, e.g. 'vim_t'.
         out_indices: Blocks whose outputs are returned.
         out_strides: Stride of each output: the model's stride times or divided by a power of 2.
         **kwargs: See `TimmBackbone`. frozen_stages=n freezes the patch embedding and the first n blocks.
     """
 
-    family = Vim
-    filter_fn = staticmethod(vim_module.checkpoint_filter_fn)
-    rename_earlier = staticmethod(vim_module.rename_earlier)
+    family: type = TokenModel
 
     def __init__(
         self,
@@ -109,3 +110,11 @@ class VimBackbone(TimmBackbone):
         patch, stride = self.model.patch_embed.patch_size, self.model.patch_embed.stride
         height, width = ((-(-side // stride) - 1) * stride + patch for side in x.shape[-2:])
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+
+
+@MODELS.register_module()
+class VimBackbone(TokenBackbone):
+    """`TokenBackbone` of Vim only."""
+
+    family = Vim
+    rename_earlier = staticmethod(vim_module.rename_earlier)

@@ -2,7 +2,7 @@
 
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Union
 
 import timm
 from mmengine.dist import barrier, get_local_rank
@@ -38,7 +38,6 @@ class TimmBackbone(BaseModule):
     """
 
     family: type
-    filter_fn: Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]]
 
     @staticmethod
     def rename_earlier(key: str) -> str:
@@ -71,7 +70,7 @@ class TimmBackbone(BaseModule):
         self._freeze()
 
     def _create(self, **kwargs: Any) -> nn.Module:
-        known = timm.list_models(module=self.family.__module__.rpartition('.')[2])
+        known = timm.list_models(module=_modules_of(self.family))
         if not timm.is_model(self.variant):
             raise ValueError(f'unknown variant {self.variant!r}: {type(self).__name__} takes {", ".join(known)}')
         model = timm.create_model(self.variant, num_classes=0, **self.model_options, **kwargs)
@@ -150,12 +149,18 @@ class TimmBackbone(BaseModule):
     def _convert(self, given: Dict[str, Tensor]) -> Dict[str, Tensor]:
         norms = {key: value for key, value in given.items() if key.startswith('outnorm')}
         weights = {key: value for key, value in given.items() if key not in norms}
-        weights = type(self).filter_fn(weights, self.model) if weights else {}
+        weights = self.model.filter_checkpoint(weights) if weights else {}
         return {**{f'model.{key}': v for key, v in weights.items() if not key.startswith('head.')}, **norms}
 
     def _fresh(self, own: bool) -> Iterable[str]:
         """Names of parameters that a checkpoint may lack; own: it is in this library's layout."""
         return ()
+
+
+def _modules_of(family: type) -> List[str]:
+    """timm's names of the modules that define a family, or the families that derive from a base class."""
+    families = family.__subclasses__() or [family]
+    return [member.__module__.rpartition('.')[2] for member in families]
 
 
 def _checkpoint(pretrained: Union[bool, str, None], init_cfg: Optional[Dict[str, Any]]) -> Union[bool, str]:

@@ -3,10 +3,11 @@
 import argparse
 import logging
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Type, Union
 
 import safetensors
 import safetensors.torch
@@ -19,7 +20,6 @@ from ..layers.options import check_indices
 _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, Tensor]
-FilterFn = Callable[[StateDict, nn.Module], StateDict]
 
 _NAMES_SHOWN = 12
 
@@ -28,7 +28,6 @@ def build_model(
     model_cls: Type[nn.Module],
     variant: str,
     pretrained: bool,
-    filter_fn: FilterFn,
     feature_cfg: Dict[str, Any],
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
@@ -36,10 +35,10 @@ def build_model(
     """Builds a registered variant with timm's builder; official files load with the model's `load_pretrained`.
 
     Args:
-        model_cls: Model class with a `load_pretrained(path)` method.
+        model_cls: Model class with the methods `load_pretrained(path)` and `filter_checkpoint(state_dict)`, which
+            renames any known checkpoint layout to the model's.
         variant: Registered name.
         pretrained: Whether to load weights.
-        filter_fn: Renames any known checkpoint layout to the model's.
         feature_cfg: Default arguments of timm's feature extraction.
         pretrained_cfg_overlay: timm's overlay of the pretrained configuration, e.g. dict(file=path).
         **kwargs: Arguments of the model class and of timm's builder.
@@ -61,7 +60,7 @@ def build_model(
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         source = f'the checkpoint of {variant}'
         _check_tensors(state_dict, source)
-        state_dict, fresh = _fit_classifier(filter_fn(state_dict, model), model, source)
+        state_dict, fresh = _fit_classifier(model.filter_checkpoint(state_dict), model, source)
         adapted_by_timm = {_input_key(model)} & state_dict.keys()
         check_fit(state_dict, model, source, fresh={*fresh, *adapted_by_timm})
         # timm discards the classifier unless its number of classes is the pretrained configuration's.
@@ -216,7 +215,7 @@ def _check_tensors(state_dict: Dict[Any, Tensor], source: Union[str, Path]) -> N
             raise RuntimeError(f'{source} has a {kind} tensor as {key}: save weights as dense tensors with data')
 
 
-def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterFn, use_ema: bool = False) -> None:
+def load_pretrained(model: nn.Module, path: Union[str, Path], use_ema: bool = False) -> None:
     """Loads a checkpoint in any known layout into a model made by timm's builder; every weight must be present.
 
     For another number of image channels, the input convolution is adapted as in timm. If the model was created with
@@ -224,16 +223,15 @@ def load_pretrained(model: nn.Module, path: Union[str, Path], filter_fn: FilterF
     is logged.
 
     Args:
-        model: Model with a `pretrained_cfg`.
+        model: Model with a `pretrained_cfg` and a method `filter_checkpoint`.
         path: File, as for `read_checkpoint`.
-        filter_fn: Renames any known checkpoint layout to the model's.
         use_ema: Whether to prefer the official EMA weights.
 
     Raises:
         CheckpointFileError: If the file does not exist.
         RuntimeError: If keys are missing, unexpected or of another shape; the message names them.
     """
-    state_dict = filter_fn(read_checkpoint(path, use_ema), model)
+    state_dict = model.filter_checkpoint(read_checkpoint(path, use_ema))
     input_key = _input_key(model)
     weight = state_dict.get(input_key)
     if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and model.in_chans != 3:
@@ -355,6 +353,13 @@ def reset_parameters(model: nn.Module) -> None:
 def _shorten(keys: list[str]) -> str:
     more = f' and {len(keys) - _NAMES_SHOWN} more' if len(keys) > _NAMES_SHOWN else ''
     return ', '.join(keys[:_NAMES_SHOWN]) + more
+
+
+def rename(key: str, rules: Sequence[Tuple[str, str]]) -> str:
+    """key after all substitutions (pattern, replacement), in order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def split_backbone(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:

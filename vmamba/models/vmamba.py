@@ -7,20 +7,18 @@ Official models and weights: https://github.com/MzeroMiko/VMamba (MIT). This cod
 
 import re
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Tuple
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_model_deprecations
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, residual_branches
-from ..layers.norm import widen
-from ..layers.options import check_choice, check_counts, check_indices, check_rates, scaled_channels
-from ._pretrained import build_model, load_pretrained, reset_parameters, split_backbone
+from ..layers.options import check_choice, check_counts, scaled_channels
+from ._hierarchical import HierarchicalModel, Stage, check_stages, split_norms
+from ._pretrained import build_model, rename
 
 __all__ = ['VMamba']
 
@@ -134,30 +132,7 @@ class VMambaBlock(nn.Module):
         return residual_branches(x, *branches)
 
 
-class VMambaStage(nn.Module):
-    """Optional downsampling, then blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
-
-    Inside the blocks the map is in at least fp32; it is then cast back.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: List[VMambaBlock]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        dtype = x.dtype
-        x = widen(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, d] -> [B, d, H, W]
-
-
-class VMamba(nn.Module):
+class VMamba(HierarchicalModel):
     """VMamba backbone and classifier.
 
     Args:
@@ -176,6 +151,8 @@ class VMamba(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
     """
+
+    self_initialised = ('x_proj',)
 
     def __init__(
         self,
@@ -196,161 +173,28 @@ class VMamba(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if not isinstance(depths, (tuple, list)) or not depths:
-            raise ValueError(f'depths must be a tuple or list with the number of blocks of each stage, got {depths!r}')
-        check_counts(0, num_classes=num_classes, **{f'depths[{i}]': depth for i, depth in enumerate(depths)})
-        check_counts(in_chans=in_chans)
+        rates = dict(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_stages(depths, in_chans, num_classes, **rates)
         check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with embed_dim // 2 channels
-        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_choice(_STEMS, stem=stem)
         check_choice(_DOWNSAMPLES, downsample=downsample)
-        self.in_chans = in_chans
-        self.stem = _STEMS[stem](in_chans, embed_dim, **dd)
+        first = _STEMS[stem](in_chans, embed_dim, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block: Dict[str, Any] = dict(
             ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio
         )
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
-        self.feature_info = []
         for i, dim in enumerate(dims):
             between = _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd) if i else nn.Identity()
-            blocks = [VMambaBlock(dim, drop_path=rate, **block, **dd) for rate in drop_paths[i]]
-            stages.append(VMambaStage(between, blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}'))
-        self.stages = nn.Sequential(*stages)
-        self.num_features = dims[-1]
-        self.norm = LayerNorm2d(self.num_features, eps=NORM_EPS, **dd)
-        self.drop_rate = drop_rate
-        self._set_head(num_classes, global_pool, **dd)
-        self._init_linear(self)
+            stages.append(Stage(between, [VMambaBlock(dim, drop_path=rate, **block, **dd) for rate in drop_paths[i]]))
+        norm = LayerNorm2d(dims[-1], eps=NORM_EPS, **dd)
+        super().__init__(first, stages, dims, norm, in_chans, num_classes, global_pool, drop_rate, **dd)
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Re-initialises all weights: linear layers except x_proj from a truncated normal of std 0.02, all others as at
-        construction."""
-        reset_parameters(self)
-        self._init_linear(self)
-
-    @staticmethod
-    def _init_linear(parent: nn.Module) -> None:
-        for name, module in parent.named_modules():
-            pixelwise = isinstance(module, nn.Conv2d) and name.endswith('fc')  # a classifier without pooling
-            if pixelwise or isinstance(module, nn.Linear) and not name.endswith('x_proj'):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    @torch.jit.ignore
-    def load_pretrained(self, path: str) -> None:
-        """Loads a checkpoint in any known layout; see `vmamba.models.vmamba.checkpoint_filter_fn`."""
-        load_pretrained(self, path, checkpoint_filter_fn)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """A_log, D and dt_proj_bias; official runs decayed A_log and the bias, which are 2-D there."""
-        exempt = ('.A_log', '.D', '.dt_proj_bias')
-        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns of the layer groups for layer-wise learning-rate decay."""
-        if coarse:
-            return dict(stem=r'^stem', blocks=r'^stages\.(\d+)')
-        downsample, blocks = (r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)
-        return dict(stem=r'^stem', blocks=[downsample, blocks, (r'^norm', (99999,))])
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Sets whether to recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Re-initialises the classifier for num_classes (0 for none), and sets the pooling if given."""
-        check_counts(0, num_classes=num_classes)
-        parameter = next(self.stem.parameters())
-        pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
-        self._set_head(num_classes, pool_type, parameter.device, parameter.dtype)
-        self._init_linear(self.head)
-
-    def _set_head(self, num_classes: int, pool_type: str, device=None, dtype=None) -> None:
-        options = dict(pool_type=pool_type, use_conv=not pool_type, drop_rate=self.drop_rate)
-        head = ClassifierHead(self.num_features, num_classes, **options, device=device, dtype=dtype)
-        self.head = head.train(self.training)
-        self.num_classes = num_classes
-        self.head_hidden_size = self.num_features * head.global_pool.feat_mult()  # some pool types concatenate
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Outputs of the chosen stages, before the next downsampling.
-
-        Args:
-            x: Images [B, C, H, W].
-            indices: Stages to return: the last n for an int, all for None, else those with these indices.
-            norm: Apply the final norm to the last stage's output.
-            stop_early: Stop after the last chosen stage.
-            output_fmt: 'NCHW' only.
-            intermediates_only: Return only the intermediates, without the final features.
-
-        Returns:
-            The intermediates [B, d, h, w], or (final features, intermediates).
-        """
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        check_indices(indices=indices)
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if i == last else x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> List[int]:
-        """Removes layers that the intermediates of these stages do not need; returns the stages' indices."""
-        check_indices(indices=indices)
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        del self.stages[max_index + 1 :]
-        if prune_norm or pruned:
-            self.norm = nn.Identity().train(self.training)
-        if pruned:
-            self.num_features = self.feature_info[max_index]['num_chs']
-        if prune_head or pruned:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map [B, d, h, w] -> logits [B, num_classes] ([B, num_classes, h, w] without pooling)"""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, num_classes]"""
-        return self.forward_head(self.forward_features(x))
+    def filter_checkpoint(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """See `vmamba.models.vmamba.checkpoint_filter_fn`."""
+        return checkpoint_filter_fn(state_dict, self)
 
 
 _LEGACY_NAMES = (
@@ -390,24 +234,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     Returns:
         Weights with the model's names.
     """
-    state_dict, norms = split_backbone(state_dict)
-    norms = {key.replace('outnorm3.', 'norm.'): value for key, value in norms.items() if key.startswith('outnorm3.')}
+    state_dict = split_norms(state_dict)
     if not any(key.startswith(('layers.', 'patch_embed.')) for key in state_dict):
-        return {**norms, **state_dict}
-    state_dict = {_rename(key, _LEGACY_NAMES): value for key, value in {**norms, **state_dict}.items()}
+        return state_dict
+    state_dict = {rename(key, _LEGACY_NAMES): value for key, value in state_dict.items()}
     names = _sequential_names(state_dict)
     out = {}
     for key, value in state_dict.items():
         module, _, parameter = key.rpartition('.')
-        key = f'{names[module]}.{parameter}' if module in names else _rename(key, _RENAMES)
+        key = f'{names[module]}.{parameter}' if module in names else rename(key, _RENAMES)
         out[key] = _reshape(key, value)
     return out
-
-
-def _rename(key: str, rules: Tuple[Tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
@@ -499,7 +336,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model(VMamba, variant, pretrained, checkpoint_filter_fn, feature_cfg, **kwargs)
+    return build_model(VMamba, variant, pretrained, feature_cfg, **kwargs)
 
 
 _V0 = dict(ssm_ratio=2.0, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem='patch', downsample='patch')
