@@ -2,6 +2,7 @@
 
 from .bimamba import BiMamba
 from .image import ImageConv2d, check_images
+from .mambavision import MambaVisionMixer
 from .norm import LayerNorm, LayerNorm2d, RmsNorm
 from .residual import residual_branches
 from .ss2d import SS2D
@@ -11,6 +12,7 @@ __all__ = [
     'ImageConv2d',
     'LayerNorm',
     'LayerNorm2d',
+    'MambaVisionMixer',
     'RmsNorm',
     'SS2D',
     'check_images',

@@ -381,5 +381,17 @@ def split_backbone(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Di
     return weights, norms
 
 
+def with_fresh_norm(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Weights of a detection or segmentation checkpoint with a newly initialised final norm, if the model has one."""
+    fresh = {
+        key: torch.ones_like(value) if key.endswith(('weight', 'running_var')) else torch.zeros_like(value)
+        for key, value in model.state_dict().items()
+        if key.startswith('norm.') and key not in state_dict
+    }
+    if fresh:
+        _logger.warning('a detection or segmentation checkpoint has no final norm: it is re-initialised')
+    return {**state_dict, **fresh}
+
+
 def _below(prefix: str, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}

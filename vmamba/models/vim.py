@@ -6,7 +6,6 @@ Paper: `Vision Mamba: Efficient Visual Representation Learning with Bidirectiona
 Official models and weights: https://github.com/hustvl/Vim (Apache-2.0). This code was written from scratch.
 """
 
-import logging
 import re
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 
 from ..layers import BiMamba, RmsNorm, residual_branches
 from ._isotropic import NORM_EPS, TokenModel, create, fit_pos_embed
-from ._pretrained import rename, split_backbone
+from ._pretrained import rename, split_backbone, with_fresh_norm
 
 __all__ = ['Vim']
-
-_logger = logging.getLogger(__name__)
 
 
 class VimBlock(nn.Module):
@@ -153,11 +150,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     out = {rename_earlier(key): value for key, value in out.items()}
     if official:
         out = _stack_directions({rename(key, _OFFICIAL_NAMES): value for key, value in out.items()})
-    own = model.state_dict()
-    if output_norms and 'norm.weight' in own and 'norm.weight' not in out:
-        _logger.warning('a detection or segmentation checkpoint has no final norm: it is re-initialised')
-        out['norm.weight'] = torch.ones_like(own['norm.weight'])
-    out = _fold_layer_scale(out, own)
+    if output_norms:
+        out = with_fresh_norm(out, model)
+    out = _fold_layer_scale(out, model.state_dict())
     pos_embed = out.get('pos_embed')
     if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] > 1:
         out['pos_embed'] = fit_pos_embed(pos_embed, model, official)
