@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 
-def _normal(*shape, mean=0.0, std=1.0):
+def normal(*shape, mean=0.0, std=1.0):
     return mean + std * torch.randn(*shape)
 
 
@@ -21,29 +21,65 @@ def _matrix(*shape):
     return torch.randn(*shape) / math.sqrt(math.prod(shape[1:]))
 
 
-def _norm(state, name, dim, bias=True):
-    state[f'{name}.weight'] = _normal(dim, mean=1, std=0.2)
+def add_norm(state, name, dim, bias=True):
+    state[f'{name}.weight'] = normal(dim, mean=1, std=0.2)
     if bias:
-        state[f'{name}.bias'] = _normal(dim, std=0.2)
+        state[f'{name}.bias'] = normal(dim, std=0.2)
 
 
-def _linear(state, name, *shape, bias=True):
+def add_linear(state, name, *shape, bias=True):
     state[f'{name}.weight'] = _matrix(*shape)
     if bias:
-        state[f'{name}.bias'] = _normal(shape[0], std=0.2)
+        state[f'{name}.bias'] = normal(shape[0], std=0.2)
+
+
+def add_batch_norm(state, name, dim):
+    add_norm(state, name, dim)
+    state[f'{name}.running_mean'] = normal(dim, std=0.3)
+    state[f'{name}.running_var'] = torch.rand(dim) + 0.5
+    state[f'{name}.num_batches_tracked'] = torch.tensor(7)
+
+
+def batch_norm(state, name, x, eps=1e-5):
+    """Of a map [B, d, h, w], with the running statistics."""
+    mean, var, weight, bias = (
+        state[f'{name}.{part}'][:, None, None] for part in ('running_mean', 'running_var', 'weight', 'bias')
+    )
+    return (x - mean) / torch.sqrt(var + eps) * weight + bias
+
+
+def attention(qkv, heads):
+    """Softmax attention of tokens with queries, keys and values [B, L, 3 * d], one head after another."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    side, out = q.shape[-1] // heads, []
+    for head in range(heads):
+        own = slice(head * side, (head + 1) * side)
+        weights = torch.softmax(q[..., own] @ k[..., own].mT / math.sqrt(side), dim=-1)
+        out.append(weights @ v[..., own])
+    return torch.cat(out, dim=-1)
+
+
+def below(state, prefix):
+    """The entries whose keys start with the prefix, without it."""
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def count(state, prefix):
+    """One more than the largest number that follows the prefix in a key."""
+    return 1 + max(int(key[len(prefix) :].split('.')[0]) for key in state if key.startswith(prefix))
 
 
 def vmamba_state(depths=(1, 1, 1, 1), embed_dim=8, ssm_ratio=2.0, v0=False, num_classes=1000):
     """A random checkpoint in the release layout of VMamba (N = 1) or of its first version (N = 16)."""
     dstate, state = (16 if v0 else 1), {}
     if v0:
-        _linear(state, 'patch_embed.0', embed_dim, 3, 4, 4)
-        _norm(state, 'patch_embed.2', embed_dim)
+        add_linear(state, 'patch_embed.0', embed_dim, 3, 4, 4)
+        add_norm(state, 'patch_embed.2', embed_dim)
     else:
-        _linear(state, 'patch_embed.0', embed_dim // 2, 3, 3, 3)
-        _norm(state, 'patch_embed.2', embed_dim // 2)
-        _linear(state, 'patch_embed.5', embed_dim, embed_dim // 2, 3, 3)
-        _norm(state, 'patch_embed.7', embed_dim)
+        add_linear(state, 'patch_embed.0', embed_dim // 2, 3, 3, 3)
+        add_norm(state, 'patch_embed.2', embed_dim // 2)
+        add_linear(state, 'patch_embed.5', embed_dim, embed_dim // 2, 3, 3)
+        add_norm(state, 'patch_embed.7', embed_dim)
     for i, depth in enumerate(depths):
         dim = embed_dim * 2**i
         for j in range(depth):
@@ -51,57 +87,57 @@ def vmamba_state(depths=(1, 1, 1, 1), embed_dim=8, ssm_ratio=2.0, v0=False, num_
         if i == len(depths) - 1:
             continue
         if v0:
-            _norm(state, f'layers.{i}.downsample.norm', 4 * dim)
-            _linear(state, f'layers.{i}.downsample.reduction', 2 * dim, 4 * dim, bias=False)
+            add_norm(state, f'layers.{i}.downsample.norm', 4 * dim)
+            add_linear(state, f'layers.{i}.downsample.reduction', 2 * dim, 4 * dim, bias=False)
         else:
-            _linear(state, f'layers.{i}.downsample.1', 2 * dim, dim, 3, 3)
-            _norm(state, f'layers.{i}.downsample.3', 2 * dim)
-    _norm(state, 'classifier.norm', dim)
-    _linear(state, 'classifier.head', num_classes, dim)
+            add_linear(state, f'layers.{i}.downsample.1', 2 * dim, dim, 3, 3)
+            add_norm(state, f'layers.{i}.downsample.3', 2 * dim)
+    add_norm(state, 'classifier.norm', dim)
+    add_linear(state, 'classifier.head', num_classes, dim)
     return state
 
 
 def _vmamba_block(state, name, dim, inner, dstate, v0):
     rank = math.ceil(dim / 16)
-    _norm(state, f'{name}.norm', dim)
+    add_norm(state, f'{name}.norm', dim)
     op = f'{name}.op'
-    _linear(state, f'{op}.in_proj', 2 * inner if v0 else inner, dim, bias=False)
-    _linear(state, f'{op}.conv2d', inner, 1, 3, 3, bias=v0)
-    state[f'{op}.x_proj_weight'] = _normal(4, rank + 2 * dstate, inner, std=inner**-0.5)
-    state[f'{op}.dt_projs_weight'] = _normal(4, inner, rank, std=rank**-0.5)
-    state[f'{op}.dt_projs_bias'] = _normal(4, inner, mean=-2)
-    state[f'{op}.A_logs'] = torch.arange(1.0, dstate + 1).log() + _normal(4 * inner, dstate, std=0.3)
-    state[f'{op}.Ds'] = _normal(4 * inner, mean=1, std=0.3)
-    _norm(state, f'{op}.out_norm', inner)
-    _linear(state, f'{op}.out_proj', dim, inner, bias=False)
+    add_linear(state, f'{op}.in_proj', 2 * inner if v0 else inner, dim, bias=False)
+    add_linear(state, f'{op}.conv2d', inner, 1, 3, 3, bias=v0)
+    state[f'{op}.x_proj_weight'] = normal(4, rank + 2 * dstate, inner, std=inner**-0.5)
+    state[f'{op}.dt_projs_weight'] = normal(4, inner, rank, std=rank**-0.5)
+    state[f'{op}.dt_projs_bias'] = normal(4, inner, mean=-2)
+    state[f'{op}.A_logs'] = torch.arange(1.0, dstate + 1).log() + normal(4 * inner, dstate, std=0.3)
+    state[f'{op}.Ds'] = normal(4 * inner, mean=1, std=0.3)
+    add_norm(state, f'{op}.out_norm', inner)
+    add_linear(state, f'{op}.out_proj', dim, inner, bias=False)
     if not v0:
-        _norm(state, f'{name}.norm2', dim)
-        _linear(state, f'{name}.mlp.fc1', 4 * dim, dim)
-        _linear(state, f'{name}.mlp.fc2', dim, 4 * dim)
+        add_norm(state, f'{name}.norm2', dim)
+        add_linear(state, f'{name}.mlp.fc1', 4 * dim, dim)
+        add_linear(state, f'{name}.mlp.fc2', dim, 4 * dim)
 
 
 def vim_state(depth=2, dim=24, patches=4, num_classes=1000, gamma=False, patch_size=16):
     """A random checkpoint in the official layout of Vim."""
     inner, rank, state = 2 * dim, math.ceil(dim / 16), {}
-    state['pos_embed'] = _normal(1, patches + 1, dim)
-    state['cls_token'] = _normal(1, 1, dim)
-    _linear(state, 'patch_embed.proj', dim, 3, patch_size, patch_size)
+    state['pos_embed'] = normal(1, patches + 1, dim)
+    state['cls_token'] = normal(1, 1, dim)
+    add_linear(state, 'patch_embed.proj', dim, 3, patch_size, patch_size)
     for i in range(depth):
-        _norm(state, f'layers.{i}.norm', dim, bias=False)
+        add_norm(state, f'layers.{i}.norm', dim, bias=False)
         mixer = f'layers.{i}.mixer'
-        _linear(state, f'{mixer}.in_proj', 2 * inner, dim, bias=False)
+        add_linear(state, f'{mixer}.in_proj', 2 * inner, dim, bias=False)
         for b in ('', '_b'):
-            state[f'{mixer}.A{b}_log'] = torch.arange(1.0, 17).log() + _normal(inner, 16, std=0.3)
-            state[f'{mixer}.D{b}'] = _normal(inner, mean=1, std=0.3)
-            _linear(state, f'{mixer}.conv1d{b}', inner, 1, 4)
-            _linear(state, f'{mixer}.x_proj{b}', rank + 32, inner, bias=False)
-            state[f'{mixer}.dt_proj{b}.weight'] = _normal(inner, rank, std=rank**-0.5)
-            state[f'{mixer}.dt_proj{b}.bias'] = _normal(inner, mean=-2)
-        _linear(state, f'{mixer}.out_proj', dim, inner, bias=False)
+            state[f'{mixer}.A{b}_log'] = torch.arange(1.0, 17).log() + normal(inner, 16, std=0.3)
+            state[f'{mixer}.D{b}'] = normal(inner, mean=1, std=0.3)
+            add_linear(state, f'{mixer}.conv1d{b}', inner, 1, 4)
+            add_linear(state, f'{mixer}.x_proj{b}', rank + 32, inner, bias=False)
+            state[f'{mixer}.dt_proj{b}.weight'] = normal(inner, rank, std=rank**-0.5)
+            state[f'{mixer}.dt_proj{b}.bias'] = normal(inner, mean=-2)
+        add_linear(state, f'{mixer}.out_proj', dim, inner, bias=False)
         if gamma:
-            state[f'{mixer}.gamma'] = _normal(dim, mean=1, std=0.5)
-    _norm(state, 'norm_f', dim, bias=False)
-    _linear(state, 'head', num_classes, dim)
+            state[f'{mixer}.gamma'] = normal(dim, mean=1, std=0.5)
+    add_norm(state, 'norm_f', dim, bias=False)
+    add_linear(state, 'head', num_classes, dim)
     return state
 
 

@@ -4,73 +4,57 @@ Windows, heads and steps of the scans are loops; nothing here imports the librar
 """
 
 import math
-import re
 
 import oracles
 import torch
 import torch.nn.functional as F
-from official import _linear, _norm, _normal
-
-
-def _batch_norm(state, name, dim):
-    _norm(state, name, dim)
-    state[f'{name}.running_mean'] = _normal(dim, std=0.3)
-    state[f'{name}.running_var'] = torch.rand(dim) + 0.5
-    state[f'{name}.num_batches_tracked'] = torch.tensor(7)
+from official import add_batch_norm, add_linear, add_norm, attention, batch_norm, below, count, normal
 
 
 def mambavision_state(depths=(1, 1, 2, 2), dim=8, stem_dim=4, layer_scale=False, num_classes=1000):
     state = {}
-    _linear(state, 'patch_embed.conv_down.0', stem_dim, 3, 3, 3, bias=False)
-    _batch_norm(state, 'patch_embed.conv_down.1', stem_dim)
-    _linear(state, 'patch_embed.conv_down.3', dim, stem_dim, 3, 3, bias=False)
-    _batch_norm(state, 'patch_embed.conv_down.4', dim)
+    add_linear(state, 'patch_embed.conv_down.0', stem_dim, 3, 3, 3, bias=False)
+    add_batch_norm(state, 'patch_embed.conv_down.1', stem_dim)
+    add_linear(state, 'patch_embed.conv_down.3', dim, stem_dim, 3, 3, bias=False)
+    add_batch_norm(state, 'patch_embed.conv_down.4', dim)
     for i, depth in enumerate(depths):
         for j in range(depth):
             name = f'levels.{i}.blocks.{j}'
             if i < 2:
                 for k in (1, 2):
-                    _linear(state, f'{name}.conv{k}', dim, dim, 3, 3)
-                    _batch_norm(state, f'{name}.norm{k}', dim)
+                    add_linear(state, f'{name}.conv{k}', dim, dim, 3, 3)
+                    add_batch_norm(state, f'{name}.norm{k}', dim)
             else:
                 _token_block(state, name, dim, scans=j < math.ceil(depth / 2), layer_scale=layer_scale)
         if i < len(depths) - 1:
-            _linear(state, f'levels.{i}.downsample.reduction.0', 2 * dim, dim, 3, 3, bias=False)
+            add_linear(state, f'levels.{i}.downsample.reduction.0', 2 * dim, dim, 3, 3, bias=False)
             dim *= 2
-    _batch_norm(state, 'norm', dim)
-    _linear(state, 'head', num_classes, dim)
+    add_batch_norm(state, 'norm', dim)
+    add_linear(state, 'head', num_classes, dim)
     return state
 
 
 def _token_block(state, name, dim, scans, layer_scale):
     inner, rank = dim // 2, math.ceil(dim / 16)
     for k in (1, 2):
-        _norm(state, f'{name}.norm{k}', dim)
+        add_norm(state, f'{name}.norm{k}', dim)
         if layer_scale:
-            state[f'{name}.gamma_{k}'] = _normal(dim, std=0.5)
-    _linear(state, f'{name}.mlp.fc1', 4 * dim, dim)
-    _linear(state, f'{name}.mlp.fc2', dim, 4 * dim)
+            state[f'{name}.gamma_{k}'] = normal(dim, std=0.5)
+    add_linear(state, f'{name}.mlp.fc1', 4 * dim, dim)
+    add_linear(state, f'{name}.mlp.fc2', dim, 4 * dim)
     mixer = f'{name}.mixer'
     if not scans:
-        _linear(state, f'{mixer}.qkv', 3 * dim, dim)
-        _linear(state, f'{mixer}.proj', dim, dim)
+        add_linear(state, f'{mixer}.qkv', 3 * dim, dim)
+        add_linear(state, f'{mixer}.proj', dim, dim)
         return
-    _linear(state, f'{mixer}.in_proj', dim, dim, bias=False)
-    _linear(state, f'{mixer}.x_proj', rank + 16, inner, bias=False)
-    _linear(state, f'{mixer}.dt_proj', inner, rank)
-    _linear(state, f'{mixer}.out_proj', dim, dim, bias=False)
-    _linear(state, f'{mixer}.conv1d_x', inner, 1, 3, bias=False)
-    _linear(state, f'{mixer}.conv1d_z', inner, 1, 3, bias=False)
-    state[f'{mixer}.A_log'] = torch.arange(1.0, 9).log() + _normal(inner, 8, std=0.3)
-    state[f'{mixer}.D'] = _normal(inner, mean=1, std=0.3)
-
-
-def _normalise(state, name, x, eps=1e-5):
-    """BatchNorm of a map with the running statistics."""
-    mean, var, weight, bias = (
-        state[f'{name}.{part}'][:, None, None] for part in ('running_mean', 'running_var', 'weight', 'bias')
-    )
-    return (x - mean) / torch.sqrt(var + eps) * weight + bias
+    add_linear(state, f'{mixer}.in_proj', dim, dim, bias=False)
+    add_linear(state, f'{mixer}.x_proj', rank + 16, inner, bias=False)
+    add_linear(state, f'{mixer}.dt_proj', inner, rank)
+    add_linear(state, f'{mixer}.out_proj', dim, dim, bias=False)
+    add_linear(state, f'{mixer}.conv1d_x', inner, 1, 3, bias=False)
+    add_linear(state, f'{mixer}.conv1d_z', inner, 1, 3, bias=False)
+    state[f'{mixer}.A_log'] = torch.arange(1.0, 9).log() + normal(inner, 8, std=0.3)
+    state[f'{mixer}.D'] = normal(inner, mean=1, std=0.3)
 
 
 def _gelu_tanh(x):
@@ -104,22 +88,12 @@ def mixer(p, h):
 
 
 def _attention(p, h, heads):
-    side = h.shape[-1] // heads
-    q, k, v = (h @ p['qkv.weight'].T + p['qkv.bias']).chunk(3, dim=-1)
-    out = []
-    for head in range(heads):
-        own = slice(head * side, (head + 1) * side)
-        weights = torch.softmax(q[..., own] @ k[..., own].mT / math.sqrt(side), dim=-1)
-        out.append(weights @ v[..., own])
-    return torch.cat(out, dim=-1) @ p['proj.weight'].T + p['proj.bias']
-
-
-def _below(state, prefix):
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    y = attention(h @ p['qkv.weight'].T + p['qkv.bias'], heads)
+    return y @ p['proj.weight'].T + p['proj.bias']
 
 
 def _token_block_forward(p, x, heads):
-    own = _below(p, 'mixer.')
+    own = below(p, 'mixer.')
     h = oracles.layer_norm(x, p['norm1.weight'], p['norm1.bias'])
     x = x + p.get('gamma_1', 1) * (_attention(own, h, heads) if 'qkv.weight' in own else mixer(own, h))
     h = oracles.layer_norm(x, p['norm2.weight'], p['norm2.bias'])
@@ -146,23 +120,22 @@ def mambavision_maps(state, images, windows=(2, 2), heads=(2, 2)):
     x = images.double()
     for conv, norm in ((0, 1), (3, 4)):
         x = F.conv2d(x, state[f'patch_embed.conv_down.{conv}.weight'], stride=2, padding=1)
-        x = _normalise(state, f'patch_embed.conv_down.{norm}', x, eps=1e-4).clamp(min=0)
+        x = batch_norm(state, f'patch_embed.conv_down.{norm}', x, eps=1e-4).clamp(min=0)
     maps = []
-    for i in range(1 + max(int(key.split('.')[1]) for key in state if key.startswith('levels.'))):
-        depth = 1 + max(int(m[1]) for m in (re.match(rf'levels\.{i}\.blocks\.(\d+)', key) for key in state) if m)
-        names = [f'levels.{i}.blocks.{j}.' for j in range(depth)]
+    for i in range(count(state, 'levels.')):
+        names = [f'levels.{i}.blocks.{j}.' for j in range(count(state, f'levels.{i}.blocks.'))]
         if i < 2:
             for name in names:
                 y = F.conv2d(x, state[f'{name}conv1.weight'], state[f'{name}conv1.bias'], padding=1)
-                y = _gelu_tanh(_normalise(state, f'{name}norm1', y))
+                y = _gelu_tanh(batch_norm(state, f'{name}norm1', y))
                 y = F.conv2d(y, state[f'{name}conv2.weight'], state[f'{name}conv2.bias'], padding=1)
-                x = x + _normalise(state, f'{name}norm2', y)
+                x = x + batch_norm(state, f'{name}norm2', y)
         else:
-            parameters = [_below(state, name) for name in names]
+            parameters = [below(state, name) for name in names]
 
-            def blocks(tokens, parameters=parameters, count=heads[i - 2]):
+            def blocks(tokens, parameters=parameters, number=heads[i - 2]):
                 for p in parameters:
-                    tokens = _token_block_forward(p, tokens, count)
+                    tokens = _token_block_forward(p, tokens, number)
                 return tokens
 
             x = _in_windows(x, windows[i - 2], blocks)
@@ -175,5 +148,5 @@ def mambavision_maps(state, images, windows=(2, 2), heads=(2, 2)):
 def mambavision_logits(state, images, **kwargs):
     x = mambavision_maps(state, images, **kwargs)[-1]
     state = {key: value.double() for key, value in state.items()}
-    x = _normalise(state, 'norm', x).mean(dim=(2, 3))
+    x = batch_norm(state, 'norm', x).mean(dim=(2, 3))
     return x @ state['head.weight'].T + state['head.bias']

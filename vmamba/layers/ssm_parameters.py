@@ -1,4 +1,4 @@
-"""Initialisation of the state-space parameters, as in Mamba.
+"""Initialisation of the state-space parameters, as in Mamba and Mamba-2.
 
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
@@ -16,6 +16,12 @@ def init_A_log_(A_log: Tensor) -> Tensor:
     """Fills A_log [..., N] with log(1), ..., log(N) (S4D-real), so that A = -exp(A_log) = -1, ..., -N."""
     states = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device)
     return A_log.copy_(states.log().expand_as(A_log))
+
+
+@torch.no_grad()
+def init_uniform_A_log_(A_log: Tensor) -> Tensor:
+    """Fills A_log with the logarithm of U(1, 16), as in Mamba-2."""
+    return A_log.copy_(torch.empty(A_log.shape, device=A_log.device).uniform_(1, 16).log_())
 
 
 @torch.no_grad()

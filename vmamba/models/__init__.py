@@ -3,5 +3,6 @@
 from .mambavision import MambaVision
 from .vim import Vim
 from .vmamba import VMamba
+from .vssd import VSSD
 
-__all__ = ['MambaVision', 'VMamba', 'Vim']
+__all__ = ['MambaVision', 'VMamba', 'VSSD', 'Vim']

@@ -1,0 +1,84 @@
+"""VSSD's mixer: state space duality without order.
+
+VSSD: Vision Mamba with Non-Causal State Space Duality, https://arxiv.org/abs/2407.18559
+"""
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels import non_causal_ssd
+from .depthwise import DepthwiseConv2d
+from .norm import LayerNorm
+from .options import check_counts, scaled_channels
+from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
+
+
+@register_notrace_module
+class NonCausalSSD(nn.Module):
+    """One global state per head that all pixels of a channels-last map write and read.
+
+    z, xBC, dt = in_proj(h);  x, B, C = silu(conv2d(xBC));  m = softplus(dt + dt_bias) * exp(A_log)
+    y = C (sum over pixels of B m x) + D x;  out = out_proj(LayerNorm(y) * z). See `vmamba.kernels.non_causal_ssd`.
+
+    Args:
+        dim: Channels d of the map.
+        num_heads: Heads, which share the inner channels equally.
+        expand: Inner channels are D = int(expand * dim).
+        d_state: State dimension N.
+        d_conv: Odd kernel size of the depthwise convolution.
+        norm_eps: Epsilon of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        expand: float = 2.0,
+        d_state: int = 64,
+        d_conv: int = 3,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        check_counts(dim=dim, num_heads=num_heads, d_state=d_state, d_conv=d_conv)
+        inner = scaled_channels(dim, expand=expand)
+        if inner % num_heads:
+            raise ValueError(f'num_heads must divide the {inner} inner channels, got {num_heads}')
+        self.splits = inner, inner + 2 * d_state, num_heads  # z, xBC, dt
+        self.d_state = d_state
+        self.in_proj = nn.Linear(dim, sum(self.splits), bias=False, **dd)
+        self.conv2d = DepthwiseConv2d(inner + 2 * d_state, d_conv, silu=True, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, **dd))
+        self.A_log = nn.Parameter(torch.empty(num_heads, **dd))
+        self.D = nn.Parameter(torch.empty(num_heads, **dd))
+        self.out_norm = LayerNorm(inner, eps=norm_eps, autocast=True, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the state-space parameters; linear, convolution and norm layers initialise themselves."""
+        init_dt_bias_(self.dt_bias)
+        init_uniform_A_log_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, d] -> [B, H, W, d]"""
+        z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        inner, states, heads = self.splits[0], self.d_state, self.splits[2]
+        xBC = self.conv2d(xBC).flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
+        x, B, C = xBC.split([inner, states, states], dim=-1)
+        y = non_causal_ssd(
+            x.unflatten(-1, (heads, -1)),
+            dt.flatten(1, 2),
+            negative_exp(self.A_log),
+            B.unsqueeze(2),
+            C.unsqueeze(2),
+            self.D,
+            self.dt_bias,
+            dt_softplus=True,
+        )
+        y = y.flatten(2).view(z.shape)  # [B, L, heads, P] -> [B, H, W, D]
+        return self.out_proj(self.out_norm(y) * z)
