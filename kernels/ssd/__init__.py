@@ -15,6 +15,7 @@ from .._check import check, check_that
 from .._launch import runs_on_triton
 from .._operator import Operator, is_watched
 from . import plain
+from .launch import MAX_DIM, MAX_STATES, Scan, scan_backward, scan_forward, states_dtype, states_shape
 from .non_causal import non_causal_ssd
 
 __all__ = ['non_causal_ssd', 'ssd_scan']
@@ -82,7 +83,7 @@ def ssd_scan(
     given = [name for name, tensor in excluded.items() if tensor is not None]
     check_that(not (reverse and given), f'ssd_scan: reverse=True cannot be combined with {", ".join(given)}')
     low, high = map(float, dt_limit)
-    triton = False and runs_on_triton(x)
+    triton = x.shape[-1] <= MAX_DIM and B.shape[-1] <= MAX_STATES and runs_on_triton(x)
     y, last = _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, dt_softplus, low, high, reverse, triton)
     return (y, last) if return_final_states else y
 
@@ -172,15 +173,23 @@ def _forward(
     """y, the last state, and the states that the backward pass starts from."""
     y = torch.empty_like(x)
     options = dt_softplus, dt_min, dt_max, reverse
+    if triton:
+        scan = _scan_of(x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options)
+        last, states = scan_forward(scan, y)
+        return y, last, states if save else _empty_states(x, B, False)
     core = _core_of(x, dt, A, B, C, dt_bias, initial_states, sequence, *options)
     out, last = plain.scan_forward(core)
     y.copy_(_with_skip_and_gate(_to_sequence(out, reverse), x, D, z))
-    return y, last.flatten(1, 2).clone(), x.new_empty(0)
+    return y, last.flatten(1, 2).clone(), _empty_states(x, B, False)
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
-    (grad_y, grad_last), (x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options, _) = grads, inputs
+    (grad_y, grad_last), (x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options, triton) = grads, inputs
     *_, reverse = options
+    if triton:
+        grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+        scan = _scan_of(x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options)
+        return _triton_backward(scan, grad_y, grad_last, *saved)
     core = _core_of(x, dt, A, B, C, dt_bias, initial_states, sequence, *options)
     wide, groups = core.x.dtype, core.B.shape[2]
     grad_y = torch.zeros_like(core.x).view(x.shape) if grad_y is None else grad_y.to(wide)
@@ -210,7 +219,12 @@ def _like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Any) -> Tuple[Te
     *_, triton, save = others
     batch, _, heads, dim = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty((batch, heads, dim, B.shape[-1]), dtype=wide), x.new_empty(0)
+    last = x.new_empty((batch, heads, dim, B.shape[-1]), dtype=wide)
+    return torch.empty_like(x), last, _empty_states(x, B, save and triton)
+
+
+def _empty_states(x: Tensor, B: Tensor, save: bool) -> Tensor:
+    return x.new_empty(states_shape(x, B) if save else (0,), dtype=states_dtype(x))
 
 
 def _macs(x: Sequence[int], dt: Any, A: Any, B: Sequence[int], C: Any, D: Any, z: Any, *others: Any) -> int:
@@ -219,6 +233,26 @@ def _macs(x: Sequence[int], dt: Any, A: Any, B: Sequence[int], C: Any, D: Any, z
 
 
 _scan = Operator('ssd_scan', _forward, _backward, _like, results=2, macs=_macs)
+
+
+def _scan_of(*arguments: Any) -> Scan:
+    """The scan as its kernels take it."""
+    scan = Scan(*arguments)
+    names = 'A', 'D', 'dt_bias', 'initial_states'
+    tensors = {name: getattr(scan, name) for name in names}
+    return scan._replace(**{name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _triton_backward(
+    scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor
+) -> Sequence[Optional[Tensor]]:
+    grads = scan_backward(scan, grad_y, None if grad_last is None else grad_last.contiguous(), states)
+    grad_B, grad_C = (grad.squeeze(0) if len(grad) == 1 else grad.sum(dim=0) for grad in (grads.B, grads.C))
+    parameters = grads.parts.sum(dim=0)  # [H, 2 + numbers of D]
+    grad_A, grad_bias = parameters[:, 0], None if scan.dt_bias is None else parameters[:, 1]
+    grad_D = None if scan.D is None else parameters[:, 2:].reshape(scan.D.shape)
+    grad_initial = None if scan.initial_states is None else grads.initial_states
+    return grads.x, grads.dt, grad_A, grad_B, grad_C, grad_D, grads.z, grad_bias, grad_initial, None
 
 
 def _core_of(

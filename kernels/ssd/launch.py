@@ -1,0 +1,264 @@
+"""How the SSD's kernels divide their work: into chunks, heads and segments of chunks."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .._launch import MAX_PLANS, Launch, cdiv, dot_precision, is_nvidia, next_power_of_2, num_processors
+from .backward import gradient_kernel
+from .forward import output_kernel, state_kernel
+
+MAX_DIM, MAX_STATES = 128, 128  # of a head
+_MAX_SEGMENTS = 64  # the states of those before are composed one by one
+
+
+class Config(NamedTuple):
+    """Sizes of tiles, and how often they are cut.
+
+    Args:
+        chunk: Steps of a chunk.
+        state_p, state_n: Block of a head's state that a program of the walk has.
+        state_warps, output_warps, gradient_warps: Warps of a program.
+        state_stages, output_stages, gradient_stages: Stages of its loop.
+        programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
+        min_chunks: Fewest chunks of a segment.
+        segments, splits: Fixed numbers, for tests; 0 to choose.
+    """
+
+    chunk: int = 64
+    state_p: int = 32
+    state_n: int = 64
+    state_warps: int = 4
+    state_stages: int = 3
+    output_warps: int = 4
+    output_stages: int = 2
+    gradient_warps: int = 4
+    gradient_stages: int = 1
+    programs: int = 3
+    min_chunks: int = 4
+    segments: int = 0
+    splits: int = 0
+
+    def slots(self, processors: int) -> int:
+        """Programs that a pass should have."""
+        return processors * self.programs
+
+
+CONFIG = Config()
+
+
+class Tile(NamedTuple):
+    """Constants of the kernels: steps of a chunk, and channels and states of a block and in all."""
+
+    block_l: int
+    block_p: int
+    block_n: int
+    dim: int
+    dstate: int
+
+
+class Flags(NamedTuple):
+    """Constants of the kernels."""
+
+    softplus: bool
+    reverse: bool
+    half: bool
+    precision: str
+    nvidia: bool
+    dt_min: float
+    dt_max: float
+
+
+class Scan(NamedTuple):
+    """The arguments of a scan; all but x, dt, B, C and z are contiguous."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Optional[Tensor]
+    z: Optional[Tensor]
+    dt_bias: Optional[Tensor]
+    initial_states: Optional[Tensor]
+    sequence: Optional[Tensor]
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+    reverse: bool
+
+    @property
+    def D_stride(self) -> int:
+        """Numbers of D of a head."""
+        return 0 if self.D is None else self.D.numel() // self.D.shape[0]
+
+
+class Gradients(NamedTuple):
+    """Gradients of tensors; those of B and C as [splits, batch, L, G, N], those of A, dt_bias and D as partial sums
+    [batch * chunks, H, 2 + numbers of D]."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    z: Optional[Tensor]
+    initial_states: Tensor
+    parts: Tensor
+
+
+class _Sizes(NamedTuple):
+    """What decides how a scan is cut."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    dim: int
+    dstate: int
+    processors: int
+
+    @property
+    def share(self) -> int:
+        return self.heads // self.groups
+
+    @classmethod
+    def of(cls, scan: Scan) -> '_Sizes':
+        return cls(*scan.x.shape[:3], scan.B.shape[2], scan.x.shape[3], scan.B.shape[3], num_processors(scan.x))
+
+
+def states_shape(x: Tensor, B: Tensor) -> Tuple[int, ...]:
+    """Of the states before each chunk, which the backward pass starts from: [batch, chunks, H, P, N]."""
+    batch, length, heads, dim = x.shape
+    return batch, cdiv(length, CONFIG.chunk), heads, dim, B.shape[-1]
+
+
+def states_dtype(x: Tensor) -> torch.dtype:
+    """As tensor cores take them; what is passed from chunk to chunk is fp32."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def scan_forward(scan: Scan, y: Tensor) -> Tuple[Tensor, Tensor]:
+    """Fills y; returns the last state and the states before each chunk."""
+    states, last = _walk(scan, scan.x, None, scan.B, scan.initial_states)
+    strides = _strides(scan.x, scan.dt, scan.B, scan.C, scan.z, y)
+    launch = _output_launch(_Sizes.of(scan), strides, scan.D_stride, _flags(scan), CONFIG)
+    inputs = scan.x, scan.dt, scan.A, scan.B, scan.C, scan.D, scan.z, scan.dt_bias, scan.sequence
+    launch(*inputs, states, y)
+    return last, states
+
+
+def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor) -> Gradients:
+    """Gradients of all tensors."""
+    x, z, B = scan.x, scan.z, scan.B
+    adjoints, grad_initial = _walk(scan, grad_y, z, scan.C, grad_last)
+    sizes = _Sizes.of(scan)
+    splits, _ = _splits(sizes, CONFIG)
+    grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
+    grad_dt = torch.empty_like(scan.dt, memory_format=torch.contiguous_format)
+    shape = splits, *B.shape
+    dtypes = (B.dtype, scan.C.dtype) if splits == 1 else (torch.float32, torch.float32)
+    grad_B, grad_C = (B.new_empty(shape, dtype=dtype) for dtype in dtypes)
+    parts = x.new_empty((*states.shape[:3], 2 + scan.D_stride), dtype=torch.float32)
+    strides = _strides(grad_y, x, scan.dt, B, scan.C, z, grad_x, grad_z)
+    launch = _gradient_launch(sizes, strides, scan.D_stride, _flags(scan), CONFIG)
+    inputs = x, scan.dt, scan.A, B, scan.C, scan.D, z, scan.dt_bias, scan.sequence
+    launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_B, grad_C, grad_z, parts)
+    return Gradients(grad_x, grad_dt, grad_B, grad_C, grad_z, grad_initial, parts.flatten(0, 1))
+
+
+def _walk(scan: Scan, x: Tensor, z: Optional[Tensor], B: Tensor, initial: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """States before each chunk and the last one; adjoint ones if x is not scan.x."""
+    sizes = _Sizes.of(scan)
+    strides = _strides(x, z, scan.dt, B)
+    walk, summary, segments = _walk_launches(sizes, strides, x is not scan.x, _flags(scan), CONFIG)
+    states = x.new_empty(states_shape(scan.x, scan.B), dtype=states_dtype(scan.x))
+    shape = sizes.batch, sizes.heads, sizes.dim, sizes.dstate
+    last = x.new_empty(shape, dtype=torch.float32)
+    ends = last.new_empty((*shape[:2], segments - 1, *shape[2:]))
+    totals = last.new_empty((*shape[:2], segments - 1))
+    inputs = x, z, scan.dt, scan.A, B, scan.dt_bias, scan.sequence
+    if summary is not None:
+        summary(*inputs, None, ends, totals, None, None)
+    walk(*inputs, initial, ends, totals, states, last)
+    return states, last
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _walk_launches(
+    sizes: _Sizes, strides: Tuple[Any, ...], adjoint: bool, flags: Flags, config: Config
+) -> Tuple[Launch, Optional[Launch], int]:
+    """The walk, the walk before it that finds the states between segments, and the number of segments."""
+    block_p, block_n = (
+        min(block, max(next_power_of_2(size), 16))
+        for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
+    )
+    tile = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate)
+    programs = sizes.batch * sizes.heads * cdiv(sizes.dim, block_p) * cdiv(sizes.dstate, block_n)
+    chunks = cdiv(sizes.length, config.chunk)
+    most = config.slots(sizes.processors) // max(programs, 1)
+    segments = config.segments or min(most, chunks // config.min_chunks, _MAX_SEGMENTS)
+    segment_chunks = cdiv(chunks, max(1, min(segments, chunks)))
+    segments = cdiv(chunks, segment_chunks)
+    integers = sizes.length, sizes.heads, sizes.share, segment_chunks, *strides
+
+    def launch(segments: int, is_summary: bool) -> Launch:
+        constants = adjoint, is_summary, tile, flags
+        warps, stages = config.state_warps, config.state_stages
+        return Launch(state_kernel, (programs, segments), integers, constants, warps, stages=stages)
+
+    return launch(segments, False), launch(segments - 1, True) if segments > 1 else None, segments
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _output_launch(sizes: _Sizes, strides: Tuple[Any, ...], D_stride: int, flags: Flags, config: Config) -> Launch:
+    return _chunk_launch(
+        output_kernel, sizes, strides, D_stride, flags, config, config.output_warps, config.output_stages
+    )
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _gradient_launch(sizes: _Sizes, strides: Tuple[Any, ...], D_stride: int, flags: Flags, config: Config) -> Launch:
+    return _chunk_launch(
+        gradient_kernel, sizes, strides, D_stride, flags, config, config.gradient_warps, config.gradient_stages
+    )
+
+
+def _chunk_launch(
+    kernel: Any,
+    sizes: _Sizes,
+    strides: Tuple[Any, ...],
+    D_stride: int,
+    flags: Flags,
+    config: Config,
+    warps: int,
+    stages: int,
+) -> Launch:
+    """Of a kernel whose programs have a chunk of some heads of a group."""
+    splits, split_heads = _splits(sizes, config)
+    block_p, block_n = (max(next_power_of_2(size), 16) for size in (sizes.dim, sizes.dstate))
+    tile = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate)
+    grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
+    integers = sizes.length, sizes.heads, sizes.share, split_heads, *strides
+    return Launch(kernel, grid, integers, (D_stride, tile, flags), warps, stages=stages)
+
+
+def _splits(sizes: _Sizes, config: Config) -> Tuple[int, int]:
+    """Among how many programs the heads of a group are shared, and heads of each: as few as fill the processors."""
+    programs = sizes.batch * sizes.groups * cdiv(sizes.length, config.chunk)
+    splits = config.splits or cdiv(config.slots(sizes.processors), max(programs, 1))
+    split_heads = cdiv(sizes.share, min(splits, sizes.share))
+    return cdiv(sizes.share, split_heads), split_heads
+
+
+def _flags(scan: Scan) -> Flags:
+    x = scan.x
+    half = x.dtype == torch.bfloat16
+    limits = scan.dt_min, scan.dt_max
+    return Flags(scan.dt_softplus, scan.reverse, half, dot_precision(x), is_nvidia(x), *limits)
+
+
+def _strides(*tensors: Optional[Tensor]) -> Tuple[Tuple[int, ...], ...]:
+    """Those of each tensor; all 0 for None."""
+    return tuple([(0, 0, 0, 0) if tensor is None else tensor.stride() for tensor in tensors])
