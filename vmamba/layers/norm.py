@@ -1,6 +1,7 @@
 """timm's norms, computed in at least fp32 and returned in the dtype of the next layer."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from timm.layers import RmsNorm as TimmRmsNorm
@@ -65,3 +66,48 @@ class LayerNorm2d(_AutocastNorm, TimmLayerNorm2d):
         x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
         x = layer_norm(x, self.weight, self.bias, self.eps, self.out_dtype(x.device.type))
         return x.permute(0, 3, 1, 2)
+
+
+@register_notrace_module
+class GatedRmsNorm(nn.Module):
+    """RMSNorm of Mamba-2, over groups of channels and with a gate: rms(y * silu(z)), or rms(y) * silu(z).
+
+    Computed in at least fp32.
+
+    Args:
+        dim: Channels d.
+        groups: Groups of channels that are normalised separately.
+        eps: Added to the mean square.
+        norm_before_gate: Multiply by the gate after the norm instead of before it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        groups: int = 1,
+        eps: float = 1e-5,
+        norm_before_gate: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.norm_before_gate = norm_before_gate
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y and its gate z [B, ..., d] -> [B, ..., d] in y's dtype"""
+        dtype, gate = y.dtype, F.silu(widen(z))
+        y = widen(y) if self.norm_before_gate else widen(y) * gate
+        if self.groups == 1:
+            y = rms_norm(y, self.weight, self.eps, y.dtype)
+        else:
+            grouped = y.unflatten(-1, (self.groups, -1))
+            grouped = grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + self.eps)
+            y = grouped.flatten(-2) * self.weight
+        return (y * gate if self.norm_before_gate else y).to(dtype)

@@ -19,9 +19,9 @@ def init_A_log_(A_log: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_uniform_A_log_(A_log: Tensor) -> Tensor:
-    """Fills A_log with the logarithm of U(1, 16), as in Mamba-2."""
-    return A_log.copy_(torch.empty(A_log.shape, device=A_log.device).uniform_(1, 16).log_())
+def init_uniform_A_log_(A_log: Tensor, low: float = 1.0, high: float = 16.0) -> Tensor:
+    """Fills A_log with the logarithm of U(low, high), as in Mamba-2."""
+    return A_log.copy_(torch.empty(A_log.shape, device=A_log.device).uniform_(low, high).log_())
 
 
 @torch.no_grad()
@@ -32,10 +32,12 @@ def init_dt_weight_(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_dt_bias_(bias: Tensor) -> Tensor:
-    """Fills bias so that softplus(bias) is log-uniform in [1e-3, 0.1] and at least 1e-4."""
-    dt = torch.rand(bias.shape, device=bias.device) * (math.log(_DT_MAX) - math.log(_DT_MIN)) + math.log(_DT_MIN)
-    dt = dt.exp().clamp(min=_DT_FLOOR)
+def init_dt_bias_(
+    bias: Tensor, dt_min: float = _DT_MIN, dt_max: float = _DT_MAX, dt_floor: float = _DT_FLOOR
+) -> Tensor:
+    """Fills bias so that softplus(bias) is log-uniform in [dt_min, dt_max] and at least dt_floor."""
+    dt = torch.rand(bias.shape, device=bias.device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+    dt = dt.exp().clamp(min=dt_floor)
     return bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
 

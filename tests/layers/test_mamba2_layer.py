@@ -1,0 +1,173 @@
+"""Mamba2 against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from torch import nn
+
+from vmamba.layers import Mamba2
+
+SMALL = dict(d_model=12, d_state=5, headdim=4)
+CASES = {
+    'default': {},
+    'groups': dict(ngroups=3),
+    'skip-per-channel': dict(D_has_hdim=True),
+    'norm-before-gate': dict(norm_before_gate=True, ngroups=2),
+    'no-norm': dict(rmsnorm=False, bias=True),
+    'mlp-beside': dict(d_ssm=16, ngroups=2, bias=True),
+    'limited-steps': dict(dt_limit=(0.02, 0.3)),
+    'wide-convolution': dict(d_conv=6, conv_bias=False),
+    'no-history': dict(d_conv=1, expand=1),
+}
+
+
+def make(**options):
+    layer = Mamba2(**{**SMALL, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return layer
+
+
+def reference(p, h, seq_idx=None, headdim=4, d_state=5, d_ssm=24, ngroups=1, dt_limit=(0, math.inf), before=False):
+    """One token, head and channel group at a time; p has the official names. [B, L, d] -> [B, L, d]"""
+    batch, seqlen, _ = h.shape
+    heads, states = d_ssm // headdim, ngroups * d_state
+    proj = h @ p['in_proj.weight'].T + p.get('in_proj.bias', 0)
+    beside = (proj.shape[-1] - heads - 2 * d_ssm - 2 * states) // 2
+    z0, x0, z, xBC, dt = proj.split([beside, beside, d_ssm, d_ssm + 2 * states, heads], dim=-1)
+    conv, _ = oracles.causal_conv1d(xBC.mT, p['conv1d.weight'][:, 0], p.get('conv1d.bias'), seq_idx)
+    x, B, C = oracles.silu(conv.mT).split([d_ssm, states, states], dim=-1)
+    dt = oracles.softplus(dt + p['dt_bias']).clamp(*dt_limit)
+    D = p['D'] if len(p['D']) == d_ssm else p['D'].repeat_interleave(headdim)
+    state = [h.new_zeros(batch, headdim, d_state) for _ in range(heads)]
+    rows = []
+    for t in range(seqlen):
+        outputs = []
+        for head in range(heads):
+            group = head * ngroups // heads
+            b, c = (s[:, t, group * d_state : (group + 1) * d_state] for s in (B, C))
+            u, step = x[:, t, head * headdim : (head + 1) * headdim], dt[:, t, head, None, None]
+            if seq_idx is not None and t and seq_idx[0, t] != seq_idx[0, t - 1]:
+                state[head] = torch.zeros_like(state[head])
+            decay = torch.exp(-step * torch.exp(p['A_log'][head]))
+            state[head] = decay * state[head] + step * u[:, :, None] * b[:, None]
+            outputs.append((state[head] * c[:, None]).sum(dim=-1))
+        rows.append(torch.cat(outputs, dim=-1) + D * x[:, t])
+    y, gate = torch.stack(rows, dim=1), oracles.silu(z)
+    if 'norm.weight' not in p:
+        y = y * gate
+    else:
+        y = y if before else y * gate
+        ones = torch.ones(d_ssm // ngroups, dtype=y.dtype)
+        y = torch.cat([oracles.rms_norm(part, ones) for part in y.chunk(ngroups, dim=-1)], dim=-1) * p['norm.weight']
+        y = y * gate if before else y
+    y = torch.cat([oracles.silu(z0) * x0, y], dim=-1)
+    return y @ p['out_proj.weight'].T + p.get('out_proj.bias', 0)
+
+
+def reference_of(options):
+    own = {'norm_before_gate': 'before'}
+    kept = {own.get(k, k): v for k, v in options.items() if k in ('ngroups', 'dt_limit', 'norm_before_gate')}
+    d_ssm = options.get('d_ssm', 12 * options.get('expand', 2))
+    return lambda p, h, seq_idx=None: reference(p, h, seq_idx, d_ssm=d_ssm, **kept)
+
+
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_output_and_gradients_follow_the_definition(options):
+    layer = make(**options)
+    x = torch.randn(2, 9, 12, requires_grad=True)
+    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
+    wide_x = x.detach().double().requires_grad_()
+    y, expected = layer(x), reference_of(options)(wide, wide_x)
+    assert oracles.relative_error(y, expected) < 1e-5
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
+    for key, parameter in layer.named_parameters():
+        assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_a_prompt_and_steps_equal_the_whole_sequence(options):
+    layer = make(**options).double()
+    x = torch.randn(2, 11, 12, dtype=torch.double)
+    whole, cache = layer(x), layer.allocate_cache(2)
+    parts = [layer(x[:, :2], cache=cache), layer(x[:, 2:6], cache=cache)]
+    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 6:].unbind(dim=1)]
+    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+    assert oracles.relative_error(layer(x[:, :7], cache=layer.allocate_cache(2)), whole[:, :7]) < 1e-10
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other():
+    layer = make(ngroups=2).double()
+    x, seq_idx = torch.randn(1, 10, 12, dtype=torch.double), torch.tensor([[0] * 3 + [1] * 2 + [2] * 5])
+    parts = torch.cat([layer(part) for part in x.split([3, 2, 5], dim=1)], dim=1)
+    assert oracles.relative_error(layer(x, seq_idx), parts) < 1e-10
+    assert oracles.relative_error(layer(x), parts) > 1e-3
+    with pytest.raises(ValueError, match='seq_idx or a cache, not both'):
+        layer(x, seq_idx, layer.allocate_cache(1))
+
+
+@torch.no_grad()
+def test_steps_after_a_prompt_under_autocast_and_in_bfloat16():
+    layer = make(d_model=24, headdim=8)
+    x = torch.randn(2, 9, 24)
+    expected = layer(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert oracles.relative_error(layer(x), expected) < 3e-2
+    brief = layer.bfloat16()
+    cache = brief.allocate_cache(2)
+    assert (cache.conv.dtype, cache.ssm.dtype) == (torch.bfloat16, torch.float32)
+    first = brief(x[:, :8].bfloat16(), cache=cache)
+    last = brief.step(x[:, 8].bfloat16(), cache)
+    assert first.dtype == last.dtype == torch.bfloat16
+    assert oracles.relative_error(torch.cat([first, last[:, None]], dim=1), expected) < 3e-2
+
+
+def test_official_parameters():
+    """The names and shapes of mamba_ssm's layer, whose positional arguments and unused options are accepted too."""
+    layer = Mamba2(32, 128, 4, ngroups=2, headdim=16, use_mem_eff_path=False, layer_idx=3, chunk_size=64, device='meta')
+    assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == {
+        'in_proj.weight': (2 * 64 + 2 * 2 * 128 + 4, 32),
+        'conv1d.weight': (64 + 2 * 2 * 128, 1, 4),
+        'conv1d.bias': (64 + 2 * 2 * 128,),
+        'dt_bias': (4,),
+        'A_log': (4,),
+        'D': (4,),
+        'norm.weight': (64,),
+        'out_proj.weight': (32, 64),
+    }
+    assert layer.layer_idx == 3
+    bare = Mamba2(16, headdim=8, rmsnorm=False, bias=True, conv_bias=False, D_has_hdim=True, dtype=torch.bfloat16)
+    assert 'norm.weight' not in bare.state_dict() and 'conv1d.bias' not in bare.state_dict()
+    assert len(bare.state_dict()) == 8 and bare.D.shape == (32,)
+    assert {p.dtype for p in bare.parameters()} == {torch.bfloat16}
+
+
+def test_initial_values():
+    layer = Mamba2(256, headdim=2, A_init_range=(2, 5), dt_min=0.01, dt_max=0.2, conv_init=0.1)
+    step = nn.functional.softplus(layer.dt_bias)
+    assert 0.0099 < step.min() < 0.015 and 0.15 < step.max() < 0.201
+    assert 2 <= layer.A_log.exp().min() < 2.1 and 4.9 < layer.A_log.exp().max() <= 5.001
+    assert 0.09 < layer.conv1d.weight.abs().max() <= 0.1 and (layer.D == 1).all() and (layer.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (dict(headdim=5), 'headdim must divide the 24 channels of the scan, got 5'),
+        (dict(ngroups=4), 'ngroups must divide the 6 heads, got 4'),
+        (dict(d_ssm=28), 'd_ssm must be at most the 24 inner channels, got 28'),
+        (dict(d_state=0), 'd_state .* got 0'),
+        (dict(A_init_range=(0, 4)), r'A_init_range must be positive and ascending, got \(0, 4\)'),
+    ],
+)
+def test_options_that_make_no_layer_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mamba2(**{**SMALL, **options})
