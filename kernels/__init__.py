@@ -5,6 +5,7 @@ from ._operator import OPERATORS
 from .bimamba import bidirectional_scan, bimamba_core
 from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
+from .long_conv import diagonal_kernel, diagonal_state, long_conv
 from .naive import cross_merge, cross_scan
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan
@@ -23,7 +24,10 @@ __all__ = [
     'cross_merge',
     'cross_scan',
     'depthwise_conv2d',
+    'diagonal_kernel',
+    'diagonal_state',
     'layer_norm',
+    'long_conv',
     'non_causal_ssd',
     'rms_norm',
     'selective_scan',

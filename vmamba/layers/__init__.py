@@ -1,28 +1,43 @@
 """Mixers and the layers that timm.layers lacks."""
 
+from .attention import Attention, AttentionCache
 from .bimamba import BiMamba
 from .depthwise import CausalConv1d, DepthwiseConv2d
+from .h3 import H3, H3Cache
 from .image import ImageConv2d, check_images
+from .mamba import Mamba, MambaCache
 from .mamba2 import Mamba2, Mamba2Cache
 from .mambavision import MambaVisionMixer
 from .non_causal import NonCausalSSD
 from .norm import GatedRmsNorm, LayerNorm, LayerNorm2d, RmsNorm
 from .residual import residual_branches
+from .routes import Bidirectional, FourRoutes
+from .s4d import S4D, S4DCache
 from .ss2d import SS2D
 
 __all__ = [
+    'Attention',
+    'AttentionCache',
     'BiMamba',
+    'Bidirectional',
     'CausalConv1d',
     'DepthwiseConv2d',
+    'FourRoutes',
     'GatedRmsNorm',
+    'H3',
+    'H3Cache',
     'ImageConv2d',
     'LayerNorm',
     'LayerNorm2d',
+    'Mamba',
     'Mamba2',
     'Mamba2Cache',
+    'MambaCache',
     'MambaVisionMixer',
     'NonCausalSSD',
     'RmsNorm',
+    'S4D',
+    'S4DCache',
     'SS2D',
     'check_images',
     'residual_branches',

@@ -2,10 +2,13 @@
 
 from typing import Optional
 
+import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, depthwise_conv2d
+from .norm import widen
 from .options import check_counts
 
 
@@ -37,27 +40,48 @@ class DepthwiseConv2d(nn.Conv2d):
 
 @register_notrace_module
 class CausalConv1d(nn.Conv1d):
-    """Causal depthwise convolution of a sequence with SiLU; see `vmamba.kernels.causal_conv1d`.
+    """Causal depthwise convolution of a sequence, with SiLU; see `vmamba.kernels.causal_conv1d`.
+
+    It goes on from earlier inputs by a state [B, d, w]: the last w inputs, the newest last, zeros before the first.
 
     Args:
         dim: Channels d.
         kernel_size: Width w of the window.
         bias: Whether there is a bias.
+        silu: Return silu of the result.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 4, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int = 4, bias: bool = True, silu: bool = True, device=None, dtype=None
+    ) -> None:
         check_counts(dim=dim, kernel_size=kernel_size)
         options = dict(padding=kernel_size - 1, groups=dim, bias=bias, device=device, dtype=dtype)
         super().__init__(dim, dim, kernel_size, **options)
+        self.silu = silu
 
-    def forward(self, x: Tensor, seq_idx: Optional[Tensor] = None, initial_states: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, seq_idx: Optional[Tensor] = None, state: Optional[Tensor] = None) -> Tensor:
         """[B, L, d] -> [B, L, d]
 
         Args:
             x: [B, L, d].
             seq_idx: Integers [B, L], the number of the packed sequence of each position.
-            initial_states: The inputs before x [B, d, w - 1], zero by default.
+            state: Of the inputs before x; updated, without gradients.
         """
-        weight = self.weight.squeeze(1)
-        out = causal_conv1d(x.mT, weight, self.bias, seq_idx=seq_idx, initial_states=initial_states, activation='silu')
-        return out.mT
+        history = None if state is None else state[..., 1:].to(x.dtype, copy=True)
+        activation = 'silu' if self.silu else None
+        options = dict(seq_idx=seq_idx, initial_states=history, activation=activation)
+        out = causal_conv1d(x.mT, self.weight.squeeze(1), self.bias, **options).mT
+        if state is not None:
+            state.copy_(torch.cat([state, x.mT.to(state.dtype)], dim=-1)[..., -state.shape[-1] :].detach())
+        return out
+
+    def allocate_state(self, batch_size: int) -> Tensor:
+        """The state before the first input, on the parameters' device."""
+        return self.weight.new_zeros(batch_size, self.weight.shape[0], self.weight.shape[-1])
+
+    def step(self, x: Tensor, state: Tensor) -> Tensor:
+        """The output for one more input, [B, d] -> [B, d]; updates the state."""
+        state.copy_(torch.cat([state[..., 1:], x.unsqueeze(-1).to(state.dtype)], dim=-1))
+        out = (widen(state) * widen(self.weight.squeeze(1))).sum(dim=-1)
+        out = out if self.bias is None else out + self.bias
+        return (F.silu(out) if self.silu else out).to(x.dtype)

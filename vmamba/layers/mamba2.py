@@ -105,7 +105,7 @@ class Mamba2(nn.Module):
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f'A_init_range must be positive and ascending, got {A_init_range}')
         self.d_state, self.headdim, self.ngroups, self.d_ssm = d_state, headdim, ngroups, d_ssm
-        self.d_conv, self.conv_init, self.A_init_range = d_conv, conv_init, A_init_range
+        self.conv_init, self.A_init_range = conv_init, A_init_range
         self.dt_init, self.dt_limit = (dt_min, dt_max, dt_init_floor), dt_limit
         self.layer_idx = layer_idx
         channels = d_ssm + 2 * ngroups * d_state
@@ -141,8 +141,7 @@ class Mamba2(nn.Module):
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
-        history = None if cache is None else cache.conv[..., 1:].to(xBC.dtype, copy=True)
-        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, history))
+        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, None if cache is None else cache.conv))
         y = ssd_scan(
             *(x, dt, negative_exp(self.A_log), B, C, 1, self._skip()),
             z=z.unflatten(-1, (-1, self.headdim)) if self.norm is None else None,
@@ -156,17 +155,13 @@ class Mamba2(nn.Module):
         if cache is not None:
             y, last = y
             cache.ssm.copy_(last.detach())
-            seen = torch.cat([cache.conv, xBC.mT.to(cache.conv.dtype)], dim=-1)
-            cache.conv.copy_(seen[..., -self.d_conv :].detach())
         return self._project(y.flatten(-2), z0, x0, z)
 
     def allocate_cache(self, batch_size: int) -> Mamba2Cache:
         """The cache of a sequence that has not begun, on the parameters' device."""
-        weight = self.conv1d.weight
-        conv = weight.new_zeros(batch_size, weight.shape[0], self.d_conv)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        state = self.dt_bias.shape[0], self.headdim, self.d_state
-        return Mamba2Cache(conv, weight.new_zeros(batch_size, *state, dtype=wide))
+        state = batch_size, self.dt_bias.shape[0], self.headdim, self.d_state
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        return Mamba2Cache(self.conv1d.allocate_state(batch_size), self.A_log.new_zeros(state, dtype=wide))
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: Mamba2Cache) -> Tensor:
@@ -180,11 +175,7 @@ class Mamba2(nn.Module):
             [B, d].
         """
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
-        cache.conv.copy_(torch.cat([cache.conv[..., 1:], xBC.unsqueeze(-1).to(cache.conv.dtype)], dim=-1))
-        weight, bias = widen(self.conv1d.weight.squeeze(1)), self.conv1d.bias
-        u = (widen(cache.conv) * weight).sum(dim=-1)
-        u = F.silu(u if bias is None else u + bias).to(xBC.dtype)
-        x, B, C = self._split_heads(u)
+        x, B, C = self._split_heads(self.conv1d.step(xBC, cache.conv))
         dt = F.softplus(widen(dt) + self.dt_bias).clamp(*self.dt_limit)
         D = self._skip()
         y = selective_state_update(

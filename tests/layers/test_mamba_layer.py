@@ -1,0 +1,84 @@
+"""Mamba against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
+
+import oracles
+import pytest
+import torch
+
+from vmamba.layers import Mamba
+
+CASES = {
+    'default': {},
+    'biases': dict(bias=True, expand=1.5, dt_rank=3),
+    'wide-convolution': dict(d_conv=6, conv_bias=False, dt_init='constant', dt_scale=0.5),
+}
+
+
+def make(**options):
+    layer = Mamba(**{**dict(d_model=8, d_state=5), **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return layer
+
+
+def reference(p, h):
+    """One token at a time; p has the official names. [B, L, d] -> [B, L, d]"""
+    x, z = (h @ p['in_proj.weight'].T + p.get('in_proj.bias', 0)).chunk(2, dim=-1)
+    u = oracles.silu(oracles.causal_conv1d(x.mT, p['conv1d.weight'][:, 0], p.get('conv1d.bias'), None)[0].mT)
+    rank, states = p['dt_proj.weight'].shape[1], p['A_log'].shape[1]
+    dt, B, C = (u @ p['x_proj.weight'].T).split([rank, states, states], dim=-1)
+    dt = oracles.softplus(dt @ p['dt_proj.weight'].T + p['dt_proj.bias'])
+    state, rows = h.new_zeros(h.shape[0], *p['A_log'].shape), []
+    for t in range(h.shape[1]):
+        decay = torch.exp(-dt[:, t, :, None] * torch.exp(p['A_log']))
+        state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        rows.append((state * C[:, t, None]).sum(-1) + p['D'] * u[:, t])
+    y = torch.stack(rows, dim=1) * oracles.silu(z)
+    return y @ p['out_proj.weight'].T + p.get('out_proj.bias', 0)
+
+
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_output_and_gradients_follow_the_definition(options):
+    layer = make(**options)
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
+    wide_x = x.detach().double().requires_grad_()
+    y, expected = layer(x), reference(wide, wide_x)
+    assert oracles.relative_error(y, expected) < 1e-5
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
+    for key, parameter in layer.named_parameters():
+        assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_prompts_and_steps_equal_the_whole_sequence(options):
+    layer = make(**options).double()
+    x = torch.randn(2, 11, 8, dtype=torch.double)
+    whole, cache = layer(x), layer.allocate_cache(2)
+    parts = [layer(x[:, :2], cache=cache), layer(x[:, 2:6], cache=cache)]
+    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 6:].unbind(dim=1)]
+    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+
+
+def test_official_names_and_initialisation():
+    layer = Mamba(32, layer_idx=2, use_fast_path=False)
+    assert set(layer.state_dict()) == {
+        *('A_log', 'D', 'in_proj.weight', 'conv1d.weight', 'conv1d.bias', 'x_proj.weight'),
+        *('dt_proj.weight', 'dt_proj.bias', 'out_proj.weight'),
+    }
+    dt = torch.nn.functional.softplus(layer.dt_proj.bias)
+    assert 1e-4 <= dt.min() and dt.max() <= 0.1 + 1e-6
+    assert torch.equal(layer.A_log[0], torch.arange(1, 17).log())
+    assert layer.dt_proj.weight.abs().max() <= 2**-0.5
+    torch.testing.assert_close(Mamba(32, dt_init='constant').dt_proj.weight.data, torch.full((64, 2), 2**-0.5))
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="dt_init must be one of 'random', 'constant', got 'zero'"):
+        Mamba(8, dt_init='zero')
+    with pytest.raises(ValueError, match='d_state must be an integer of at least 1, got 0'):
+        Mamba(8, d_state=0)

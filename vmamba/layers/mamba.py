@@ -1,0 +1,149 @@
+"""The Mamba block.
+
+Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
+"""
+
+import math
+from typing import Any, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels import selective_scan, selective_state_update
+from .depthwise import CausalConv1d
+from .options import check_choice, check_counts, scaled_channels
+from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
+
+
+class MambaCache(NamedTuple):
+    """What a Mamba block remembers of a sequence; updated in place.
+
+    Attributes:
+        conv: The last inputs of the convolution, the newest last, [B, D, d_conv].
+        ssm: The state [B, D, N] in fp32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@register_notrace_module
+class Mamba(nn.Module):
+    """Mamba over a token sequence, with the constructor and the parameter names of mamba_ssm's `Mamba`.
+
+    x, z = in_proj(h).chunk(2);  u = silu(conv1d(x));  dt, B, C = x_proj(u);
+    out = out_proj(selective_scan(u, dt_proj(dt), A, B, C, D) * silu(z)). See `vmamba.kernels.selective_scan`.
+
+    Args:
+        d_model: Token channels d.
+        d_state: State dimension N.
+        d_conv: Width of the causal convolution.
+        expand: Inner channels are D = int(expand * d_model).
+        dt_rank: Rank R of the step-size projection; 'auto' for ceil(d_model / 16).
+        dt_min: Smallest initial step size.
+        dt_max: Largest initial step size.
+        dt_init: Initial weights of the step-size projection: 'random' for uniform in the bound, 'constant' for it.
+        dt_scale: Factor of that bound, R^-0.5.
+        dt_init_floor: Initial step sizes are at least this.
+        conv_bias: Whether the convolution has a bias.
+        bias: Whether the projections have biases.
+        use_fast_path: Unused: there is one path.
+        layer_idx: Stored for callers.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: Union[int, str] = 'auto',
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = 'random',
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: Optional[int] = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        rank: Any = math.ceil(d_model / 16) if dt_rank == 'auto' else dt_rank
+        check_counts(d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=rank)
+        check_choice(('random', 'constant'), dt_init=dt_init)
+        inner = scaled_channels(d_model, expand=expand)
+        self.d_state, self.dt_rank, self.layer_idx = d_state, rank, layer_idx
+        self.dt_init, self.dt_scale, self.dt_range = dt_init, dt_scale, (dt_min, dt_max, dt_init_floor)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **dd)
+        self.conv1d = CausalConv1d(inner, d_conv, bias=conv_bias, **dd)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(rank, inner, **dd)
+        self.A_log = nn.Parameter(torch.empty(inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(inner, **dd))
+        self.out_proj = nn.Linear(inner, d_model, bias=bias, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the state-space parameters; the other layers initialise themselves."""
+        bound = self.dt_scale * self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound if self.dt_init == 'random' else bound, bound)
+        init_dt_bias_(self.dt_proj.bias, *self.dt_range)
+        init_A_log_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor, cache: Optional[MambaCache] = None) -> Tensor:
+        """[B, L, d] -> [B, L, d]
+
+        Args:
+            x: Tokens [B, L, d].
+            cache: What precedes x; updated to what precedes the next token. Carries no gradients.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.conv1d(x, state=None if cache is None else cache.conv)
+        dt, B, C = self._project(u)
+        y = selective_scan(
+            *(u.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT, self.D, z.mT),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            return_last_state=cache is not None,
+            initial_state=None if cache is None else cache.ssm.clone(),
+        )
+        if cache is not None:
+            y, last = y
+            cache.ssm.copy_(last.detach())
+        return self.out_proj(y.mT)
+
+    def allocate_cache(self, batch_size: int) -> MambaCache:
+        """The cache of a sequence that has not begun, on the parameters' device."""
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        ssm = self.A_log.new_zeros(batch_size, *self.A_log.shape, dtype=wide)
+        return MambaCache(self.conv1d.allocate_state(batch_size), ssm)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """The output for one more token, equal to that of the whole sequence; without gradients.
+
+        Args:
+            x: Token [B, d].
+            cache: What precedes the token; updated.
+
+        Returns:
+            [B, d].
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.conv1d.step(x, cache.conv)
+        dt, B, C = self._project(u)
+        options = dict(dt_bias=self.dt_proj.bias, dt_softplus=True)
+        y = selective_state_update(cache.ssm, u, dt, negative_exp(self.A_log), B, C, self.D, z, **options)
+        return self.out_proj(y)
+
+    def _project(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """[..., D] -> step sizes before their bias [..., D], B and C [..., N]"""
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, self.dt_proj.weight), B, C  # the scan adds the bias in fp32
