@@ -142,7 +142,7 @@ class Mamba2(nn.Module):
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
         history = None if cache is None else cache.conv[..., 1:].to(xBC.dtype, copy=True)
-        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, history))
+        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx=seq_idx, initial_states=history))
         y = ssd_scan(
             *(x, dt, negative_exp(self.A_log), B, C, 1, self._skip()),
             z=z.unflatten(-1, (-1, self.headdim)) if self.norm is None else None,

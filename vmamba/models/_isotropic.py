@@ -231,7 +231,7 @@ class TokenModel(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Re-initialises all weights: class token, position embedding and classifier from a truncated normal of std
-        0.02, out_proj scaled by 1 / sqrt(depth)."""
+        0.02, out_proj scaled by 1 / sqrt(depth), biases of linear layers zero."""
         reset_parameters(self)
         self._init_own()
 
@@ -242,6 +242,9 @@ class TokenModel(nn.Module):
         for block in self.blocks:
             bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
             nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
+            for module in block.modules():
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
