@@ -6,24 +6,24 @@ import timm
 import timm_plugin
 from timm_plugin import list_models
 
-VIM = {'vim_t', 'vim_t_stride8', 'vim_s', 'vim_s_stride8', 'vim_b', 'vim_nano'}
-VMAMBA = {name for name in timm.list_models('vmamba*') if name.startswith('vmamba_')}
+OF_TOKENS = {name for prefix in ('adventurer', 'vim', 'vim2') for name in timm.list_models(f'{prefix}_*')}
+OF_STAGES = {name for prefix in ('mambavision', 'vmamba', 'vssd') for name in timm.list_models(f'{prefix}_*')}
 TOKENS = ['vit_*', 'naflexvit*', 'efficientvim*']
 
 
 def test_only_our_variants_are_listed():
-    assert len(VMAMBA) == 10
-    assert set(list_models()) == set(list_models(exclude_filters=['*enormous*'])) == VIM | VMAMBA
-    assert set(list_models(module=['vision_transformer', 'convnext'])) == VIM | VMAMBA
+    assert (len(OF_TOKENS), len(OF_STAGES)) == (14, 26)
+    assert set(list_models()) == set(list_models(exclude_filters=['*enormous*'])) == OF_TOKENS | OF_STAGES
+    assert set(list_models(module=['vision_transformer', 'convnext'])) == OF_TOKENS | OF_STAGES
     assert list_models('efficientnet_[hx]_*') == []
-    assert {name.split('.')[0] for name in list_models(include_tags=True)} == VIM | VMAMBA
+    assert {name.split('.')[0] for name in list_models(include_tags=True)} == OF_TOKENS | OF_STAGES
     assert 'vim_t.in1k' in list_models(include_tags=True)
 
 
-def test_vim_is_among_the_models_of_tokens_and_vmamba_is_not():
-    assert set(list_models(filter=TOKENS)) == VIM
-    assert set(list_models(exclude_filters=['*huge*', *TOKENS])) == VMAMBA
-    assert {name.split('.')[0] for name in list_models(filter=TOKENS, include_tags=True)} == VIM
+def test_models_of_tokens_and_of_stages_are_told_apart():
+    assert set(list_models(filter=TOKENS)) == OF_TOKENS
+    assert set(list_models(exclude_filters=['*huge*', *TOKENS])) == OF_STAGES
+    assert {name.split('.')[0] for name in list_models(filter=TOKENS, include_tags=True)} == OF_TOKENS
 
 
 def item(test, **params):

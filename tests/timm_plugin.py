@@ -11,9 +11,9 @@ import timm
 
 import vmamba  # noqa: F401, registers the models
 
-MODULES = ('vim', 'vmamba')
+MODULES = ('adventurer', 'mambavision', 'vim', 'vmamba', 'vssd')
 # timm's pattern and ours of models of tokens: the suite keeps all such patterns in one list.
-TIMM_TOKENS, TOKENS = 'vit_*', 'vim_*'
+TIMM_TOKENS, TOKENS = 'vit_*', ('adventurer_*', 'vim_*', 'vim2_*')
 DESELECTED = {
     'test_model_forward_torchscript': 'PyTorch has deprecated TorchScript',
     'test_model_forward_fx_torchscript': 'PyTorch has deprecated TorchScript',
@@ -35,7 +35,7 @@ def list_models(
 
 
 def _with_ours(patterns: Union[str, Sequence[str]]) -> Union[str, Sequence[str]]:
-    return [*patterns, TOKENS] if TIMM_TOKENS in patterns else patterns
+    return [*patterns, *TOKENS] if TIMM_TOKENS in patterns else patterns
 
 
 def pytest_configure(config: pytest.Config) -> None:

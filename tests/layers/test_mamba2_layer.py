@@ -1,7 +1,6 @@
 """Mamba2 against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
 
-import math
-
+import official_mamba2 as official
 import oracles
 import pytest
 import torch
@@ -31,48 +30,9 @@ def make(**options):
     return layer
 
 
-def reference(p, h, seq_idx=None, headdim=4, d_state=5, d_ssm=24, ngroups=1, dt_limit=(0, math.inf), before=False):
-    """One token, head and channel group at a time; p has the official names. [B, L, d] -> [B, L, d]"""
-    batch, seqlen, _ = h.shape
-    heads, states = d_ssm // headdim, ngroups * d_state
-    proj = h @ p['in_proj.weight'].T + p.get('in_proj.bias', 0)
-    beside = (proj.shape[-1] - heads - 2 * d_ssm - 2 * states) // 2
-    z0, x0, z, xBC, dt = proj.split([beside, beside, d_ssm, d_ssm + 2 * states, heads], dim=-1)
-    conv, _ = oracles.causal_conv1d(xBC.mT, p['conv1d.weight'][:, 0], p.get('conv1d.bias'), seq_idx)
-    x, B, C = oracles.silu(conv.mT).split([d_ssm, states, states], dim=-1)
-    dt = oracles.softplus(dt + p['dt_bias']).clamp(*dt_limit)
-    D = p['D'] if len(p['D']) == d_ssm else p['D'].repeat_interleave(headdim)
-    state = [h.new_zeros(batch, headdim, d_state) for _ in range(heads)]
-    rows = []
-    for t in range(seqlen):
-        outputs = []
-        for head in range(heads):
-            group = head * ngroups // heads
-            b, c = (s[:, t, group * d_state : (group + 1) * d_state] for s in (B, C))
-            u, step = x[:, t, head * headdim : (head + 1) * headdim], dt[:, t, head, None, None]
-            if seq_idx is not None and t and seq_idx[0, t] != seq_idx[0, t - 1]:
-                state[head] = torch.zeros_like(state[head])
-            decay = torch.exp(-step * torch.exp(p['A_log'][head]))
-            state[head] = decay * state[head] + step * u[:, :, None] * b[:, None]
-            outputs.append((state[head] * c[:, None]).sum(dim=-1))
-        rows.append(torch.cat(outputs, dim=-1) + D * x[:, t])
-    y, gate = torch.stack(rows, dim=1), oracles.silu(z)
-    if 'norm.weight' not in p:
-        y = y * gate
-    else:
-        y = y if before else y * gate
-        ones = torch.ones(d_ssm // ngroups, dtype=y.dtype)
-        y = torch.cat([oracles.rms_norm(part, ones) for part in y.chunk(ngroups, dim=-1)], dim=-1) * p['norm.weight']
-        y = y * gate if before else y
-    y = torch.cat([oracles.silu(z0) * x0, y], dim=-1)
-    return y @ p['out_proj.weight'].T + p.get('out_proj.bias', 0)
-
-
 def reference_of(options):
-    own = {'norm_before_gate': 'before'}
-    kept = {own.get(k, k): v for k, v in options.items() if k in ('ngroups', 'dt_limit', 'norm_before_gate')}
-    d_ssm = options.get('d_ssm', 12 * options.get('expand', 2))
-    return lambda p, h, seq_idx=None: reference(p, h, seq_idx, d_ssm=d_ssm, **kept)
+    kept = {k: v for k, v in options.items() if k in ('ngroups', 'dt_limit', 'norm_before_gate')}
+    return lambda p, h: official.mamba2(p, h, headdim=4, d_state=5, **kept)
 
 
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)

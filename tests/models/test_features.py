@@ -6,12 +6,10 @@ import oracles
 import pytest
 import timm
 import torch
-from model_cases import SMALL, images, small
+from model_cases import CHANNELS, CLASS_TOKENS, FUSED, REDUCTIONS, SMALL, STAGES, images, small
 from torch import nn
 
 DEPTH = 4
-CHANNELS = {'vmamba': [8, 16, 32, 64], 'v0': [8, 16, 32, 64], 'vim': [16] * 4}
-REDUCTIONS = {'vmamba': [4, 8, 16, 32], 'v0': [4, 8, 16, 32], 'vim': [4] * 4}
 
 
 def blocks(model):
@@ -28,27 +26,36 @@ def collected(model, x):
     return outputs, final
 
 
-def patches(tokens, grid):
-    """Vim's tokens without the class token, as a map."""
-    middle = tokens.shape[1] // 2
-    kept = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+def patches(tokens, grid, class_token=None):
+    """Tokens without the class token, by default the middle one, as a map."""
+    index = tokens.shape[1] // 2 if class_token is None else class_token
+    kept = torch.cat([tokens[:, :index], tokens[:, index + 1 :]], dim=1)
     return kept.transpose(1, 2).unflatten(-1, grid)
 
 
 def expected_maps(family, model, x):
-    outputs, _ = collected(model, x)
-    return [patches(out, (8, 8)) for out in outputs] if family == 'vim' else outputs
+    return as_maps(family, collected(model, x)[0])
+
+
+def as_maps(family, outputs):
+    """Outputs of blocks on 8x8 patches as maps; those of stages are maps."""
+    at = CLASS_TOKENS.get(family)
+    return outputs if at is None else [patches(out, (8, 8), at) for out in outputs]
 
 
 EXTRACTORS = [
     *((family, cls) for family in ('vmamba', 'v0') for cls in ('default', 'list', 'dict', 'hook', 'fx', 'getter')),
     *(('vim', cls) for cls in ('default', 'getter')),
 ]
+OTHERS = [family for family in SMALL if family not in FUSED]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('family,feature_cls', EXTRACTORS)
-@pytest.mark.parametrize('indices', [(0, 1, 2, 3), (1,), (0, 3), (-1,), (-3, -1)], ids=str)
+@pytest.mark.parametrize('family,feature_cls,indices', [
+    *((*case, indices) for case in EXTRACTORS for indices in [(0, 1, 2, 3), (1,), (0, 3), (-1,), (-3, -1)]),
+    *((family, cls, (0, -2)) for family in OTHERS for cls in ('default', 'getter')),
+    *((family, 'fx', (0, -2)) for family in OTHERS if family in STAGES),
+], ids=str)  # fmt: skip
 def test_feature_extraction(family, indices, feature_cls):
     cls = {} if feature_cls == 'default' else {'feature_cls': feature_cls}
     model = small(family, num_classes=0).eval()
@@ -110,11 +117,11 @@ def test_lists_of_vims_modules_are_an_error_that_names_the_choices(feature_cls):
 def test_forward_intermediates(family, indices, norm):
     model, x = small(family).eval(), images(2, 3, 32, 32)
     outputs, final = collected(model, x)
-    if norm and family == 'vim':
+    if norm and family in CLASS_TOKENS:
         outputs = [model.norm(out) for out in outputs]
     elif norm:
         outputs = [*outputs[:-1], model.norm(outputs[-1])]
-    maps = [patches(out, (8, 8)) for out in outputs] if family == 'vim' else outputs
+    maps = as_maps(family, outputs)
     chosen = range(DEPTH) if indices is None else range(DEPTH - indices, DEPTH) if isinstance(indices, int) else indices
     chosen = sorted(i % DEPTH for i in chosen)
     features, intermediates = model.forward_intermediates(x, indices=indices, norm=norm)
@@ -136,7 +143,7 @@ def test_stopping_early_runs_no_more_than_is_needed(family):
     assert calls == [0, 1]
     assert all(torch.equal(a, b) for a, b in zip(early, expected))
     features, _ = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
-    assert features.shape[1 if family != 'vim' else 2] == CHANNELS[family][1]
+    assert features.shape[1 if family in STAGES else 2] == CHANNELS[family][1]
 
 
 @torch.no_grad()
@@ -180,7 +187,7 @@ def test_no_index_is_an_error(family, indices):
         model.forward_intermediates(images(1, 3, 32, 32), indices=indices)
     with pytest.raises(ValueError, match='indices must hold at least one index, got'):
         model.prune_intermediate_layers(indices)
-    modules = 'hook' if family == 'vim' else 'list'
+    modules = 'list' if family in STAGES else 'hook'
     for feature_cls in ({}, dict(feature_cls=modules), dict(feature_cls='getter'), dict(feature_cls='fx')):
         with pytest.raises(ValueError, match='out_indices must hold at least one index, got'):
             small(family, features_only=True, out_indices=indices, **feature_cls)
@@ -201,7 +208,7 @@ def test_pruning_keeps_the_intermediates(family, indices, kept):
     assert all(torch.equal(a, b) for a, b in zip(pruned, expected))
     last = model(x)
     assert last.isfinite().all()
-    assert last.shape[1 if family != 'vim' else -1] == CHANNELS[family][kept - 1]
+    assert last.shape[1 if family in STAGES else -1] == CHANNELS[family][kept - 1]
 
 
 @torch.no_grad()

@@ -5,18 +5,19 @@ import oracles
 import pytest
 import timm
 import torch
-from model_cases import SMALL, images, small
+from model_cases import BATCH_NORMS, CLASS_TOKENS, SMALL, STAGES, images, small
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('family,size', [
     *(('vmamba', size) for size in ((1, 1), (1, 9), (37, 50), (33, 64), (224, 32), (40, 40))),
     *(('v0', size) for size in ((4, 4), (4, 21), (37, 50), (36, 64), (224, 32))),
+    *((family, size) for family in STAGES[2:] for size in ((1, 9), (37, 50), (96, 40))),
 ])  # fmt: skip
-def test_vmamba_takes_any_size(family, size):
+def test_models_of_stages_take_any_size(family, size):
     model = small(family).eval()
     features = model.forward_features(images(2, 3, *size))
-    side = (lambda s: -(-s // 32)) if family == 'vmamba' else (lambda s: -(-(s // 4) // 8))
+    side = (lambda s: -(-(s // 4) // 8)) if family == 'v0' else (lambda s: -(-s // 32))
     assert tuple(features.shape) == (2, 64, side(size[0]), side(size[1]))
     assert features.isfinite().all()
     assert model(images(2, 3, *size)).isfinite().all()
@@ -33,17 +34,18 @@ def test_vmamba_sees_every_pixel_of_an_odd_image():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('size', [(32, 32), (48, 32), (20, 64), (4, 4), (36, 36)], ids=str)
-def test_vim_dynamic_set_and_static_sizes_agree(size):
+@pytest.mark.parametrize('family', CLASS_TOKENS)
+@pytest.mark.parametrize('size', [(32, 32), (20, 64), (4, 4)], ids=str)
+def test_dynamic_set_and_static_sizes_agree(family, size):
     """One position embedding: made for 32x32, resized at each call, once, or while loading."""
-    dynamic, x = small('vim', dynamic_img_size=True).eval(), images(2, 3, *size)
+    dynamic, x = small(family, dynamic_img_size=True).eval(), images(2, 3, *size)
     logits = dynamic(x)
     assert dynamic(images(1, 3, 32, 32)).shape == (1, 10), 'the size of one call leaves nothing behind'
-    resized = small('vim').eval()
+    resized = small(family).eval()
     resized.load_state_dict(dynamic.state_dict())
     resized.set_input_size(size)
     assert torch.equal(resized(x), logits)
-    static = small('vim', img_size=size).eval()
+    static = small(family, img_size=size).eval()
     static.load_state_dict(resized.state_dict())
     assert torch.equal(static(x), logits)
     assert static.patch_embed.grid_size == (size[0] // 4, size[1] // 4)
@@ -91,7 +93,7 @@ def test_an_empty_batch_trains(family):
 @torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 def test_memory_layout_does_not_matter(family):
-    model, x = small(family).eval(), images(2, 3, 32, 48 if family != 'vim' else 32)
+    model, x = small(family).eval(), images(2, 3, 32, 48 if family in STAGES else 32)
     y = model(x)
     layouts = {
         'channels_last': x.contiguous(memory_format=torch.channels_last),
@@ -152,7 +154,7 @@ def test_what_is_no_tensor_is_an_error_that_names_its_type(family, image):
 
 
 @pytest.mark.parametrize(
-    'family,size', [('v0', (3, 32)), ('v0', (32, 2)), ('vim', (36, 32)), ('vim', (16, 16)), ('vim', (33, 32))]
+    'family,size', [('v0', (3, 32)), ('v0', (32, 2)), ('vim', (36, 32)), ('vim', (33, 32)), ('adventurer', (16, 16))]
 )
 def test_a_size_that_the_model_cannot_take_is_an_error_that_shows_it(family, size):
     with pytest.raises(ValueError, match=f'{size[0]}x{size[1]}'):
@@ -174,7 +176,8 @@ def test_modules_in_double_and_in_bfloat16(family):
 
 @pytest.mark.parametrize('family', SMALL)
 def test_autocast_is_close_to_full_precision(family):
-    model, x = small(family).train(), images()
+    # Statistics of small maps amplify rounding.
+    model, x = small(family).train(family not in BATCH_NORMS), images()
     grads = []
     for enabled in (False, True):
         model.zero_grad()
@@ -189,9 +192,10 @@ def test_autocast_is_close_to_full_precision(family):
     assert oracles.relative_error(grads[1], grads[0]) < 0.1
 
 
-def test_vims_residual_stream_is_fp32_under_autocast_and_in_bfloat16():
+@pytest.mark.parametrize('family', CLASS_TOKENS)
+def test_the_stream_of_tokens_is_fp32_under_autocast_and_in_bfloat16(family):
     seen = []
-    for model, x in ((small('vim'), images()), (small('vim').bfloat16(), images().bfloat16())):
+    for model, x in ((small(family), images()), (small(family).bfloat16(), images().bfloat16())):
         hook = model.blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
         with torch.autocast('cpu', torch.bfloat16, enabled=x.dtype == torch.float32):
             model(x)

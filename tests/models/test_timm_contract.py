@@ -3,16 +3,14 @@
 import pytest
 import timm
 import torch
-from model_cases import SMALL, images, small, tokens_of
+from model_cases import SMALL, STAGES, VARIANTS, images, small, tokens_of
 from timm.models import is_model_pretrained
 from torch import nn
-
-NAMES = timm.list_models('vmamba*') + timm.list_models('vim_*')
 
 
 def on_meta(name, **kwargs):
     """The model without its depth, which nothing here depends on, and images of its configuration."""
-    shallow = dict(depth=2) if name.startswith('vim') else dict(depths=(1, 1, 1, 1))
+    shallow = dict(depth=2) if name.startswith(('vim', 'adventurer')) else dict(depths=(1, 1, 1, 1))
     model = timm.create_model(name, device='meta', **{**shallow, **kwargs}).eval()
     return model, torch.empty(2, *model.pretrained_cfg['input_size'], device='meta')
 
@@ -22,7 +20,7 @@ def widths(model, x):
     return features.shape, model.forward_head(features, pre_logits=True).shape
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', VARIANTS)
 def test_the_configuration_describes_the_model(name):
     model, x = on_meta(name)
     cfg, names = model.pretrained_cfg, dict(model.named_parameters())
@@ -34,10 +32,11 @@ def test_the_configuration_describes_the_model(name):
     assert pooled == (2, model.head_hidden_size)
     assert model(x).shape == (2, cfg['num_classes'])
     assert model.no_weight_decay() <= names.keys()
-    assert is_model_pretrained(name) == ('nano' not in name)
+    assert is_model_pretrained(name) == (cfg['tag'] != 'untrained')
+    assert cfg['license'] and cfg['paper_ids'] and cfg['origin_url']
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', VARIANTS)
 def test_without_a_classifier_the_pooled_features_are_the_output(name):
     model, x = on_meta(name)
     pooled = widths(model, x)[1]
@@ -49,7 +48,7 @@ def test_without_a_classifier_the_pooled_features_are_the_output(name):
     assert model(x).shape == widths(model, x)[0]
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 def test_what_replaces_a_module_is_like_the_model(name, training):
     model = on_meta(name)[0].to(torch.float64).train(training)
@@ -73,7 +72,7 @@ def test_a_new_classifier_of_a_model_in_evaluation_does_not_drop_out(family):
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize('family,pool', [('vmamba', 'foo'), ('v0', 'foo'), ('vim', 'max')])
+@pytest.mark.parametrize('family,pool', [*((family, 'foo' if family in STAGES else 'max') for family in SMALL)])
 def test_a_classifier_that_cannot_be_leaves_the_model_as_it_was(family, pool):
     model = small(family, device='meta')
     for arguments, shown in (((3, pool), pool), ((-1,), '-1')):
@@ -82,7 +81,7 @@ def test_a_classifier_that_cannot_be_leaves_the_model_as_it_was(family, pool):
         assert model.num_classes == model.get_classifier().out_features == 10
 
 
-@pytest.mark.parametrize('family', ['vmamba', 'v0'])
+@pytest.mark.parametrize('family', STAGES)
 def test_the_width_of_joined_poolings(family):
     x = images().to('meta')
     joined = small(family, global_pool='catavgmax', num_classes=0, device='meta')
@@ -101,7 +100,7 @@ def test_a_model_from_the_meta_device_is_initialised_whole(family, options):
     model = small(family, device='meta', **options).to_empty(device='cpu')
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.fill_(float('nan'))
+            tensor.fill_(float('nan') if tensor.is_floating_point() else 7)
     model.init_weights()
     made = small(family, **options)
     for (key, ours), theirs in zip(model.named_parameters(), made.parameters(), strict=True):

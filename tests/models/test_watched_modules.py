@@ -151,7 +151,8 @@ def test_hooks_of_all_modules_see_tensors(family):
     finally:
         handle.remove()
     assert all(type(tensor) is torch.Tensor for tensors in seen.values() for tensor in tensors)
-    assert seen.keys() == set(model.modules())
+    # Dropout of attention weights is an argument of the fused attention.
+    assert seen.keys() == {module for name, module in model.named_modules() if not name.endswith('.attn_drop')}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from .attention import Attention, AttentionCache
 from .bimamba import BiMamba
+from .bimamba2 import BiMamba2
 from .depthwise import CausalConv1d, DepthwiseConv2d
 from .h3 import H3, H3Cache
 from .image import ImageConv2d, check_images
@@ -14,12 +15,17 @@ from .residual import residual_branches
 from .routes import Bidirectional, FourRoutes
 from .s4d import S4D, S4DCache
 from .ss2d import SS2D
+from .ssd2d import SSD2D
 
 __all__ = [
     'Attention',
     'AttentionCache',
     'BiMamba',
+<<<<<<< HEAD
     'Bidirectional',
+=======
+    'BiMamba2',
+>>>>>>> families
     'CausalConv1d',
     'DepthwiseConv2d',
     'FourRoutes',
@@ -39,6 +45,7 @@ __all__ = [
     'S4D',
     'S4DCache',
     'SS2D',
+    'SSD2D',
     'check_images',
     'residual_branches',
 ]

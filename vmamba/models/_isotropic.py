@@ -168,7 +168,7 @@ class TokenModel(nn.Module):
     A family defines `filter_checkpoint`, and builds blocks with a `mixer` that has an `out_proj`.
 
     Args:
-        make_block: Makes a block from its stochastic depth rate.
+        make_block: Makes a block from its index and its stochastic depth rate.
         img_size: Image size; with `dynamic_img_size`, the size of the position embedding.
         patch_size: Side of a patch.
         stride: Distance between patches, patch_size by default; smaller values overlap, larger ones leave gaps.
@@ -187,7 +187,7 @@ class TokenModel(nn.Module):
 
     def __init__(
         self,
-        make_block: Callable[[float], nn.Module],
+        make_block: Callable[[int, float], nn.Module],
         img_size: Union[int, Tuple[int, int]],
         patch_size: int,
         stride: Optional[int],
@@ -217,7 +217,7 @@ class TokenModel(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.patch_embed.grid_size) + 1, embed_dim, **dd))
-        self.blocks = nn.Sequential(*map(make_block, calculate_drop_path_rates(drop_path_rate, depth)))
+        self.blocks = nn.Sequential(*map(make_block, range(depth), calculate_drop_path_rates(drop_path_rate, depth)))
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=stride) for i in range(depth)]
         self.norm = RmsNorm(embed_dim, eps=NORM_EPS, **dd)
         self.head_drop = nn.Dropout(drop_rate)
@@ -231,7 +231,7 @@ class TokenModel(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Re-initialises all weights: class token, position embedding and classifier from a truncated normal of std
-        0.02, out_proj scaled by 1 / sqrt(depth)."""
+        0.02, out_proj scaled by 1 / sqrt(depth), biases of linear layers zero."""
         reset_parameters(self)
         self._init_own()
 
@@ -242,6 +242,9 @@ class TokenModel(nn.Module):
         for block in self.blocks:
             bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
             nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
+            for module in block.modules():
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):

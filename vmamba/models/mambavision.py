@@ -115,7 +115,7 @@ class TokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        if self.ls1 is None:
+        if self.ls1 is None or self.ls2 is None:
             return residual_branches(
                 x, (self.norm1, self.mixer, self.drop_path1), (self.norm2, self.mlp, self.drop_path2)
             )

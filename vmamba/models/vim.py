@@ -15,7 +15,8 @@ from timm.layers import DropPath, LayerScale
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
-from ..layers import BiMamba, RmsNorm, residual_branches
+from ..layers import BiMamba, BiMamba2, RmsNorm, residual_branches
+from ..layers.options import check_choice
 from ._isotropic import NORM_EPS, TokenModel, create, fit_pos_embed
 from ._pretrained import rename, split_backbone, with_fresh_norm
 
@@ -32,6 +33,8 @@ class VimBlock(nn.Module):
         d_conv: Width of the causal convolutions.
         init_values: Initial value of the layer scale; None for no layer scale.
         drop_path: Stochastic depth rate.
+        mixer: 'mamba' for `BiMamba`, 'mamba2' for `BiMamba2`.
+        headdim: Channels P of a head of `BiMamba2`.
     """
 
     def __init__(
@@ -42,13 +45,19 @@ class VimBlock(nn.Module):
         d_conv: int = 4,
         init_values: Optional[float] = None,
         drop_path: float = 0.0,
+        mixer: str = 'mamba',
+        headdim: int = 64,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm = RmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-        self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
+        check_choice(('mamba', 'mamba2'), mixer=mixer)
+        if mixer == 'mamba2':
+            self.mixer: nn.Module = BiMamba2(dim, expand, d_state, headdim, d_conv, NORM_EPS, **dd)
+        else:
+            self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -78,6 +87,8 @@ class Vim(TokenModel):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
         dynamic_img_size: Accept any image size that whole patches cover; each call resizes the position embedding.
+        mixer: 'mamba', or 'mamba2' for the scan of Mamba-2.
+        headdim: Channels P of a head, with mixer 'mamba2'.
     """
 
     def __init__(
@@ -97,13 +108,17 @@ class Vim(TokenModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        mixer: str = 'mamba',
+        headdim: int = 64,
         device=None,
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        block: Dict[str, Any] = dict(expand=expand, d_state=d_state, d_conv=d_conv, init_values=init_values)
+        block: Dict[str, Any] = dict(
+            mixer=mixer, expand=expand, d_state=d_state, d_conv=d_conv, headdim=headdim, init_values=init_values
+        )
         super().__init__(
-            lambda rate: VimBlock(embed_dim, drop_path=rate, **block, **dd),
+            lambda _, rate: VimBlock(embed_dim, drop_path=rate, **block, **dd),
             *(img_size, patch_size, stride, in_chans, num_classes, global_pool, embed_dim, depth),
             *(drop_rate, drop_path_rate, dynamic_img_size),
             **dd,
@@ -226,6 +241,8 @@ default_cfgs = generate_default_cfgs(
         'vim_s_stride8.in1k': _cfg('hustvl/Vim-small-midclstok', 'vim_s_midclstok_ft_81p6acc.pth'),
         'vim_b.in1k': _cfg('hustvl/Vim-base-midclstok', 'vim_b_midclstok_81p9acc.pth'),
         'vim_nano.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+        'vim2_t.untrained': _cfg(),
+        'vim2_s.untrained': _cfg(),
     }
 )
 _EMA_VARIANTS = ('vim_b',)  # its published accuracy is of the EMA weights
@@ -276,6 +293,23 @@ def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
     patches = dict(img_size=32, patch_size=8, stride=4, global_pool='avg')
     args = dict(embed_dim=256, depth=4, expand=1.0, d_state=4, **patches)
     return _create_vim('vim_nano', pretrained, **{**args, **kwargs})
+
+
+_MAMBA2 = dict(mixer='mamba2', d_state=64)
+
+
+@register_model
+def vim2_t(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-T on the scan of Mamba-2; no weights are published"""
+    args = dict(embed_dim=192, **_MAMBA2)
+    return _create_vim('vim2_t', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vim2_s(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S on the scan of Mamba-2; no weights are published"""
+    args = dict(embed_dim=384, **_MAMBA2)
+    return _create_vim('vim2_s', pretrained, **{**args, **kwargs})
 
 
 _LONG_NAME = 'vim_{}_224_bimambav2_final_pool_mean_abs_pos_embed_with_{}_div2'.format

@@ -15,7 +15,7 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..layers import SS2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, residual_branches
+from ..layers import SS2D, SSD2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, residual_branches
 from ..layers.options import check_choice, check_counts, scaled_channels
 from ._hierarchical import HierarchicalModel, Stage, check_stages, split_norms
 from ._pretrained import build_model, rename
@@ -89,16 +89,17 @@ _DOWNSAMPLES: Dict[str, Callable[..., nn.Module]] = {'conv': ConvDownsample, 'pa
 
 
 class VMambaBlock(nn.Module):
-    """x = x + drop_path(SS2D(norm1(x))), then x = x + drop_path(mlp(norm2(x))) if there is an MLP.
+    """x = x + drop_path(mixer(norm1(x))), then x = x + drop_path(mlp(norm2(x))) if there is an MLP.
 
     Args:
         dim: Channels d.
-        ssm_ratio: Ratio of SS2D's inner channels to d.
+        ssm_ratio: Ratio of the mixer's inner channels to d.
         d_state: State dimension N.
         conv_bias: Whether SS2D's convolution has a bias.
         gate: Whether SS2D's output is gated.
         mlp_ratio: Ratio of the MLP's hidden channels to d; 0 for no MLP.
         drop_path: Stochastic depth rate.
+        mixer: 'ss2d' for `SS2D`, 'ssd2d' for `SSD2D`.
     """
 
     def __init__(
@@ -110,13 +111,17 @@ class VMambaBlock(nn.Module):
         gate: bool = False,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        mixer: str = 'ss2d',
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-        self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
+        if mixer == 'ssd2d':
+            self.mixer: nn.Module = SSD2D(dim, ssm_ratio, d_state, norm_eps=NORM_EPS, **dd)
+        else:
+            self.mixer = SS2D(dim, ssm_ratio, d_state, conv_bias=conv_bias, gate=gate, norm_eps=NORM_EPS, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio != 0
         if self.has_mlp:
@@ -141,7 +146,7 @@ class VMamba(HierarchicalModel):
         global_pool: Pooling of the last map; '' for none, so that the classifier returns a map of logits.
         depths: Blocks per stage.
         embed_dim: Channels of the first stage; each stage doubles them.
-        ssm_ratio: Ratio of SS2D's inner channels to the stage's channels.
+        ssm_ratio: Ratio of the mixers' inner channels to the stage's channels.
         d_state: State dimension N.
         conv_bias: Whether SS2D's convolutions have a bias.
         gate: Whether SS2D's outputs are gated.
@@ -150,6 +155,7 @@ class VMamba(HierarchicalModel):
         downsample: 'conv' for an overlapping convolution, 'patch' for patch merging.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
+        mixer: 'ss2d', or 'ssd2d' for the scan of Mamba-2, which has no gate and no bias of the convolution.
     """
 
     self_initialised = ('x_proj',)
@@ -170,6 +176,7 @@ class VMamba(HierarchicalModel):
         downsample: str = 'conv',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        mixer: str = 'ss2d',
         device=None,
         dtype=None,
     ) -> None:
@@ -177,12 +184,15 @@ class VMamba(HierarchicalModel):
         rates = dict(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_stages(depths, in_chans, num_classes, **rates)
         check_counts(2, embed_dim=embed_dim)  # the convolutional stem starts with embed_dim // 2 channels
+        check_choice(('ss2d', 'ssd2d'), mixer=mixer)
+        if mixer == 'ssd2d' and (gate or conv_bias):
+            raise ValueError(f"mixer='ssd2d' has no gate and no conv_bias, got gate={gate}, conv_bias={conv_bias}")
         check_choice(_STEMS, stem=stem)
         check_choice(_DOWNSAMPLES, downsample=downsample)
         first = _STEMS[stem](in_chans, embed_dim, **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block: Dict[str, Any] = dict(
-            ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio
+            mixer=mixer, ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio
         )
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
@@ -219,6 +229,8 @@ _RENAMES = (
     (r'^classifier\.head\.', 'head.fc.'),
 )
 
+_SSD_NAMES = ((r'\.mixer\.conv2d\.1\.', '.mixer.conv2d.'), (r'\.mixer\.dt_proj_bias$', '.mixer.dt_bias'))
+
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """Renames and reshapes any known layout of VMamba to this library's.
@@ -239,11 +251,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
         return state_dict
     state_dict = {rename(key, _LEGACY_NAMES): value for key, value in state_dict.items()}
     names = _sequential_names(state_dict)
+    rules = (*_RENAMES, *_SSD_NAMES) if any('.op.conv2d.1.' in key for key in state_dict) else _RENAMES
     out = {}
     for key, value in state_dict.items():
         module, _, parameter = key.rpartition('.')
-        key = f'{names[module]}.{parameter}' if module in names else rename(key, _RENAMES)
-        out[key] = _reshape(key, value)
+        key = f'{names[module]}.{parameter}' if module in names else rename(key, rules)
+        out[key] = _reshape(key, value, ssd=rules is not _RENAMES)
     return out
 
 
@@ -271,14 +284,14 @@ def _sequential_names(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
     return names
 
 
-def _reshape(key: str, value: Tensor) -> Tensor:
+def _reshape(key: str, value: Tensor, ssd: bool) -> Tensor:
     """One parameter in this library's shape; unknown shapes pass unchanged and are reported later."""
     if key.endswith('.x_proj.weight'):  # [4, R + 2N, D] or [4 * (R + 2N), D(, 1, 1)]
         return value.flatten(0, 1) if value.ndim == 3 and value.shape[0] == 4 else _matrix(value)
     if key.endswith('.dt_proj_weight'):  # [4, D, R] or [4 * D, R(, 1, 1)]
         return value if value.ndim == 3 and value.shape[0] == 4 else _routes(_matrix(value), 2)
-    if key.endswith('.A_log'):  # [4 * D, N]
-        return _routes(value, 2)
+    if key.endswith('.A_log'):  # [4 * D, N], or [4, R] in the models on the scan of Mamba-2
+        return value if ssd else _routes(value, 2)
     if key.endswith(('.dt_proj_bias', '.D')):  # [4, D] or [4 * D]
         return _routes(value, 1)
     if key.endswith(('_proj.weight', '.fc1.weight', '.fc2.weight', '.fc.weight', '.reduction.weight')):
@@ -329,6 +342,9 @@ default_cfgs = generate_default_cfgs(
         'vmamba_t_v0.in1k': _cfg('%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth', first_conv='stem.conv'),
         'vmamba_s_v0.in1k': _cfg('%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth', first_conv='stem.conv'),
         'vmamba_b_v0.in1k': _cfg('%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth', first_conv='stem.conv'),
+        'vmamba_t_m2.untrained': _cfg(),
+        'vmamba_s_m2.untrained': _cfg(),
+        'vmamba_b_m2.untrained': _cfg(),
         'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
@@ -405,6 +421,30 @@ def vmamba_b_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
     return _create_vmamba('vmamba_b_v0', pretrained, **{**args, **kwargs})
 
 
+_SSD = dict(mixer='ssd2d', ssm_ratio=1.0, d_state=64)
+
+
+@register_model
+def vmamba_t_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T on the scan of Mamba-2; no weights are published"""
+    args = dict(depths=(2, 2, 4, 2), embed_dim=96, **_SSD)
+    return _create_vmamba('vmamba_t_m2', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_s_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S on the scan of Mamba-2; no weights are published"""
+    args = dict(depths=(2, 2, 12, 2), embed_dim=96, **_SSD)
+    return _create_vmamba('vmamba_s_m2', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_b_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B on the scan of Mamba-2; no weights are published"""
+    args = dict(depths=(2, 2, 12, 2), embed_dim=128, **_SSD)
+    return _create_vmamba('vmamba_b_m2', pretrained, **{**args, **kwargs})
+
+
 @register_model
 def vmamba_nano(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A small VMamba for small images; no weights are published"""
@@ -424,5 +464,8 @@ register_model_deprecations(
         'vanilla_vmamba_tiny': 'vmamba_t_v0',
         'vanilla_vmamba_small': 'vmamba_s_v0',
         'vanilla_vmamba_base': 'vmamba_b_v0',
+        'vmamba_tiny_m2': 'vmamba_t_m2',
+        'vmamba_small_m2': 'vmamba_s_m2',
+        'vmamba_base_m2': 'vmamba_b_m2',
     },
 )
