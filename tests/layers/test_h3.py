@@ -141,6 +141,22 @@ def test_bad_options_are_refused(options, message):
         H3(6, **options)
 
 
-def test_cut_kernels_have_no_cache():
-    with pytest.raises(ValueError, match='its kernels are not cut, got l_max=5'):
-        H3(6, l_max=5).allocate_cache(1)
+def test_bidirectional_is_the_mean_of_both_directions_with_shared_projections():
+    layer, x = make(bidirectional=True, head_dim=2).double(), torch.randn(2, 7, 6, dtype=torch.double)
+    state = layer.state_dict()
+    shared = {key: value for key, value in state.items() if '_proj' in key or 'output' in key}
+    rest = {key: value for key, value in state.items() if key not in shared}
+    own = [
+        {key: value for key, value in rest.items() if '_b' not in key},
+        {key.replace('_b', ''): value for key, value in rest.items() if '_b' in key},
+    ]
+    along = reference({**shared, **own[0]}, x, head_dim=2)
+    against = reference({**shared, **own[1]}, x.flip(1), head_dim=2).flip(1)
+    assert oracles.relative_error(layer(x), (along + against) / 2) < 1e-10
+    assert len(state) == 8 + 2 * 9 and len(layer.no_weight_decay()) == 8
+
+
+@pytest.mark.parametrize('options', [dict(l_max=5), dict(bidirectional=True)], ids=str)
+def test_layers_without_a_recurrence_have_no_cache(options):
+    with pytest.raises(ValueError, match='has steps only if it is causal and its kernels are not cut'):
+        H3(6, **options).allocate_cache(1)

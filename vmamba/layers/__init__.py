@@ -21,11 +21,8 @@ __all__ = [
     'Attention',
     'AttentionCache',
     'BiMamba',
-<<<<<<< HEAD
-    'Bidirectional',
-=======
     'BiMamba2',
->>>>>>> families
+    'Bidirectional',
     'CausalConv1d',
     'DepthwiseConv2d',
     'FourRoutes',

@@ -115,7 +115,7 @@ class H3Cache(NamedTuple):
 
 @register_notrace_module
 class H3(nn.Module):
-    """H3 over a token sequence, with the parameter names of its authors' layer; causal.
+    """H3 over a token sequence, with the parameter names of its authors' layer.
 
     out = output_linear(q * SSM_diagonal(SSM_shift(k) * v)), where q, k, v are projections of the tokens. With heads of
     e channels, k and v have an outer product per head, and q is multiplied to it as a row vector. Computed as two
@@ -129,6 +129,8 @@ class H3(nn.Module):
         dropout: Dropout of the output.
         init: Imaginary parts of A: 'lin' or 'inv'.
         disc: Discretisation, 'bilinear' or 'zoh'.
+        bidirectional: Average with the same against the sequence, which has models of its own (suffix `_b`) and shares
+            the projections.
         dt_min: Smallest initial step size.
         dt_max: Largest initial step size.
         use_fast_fftconv: Unused: there is one path.
@@ -144,6 +146,7 @@ class H3(nn.Module):
         dropout: float = 0.0,
         init: str = 'lin',
         disc: str = 'bilinear',
+        bidirectional: bool = False,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         use_fast_fftconv: bool = False,
@@ -170,18 +173,23 @@ class H3(nn.Module):
         self.q_proj = nn.Linear(d_model, d_model, **dd)
         self.k_proj = nn.Linear(d_model, d_model, **dd)
         self.v_proj = nn.Linear(d_model, d_model, **dd)
-        self.ssm_k_kernel = _Kernel(_ShiftKernel(d_model, d_state, **dd))
-        self.ssm_k_D = nn.Parameter(torch.empty(d_model, **dd))
-        self.kernel = _Kernel(_DiagonalKernel(heads, d_state // 2, init, disc, (dt_min, dt_max), **dd))
-        self.D = nn.Parameter(torch.empty(heads, **dd))
+        self.suffixes = ('', '_b') if bidirectional else ('',)
+        for suffix in self.suffixes:
+            diagonal = _DiagonalKernel(heads, d_state // 2, init, disc, (dt_min, dt_max), **dd)
+            self.add_module(f'ssm_k_kernel{suffix}', _Kernel(_ShiftKernel(d_model, d_state, **dd)))
+            self.register_parameter(f'ssm_k_D{suffix}', nn.Parameter(torch.empty(d_model, **dd)))
+            self.add_module(f'kernel{suffix}', _Kernel(diagonal))
+            self.register_parameter(f'D{suffix}', nn.Parameter(torch.empty(heads, **dd)))
         self.output_linear = nn.Linear(d_model, d_model, **dd)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialises the skip connections; kernels and linear layers initialise themselves."""
-        nn.init.normal_(self.ssm_k_D)
-        nn.init.normal_(self.D)
+        for suffix in self.suffixes:
+            _, skip, _, D = self._models(suffix)
+            nn.init.normal_(skip)
+            nn.init.normal_(D)
 
     def forward(self, x: Tensor, cache: Optional[H3Cache] = None) -> Tensor:
         """[B, L, d] -> [B, L, d]
@@ -190,33 +198,50 @@ class H3(nn.Module):
             x: Tokens [B, L, d].
             cache: What precedes x; updated to what precedes the next token. Carries no gradients.
         """
-        seqlen = x.shape[1]
-        length = seqlen if self.l_max is None else min(seqlen, self.l_max)
         q, k, v = (widen(proj(x)).mT for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, d, L]
-        shift, diagonal = self.ssm_k_kernel.kernel, self.kernel.kernel()
-        u = long_conv(k, shift(length)) + widen(self.ssm_k_D).unsqueeze(-1) * k
+        y = self._run(q, k, v, '', cache)
+        if len(self.suffixes) > 1:
+            q, k, v = (tensor.flip(-1) for tensor in (q, k, v))
+            y = (y + self._run(q, k, v, '_b', None).flip(-1)) / 2
+        return self._project(y.mT.to(x.dtype))
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, suffix: str, cache: Optional[H3Cache]) -> Tensor:
+        """One direction: three of [B, d, L] -> [B, d, L]"""
+        seqlen = q.shape[-1]
+        length = seqlen if self.l_max is None else min(seqlen, self.l_max)
+        shift, skip, diagonal, D = self._models(suffix)
+        u = long_conv(k, shift(length)) + widen(skip).unsqueeze(-1) * k
         if cache is not None:
             u = u + shift.response(cache.shift.clone(), seqlen)
             cache.shift.copy_(shift.last_state(cache.shift, k).detach())
         w = self._outer(u, v)  # [B, e, e, heads, L]
-        y = long_conv(w, diagonal.kernel(length)[0]) + widen(self.D).unsqueeze(-1) * w
+        y = long_conv(w, diagonal.kernel(length)[0]) + widen(D).unsqueeze(-1) * w
         if cache is not None:
             y = y + diagonal.response(cache.diagonal.clone(), seqlen).squeeze(-3)
             cache.diagonal.copy_(diagonal.last_state(cache.diagonal, w).detach())
-        return self._project(self._contract(q, y).mT.to(x.dtype))
+        return self._contract(q, y)
+
+    def _models(self, suffix: str = '') -> Tuple[_ShiftKernel, Tensor, Diagonal, Tensor]:
+        """The shift model and its skip connection, the discrete diagonal model and its skip connection."""
+        shift, diagonal = (getattr(self, f'{name}{suffix}').kernel for name in ('ssm_k_kernel', 'kernel'))
+        return shift, getattr(self, f'ssm_k_D{suffix}'), diagonal(), getattr(self, f'D{suffix}')
 
     def allocate_cache(self, batch_size: int) -> H3Cache:
         """The cache of a sequence that has not begun, on the parameters' device.
 
         Raises:
-            ValueError: If the kernels are cut.
+            ValueError: If the layer is bidirectional, or its kernels are cut.
         """
-        if self.l_max is not None:
-            raise ValueError(f'an H3 layer has steps only if its kernels are not cut, got l_max={self.l_max}')
-        B, log_decay = self.ssm_k_kernel.kernel.B, self.kernel.kernel().log_decay
-        wide, side = torch.promote_types(B.dtype, torch.float32), self.head_dim
-        shift = B.new_zeros(batch_size, *B.shape, dtype=wide)
-        return H3Cache(shift, log_decay.new_zeros(batch_size, side, side, *log_decay.shape))
+        bidirectional = len(self.suffixes) > 1
+        if bidirectional or self.l_max is not None:
+            raise ValueError(
+                'an H3 layer has steps only if it is causal and its kernels are not cut, '
+                f'got bidirectional={bidirectional}, l_max={self.l_max}'
+            )
+        shift, _, diagonal, _ = self._models()
+        wide, log_decay = torch.promote_types(shift.B.dtype, torch.float32), diagonal.log_decay
+        state = batch_size, self.head_dim, self.head_dim, *log_decay.shape
+        return H3Cache(shift.B.new_zeros(batch_size, *shift.B.shape, dtype=wide), log_decay.new_zeros(state))
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: H3Cache) -> Tensor:
@@ -230,18 +255,19 @@ class H3(nn.Module):
             [B, d].
         """
         q, k, v = (widen(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        state, u = self.ssm_k_kernel.kernel.step(cache.shift, k)
+        shift, skip, diagonal, D = self._models()
+        state, u = shift.step(cache.shift, k)
         cache.shift.copy_(state)
-        u = u + widen(self.ssm_k_D) * k
-        w = self._outer(u.unsqueeze(-1), v.unsqueeze(-1)).squeeze(-1)
-        state, y = self.kernel.kernel().step(cache.diagonal, w)
+        w = self._outer((u + widen(skip) * k).unsqueeze(-1), v.unsqueeze(-1)).squeeze(-1)
+        state, y = diagonal.step(cache.diagonal, w)
         cache.diagonal.copy_(state)
-        y = y.squeeze(-2) + widen(self.D) * w
+        y = y.squeeze(-2) + widen(D) * w
         return self._project(self._contract(q.unsqueeze(-1), y.unsqueeze(-1)).squeeze(-1).to(x.dtype))
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the step sizes, and of A and B of the diagonal model."""
-        return {f'kernel.kernel.{name}' for name in ('log_dt', 'inv_A_real', 'A_imag', 'B')}
+        names = 'log_dt', 'inv_A_real', 'A_imag', 'B'
+        return {f'kernel{suffix}.kernel.{name}' for suffix in self.suffixes for name in names}
 
     def _outer(self, k: Tensor, v: Tensor) -> Tensor:
         """w[i, j, h] = k[h * e + i] * v[h * e + j]: two of [B, d, L] -> [B, e, e, heads, L]"""
