@@ -165,7 +165,7 @@ class PatchEmbed(nn.Module):
 class TokenModel(nn.Module):
     """Patches and a class token through blocks [B, L, d] -> [B, L, d], a norm and a classifier.
 
-    A family defines `filter_checkpoint`, and builds blocks with a `mixer` that has an `out_proj`.
+    A family defines `filter_checkpoint`, and builds blocks with a `mixer`.
 
     Args:
         make_block: Makes a block from its index and its stochastic depth rate.
@@ -231,7 +231,7 @@ class TokenModel(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Re-initialises all weights: class token, position embedding and classifier from a truncated normal of std
-        0.02, out_proj scaled by 1 / sqrt(depth), biases of linear layers zero."""
+        0.02, the mixers' last projections scaled by 1 / sqrt(depth), biases of linear layers zero."""
         reset_parameters(self)
         self._init_own()
 
@@ -240,8 +240,10 @@ class TokenModel(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
         self._init_head()
         for block in self.blocks:
-            bound = (block.mixer.out_proj.in_features * len(self.blocks)) ** -0.5
-            nn.init.uniform_(block.mixer.out_proj.weight, -bound, bound)
+            last = getattr(block.mixer, 'out_proj', None) or block.mixer.output_linear
+            if isinstance(last, nn.Linear):  # in S4D a GLU follows
+                bound = (last.in_features * len(self.blocks)) ** -0.5
+                nn.init.uniform_(last.weight, -bound, bound)
             for module in block.modules():
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -262,8 +264,12 @@ class TokenModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Embeddings, A_log, D, and the biases of step sizes and convolutions."""
-        return {name for name, _ in self.named_parameters() if name.endswith(_NO_DECAY)}
+        """Embeddings, A_log, D, the biases of step sizes and convolutions, and what mixers name themselves."""
+        names = {name for name, _ in self.named_parameters() if name.endswith(_NO_DECAY)}
+        for i, block in enumerate(self.blocks):
+            if hasattr(block.mixer, 'no_weight_decay'):
+                names |= {f'blocks.{i}.mixer.{name}' for name in block.mixer.no_weight_decay()}
+        return names
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

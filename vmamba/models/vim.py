@@ -15,12 +15,35 @@ from timm.layers import DropPath, LayerScale
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
-from ..layers import BiMamba, BiMamba2, RmsNorm, residual_branches
+from ..layers import H3, S4D, Attention, BiMamba, BiMamba2, RmsNorm, residual_branches
 from ..layers.options import check_choice
 from ._isotropic import NORM_EPS, TokenModel, create, fit_pos_embed
 from ._pretrained import rename, split_backbone, with_fresh_norm
 
 __all__ = ['Vim']
+
+
+# Mixers by name, with their own number of states.
+MIXERS = {'mamba': 16, 'mamba2': 64, 's4d': 64, 'h3': 64, 'attention': 0}
+
+
+def make_mixer(
+    mixer: str, dim: int, expand: float, d_state: Optional[int], d_conv: int, headdim: int, **dd: Any
+) -> nn.Module:
+    """A mixer [B, L, d] -> [B, L, d] that sees all tokens; options that it does not have are unused."""
+    check_choice(MIXERS, mixer=mixer)
+    states = MIXERS[mixer] if d_state is None else d_state
+    if mixer == 'mamba':
+        return BiMamba(dim, expand, states, d_conv=d_conv, **dd)
+    if mixer == 'mamba2':
+        return BiMamba2(dim, expand, states, headdim, d_conv, NORM_EPS, **dd)
+    if mixer == 's4d':
+        return S4D(dim, states, layout='block', bidirectional=True, **dd)
+    if mixer == 'h3':
+        return H3(dim, states, bidirectional=True, **dd)
+    if dim % headdim:
+        raise ValueError(f'headdim must divide the {dim} channels, got {headdim}')
+    return Attention(dim, dim // headdim, **dd)
 
 
 class VimBlock(nn.Module):
@@ -29,19 +52,19 @@ class VimBlock(nn.Module):
     Args:
         dim: Token channels d.
         expand: Ratio of the mixer's inner channels to d.
-        d_state: State dimension N.
+        d_state: State dimension N; the mixer's own by default.
         d_conv: Width of the causal convolutions.
         init_values: Initial value of the layer scale; None for no layer scale.
         drop_path: Stochastic depth rate.
-        mixer: 'mamba' for `BiMamba`, 'mamba2' for `BiMamba2`.
-        headdim: Channels P of a head of `BiMamba2`.
+        mixer: 'mamba' for `BiMamba`, 'mamba2' for `BiMamba2`, 's4d', 'h3' or 'attention'.
+        headdim: Channels P of a head of `BiMamba2` and attention.
     """
 
     def __init__(
         self,
         dim: int,
         expand: float = 2.0,
-        d_state: int = 16,
+        d_state: Optional[int] = None,
         d_conv: int = 4,
         init_values: Optional[float] = None,
         drop_path: float = 0.0,
@@ -53,11 +76,7 @@ class VimBlock(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm = RmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-        check_choice(('mamba', 'mamba2'), mixer=mixer)
-        if mixer == 'mamba2':
-            self.mixer: nn.Module = BiMamba2(dim, expand, d_state, headdim, d_conv, NORM_EPS, **dd)
-        else:
-            self.mixer = BiMamba(dim, expand, d_state, d_conv=d_conv, **dd)
+        self.mixer = make_mixer(mixer, dim, expand, d_state, d_conv, headdim, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -80,15 +99,16 @@ class Vim(TokenModel):
         global_pool: 'token' for the class token, 'avg' for the mean of the patch tokens, '' for all tokens.
         embed_dim: Token channels d.
         depth: Number of blocks.
-        expand: Ratio of the mixers' inner channels to d.
-        d_state: State dimension N.
-        d_conv: Width of the causal convolutions.
+        expand: Ratio of the inner channels of 'mamba' and 'mamba2' to d.
+        d_state: State dimension N; by default 16 of 'mamba', 64 of 'mamba2', 's4d' and 'h3'.
+        d_conv: Width of the causal convolutions of 'mamba' and 'mamba2'.
         init_values: Initial value of the layer scale; None for no layer scale.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
         dynamic_img_size: Accept any image size that whole patches cover; each call resizes the position embedding.
-        mixer: 'mamba', or 'mamba2' for the scan of Mamba-2.
-        headdim: Channels P of a head, with mixer 'mamba2'.
+        mixer: 'mamba', 'mamba2' for the scan of Mamba-2, 's4d', 'h3' or 'attention'; all but attention in both
+            directions.
+        headdim: Channels P of a head of 'mamba2' and 'attention'.
     """
 
     def __init__(
@@ -102,7 +122,7 @@ class Vim(TokenModel):
         embed_dim: int = 192,
         depth: int = 24,
         expand: float = 2.0,
-        d_state: int = 16,
+        d_state: Optional[int] = None,
         d_conv: int = 4,
         init_values: Optional[float] = None,
         drop_rate: float = 0.0,
@@ -295,20 +315,17 @@ def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
     return _create_vim('vim_nano', pretrained, **{**args, **kwargs})
 
 
-_MAMBA2 = dict(mixer='mamba2', d_state=64)
-
-
 @register_model
 def vim2_t(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-T on the scan of Mamba-2; no weights are published"""
-    args = dict(embed_dim=192, **_MAMBA2)
+    args = dict(embed_dim=192, mixer='mamba2')
     return _create_vim('vim2_t', pretrained, **{**args, **kwargs})
 
 
 @register_model
 def vim2_s(pretrained: bool = False, **kwargs: Any) -> Vim:
     """Vim-S on the scan of Mamba-2; no weights are published"""
-    args = dict(embed_dim=384, **_MAMBA2)
+    args = dict(embed_dim=384, mixer='mamba2')
     return _create_vim('vim2_s', pretrained, **{**args, **kwargs})
 
 
