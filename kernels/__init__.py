@@ -5,6 +5,7 @@ from ._operator import OPERATORS
 from .bimamba import bidirectional_scan, bimamba_core
 from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
+from .gated_norm import gated_rms_norm
 from .long_conv import diagonal_kernel, diagonal_state, long_conv
 from .naive import cross_merge, cross_scan
 from .norm import layer_norm, rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     'depthwise_conv2d',
     'diagonal_kernel',
     'diagonal_state',
+    'gated_rms_norm',
     'layer_norm',
     'long_conv',
     'non_causal_ssd',

@@ -221,6 +221,15 @@ def ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D):
     return torch.stack(rows, dim=1)
 
 
+def gated_rms_norm(y, z, weight, other=None, groups=1, eps=1e-5, norm_before_gate=False):
+    """Each group of channels on its own."""
+    y, gate = y if other is None else (y + other) / 2, silu(z)
+    ones = torch.ones(y.shape[-1] // groups, dtype=y.dtype)
+    parts = (y if norm_before_gate else y * gate).chunk(groups, dim=-1)
+    normal = torch.cat([rms_norm(part, ones, eps) for part in parts], dim=-1) * weight
+    return normal * gate if norm_before_gate else normal
+
+
 def layer_norm(x, weight, bias, eps=1e-5):
     """Over the last dimension."""
     centred = x - x.mean(dim=-1, keepdim=True)

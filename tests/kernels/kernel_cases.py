@@ -166,6 +166,12 @@ def rms_norm(shape=(3, 5, 13), dtype=torch.float32):
     return place({'x': 3 + randn(*shape)}, {'weight': 1 + 0.3 * randn(shape[-1])}, dtype)
 
 
+def gated_rms_norm(shape=(3, 5, 12), optional='o', dtype=torch.float32):
+    """Arguments of `gated_rms_norm`; with the letter o the other input."""
+    maps = {'y': randn(*shape), 'z': randn(*shape), 'other': randn(*shape) if 'o' in optional else None}
+    return place(maps, {'weight': 1 + 0.3 * randn(shape[-1])}, dtype)
+
+
 def layer_norm(shape=(3, 5, 13), dtype=torch.float32):
     return place({'x': 3 + randn(*shape)}, {'weight': 1 + 0.3 * randn(shape[-1]), 'bias': randn(shape[-1])}, dtype)
 
@@ -204,6 +210,7 @@ CASES = {
         kernels.depthwise_conv2d, depthwise_conv2d, _activated(oracles.depthwise_conv2d), dict(silu=True)
     ),
     'rms_norm': Case(kernels.rms_norm, rms_norm, oracles.rms_norm, dict(eps=1e-3)),
+    'gated_rms_norm': Case(kernels.gated_rms_norm, gated_rms_norm, oracles.gated_rms_norm, dict(groups=3, eps=1e-3)),
     'layer_norm': Case(kernels.layer_norm, layer_norm, oracles.layer_norm, dict(eps=1e-3)),
 }
 

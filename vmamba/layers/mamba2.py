@@ -16,6 +16,7 @@ from ..kernels import selective_state_update, ssd_scan
 from .depthwise import CausalConv1d
 from .norm import GatedRmsNorm, widen
 from .options import check_counts, scaled_channels
+from .plain import aligned_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -140,7 +141,7 @@ class Mamba2(nn.Module):
         """
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
-        z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
         x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, None if cache is None else cache.conv))
         y = ssd_scan(
             *(x, dt, negative_exp(self.A_log), B, C, 1, self._skip()),
@@ -174,7 +175,7 @@ class Mamba2(nn.Module):
         Returns:
             [B, d].
         """
-        z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
         x, B, C = self._split_heads(self.conv1d.step(xBC, cache.conv))
         dt = F.softplus(widen(dt) + self.dt_bias).clamp(*self.dt_limit)
         D = self._skip()

@@ -1,14 +1,15 @@
 """timm's norms, computed in at least fp32 and returned in the dtype of the next layer."""
 
+from typing import Optional
+
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from timm.layers import RmsNorm as TimmRmsNorm
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import layer_norm, rms_norm
+from ..kernels import gated_rms_norm, layer_norm, rms_norm
 
 
 @register_notrace_function
@@ -100,14 +101,6 @@ class GatedRmsNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y and its gate z [B, ..., d] -> [B, ..., d] in y's dtype"""
-        dtype, gate = y.dtype, F.silu(widen(z))
-        y = widen(y) if self.norm_before_gate else widen(y) * gate
-        if self.groups == 1:
-            y = rms_norm(y, self.weight, self.eps, y.dtype)
-        else:
-            grouped = y.unflatten(-1, (self.groups, -1))
-            grouped = grouped * torch.rsqrt(grouped.square().mean(dim=-1, keepdim=True) + self.eps)
-            y = grouped.flatten(-2) * self.weight
-        return (y * gate if self.norm_before_gate else y).to(dtype)
+    def forward(self, y: Tensor, z: Tensor, other: Optional[Tensor] = None) -> Tensor:
+        """y and its gate z [B, ..., d] -> [B, ..., d] in y's dtype; with another y, of the mean of both"""
+        return gated_rms_norm(y, z, self.weight, other, self.groups, self.eps, self.norm_before_gate)
