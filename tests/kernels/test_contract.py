@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
 PLAIN_ONLY = ('bidirectional_scan',)
-OF_PYTORCH = ('depthwise_conv2d', 'rms_norm', 'layer_norm')  # by its own operators where not on Triton
+OF_PYTORCH = ('depthwise_conv2d', 'rms_norm', 'layer_norm', 'gated_rms_norm')  # by its own operators where not on Triton
 # Widths of convolutions, which no other tensor shares.
 FREE_SIZES = ('bimamba_core', 'conv_weight', 2), ('bidirectional_conv1d', 'weight', 2), ('causal_conv1d', 'weight', 1)
 # Their parts are compared one by one: here what passes between them is rounded too.
