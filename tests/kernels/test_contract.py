@@ -12,7 +12,12 @@ from torch.autograd import forward_ad
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
 PLAIN_ONLY = ('bidirectional_scan',)
-OF_PYTORCH = ('depthwise_conv2d', 'rms_norm', 'layer_norm', 'gated_rms_norm')  # by its own operators where not on Triton
+OF_PYTORCH = (
+    'depthwise_conv2d',
+    'rms_norm',
+    'layer_norm',
+    'gated_rms_norm',
+)  # by its own operators where not on Triton
 # Widths of convolutions, which no other tensor shares.
 FREE_SIZES = ('bimamba_core', 'conv_weight', 2), ('bidirectional_conv1d', 'weight', 2), ('causal_conv1d', 'weight', 1)
 # Their parts are compared one by one: here what passes between them is rounded too.
@@ -51,7 +56,9 @@ def test_gradients_have_the_dtypes_of_their_tensors(case):
     """As under autocast, with maps in half precision and parameters in fp32."""
     tensors = case.arguments(dtype=torch.float16)
     actual = run(case.function, tensors, **case.options)
-    assert actual['result_0'].dtype == (torch.float32 if 'norm' in case.arguments.__name__ else torch.float16)
+    assert actual['result_0'].dtype == (
+        torch.float32 if case.arguments.__name__ in ('rms_norm', 'layer_norm') else torch.float16
+    )
     assert all(t is None or actual[f'grad_{k}'].dtype == t.dtype for k, t in tensors.items())
 
 
