@@ -1,8 +1,21 @@
 """Triton kernel of the SSD's backward pass, beside the adjoint walk of `state_kernel`."""
 
-from .._device import LOG2_E, sigmoid
+from .._device import sigmoid
 from .._launch import tl, triton
-from .tiles import add_dot, dot, load_dt, load_rows, load_skip, operand, rows_of, sequences_of, store_rows, sums_of
+from .tiles import (
+    add_dot,
+    chunk_of,
+    dot,
+    limited,
+    load_rows,
+    load_skip,
+    load_sums,
+    operand,
+    sequences_of,
+    state_places,
+    store_rows,
+    unlimited,
+)
 
 
 @triton.jit
@@ -16,6 +29,7 @@ def gradient_kernel(
     D,  # [H], or [H, P], or None
     z,  # as x, or None
     dt_bias,  # [H], or None
+    steps,  # [batch, H, chunks, 2, BLOCK_L], of `step_kernel`
     sequence,  # [batch, L], or None
     states,  # [batch, chunks, H, P, N], the state before each chunk
     adjoints,  # the same, the gradient of the state after each chunk
@@ -55,87 +69,98 @@ def gradient_kernel(
     chunks = tl.num_programs(1)
     splits = tl.cdiv(share, split_heads)
     split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits
+    entry = tl.program_id(0) // splits
     groups = heads // share
-    batch, group = (row // groups).to(tl.int64), row % groups
+    batch, group = (entry // groups).to(tl.int64), entry % groups
     batches = tl.num_programs(0) // (splits * groups)
     offset = tl.arange(0, BLOCK_L)
-    step = chunk * BLOCK_L + offset
-    position, exists = rows_of(step, length, flags.reverse)
-    sees = offset[:, None] >= offset[None, :]
+    positions = chunk_of(chunk, length, flags, BLOCK_L)
+    seen = offset[:, None] <= offset[None, :]  # step j, the first axis, by step i
     if sequence is not None:
-        here, first, final = sequences_of(sequence, batch, chunk, step, length, BLOCK_L)
-        sees = sees & (here[:, None] == here[None, :])
-    b = load_rows(B, B_strides, batch, group, position, exists, n, N)  # [BLOCK_L, BLOCK_N]
-    c = load_rows(C, C_strides, batch, group, position, exists, n, N)  # [BLOCK_L, BLOCK_N]
-    scores = dot(c, tl.trans(b), flags)  # [BLOCK_L, BLOCK_L]
+        here, start, final = sequences_of(sequence, batch, chunk, length, BLOCK_L)
+        seen = seen & (here[:, None] == here[None, :])
     total_b = tl.zeros([BLOCK_L, tile.block_n], tl.float32)
     total_c = tl.zeros([BLOCK_L, tile.block_n], tl.float32)
     begin = split * split_heads
     for k in range(begin, tl.minimum(begin + split_heads, share)):
         head = group * share + k
         rate = tl.load(A + head).to(tl.float32)
-        raw, unlimited, size = load_dt(dt, dt_strides, dt_bias, batch, head, position, exists, flags)
-        sums, to_end, total = sums_of(size * (rate * LOG2_E))
-        decay = tl.exp2(tl.where(sees, sums[:, None] - sums[None, :], -float('inf')))  # [BLOCK_L, BLOCK_L]
-        from_begin, to_end, across = tl.exp2(sums), tl.exp2(to_end), tl.exp2(total)
+        size, sums, total = load_sums(steps, batch * heads + head, chunk, chunks, BLOCK_L)
+        decay = tl.exp2(tl.where(seen, sums[None, :] - sums[:, None], -float('inf')))  # from j to i
+        from_begin, to_end, across = tl.exp2(sums), tl.exp2(total - sums), tl.exp2(total)
         if sequence is not None:
-            from_begin = tl.where(here == first, from_begin, 0.0)
+            from_begin = tl.where(here == start, from_begin, 0.0)
             to_end = tl.where(here == final, to_end, 0.0)
-            across = tl.where(first == final, across, 0.0)
-        place = ((batch * chunks + chunk) * heads + head) * (P * N) + p[:, None] * N + n[None, :]
-        mask = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(states + place, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_N]
-        adjoint = tl.load(adjoints + place, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_N]
-        rows = load_rows(x, x_strides, batch, head, position, exists, p, P)  # [BLOCK_L, BLOCK_P]
-        grad = load_rows(grad_y, grad_y_strides, batch, head, position, exists, p, P)  # [BLOCK_L, BLOCK_P]
-        weights = scores * decay
-        skip = tl.zeros([tile.block_p], tl.float32)
-        if D is not None:
-            skip = load_skip(D, head, p, P, D_STRIDE)
+            across = tl.where(start == final, across, 0.0)
+        row = (batch * chunks + chunk) * heads + head
+        source, place, inside = state_places(row, p, n, tile)
+        state = tl.load(states + source + place, mask=inside, other=0.0)  # [BLOCK_P, BLOCK_N]
+        adjoint = tl.load(adjoints + source + place, mask=inside, other=0.0)  # [BLOCK_P, BLOCK_N]
+        rows = load_rows(x, x_strides, batch, head, positions, p, P)  # [BLOCK_L, BLOCK_P]
+        grad = load_rows(grad_y, grad_y_strides, batch, head, positions, p, P)  # [BLOCK_L, BLOCK_P]
+        # The same for all heads, which the compiler must not know: it would keep all that follows in registers.
+        b = load_rows(B, B_strides, batch, head // share, positions, n, N)  # [BLOCK_L, BLOCK_N]
+        c = load_rows(C, C_strides, batch, head // share, positions, n, N)  # [BLOCK_L, BLOCK_N]
+        scores = dot(b, tl.trans(c), flags)  # [BLOCK_L, BLOCK_L]
+        across *= tl.sum(state.to(tl.float32) * adjoint.to(tl.float32))
         if z is not None:
             out = dot(c, tl.trans(state), flags) * from_begin[:, None]
-            out = add_dot(out, weights * size[None, :], rows, flags) + skip[None, :] * rows.to(tl.float32)
-            gate = load_rows(z, z_strides, batch, head, position, exists, p, P).to(tl.float32)
+            out = add_dot(out, tl.trans(scores * decay * size[:, None]), rows, flags)
+            if D is not None:
+                out += load_skip(D, head, p, P, D_STRIDE)[None, :] * rows.to(tl.float32)
+            gate = load_rows(z, z_strides, batch, head, positions, p, P).to(tl.float32)
             open_part = sigmoid(gate)
             of_gate = grad.to(tl.float32) * out * open_part * (1.0 + gate * (1.0 - open_part))
-            store_rows(grad_z, grad_z_strides, batch, head, position, exists, p, P, of_gate)
+            store_rows(grad_z, grad_z_strides, batch, head, positions, p, P, of_gate)
             grad = operand(grad.to(tl.float32) * gate * open_part, flags)
-
-        of_input = dot(b, tl.trans(adjoint), flags) * to_end[:, None]  # of dt * x, [BLOCK_L, BLOCK_P]
-        wide_rows = rows.to(tl.float32)
-        ends = size * tl.sum(of_input * wide_rows, axis=1)
-        of_input = add_dot(of_input, tl.trans(weights), grad, flags)
-        of_size = tl.sum(of_input * wide_rows, axis=1)
-        of_rows = of_input * size[:, None] + skip[None, :] * grad.to(tl.float32)
-        store_rows(grad_x, grad_x_strides, batch, head, position, exists, p, P, of_rows)
-
-        products = dot(grad, tl.trans(rows), flags) * decay * size[None, :]  # of scores, [BLOCK_L, BLOCK_L]
-        before = dot(grad, state, flags) * from_begin[:, None]  # [BLOCK_L, BLOCK_N]
-        begins = tl.sum(before * c.to(tl.float32), axis=1)
-        total_c = add_dot(total_c + before, products, b, flags)
-        total_b = add_dot(total_b, tl.trans(products), c, flags)
-        total_b += dot(rows, adjoint, flags) * (size * to_end)[:, None]
-
-        pairs = tl.where(offset[:, None] > offset[None, :], products * scores, 0.0)
-        begins += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-        of_exponent = tl.cumsum(begins, axis=0, reverse=True) + (tl.cumsum(ends, axis=0) - ends)
-        of_exponent += across * tl.sum(state.to(tl.float32) * adjoint.to(tl.float32))
-        of_raw = rate * of_exponent + of_size
-        of_raw = tl.where((unlimited >= flags.dt_min) & (unlimited <= flags.dt_max) & exists, of_raw, 0.0)
-        if flags.softplus:
-            of_raw *= sigmoid(raw)
-        target = (batch * length + position) * heads + head
-        tl.store(grad_dt + target, of_raw.to(grad_dt.dtype.element_ty), mask=exists)
-        part = parts + ((batch * chunks + chunk) * heads + head) * (2 + D_STRIDE)
-        tl.store(part, tl.sum(of_exponent * size, axis=0))
-        tl.store(part + 1, tl.sum(of_raw, axis=0))
+        part = parts + row * (2 + D_STRIDE)
         if D is not None:
-            of_skip = tl.sum(wide_rows * grad.to(tl.float32), axis=0)  # [BLOCK_P]
+            of_skip = tl.sum(rows.to(tl.float32) * grad.to(tl.float32), axis=0)  # [BLOCK_P]
             if D_STRIDE > 1:
                 tl.store(part + 2 + p, of_skip, mask=p < P)
             else:
                 tl.store(part + 2, tl.sum(of_skip, axis=0))
+
+        weight = size * to_end
+        of_rows = dot(b, tl.trans(adjoint), flags) * weight[:, None]  # [BLOCK_L, BLOCK_P]
+        of_rows = add_dot(of_rows, scores * decay * size[:, None], grad, flags)
+        if D is not None:
+            of_rows += load_skip(D, head, p, P, D_STRIDE)[None, :] * grad.to(tl.float32)
+        store_rows(grad_x, grad_x_strides, batch, head, positions, p, P, of_rows)
+
+        decay *= dot(rows, tl.trans(grad), flags)  # of scores / size, [BLOCK_L, BLOCK_L]
+        of_size = tl.sum(scores * decay, axis=1)
+        decay *= size[:, None]
+        pairs = tl.where(offset[:, None] < offset[None, :], scores * decay, 0.0)
+        begins = tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)
+        products = operand(decay, flags)
+        total_b = add_dot(total_b, products, c, flags)
+        total_c = add_dot(total_c, tl.trans(products), b, flags)
+
+        before = dot(grad, state, flags) * from_begin[:, None]  # [BLOCK_L, BLOCK_N]
+        begins += tl.sum(before * c.to(tl.float32), axis=1)
+        total_c += before
+        after = dot(rows, adjoint, flags)  # [BLOCK_L, BLOCK_N]
+        ends = tl.sum(after * b.to(tl.float32), axis=1)
+        total_b += after * weight[:, None]
+        of_size += ends * to_end
+        ends *= weight
+
+        of_exponent = across + tl.cumsum(begins, axis=0, reverse=True) + (tl.cumsum(ends, axis=0) - ends)
+        of_raw = rate * of_exponent + of_size
+        first, distance, exists = positions
+        source = dt + batch * dt_strides[0] + first * dt_strides[1] + tl.cast(head, tl.int64) * dt_strides[2]
+        raw = tl.load(source + distance * dt_strides[1], mask=exists, other=0.0).to(tl.float32)
+        if dt_bias is not None:
+            raw += tl.load(dt_bias + head).to(tl.float32)
+        whole = unlimited(raw, flags)
+        of_raw = tl.where((whole == limited(whole, flags)) & exists, of_raw, 0.0)
+        if flags.softplus:
+            of_raw *= sigmoid(raw)
+        target = grad_dt + ((batch * length + first) * heads + head)
+        tl.store(target + distance * heads, of_raw.to(grad_dt.dtype.element_ty), mask=exists)
+        tl.store(part, tl.sum(of_exponent * size, axis=0))
+        tl.store(part + 1, tl.sum(of_raw, axis=0))
     strides = groups * N * tl.cast(length, tl.int64), groups * N, N, 1
-    store_rows(grad_B, strides, split * batches + batch, group, position, exists, n, N, total_b)
-    store_rows(grad_C, strides, split * batches + batch, group, position, exists, n, N, total_c)
+    store_rows(grad_B, strides, split * batches + batch, group, positions, n, N, total_b)
+    store_rows(grad_C, strides, split * batches + batch, group, positions, n, N, total_c)
