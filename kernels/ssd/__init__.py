@@ -239,9 +239,11 @@ _scan = Operator('ssd_scan', _forward, _backward, _like, results=2, macs=_macs)
 def _scan_of(*arguments: Any) -> Scan:
     """The scan as its kernels take it."""
     scan = Scan(*arguments)
-    names = 'A', 'D', 'dt_bias', 'initial_states'
-    tensors = {name: getattr(scan, name) for name in names}
-    return scan._replace(**{name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()})
+    A, D, dt_bias, initial = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (scan.A, scan.D, scan.dt_bias, scan.initial_states)
+    )
+    return scan._replace(A=A, D=D, dt_bias=dt_bias, initial_states=initial)
 
 
 def _triton_backward(

@@ -131,7 +131,8 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, scan: Scan) -> '_Sizes':
-        return cls(*scan.x.shape[:3], scan.B.shape[2], scan.x.shape[3], scan.B.shape[3], num_processors(scan.x))
+        (batch, length, heads, dim), (*_, groups, dstate) = scan.x.shape, scan.B.shape
+        return cls(batch, length, heads, groups, dim, dstate, num_processors(scan.x))
 
 
 def steps_shape(dt: Tensor) -> Tuple[int, ...]:
