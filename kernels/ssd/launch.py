@@ -7,12 +7,20 @@ import torch
 from torch import Tensor
 
 from .._launch import MAX_PLANS, Launch, cdiv, dot_precision, is_nvidia, next_power_of_2, num_processors
-from .backward import gradient_kernel
+from .backward import input_gradient_kernel, projection_gradient_kernel
 from .forward import output_kernel, state_kernel, step_kernel
 
 MAX_DIM, MAX_STATES = 128, 128  # of a head
 _STEP_HEADS = 16  # of a program that computes step sizes
 _MAX_SEGMENTS = 64  # the states of those before are composed one by one
+
+
+class Run(NamedTuple):
+    """Warps of a program, stages of its loop, and most registers of a thread, on NVIDIA GPUs."""
+
+    warps: int = 4
+    stages: int = 1
+    registers: Optional[int] = None
 
 
 class Config(NamedTuple):
@@ -21,26 +29,20 @@ class Config(NamedTuple):
     Args:
         chunk: Steps of a chunk.
         state_p, state_n: Block of a head's state that a program of the walk has.
-        state_warps, output_warps, gradient_warps: Warps of a program.
-        state_stages, output_stages, gradient_stages: Stages of its loop.
-        state_registers, output_registers, gradient_registers: Most registers of a thread, on NVIDIA GPUs.
+        walk, output, inputs, projections: How the kernels run: that of the states, that of y, that of the gradients of
+            B and C, and that of all other gradients.
         programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
         min_chunks: Fewest chunks of a segment.
         segments, splits: Fixed numbers, for tests; 0 to choose.
     """
 
     chunk: int = 64
-    state_p: int = 32
+    state_p: int = 64
     state_n: int = 64
-    state_warps: int = 4
-    state_stages: int = 3
-    state_registers: Optional[int] = None
-    output_warps: int = 4
-    output_stages: int = 2
-    output_registers: Optional[int] = None
-    gradient_warps: int = 4
-    gradient_stages: int = 1
-    gradient_registers: Optional[int] = None
+    walk: Run = Run(stages=3)
+    output: Run = Run(stages=3)
+    inputs: Run = Run(stages=2)
+    projections: Run = Run(stages=2)
     programs: int = 3
     min_chunks: int = 4
     segments: int = 0
@@ -160,7 +162,7 @@ def scan_forward(scan: Scan, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     _step_launch(sizes, _strides(scan.dt), flags, CONFIG)(scan.dt, scan.A, scan.dt_bias, steps)
     states, last = _walk(scan, scan.x, None, scan.B, steps, scan.initial_states)
     strides = _strides(scan.x, scan.B, scan.C, scan.z, y)
-    launch = _chunk_launch(output_kernel, sizes, strides, scan.D_stride, flags, CONFIG)
+    launch = _chunk_launch(output_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
     launch(scan.x, scan.B, scan.C, scan.D, scan.z, steps, scan.sequence, states, y)
     return last, steps, states
 
@@ -177,10 +179,13 @@ def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], steps
     dtypes = (B.dtype, scan.C.dtype) if splits == 1 else (torch.float32, torch.float32)
     grad_B, grad_C = (B.new_empty(shape, dtype=dtype) for dtype in dtypes)
     parts = x.new_empty((*states.shape[:3], 2 + scan.D_stride), dtype=torch.float32)
+    flags = _flags(scan)
     strides = _strides(grad_y, x, scan.dt, B, scan.C, z, grad_x, grad_z)
-    launch = _chunk_launch(gradient_kernel, sizes, strides, scan.D_stride, _flags(scan), CONFIG)
+    launch = _chunk_launch(input_gradient_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
     inputs = x, scan.dt, scan.A, B, scan.C, scan.D, z, scan.dt_bias, steps, scan.sequence
-    launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_B, grad_C, grad_z, parts)
+    launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_z, parts)
+    launch = _chunk_launch(projection_gradient_kernel, sizes, _strides(grad_y, x, B, scan.C, z), (), flags, CONFIG)
+    launch(grad_y, x, B, scan.C, z, steps, scan.sequence, states, adjoints, grad_B, grad_C)
     return Gradients(grad_x, grad_dt, grad_B, grad_C, grad_z, grad_initial, parts.flatten(0, 1))
 
 
@@ -231,16 +236,19 @@ def _walk_launches(
 
     def launch(segments: int, is_summary: bool) -> Launch:
         constants = adjoint, is_summary, tile, flags
-        registers = config.state_registers if flags.nvidia else None
-        options = config.state_warps, registers, config.state_stages
-        return Launch(state_kernel, (programs, segments), integers, constants, *options)
+        return _launch(state_kernel, (programs, segments), integers, constants, config.walk)
 
     return launch(segments, False), launch(segments - 1, True) if segments > 1 else None, segments
 
 
 @lru_cache(maxsize=MAX_PLANS)
 def _chunk_launch(
-    kernel: Any, sizes: _Sizes, strides: Tuple[Tuple[int, ...], ...], D_stride: int, flags: Flags, config: Config
+    kernel: Any,
+    sizes: _Sizes,
+    strides: Tuple[Tuple[int, ...], ...],
+    constants: Tuple[int, ...],
+    flags: Flags,
+    config: Config,
 ) -> Launch:
     """Of a kernel whose programs have a chunk of some heads of a group."""
     splits, split_heads = _splits(sizes, config)
@@ -248,12 +256,14 @@ def _chunk_launch(
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
     integers = sizes.length, sizes.heads, sizes.share, split_heads, *strides
-    if kernel is output_kernel:
-        warps, stages, registers = config.output_warps, config.output_stages, config.output_registers
-    else:
-        warps, stages, registers = config.gradient_warps, config.gradient_stages, config.gradient_registers
-    registers = registers if flags.nvidia else None
-    return Launch(kernel, grid, integers, (D_stride, tile, flags), warps, registers, stages)
+    runs = {output_kernel: config.output, input_gradient_kernel: config.inputs}
+    return _launch(kernel, grid, integers, (*constants, tile, flags), runs.get(kernel, config.projections))
+
+
+def _launch(kernel: Any, grid: Tuple[int, int], integers: tuple, constants: tuple, run: Run) -> Launch:
+    """`constants` end with flags."""
+    registers = run.registers if constants[-1].nvidia else None
+    return Launch(kernel, grid, integers, constants, run.warps, registers, run.stages)
 
 
 def _splits(sizes: _Sizes, config: Config) -> Tuple[int, int]:
