@@ -12,9 +12,9 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 import vmamba  # noqa: F401
+from vmamba.models._isotropic import TokenModel
 from vmamba.models._pretrained import read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
-from vmamba.models.vim import Vim
 from vmamba.tools.training.config import parse_yaml
 from vmamba.tools.user_errors import UserError, nearest, positive_float
 
@@ -183,17 +183,19 @@ def _classes_of(checkpoint: Dict[str, Tensor]) -> int:
 
 
 def _size_of(checkpoint: Dict[str, Tensor], name: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
-    """The image size of a checkpoint of Vim, so that no position embedding is resized before it need be."""
+    """The image size of a checkpoint of patch tokens, so that no position embedding is resized before it need be."""
     found = [value for key, value in checkpoint.items() if key.endswith('pos_embed')]
-    if not found or not is_vim(name):
+    if not found or not is_of_tokens(name):
         return {}
     side = math.isqrt(found[0].shape[1] - 1)
     embed = timm.create_model(name, device='meta', **arguments).patch_embed
     return {'img_size': embed.patch_size + (side - 1) * embed.stride} if side**2 == found[0].shape[1] - 1 else {}
 
 
-def is_vim(name: str) -> bool:
-    return timm.models.is_model_in_modules(name.split('.')[0], [Vim.__module__.rpartition('.')[2]])
+def is_of_tokens(name: str) -> bool:
+    """Whether a name is of a model of this library with patch tokens, such as Vim."""
+    modules = [family.__module__.rpartition('.')[2] for family in TokenModel.__subclasses__()]
+    return timm.models.is_model_in_modules(name.split('.')[0], modules)
 
 
 def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] = None) -> Dict[str, Any]:
@@ -213,7 +215,7 @@ def data_config(model: nn.Module, args: argparse.Namespace, size: Optional[int] 
 
 def own_size(model: nn.Module) -> int:
     """Side of the images that the model is made for."""
-    if isinstance(model, Vim):
+    if isinstance(model, TokenModel):
         return model.patch_embed.img_size[0]
     return model.pretrained_cfg['input_size'][-1]
 
@@ -226,7 +228,7 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
     Raises:
         UserError: If the model takes no such images.
     """
-    fixed = isinstance(model, Vim) or model.pretrained_cfg.get('fixed_input_size', False)
+    fixed = isinstance(model, TokenModel) or model.pretrained_cfg.get('fixed_input_size', False)
     if size == own_size(model) or not fixed:
         return model
     if not hasattr(model, 'set_input_size'):
@@ -241,7 +243,7 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
 
 def any_size_args(name: str) -> Dict[str, Any]:
     """Arguments with which a model takes images of any size, at each call another."""
-    return {'dynamic_img_size': True} if is_vim(name) else {}
+    return {'dynamic_img_size': True} if is_of_tokens(name) else {}
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

@@ -15,7 +15,7 @@ from .._check import check, check_that
 from .._launch import runs_on_triton
 from .._operator import Operator, is_watched
 from . import plain
-from .launch import MAX_DIM, MAX_STATES, Scan, scan_backward, scan_forward, states_dtype, states_shape
+from .launch import MAX_DIM, MAX_STATES, Scan, scan_backward, scan_forward, states_dtype, states_shape, steps_shape
 from .non_causal import non_causal_ssd
 
 __all__ = ['non_causal_ssd', 'ssd_scan']
@@ -169,18 +169,18 @@ def _forward(
     reverse: bool,
     triton: bool,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the states that the backward pass starts from."""
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the last state, and the steps and states that the backward pass starts from."""
     y = torch.empty_like(x)
     options = dt_softplus, dt_min, dt_max, reverse
     if triton:
         scan = _scan_of(x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options)
-        last, states = scan_forward(scan, y)
-        return y, last, states if save else _empty_states(x, B, False)
+        last, *saved = scan_forward(scan, y)
+        return y, last, *(saved if save else _empty_saved(x, dt, B, False))
     core = _core_of(x, dt, A, B, C, dt_bias, initial_states, sequence, *options)
     out, last = plain.scan_forward(core)
     y.copy_(_with_skip_and_gate(_to_sequence(out, reverse), x, D, z))
-    return y, last.flatten(1, 2).clone(), _empty_states(x, B, False)
+    return y, last.flatten(1, 2).clone(), *_empty_saved(x, dt, B, False)
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
@@ -215,16 +215,17 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
     return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial, None
 
 
-def _like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Any) -> Tuple[Tensor, Tensor, Tensor]:
+def _like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, triton, save = others
     batch, _, heads, dim = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     last = x.new_empty((batch, heads, dim, B.shape[-1]), dtype=wide)
-    return torch.empty_like(x), last, _empty_states(x, B, save and triton)
+    return torch.empty_like(x), last, *_empty_saved(x, dt, B, save and triton)
 
 
-def _empty_states(x: Tensor, B: Tensor, save: bool) -> Tensor:
-    return x.new_empty(states_shape(x, B) if save else (0,), dtype=states_dtype(x))
+def _empty_saved(x: Tensor, dt: Tensor, B: Tensor, save: bool) -> Tuple[Tensor, Tensor]:
+    steps = x.new_empty(steps_shape(dt) if save else (0,), dtype=torch.float32)
+    return steps, x.new_empty(states_shape(x, B) if save else (0,), dtype=states_dtype(x))
 
 
 def _macs(x: Sequence[int], dt: Any, A: Any, B: Sequence[int], C: Any, D: Any, z: Any, *others: Any) -> int:
@@ -238,15 +239,17 @@ _scan = Operator('ssd_scan', _forward, _backward, _like, results=2, macs=_macs)
 def _scan_of(*arguments: Any) -> Scan:
     """The scan as its kernels take it."""
     scan = Scan(*arguments)
-    names = 'A', 'D', 'dt_bias', 'initial_states'
-    tensors = {name: getattr(scan, name) for name in names}
-    return scan._replace(**{name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()})
+    A, D, dt_bias, initial = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (scan.A, scan.D, scan.dt_bias, scan.initial_states)
+    )
+    return scan._replace(A=A, D=D, dt_bias=dt_bias, initial_states=initial)
 
 
 def _triton_backward(
-    scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor
+    scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], steps: Tensor, states: Tensor
 ) -> Sequence[Optional[Tensor]]:
-    grads = scan_backward(scan, grad_y, None if grad_last is None else grad_last.contiguous(), states)
+    grads = scan_backward(scan, grad_y, None if grad_last is None else grad_last.contiguous(), steps, states)
     grad_B, grad_C = (grad.squeeze(0) if len(grad) == 1 else grad.sum(dim=0) for grad in (grads.B, grads.C))
     parameters = grads.parts.sum(dim=0)  # [H, 2 + numbers of D]
     grad_A, grad_bias = parameters[:, 0], None if scan.dt_bias is None else parameters[:, 1]

@@ -2,17 +2,63 @@
 
 from .._device import LOG2_E, sigmoid
 from .._launch import tl, triton
-from .tiles import add_dot, dot, load_dt, load_rows, load_skip, rows_of, sequences_of, store_rows, sums_of
+from .tiles import (
+    add_dot,
+    chunk_of,
+    dot,
+    limited,
+    load_rows,
+    load_skip,
+    load_sums,
+    sequences_of,
+    state_places,
+    store_rows,
+    unlimited,
+)
+
+
+@triton.jit
+def step_kernel(
+    dt,  # [batch, L, H], by its strides
+    A,  # [H]
+    dt_bias,  # [H], or None
+    steps,  # [batch, H, chunks, 2, BLOCK_L]: written, see below
+    length,
+    heads,
+    dt_strides,
+    BLOCK_H: tl.constexpr,
+    tile,  # `Tile` of constants
+    flags,  # `Flags` of constants
+):
+    """Step sizes of a chunk, and the sums of the exponents (base 2) of their decays from its first step to each one."""
+    BLOCK_L: tl.constexpr = tile.block_l
+    blocks = tl.cdiv(heads, BLOCK_H)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    head = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    chunk = tl.program_id(1)
+    has_head = head < heads
+    first, offset, exists = chunk_of(chunk, length, flags, BLOCK_L)
+    inside = exists[:, None] & has_head[None, :]
+    dt += batch * dt_strides[0] + first * dt_strides[1]
+    places = offset[:, None] * dt_strides[1] + head.to(offset.dtype)[None, :] * dt_strides[2]
+    size = tl.load(dt + places, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_L, BLOCK_H]
+    if dt_bias is not None:
+        size += tl.load(dt_bias + head, mask=has_head, other=0.0).to(tl.float32)[None, :]
+    size = tl.where(inside, limited(unlimited(size, flags), flags), 0.0)
+    rate = tl.load(A + head, mask=has_head, other=0.0).to(tl.float32) * LOG2_E
+    sums = tl.cumsum(size * rate[None, :], axis=0)
+    rows = ((batch * heads + head) * tl.num_programs(1) + chunk) * (2 * BLOCK_L)
+    targets = steps + rows[None, :] + tl.arange(0, BLOCK_L)[:, None]
+    tl.store(targets, size, mask=has_head[None, :])
+    tl.store(targets + BLOCK_L, sums, mask=has_head[None, :])
 
 
 @triton.jit
 def state_kernel(
     x,  # [batch, L, H, P], by its strides: x, or with ADJOINT the gradient of y
     z,  # the same, or None: gate of the gradient of y
-    dt,  # [batch, L, H], by its strides
-    A,  # [H]
     B,  # [batch, L, G, N], by its strides: B, or with ADJOINT C
-    dt_bias,  # [H], or None
+    steps,  # [batch, H, chunks, 2, BLOCK_L], of `step_kernel`
     sequence,  # [batch, L], or None
     initial,  # [batch, H, P, N], or None: the first state, in walking order
     ends,  # [batch, H, segments - 1, P, N]: the state after each segment from zero before it; with SUMMARY written
@@ -25,7 +71,6 @@ def state_kernel(
     segment_chunks,
     x_strides,
     z_strides,
-    dt_strides,
     B_strides,
     ADJOINT: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -49,16 +94,14 @@ def state_kernel(
     n = program // blocks_p % blocks_n * tile.block_n + tl.arange(0, tile.block_n)
     row = (program // (blocks_p * blocks_n)).to(tl.int64)
     batch, head = row // heads, row % heads
-    place = p[:, None] * N + n[None, :]
-    inside = (p < P)[:, None] & (n < N)[None, :]
-    rate = tl.load(A + head).to(tl.float32) * LOG2_E
+    own, place, inside = state_places(row, p, n, tile)
     segment = tl.program_id(1)
     segments = tl.num_programs(1)
     state = tl.zeros([tile.block_p, tile.block_n], tl.float32)
     decay_sum = 0.0
     if not SUMMARY:
         if initial is not None:
-            state = tl.load(initial + row * (P * N) + place, mask=inside, other=0.0).to(tl.float32)
+            state = tl.load(initial + own + place, mask=inside, other=0.0).to(tl.float32)
         ends += row * ((segments - 1) * (P * N))
         totals += row * (segments - 1)
         for before in range(segment):
@@ -68,22 +111,20 @@ def state_kernel(
     for i in range(begin, tl.minimum(begin + segment_chunks, chunks)):
         chunk = chunks - 1 - i if ADJOINT else i
         if not SUMMARY:
-            target = ((batch * chunks + chunk) * heads + head) * (P * N)
+            target, _, _ = state_places((batch * chunks + chunk) * heads + head, p, n, tile)
             tl.store(states + target + place, state.to(states.dtype.element_ty), mask=inside)
-        step = chunk * BLOCK_L + tl.arange(0, BLOCK_L)
-        position, exists = rows_of(step, length, flags.reverse)
-        _, _, size = load_dt(dt, dt_strides, dt_bias, batch, head, position, exists, flags)
-        from_begin, to_end, total = sums_of(size * rate)
-        weight = tl.exp2(from_begin) if ADJOINT else tl.exp2(to_end) * size
+        positions = chunk_of(chunk, length, flags, BLOCK_L)
+        size, sums, total = load_sums(steps, row, chunk, chunks, BLOCK_L)
+        weight = tl.exp2(sums) if ADJOINT else tl.exp2(total - sums) * size
         if sequence is not None:
-            here, first, final = sequences_of(sequence, batch, chunk, step, length, BLOCK_L)
+            here, first, final = sequences_of(sequence, batch, chunk, length, BLOCK_L)
             weight = tl.where(here == (first if ADJOINT else final), weight, 0.0)
             total = tl.where(first == final, total, -float('inf'))
-        rows = load_rows(x, x_strides, batch, head, position, exists, p, P).to(tl.float32)  # [BLOCK_L, BLOCK_P]
+        rows = load_rows(x, x_strides, batch, head, positions, p, P).to(tl.float32)  # [BLOCK_L, BLOCK_P]
         if z is not None:
-            gate = load_rows(z, z_strides, batch, head, position, exists, p, P).to(tl.float32)
+            gate = load_rows(z, z_strides, batch, head, positions, p, P).to(tl.float32)
             rows *= gate * sigmoid(gate)
-        b = load_rows(B, B_strides, batch, head // share, position, exists, n, N)  # [BLOCK_L, BLOCK_N]
+        b = load_rows(B, B_strides, batch, head // share, positions, n, N)  # [BLOCK_L, BLOCK_N]
         state = add_dot(state * tl.exp2(total), tl.trans(rows * weight[:, None]), b, flags)
         decay_sum += total
     if SUMMARY:
@@ -91,19 +132,17 @@ def state_kernel(
         tl.store(ends + slot * (P * N) + place, state, mask=inside)
         tl.store(totals + slot, decay_sum)
     elif last is not None:
-        tl.store(last + row * (P * N) + place, state, mask=inside & (segment == segments - 1))
+        tl.store(last + own + place, state, mask=inside & (segment == segments - 1))
 
 
 @triton.jit
 def output_kernel(
     x,  # [batch, L, H, P], by its strides
-    dt,  # [batch, L, H], by its strides
-    A,  # [H]
     B,  # [batch, L, G, N], by its strides
     C,  # the same
     D,  # [H], or [H, P], or None
     z,  # as x, or None
-    dt_bias,  # [H], or None
+    steps,  # [batch, H, chunks, 2, BLOCK_L], of `step_kernel`
     sequence,  # [batch, L], or None
     states,  # [batch, chunks, H, P, N], the state before each chunk
     y,  # as x: written
@@ -112,7 +151,6 @@ def output_kernel(
     share,
     split_heads,
     x_strides,
-    dt_strides,
     B_strides,
     C_strides,
     z_strides,
@@ -128,41 +166,38 @@ def output_kernel(
     p = tl.arange(0, tile.block_p)
     n = tl.arange(0, tile.block_n)
     chunk = tl.program_id(1)
+    chunks = tl.num_programs(1)
     splits = tl.cdiv(share, split_heads)
     split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits
+    entry = tl.program_id(0) // splits
     groups = heads // share
-    batch, group = (row // groups).to(tl.int64), row % groups
+    batch, group = (entry // groups).to(tl.int64), entry % groups
     offset = tl.arange(0, BLOCK_L)
-    step = chunk * BLOCK_L + offset
-    position, exists = rows_of(step, length, flags.reverse)
+    positions = chunk_of(chunk, length, flags, BLOCK_L)
     sees = offset[:, None] >= offset[None, :]
     if sequence is not None:
-        here, first, final = sequences_of(sequence, batch, chunk, step, length, BLOCK_L)
+        here, first, final = sequences_of(sequence, batch, chunk, length, BLOCK_L)
         sees = sees & (here[:, None] == here[None, :])
-    b = load_rows(B, B_strides, batch, group, position, exists, n, N)  # [BLOCK_L, BLOCK_N]
-    c = load_rows(C, C_strides, batch, group, position, exists, n, N)  # [BLOCK_L, BLOCK_N]
+    b = load_rows(B, B_strides, batch, group, positions, n, N)  # [BLOCK_L, BLOCK_N]
+    c = load_rows(C, C_strides, batch, group, positions, n, N)  # [BLOCK_L, BLOCK_N]
     scores = dot(c, tl.trans(b), flags)  # [BLOCK_L, BLOCK_L]
     begin = split * split_heads
     for k in range(begin, tl.minimum(begin + split_heads, share)):
         head = group * share + k
-        rate = tl.load(A + head).to(tl.float32) * LOG2_E
-        _, _, size = load_dt(dt, dt_strides, dt_bias, batch, head, position, exists, flags)
-        sums = tl.cumsum(size * rate, axis=0)
+        size, sums, _ = load_sums(steps, batch * heads + head, chunk, chunks, BLOCK_L)
         decay = tl.exp2(tl.where(sees, sums[:, None] - sums[None, :], -float('inf')))
-        source = ((batch * tl.num_programs(1) + chunk) * heads + head) * (P * N)
-        mask = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(states + source + p[:, None] * N + n[None, :], mask=mask, other=0.0)  # [BLOCK_P, BLOCK_N]
+        source, place, inside = state_places((batch * chunks + chunk) * heads + head, p, n, tile)
+        state = tl.load(states + source + place, mask=inside, other=0.0)  # [BLOCK_P, BLOCK_N]
         from_begin = tl.exp2(sums)
         if sequence is not None:
             from_begin = tl.where(here == first, from_begin, 0.0)
         out = dot(c, tl.trans(state), flags) * from_begin[:, None]  # [BLOCK_L, BLOCK_P]
-        rows = load_rows(x, x_strides, batch, head, position, exists, p, P)  # [BLOCK_L, BLOCK_P]
+        rows = load_rows(x, x_strides, batch, head, positions, p, P)  # [BLOCK_L, BLOCK_P]
         out = add_dot(out, scores * decay * size[None, :], rows, flags)
         if D is not None:
             skip = load_skip(D, head, p, P, D_STRIDE)
             out += skip[None, :] * rows.to(tl.float32)
         if z is not None:
-            gate = load_rows(z, z_strides, batch, head, position, exists, p, P).to(tl.float32)
+            gate = load_rows(z, z_strides, batch, head, positions, p, P).to(tl.float32)
             out *= gate * sigmoid(gate)
-        store_rows(y, y_strides, batch, head, position, exists, p, P, out)
+        store_rows(y, y_strides, batch, head, positions, p, P, out)

@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 
 from .._launch import MAX_PLANS, Launch, cdiv, dot_precision, is_nvidia, next_power_of_2, num_processors
-from .backward import gradient_kernel
-from .forward import output_kernel, state_kernel
+from .backward import input_gradient_kernel, projection_gradient_kernel
+from .forward import output_kernel, state_kernel, step_kernel
 
 MAX_DIM, MAX_STATES = 128, 128  # of a head
+_STEP_HEADS = 16  # of a program that computes step sizes
 _MAX_SEGMENTS = 64  # the states of those before are composed one by one
+
+
+class Run(NamedTuple):
+    """Warps of a program, stages of its loop, and most registers of a thread, on NVIDIA GPUs."""
+
+    warps: int = 4
+    stages: int = 1
+    registers: Optional[int] = None
 
 
 class Config(NamedTuple):
@@ -20,22 +29,20 @@ class Config(NamedTuple):
     Args:
         chunk: Steps of a chunk.
         state_p, state_n: Block of a head's state that a program of the walk has.
-        state_warps, output_warps, gradient_warps: Warps of a program.
-        state_stages, output_stages, gradient_stages: Stages of its loop.
+        walk, output, inputs, projections: How the kernels run: that of the states, that of y, that of the gradients of
+            B and C, and that of all other gradients.
         programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
         min_chunks: Fewest chunks of a segment.
         segments, splits: Fixed numbers, for tests; 0 to choose.
     """
 
     chunk: int = 64
-    state_p: int = 32
+    state_p: int = 64
     state_n: int = 64
-    state_warps: int = 4
-    state_stages: int = 3
-    output_warps: int = 4
-    output_stages: int = 2
-    gradient_warps: int = 4
-    gradient_stages: int = 1
+    walk: Run = Run(stages=3)
+    output: Run = Run(stages=3)
+    inputs: Run = Run(stages=2)
+    projections: Run = Run(stages=2)
     programs: int = 3
     min_chunks: int = 4
     segments: int = 0
@@ -64,6 +71,7 @@ class Flags(NamedTuple):
 
     softplus: bool
     reverse: bool
+    wide: bool
     half: bool
     precision: str
     nvidia: bool
@@ -125,7 +133,14 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, scan: Scan) -> '_Sizes':
-        return cls(*scan.x.shape[:3], scan.B.shape[2], scan.x.shape[3], scan.B.shape[3], num_processors(scan.x))
+        (batch, length, heads, dim), (*_, groups, dstate) = scan.x.shape, scan.B.shape
+        return cls(batch, length, heads, groups, dim, dstate, num_processors(scan.x))
+
+
+def steps_shape(dt: Tensor) -> Tuple[int, ...]:
+    """Of the step sizes and the sums of their exponents inside of chunks."""
+    batch, length, heads = dt.shape
+    return batch, heads, cdiv(length, CONFIG.chunk), 2, CONFIG.chunk
 
 
 def states_shape(x: Tensor, B: Tensor) -> Tuple[int, ...]:
@@ -139,20 +154,23 @@ def states_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
-def scan_forward(scan: Scan, y: Tensor) -> Tuple[Tensor, Tensor]:
-    """Fills y; returns the last state and the states before each chunk."""
-    states, last = _walk(scan, scan.x, None, scan.B, scan.initial_states)
-    strides = _strides(scan.x, scan.dt, scan.B, scan.C, scan.z, y)
-    launch = _output_launch(_Sizes.of(scan), strides, scan.D_stride, _flags(scan), CONFIG)
-    inputs = scan.x, scan.dt, scan.A, scan.B, scan.C, scan.D, scan.z, scan.dt_bias, scan.sequence
-    launch(*inputs, states, y)
-    return last, states
+def scan_forward(scan: Scan, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Fills y; returns the last state, the steps, and the states before each chunk."""
+    sizes = _Sizes.of(scan)
+    flags = _flags(scan)
+    steps = scan.x.new_empty(steps_shape(scan.dt), dtype=torch.float32)
+    _step_launch(sizes, _strides(scan.dt), flags, CONFIG)(scan.dt, scan.A, scan.dt_bias, steps)
+    states, last = _walk(scan, scan.x, None, scan.B, steps, scan.initial_states)
+    strides = _strides(scan.x, scan.B, scan.C, scan.z, y)
+    launch = _chunk_launch(output_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
+    launch(scan.x, scan.B, scan.C, scan.D, scan.z, steps, scan.sequence, states, y)
+    return last, steps, states
 
 
-def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], states: Tensor) -> Gradients:
+def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], steps: Tensor, states: Tensor) -> Gradients:
     """Gradients of all tensors."""
     x, z, B = scan.x, scan.z, scan.B
-    adjoints, grad_initial = _walk(scan, grad_y, z, scan.C, grad_last)
+    adjoints, grad_initial = _walk(scan, grad_y, z, scan.C, steps, grad_last)
     sizes = _Sizes.of(scan)
     splits, _ = _splits(sizes, CONFIG)
     grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
@@ -161,24 +179,29 @@ def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], state
     dtypes = (B.dtype, scan.C.dtype) if splits == 1 else (torch.float32, torch.float32)
     grad_B, grad_C = (B.new_empty(shape, dtype=dtype) for dtype in dtypes)
     parts = x.new_empty((*states.shape[:3], 2 + scan.D_stride), dtype=torch.float32)
+    flags = _flags(scan)
     strides = _strides(grad_y, x, scan.dt, B, scan.C, z, grad_x, grad_z)
-    launch = _gradient_launch(sizes, strides, scan.D_stride, _flags(scan), CONFIG)
-    inputs = x, scan.dt, scan.A, B, scan.C, scan.D, z, scan.dt_bias, scan.sequence
-    launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_B, grad_C, grad_z, parts)
+    launch = _chunk_launch(input_gradient_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
+    inputs = x, scan.dt, scan.A, B, scan.C, scan.D, z, scan.dt_bias, steps, scan.sequence
+    launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_z, parts)
+    launch = _chunk_launch(projection_gradient_kernel, sizes, _strides(grad_y, x, B, scan.C, z), (), flags, CONFIG)
+    launch(grad_y, x, B, scan.C, z, steps, scan.sequence, states, adjoints, grad_B, grad_C)
     return Gradients(grad_x, grad_dt, grad_B, grad_C, grad_z, grad_initial, parts.flatten(0, 1))
 
 
-def _walk(scan: Scan, x: Tensor, z: Optional[Tensor], B: Tensor, initial: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+def _walk(
+    scan: Scan, x: Tensor, z: Optional[Tensor], B: Tensor, steps: Tensor, initial: Optional[Tensor]
+) -> Tuple[Tensor, Tensor]:
     """States before each chunk and the last one; adjoint ones if x is not scan.x."""
     sizes = _Sizes.of(scan)
-    strides = _strides(x, z, scan.dt, B)
+    strides = _strides(x, z, B)
     walk, summary, segments = _walk_launches(sizes, strides, x is not scan.x, _flags(scan), CONFIG)
     states = x.new_empty(states_shape(scan.x, scan.B), dtype=states_dtype(scan.x))
     shape = sizes.batch, sizes.heads, sizes.dim, sizes.dstate
     last = x.new_empty(shape, dtype=torch.float32)
     ends = last.new_empty((*shape[:2], segments - 1, *shape[2:]))
     totals = last.new_empty((*shape[:2], segments - 1))
-    inputs = x, z, scan.dt, scan.A, B, scan.dt_bias, scan.sequence
+    inputs = x, z, B, steps, scan.sequence
     if summary is not None:
         summary(*inputs, None, ends, totals, None, None)
     walk(*inputs, initial, ends, totals, states, last)
@@ -186,15 +209,23 @@ def _walk(scan: Scan, x: Tensor, z: Optional[Tensor], B: Tensor, initial: Option
 
 
 @lru_cache(maxsize=MAX_PLANS)
+def _step_launch(sizes: _Sizes, strides: Tuple[Tuple[int, ...], ...], flags: Flags, config: Config) -> Launch:
+    block_h = min(next_power_of_2(sizes.heads), _STEP_HEADS)
+    tile, flags = Tile(config.chunk, 1, 1, 1, 1), _widened(flags, strides, config)
+    grid = sizes.batch * cdiv(sizes.heads, block_h), cdiv(sizes.length, config.chunk)
+    return Launch(step_kernel, grid, (sizes.length, sizes.heads, *strides), (block_h, tile, flags))
+
+
+@lru_cache(maxsize=MAX_PLANS)
 def _walk_launches(
-    sizes: _Sizes, strides: Tuple[Any, ...], adjoint: bool, flags: Flags, config: Config
+    sizes: _Sizes, strides: Tuple[Tuple[int, ...], ...], adjoint: bool, flags: Flags, config: Config
 ) -> Tuple[Launch, Optional[Launch], int]:
     """The walk, the walk before it that finds the states between segments, and the number of segments."""
     block_p, block_n = (
         min(block, max(next_power_of_2(size), 16))
         for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
     )
-    tile = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate)
+    tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     programs = sizes.batch * sizes.heads * cdiv(sizes.dim, block_p) * cdiv(sizes.dstate, block_n)
     chunks = cdiv(sizes.length, config.chunk)
     most = config.slots(sizes.processors) // max(programs, 1)
@@ -205,43 +236,34 @@ def _walk_launches(
 
     def launch(segments: int, is_summary: bool) -> Launch:
         constants = adjoint, is_summary, tile, flags
-        warps, stages = config.state_warps, config.state_stages
-        return Launch(state_kernel, (programs, segments), integers, constants, warps, stages=stages)
+        return _launch(state_kernel, (programs, segments), integers, constants, config.walk)
 
     return launch(segments, False), launch(segments - 1, True) if segments > 1 else None, segments
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _output_launch(sizes: _Sizes, strides: Tuple[Any, ...], D_stride: int, flags: Flags, config: Config) -> Launch:
-    return _chunk_launch(
-        output_kernel, sizes, strides, D_stride, flags, config, config.output_warps, config.output_stages
-    )
-
-
-@lru_cache(maxsize=MAX_PLANS)
-def _gradient_launch(sizes: _Sizes, strides: Tuple[Any, ...], D_stride: int, flags: Flags, config: Config) -> Launch:
-    return _chunk_launch(
-        gradient_kernel, sizes, strides, D_stride, flags, config, config.gradient_warps, config.gradient_stages
-    )
-
-
 def _chunk_launch(
     kernel: Any,
     sizes: _Sizes,
-    strides: Tuple[Any, ...],
-    D_stride: int,
+    strides: Tuple[Tuple[int, ...], ...],
+    constants: Tuple[int, ...],
     flags: Flags,
     config: Config,
-    warps: int,
-    stages: int,
 ) -> Launch:
     """Of a kernel whose programs have a chunk of some heads of a group."""
     splits, split_heads = _splits(sizes, config)
     block_p, block_n = (max(next_power_of_2(size), 16) for size in (sizes.dim, sizes.dstate))
-    tile = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate)
+    tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
     integers = sizes.length, sizes.heads, sizes.share, split_heads, *strides
-    return Launch(kernel, grid, integers, (D_stride, tile, flags), warps, stages=stages)
+    runs = {output_kernel: config.output, input_gradient_kernel: config.inputs}
+    return _launch(kernel, grid, integers, (*constants, tile, flags), runs.get(kernel, config.projections))
+
+
+def _launch(kernel: Any, grid: Tuple[int, int], integers: tuple, constants: tuple, run: Run) -> Launch:
+    """`constants` end with flags."""
+    registers = run.registers if constants[-1].nvidia else None
+    return Launch(kernel, grid, integers, constants, run.warps, registers, run.stages)
 
 
 def _splits(sizes: _Sizes, config: Config) -> Tuple[int, int]:
@@ -256,9 +278,15 @@ def _flags(scan: Scan) -> Flags:
     x = scan.x
     half = x.dtype == torch.bfloat16
     limits = scan.dt_min, scan.dt_max
-    return Flags(scan.dt_softplus, scan.reverse, half, dot_precision(x), is_nvidia(x), *limits)
+    return Flags(scan.dt_softplus, scan.reverse, False, half, dot_precision(x), is_nvidia(x), *limits)
+
+
+def _widened(flags: Flags, strides: Tuple[Tuple[int, ...], ...], config: Config) -> Flags:
+    """With 64 bits for offsets inside a chunk where its steps are that far apart."""
+    most = max(config.chunk * step + max(MAX_DIM, MAX_STATES) * column for _, step, _, column in strides)
+    return flags._replace(wide=most >= 2**31)
 
 
 def _strides(*tensors: Optional[Tensor]) -> Tuple[Tuple[int, ...], ...]:
-    """Those of each tensor; all 0 for None."""
-    return tuple([(0, 0, 0, 0) if tensor is None else tensor.stride() for tensor in tensors])
+    """Of each tensor, those of batch, step, head and column; 0 for what it lacks."""
+    return tuple([(0, 0, 0, 0) if tensor is None else (*tensor.stride(), 0)[:4] for tensor in tensors])

@@ -9,30 +9,56 @@ from .._launch import tl, triton
 
 
 @triton.jit
-def rows_of(step, length, REVERSE: tl.constexpr):
-    """Positions [BLOCK_L] of steps, in 64 bits, and which of them exist."""
-    position = length - 1 - step if REVERSE else step
-    return position.to(tl.int64), step < length
+def chunk_of(chunk, length, flags, BLOCK_L: tl.constexpr):
+    """The position of a chunk's first step in 64 bits, distances [BLOCK_L] of its steps from there, and which exist."""
+    first = chunk * BLOCK_L
+    offset = tl.arange(0, BLOCK_L)
+    exists = offset < length - first
+    if flags.wide:
+        offset = offset.to(tl.int64)
+    if flags.reverse:
+        return tl.cast(length - 1 - first, tl.int64), -offset, exists
+    else:
+        return tl.cast(first, tl.int64), offset, exists
 
 
 @triton.jit
-def places_of(pointer, strides, batch, head, position, column):
-    """Pointers [BLOCK_L, columns] to rows of a head (or group), from strides of batch, step, head and column."""
-    pointer += batch * strides[0] + head.to(tl.int64) * strides[2]
-    return pointer + (position * strides[1])[:, None] + column.to(tl.int64)[None, :] * strides[3]
+def places_of(pointer, strides, batch, head, steps, column):
+    """Pointers [BLOCK_L, columns] to steps of a head (or group), from strides of batch, step, head and column."""
+    first, offset, _ = steps
+    pointer += batch * strides[0] + first * strides[1] + tl.cast(head, tl.int64) * strides[2]
+    return pointer + (offset[:, None] * strides[1] + column.to(offset.dtype)[None, :] * strides[3])
 
 
 @triton.jit
-def load_rows(pointer, strides, batch, head, position, exists, column, size):
-    """Rows [BLOCK_L, columns] of a head (or group), of which `size` columns exist."""
-    places = places_of(pointer, strides, batch, head, position, column)
-    return tl.load(places, mask=exists[:, None] & (column < size)[None, :], other=0.0)
+def mask_of(steps, column, SIZE: tl.constexpr):
+    """Which elements of a chunk with SIZE columns exist, [BLOCK_L, columns or 1]."""
+    _, _, exists = steps
+    return exists[:, None] if SIZE % column.shape[0] == 0 else exists[:, None] & (column < SIZE)[None, :]
 
 
 @triton.jit
-def store_rows(pointer, strides, batch, head, position, exists, column, size, rows):
-    places = places_of(pointer, strides, batch, head, position, column)
-    tl.store(places, rows.to(pointer.dtype.element_ty), mask=exists[:, None] & (column < size)[None, :])
+def load_rows(pointer, strides, batch, head, steps, column, SIZE: tl.constexpr):
+    """Steps of a head (or group) [BLOCK_L, columns], of which SIZE columns exist."""
+    places = places_of(pointer, strides, batch, head, steps, column)
+    return tl.load(places, mask=mask_of(steps, column, SIZE), other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, strides, batch, head, steps, column, SIZE: tl.constexpr, rows):
+    places = places_of(pointer, strides, batch, head, steps, column)
+    tl.store(places, rows.to(pointer.dtype.element_ty), mask=mask_of(steps, column, SIZE))
+
+
+@triton.jit
+def state_places(row, p, n, tile):
+    """Offsets [BLOCK_P, BLOCK_N] of a row's state [P, N], the first in 64 bits, and which exist."""
+    place = p[:, None] * tile.dstate + n[None, :]
+    return (
+        tl.cast(row, tl.int64) * (tile.dim * tile.dstate),
+        place,
+        (p < tile.dim)[:, None] & (n < tile.dstate)[None, :],
+    )
 
 
 @triton.jit
@@ -43,33 +69,32 @@ def load_skip(D, head, p, P, D_STRIDE: tl.constexpr):
 
 
 @triton.jit
-def load_dt(dt, strides, dt_bias, batch, head, position, exists, flags):
-    """dt + dt_bias and the step size, [BLOCK_L], before its limits and after them."""
-    place = batch * strides[0] + position * strides[1] + head.to(tl.int64) * strides[2]
-    raw = tl.load(dt + place, mask=exists, other=0.0).to(tl.float32)
-    if dt_bias is not None:
-        raw += tl.load(dt_bias + head).to(tl.float32)
-    size = softplus_log2(raw * LOG2_E, True, flags.nvidia) * LN2 if flags.softplus else raw
-    limited = tl.minimum(tl.maximum(size, flags.dt_min), flags.dt_max)
-    return raw, size, tl.where(exists, limited, 0.0)
+def unlimited(raw, flags):
+    """The step size of dt + dt_bias before its limits."""
+    return softplus_log2(raw * LOG2_E, True, flags.nvidia) * LN2 if flags.softplus else raw
 
 
 @triton.jit
-def sums_of(exponent):
-    """Sums [BLOCK_L] of the exponents of decays from before the chunk to each step, and from each step to the end; and
-    over the chunk."""
-    to_end = tl.cumsum(exponent, axis=0, reverse=True) - exponent
-    return tl.cumsum(exponent, axis=0), to_end, tl.sum(exponent, axis=0)
+def limited(size, flags):
+    return tl.minimum(tl.maximum(size, flags.dt_min), flags.dt_max)
 
 
 @triton.jit
-def sequences_of(sequence, batch, chunk, step, length, BLOCK_L: tl.constexpr):
+def load_sums(steps, row, chunk, chunks, BLOCK_L: tl.constexpr):
+    """Step sizes of a chunk, sums of the exponents of their decays up to each, [BLOCK_L], and the last sum."""
+    steps += (tl.cast(row, tl.int64) * chunks + chunk) * (2 * BLOCK_L)
+    offset = tl.arange(0, BLOCK_L)
+    return tl.load(steps + offset), tl.load(steps + BLOCK_L + offset), tl.load(steps + 2 * BLOCK_L - 1)
+
+
+@triton.jit
+def sequences_of(sequence, batch, chunk, length, BLOCK_L: tl.constexpr):
     """The sequences of a chunk's steps [BLOCK_L], of the step before it (0 if there is none), and of its last one."""
     sequence += batch * length
-    here = tl.load(sequence + tl.minimum(step, length - 1))
-    before = tl.load(sequence + chunk * BLOCK_L - 1, mask=chunk > 0, other=0)
-    last = tl.load(sequence + tl.minimum(chunk * BLOCK_L + BLOCK_L, length) - 1)
-    return here, before, last
+    first = chunk * BLOCK_L
+    here = tl.load(sequence + tl.minimum(first + tl.arange(0, BLOCK_L), length - 1))
+    before = tl.load(sequence + first - 1, mask=chunk > 0, other=0)
+    return here, before, tl.load(sequence + tl.minimum(first + BLOCK_L, length) - 1)
 
 
 @triton.jit

@@ -175,10 +175,10 @@ def test_the_published_figures_of_the_page_are_those_of_the_tool():
     from vmamba.tools.published import PUBLISHED
 
     rows = re.findall(
-        r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|$', (ROOT / 'docs/evaluation.md').read_text(), re.MULTILINE
+        r'^\| `([\w.]+)` \| ([\d.]+) \| ([\d.]*) ?\|$', (ROOT / 'docs/evaluation.md').read_text(), re.MULTILINE
     )
     found = {name: (float(top1), float(top5) if top5 else None) for name, top1, top5 in rows}
-    assert found == {name: tuple(figures) for name, figures in PUBLISHED.items()}
+    assert found == {name: (figures.top1, figures.top5) for name, figures in PUBLISHED.items()}
 
 
 def test_model_tables_show_every_model_with_its_size_and_published_accuracy():
@@ -191,8 +191,10 @@ def test_model_tables_show_every_model_with_its_size_and_published_accuracy():
         for name in PUBLISHED
     }
     for page in ('README.md', 'docs/model_zoo.md'):
-        rows = re.findall(r'^\| `(\w+)` \|(.*)\|$', (ROOT / page).read_text(), re.MULTILINE)
+        rows = re.findall(r'^\| `([\w.]+)` \|(.*)\|$', (ROOT / page).read_text(), re.MULTILINE)
         cells = {name: [cell.strip() for cell in row.split('|')] for name, row in rows}
-        for name, (top1, _) in PUBLISHED.items():
+        for name, (top1, *_) in PUBLISHED.items():
+            if page == 'README.md' and '.' in name:
+                continue  # the model zoo lists the other weights
             assert sizes[name] in cells[name], (page, name)
             assert {f'{top1:.1f}', f'{top1:.3f}'} & set(cells[name]), (page, name)

@@ -20,10 +20,10 @@ import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
-from vmamba.models.vim import Vim
 from vmamba.tools.benchmarks.report import versions
 from vmamba.tools.benchmarks.timing import MIB, capture, is_out_of_memory, median_ms, peak_mib, settled_memory
 from vmamba.tools.devices import device_name
+from vmamba.tools.weights import is_of_tokens
 
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
 MIN_REPEATS = 3
@@ -90,10 +90,10 @@ def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     if attention:
         set_fused_attn(attention == 'fused')
     cfg = timm.get_pretrained_cfg(name)
-    is_vim = timm.models.is_model_in_modules(name, [Vim.__module__.rpartition('.')[2]])  # older timm takes lists alone
-    args = {'img_size': size} if cfg is not None and cfg.fixed_input_size and not is_vim else {}
+    of_tokens = is_of_tokens(name)
+    args = {'img_size': size} if cfg is not None and cfg.fixed_input_size and not of_tokens else {}
     model = timm.create_model(name, num_classes=0, **args).eval()
-    if is_vim:
+    if of_tokens:
         size -= (size - model.patch_embed.patch_size) % model.patch_embed.stride
         model.set_input_size(size)
     return model, size

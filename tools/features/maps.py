@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.models.vim import Vim
+from vmamba.models._isotropic import TokenModel
 from vmamba.tools.user_errors import UserError, nearest
 
 POOLED = 'pooled'
@@ -72,7 +72,7 @@ def extract(model: nn.Module, images: Tensor, wanted: Wanted) -> Dict[str, Tenso
 
 def patch_layout(model: nn.Module) -> Tuple[int, int]:
     """(side of a patch, distance of patches) that must cover an image; (1, 1) where any size goes."""
-    return (model.patch_embed.patch_size, model.patch_embed.stride) if isinstance(model, Vim) else (1, 1)
+    return (model.patch_embed.patch_size, model.patch_embed.stride) if isinstance(model, TokenModel) else (1, 1)
 
 
 def covering(side: int, patch: int, stride: int) -> int:

@@ -159,7 +159,7 @@ class TimmBackbone(BaseModule):
 
 def _modules_of(family: type) -> List[str]:
     """timm's names of the modules that define a family, or the families that derive from a base class."""
-    families = family.__subclasses__() or [family]
+    families: List[type] = family.__subclasses__() or [family]
     return [member.__module__.rpartition('.')[2] for member in families]
 
 

@@ -253,7 +253,7 @@ def adventurer_l(pretrained: bool = False, **kwargs: Any) -> TokenModel:
 @register_model
 def adventurer_nano(pretrained: bool = False, **kwargs: Any) -> TokenModel:
     """A small Adventurer for small images, light enough to train on a CPU; no weights are published"""
-    args = dict(img_size=32, patch_size=4, embed_dim=128, depth=6, d_state=16, headdim=32)
+    args = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, d_state=16, headdim=32)
     return _create_adventurer('adventurer_nano', pretrained, **{**args, **kwargs})
 
 
