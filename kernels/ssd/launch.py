@@ -67,7 +67,7 @@ class Config(NamedTuple):
 
         def needed(chunk: int, stages: int) -> int:
             tiles = 2 * chunk * block_n + stages * (2 * chunk * block_p + block_p * block_n)
-            return tiles * itemsize + stages * 1024
+            return tiles * itemsize + (stages - 1) * 1024  # and step sizes
 
         chunk = self.chunk
         while chunk > 16 and needed(chunk, 1) > shared:
