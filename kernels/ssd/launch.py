@@ -39,7 +39,8 @@ class Config(NamedTuple):
         chunk: Steps of a chunk.
         state_p, state_n: Block of a head's state that a program of the walk has.
         walk, output, inputs, projections: How the kernels run: that of the states, that of y, that of the gradients of
-            B and C, and that of all other gradients.
+            x, z and dt, and that of the gradients of B and C. ptxas 12.8 compiles `output_kernel` wrongly with one
+            stage and less than 64 channels on sm_90.
         programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
         min_chunks: Fewest chunks of a segment.
         segments, splits: Fixed numbers, for tests; 0 to choose.
