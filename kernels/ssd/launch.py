@@ -171,7 +171,8 @@ class _Sizes(NamedTuple):
 def config_of(x: Tensor, B: Tensor) -> Config:
     """How scans of such tensors are cut."""
     itemsize = 2 if x.dtype == torch.bfloat16 else 4  # as tensor cores take it
-    return _fitting(CONFIG, x.shape[-1], B.shape[-1], itemsize, shared_memory(x))
+    dim, dstate = int(x.shape[-1]), int(B.shape[-1])  # also of shapes that are traced as symbols
+    return _fitting(CONFIG, dim, dstate, itemsize, shared_memory(x))
 
 
 @lru_cache(maxsize=MAX_PLANS)
