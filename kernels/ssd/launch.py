@@ -39,7 +39,8 @@ class Config(NamedTuple):
         chunk: Steps of a chunk.
         state_p, state_n: Block of a head's state that a program of the walk has.
         walk, output, inputs, projections: How the kernels run: that of the states, that of y, that of the gradients of
-            B and C, and that of all other gradients.
+            x, z and dt, and that of the gradients of B and C. ptxas 12.8 compiles `output_kernel` wrongly with one
+            stage and less than 64 channels on sm_90.
         programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
         min_chunks: Fewest chunks of a segment.
         segments, splits: Fixed numbers, for tests; 0 to choose.
@@ -170,7 +171,8 @@ class _Sizes(NamedTuple):
 def config_of(x: Tensor, B: Tensor) -> Config:
     """How scans of such tensors are cut."""
     itemsize = 2 if x.dtype == torch.bfloat16 else 4  # as tensor cores take it
-    return _fitting(CONFIG, x.shape[-1], B.shape[-1], itemsize, shared_memory(x))
+    dim, dstate = int(x.shape[-1]), int(B.shape[-1])  # also of shapes that are traced as symbols
+    return _fitting(CONFIG, dim, dstate, itemsize, shared_memory(x))
 
 
 @lru_cache(maxsize=MAX_PLANS)
