@@ -36,6 +36,7 @@ from vmamba.tools.benchmarks.cases import (
     model_cases,
     scan_cases,
     ss2d_cases,
+    ssd_cases,
 )
 from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
 from vmamba.tools.benchmarks.timing import (
@@ -60,6 +61,7 @@ TURN = 10  # counted passes of a model before the next one takes its turn
 
 TITLES = {
     'scan': 'Selective scan',
+    'ssd': 'Scan of Mamba-2 (SSD)',
     'ss2d': 'SS2D core',
     'model': 'Models at 224x224, bf16 autocast',
     'host': 'Host time of eager training, bf16 autocast',
@@ -79,7 +81,7 @@ Medians of milliseconds on the host's clock, of the forward and of the backward 
 synchronisation of the device to the next. The models take turns of ten passes in one process, so that drift of the
 machine hits all alike; the pass before them, after another model's turn, is not counted. Above 1, the model is slower
 than the one beside it."""
-NOTES = {'scan': KERNEL_NOTES, 'ss2d': KERNEL_NOTES, 'model': MODEL_NOTES, 'host': HOST_NOTES}
+NOTES = {'scan': KERNEL_NOTES, 'ssd': KERNEL_NOTES, 'ss2d': KERNEL_NOTES, 'model': MODEL_NOTES, 'host': HOST_NOTES}
 # Columns of the tables: key of the record and header.
 _CASE = {'case': 'case', 'by': 'by', 'batch': 'batch', 'shape': 'shape'}
 COLUMNS = {
@@ -295,7 +297,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
-    cases = [*scan_cases(args.device), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
+    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases()
+    cases = [*operators, *model_cases(args.models, args.compile_training), *host_cases()]
     try:
         args.cases = select(cases, args.only, args.case)
     except ValueError as error:

@@ -176,11 +176,11 @@ def _forward(
     if triton:
         scan = _scan_of(x, dt, A, B, C, D, z, dt_bias, initial_states, sequence, *options)
         last, *saved = scan_forward(scan, y)
-        return y, last, *(saved if save else _empty_saved(x, dt, B, False))
+        return y, last, *(saved if save else _empty_saved(x, B, False))
     core = _core_of(x, dt, A, B, C, dt_bias, initial_states, sequence, *options)
     out, last = plain.scan_forward(core)
     y.copy_(_with_skip_and_gate(_to_sequence(out, reverse), x, D, z))
-    return y, last.flatten(1, 2).clone(), *_empty_saved(x, dt, B, False)
+    return y, last.flatten(1, 2).clone(), *_empty_saved(x, B, False)
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
@@ -220,11 +220,11 @@ def _like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others: Any) -> Tuple[Te
     batch, _, heads, dim = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     last = x.new_empty((batch, heads, dim, B.shape[-1]), dtype=wide)
-    return torch.empty_like(x), last, *_empty_saved(x, dt, B, save and triton)
+    return torch.empty_like(x), last, *_empty_saved(x, B, save and triton)
 
 
-def _empty_saved(x: Tensor, dt: Tensor, B: Tensor, save: bool) -> Tuple[Tensor, Tensor]:
-    steps = x.new_empty(steps_shape(dt) if save else (0,), dtype=torch.float32)
+def _empty_saved(x: Tensor, B: Tensor, save: bool) -> Tuple[Tensor, Tensor]:
+    steps = x.new_empty(steps_shape(x, B) if save else (0,), dtype=torch.float32)
     return steps, x.new_empty(states_shape(x, B) if save else (0,), dtype=states_dtype(x))
 
 

@@ -95,11 +95,11 @@ def input_gradient_kernel(
         adjoint = tl.load(adjoints + source + place, mask=inside, other=0.0)  # [BLOCK_P, BLOCK_N]
         rows = load_rows(x, x_strides, batch, head, positions, p, P)  # [BLOCK_L, BLOCK_P]
         grad = load_rows(grad_y, grad_y_strides, batch, head, positions, p, P)  # [BLOCK_L, BLOCK_P]
-        decay = tl.exp2(tl.where(seen, sums[None, :] - sums[:, None], -float('inf')))  # from j to i
         across *= tl.sum(state.to(tl.float32) * adjoint.to(tl.float32))
         before = dot(c, tl.trans(state), flags) * from_begin[:, None]  # [BLOCK_L, BLOCK_P]
+        weights = scores * tl.exp2(tl.where(seen, sums[None, :] - sums[:, None], -float('inf')))  # of step j in step i
         if z is not None:
-            out = add_dot(before, tl.trans(scores * decay * size[:, None]), rows, flags)
+            out = add_dot(before, tl.trans(weights * size[:, None]), rows, flags)
             if D is not None:
                 out += load_skip(D, head, p, P, D_STRIDE)[None, :] * rows.to(tl.float32)
             gate = load_rows(z, z_strides, batch, head, positions, p, P).to(tl.float32)
@@ -119,12 +119,12 @@ def input_gradient_kernel(
         weight = size * to_end
         of_rows = dot(b, tl.trans(adjoint), flags)  # [BLOCK_L, BLOCK_P]
         ends = tl.sum(of_rows * rows.to(tl.float32), axis=1)
-        of_rows = add_dot(of_rows * weight[:, None], scores * decay * size[:, None], grad, flags)
+        of_rows = add_dot(of_rows * weight[:, None], weights * size[:, None], grad, flags)
         if D is not None:
             of_rows += load_skip(D, head, p, P, D_STRIDE)[None, :] * grad.to(tl.float32)
         store_rows(grad_x, grad_x_strides, batch, head, positions, p, P, of_rows)
 
-        pairs = scores * decay * dot(rows, tl.trans(grad), flags)  # of scores / size, [BLOCK_L, BLOCK_L]
+        pairs = weights * dot(rows, tl.trans(grad), flags)  # [BLOCK_L, BLOCK_L]
         of_size = tl.sum(pairs, axis=1) + ends * to_end
         pairs = tl.where(offset[:, None] < offset[None, :], pairs * size[:, None], 0.0)
         begins += tl.sum(pairs, axis=0) - tl.sum(pairs, axis=1)

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._launch import MAX_PLANS, Launch, cdiv, dot_precision, is_nvidia, next_power_of_2, num_processors
+from .._launch import (
+    MAX_PLANS,
+    Launch,
+    cdiv,
+    dot_precision,
+    is_nvidia,
+    next_power_of_2,
+    num_processors,
+    shared_memory,
+)
 from .backward import input_gradient_kernel, projection_gradient_kernel
 from .forward import output_kernel, state_kernel, step_kernel
 
@@ -30,7 +39,8 @@ class Config(NamedTuple):
         chunk: Steps of a chunk.
         state_p, state_n: Block of a head's state that a program of the walk has.
         walk, output, inputs, projections: How the kernels run: that of the states, that of y, that of the gradients of
-            B and C, and that of all other gradients.
+            x, z and dt, and that of the gradients of B and C. ptxas 12.8 compiles `output_kernel` wrongly with one
+            stage and less than 64 channels on sm_90.
         programs: Programs of a pass for each multiprocessor, for which heads are split and sequences cut.
         min_chunks: Fewest chunks of a segment.
         segments, splits: Fixed numbers, for tests; 0 to choose.
@@ -52,8 +62,29 @@ class Config(NamedTuple):
         """Programs that a pass should have."""
         return processors * self.programs
 
+    def fit(self, dim: int, dstate: int, itemsize: int, shared: int) -> 'Config':
+        """With a chunk and stages for which a program's tiles fit into so many bytes of shared memory."""
+        block_p, block_n = _block(dim), _block(dstate)
+
+        def needed(chunk: int, stages: int) -> int:
+            tiles = 2 * chunk * block_n + stages * (2 * chunk * block_p + block_p * block_n)
+            return tiles * itemsize + (stages - 1) * 1024  # and step sizes
+
+        chunk = self.chunk
+        while chunk > 16 and needed(chunk, 1) > shared:
+            chunk //= 2
+        most = max((stages for stages in range(2, 9) if needed(chunk, stages) <= shared), default=1)
+        runs = {name: getattr(self, name) for name in ('walk', 'output', 'inputs', 'projections')}
+        fitting = {name: run._replace(stages=min(run.stages, most)) for name, run in runs.items()}
+        return self._replace(chunk=chunk, **fitting)
+
 
 CONFIG = Config()
+
+
+def _block(size: int) -> int:
+    """Columns of a tile that holds so many: products of tiles need 16."""
+    return max(next_power_of_2(size), 16)
 
 
 class Tile(NamedTuple):
@@ -137,16 +168,28 @@ class _Sizes(NamedTuple):
         return cls(batch, length, heads, groups, dim, dstate, num_processors(scan.x))
 
 
-def steps_shape(dt: Tensor) -> Tuple[int, ...]:
+def config_of(x: Tensor, B: Tensor) -> Config:
+    """How scans of such tensors are cut."""
+    itemsize = 2 if x.dtype == torch.bfloat16 else 4  # as tensor cores take it
+    dim, dstate = int(x.shape[-1]), int(B.shape[-1])  # also of shapes that are traced as symbols
+    return _fitting(CONFIG, dim, dstate, itemsize, shared_memory(x))
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _fitting(config: Config, dim: int, dstate: int, itemsize: int, shared: int) -> Config:
+    return config.fit(dim, dstate, itemsize, shared)
+
+
+def steps_shape(x: Tensor, B: Tensor) -> Tuple[int, ...]:
     """Of the step sizes and the sums of their exponents inside of chunks."""
-    batch, length, heads = dt.shape
-    return batch, heads, cdiv(length, CONFIG.chunk), 2, CONFIG.chunk
+    (batch, length, heads, _), chunk = x.shape, config_of(x, B).chunk
+    return batch, heads, cdiv(length, chunk), 2, chunk
 
 
 def states_shape(x: Tensor, B: Tensor) -> Tuple[int, ...]:
     """Of the states before each chunk, which the backward pass starts from: [batch, chunks, H, P, N]."""
     batch, length, heads, dim = x.shape
-    return batch, cdiv(length, CONFIG.chunk), heads, dim, B.shape[-1]
+    return batch, cdiv(length, config_of(x, B).chunk), heads, dim, B.shape[-1]
 
 
 def states_dtype(x: Tensor) -> torch.dtype:
@@ -156,13 +199,12 @@ def states_dtype(x: Tensor) -> torch.dtype:
 
 def scan_forward(scan: Scan, y: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Fills y; returns the last state, the steps, and the states before each chunk."""
-    sizes = _Sizes.of(scan)
-    flags = _flags(scan)
-    steps = scan.x.new_empty(steps_shape(scan.dt), dtype=torch.float32)
-    _step_launch(sizes, _strides(scan.dt), flags, CONFIG)(scan.dt, scan.A, scan.dt_bias, steps)
+    sizes, config, flags = _Sizes.of(scan), config_of(scan.x, scan.B), _flags(scan)
+    steps = scan.x.new_empty(steps_shape(scan.x, scan.B), dtype=torch.float32)
+    _step_launch(sizes, _strides(scan.dt), flags, config)(scan.dt, scan.A, scan.dt_bias, steps)
     states, last = _walk(scan, scan.x, None, scan.B, steps, scan.initial_states)
     strides = _strides(scan.x, scan.B, scan.C, scan.z, y)
-    launch = _chunk_launch(output_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
+    launch = _chunk_launch(output_kernel, sizes, strides, (scan.D_stride,), flags, config)
     launch(scan.x, scan.B, scan.C, scan.D, scan.z, steps, scan.sequence, states, y)
     return last, steps, states
 
@@ -171,20 +213,19 @@ def scan_backward(scan: Scan, grad_y: Tensor, grad_last: Optional[Tensor], steps
     """Gradients of all tensors."""
     x, z, B = scan.x, scan.z, scan.B
     adjoints, grad_initial = _walk(scan, grad_y, z, scan.C, steps, grad_last)
-    sizes = _Sizes.of(scan)
-    splits, _ = _splits(sizes, CONFIG)
+    sizes, config, flags = _Sizes.of(scan), config_of(x, B), _flags(scan)
+    splits, _ = _splits(sizes, config)
     grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
     grad_dt = torch.empty_like(scan.dt, memory_format=torch.contiguous_format)
     shape = splits, *B.shape
     dtypes = (B.dtype, scan.C.dtype) if splits == 1 else (torch.float32, torch.float32)
     grad_B, grad_C = (B.new_empty(shape, dtype=dtype) for dtype in dtypes)
     parts = x.new_empty((*states.shape[:3], 2 + scan.D_stride), dtype=torch.float32)
-    flags = _flags(scan)
     strides = _strides(grad_y, x, scan.dt, B, scan.C, z, grad_x, grad_z)
-    launch = _chunk_launch(input_gradient_kernel, sizes, strides, (scan.D_stride,), flags, CONFIG)
+    launch = _chunk_launch(input_gradient_kernel, sizes, strides, (scan.D_stride,), flags, config)
     inputs = x, scan.dt, scan.A, B, scan.C, scan.D, z, scan.dt_bias, steps, scan.sequence
     launch(grad_y, *inputs, states, adjoints, grad_x, grad_dt, grad_z, parts)
-    launch = _chunk_launch(projection_gradient_kernel, sizes, _strides(grad_y, x, B, scan.C, z), (), flags, CONFIG)
+    launch = _chunk_launch(projection_gradient_kernel, sizes, _strides(grad_y, x, B, scan.C, z), (), flags, config)
     launch(grad_y, x, B, scan.C, z, steps, scan.sequence, states, adjoints, grad_B, grad_C)
     return Gradients(grad_x, grad_dt, grad_B, grad_C, grad_z, grad_initial, parts.flatten(0, 1))
 
@@ -195,7 +236,8 @@ def _walk(
     """States before each chunk and the last one; adjoint ones if x is not scan.x."""
     sizes = _Sizes.of(scan)
     strides = _strides(x, z, B)
-    walk, summary, segments = _walk_launches(sizes, strides, x is not scan.x, _flags(scan), CONFIG)
+    config = config_of(scan.x, scan.B)
+    walk, summary, segments = _walk_launches(sizes, strides, x is not scan.x, _flags(scan), config)
     states = x.new_empty(states_shape(scan.x, scan.B), dtype=states_dtype(scan.x))
     shape = sizes.batch, sizes.heads, sizes.dim, sizes.dstate
     last = x.new_empty(shape, dtype=torch.float32)
@@ -222,8 +264,7 @@ def _walk_launches(
 ) -> Tuple[Launch, Optional[Launch], int]:
     """The walk, the walk before it that finds the states between segments, and the number of segments."""
     block_p, block_n = (
-        min(block, max(next_power_of_2(size), 16))
-        for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
+        min(block, _block(size)) for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
     )
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     programs = sizes.batch * sizes.heads * cdiv(sizes.dim, block_p) * cdiv(sizes.dstate, block_n)
@@ -252,7 +293,7 @@ def _chunk_launch(
 ) -> Launch:
     """Of a kernel whose programs have a chunk of some heads of a group."""
     splits, split_heads = _splits(sizes, config)
-    block_p, block_n = (max(next_power_of_2(size), 16) for size in (sizes.dim, sizes.dstate))
+    block_p, block_n = _block(sizes.dim), _block(sizes.dstate)
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
     integers = sizes.length, sizes.heads, sizes.share, split_heads, *strides

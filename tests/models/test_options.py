@@ -3,7 +3,7 @@
 import pytest
 import timm
 
-from vmamba.layers import SS2D, BiMamba
+from vmamba.layers import SS2D, BiMamba, DepthwiseConv2d, MambaVisionMixer
 from vmamba.models._isotropic import PatchEmbed
 
 MODELS = [
@@ -41,6 +41,9 @@ VIM = [
 CASES = [
     *(('vmamba_nano', option) for option in [*MODELS, *VMAMBA]),
     *(('vim_nano', option) for option in [*MODELS, *VIM]),
+    *(('mambavision_nano', option) for option in [*MODELS, *VMAMBA[:4]]),
+    *(('vssd_nano', option) for option in [*MODELS, *VMAMBA[:5]]),
+    *(('adventurer_nano', option) for option in [*MODELS, *VIM[:5]]),
 ]
 
 
@@ -65,6 +68,9 @@ def test_a_model_names_the_option_and_its_value(name, option):
         (BiMamba, dict(dt_rank=-1)),
         (BiMamba, dict(d_state=0)),
         (BiMamba, dict(expand=0.1)),
+        (MambaVisionMixer, dict(d_conv=2)),
+        (MambaVisionMixer, dict(dim=7)),
+        (DepthwiseConv2d, dict(kernel_size=4)),
         (PatchEmbed, dict(stride=0)),
         (PatchEmbed, dict(embed_dim=0)),
     ],
@@ -74,7 +80,7 @@ def test_a_layer_names_the_option_and_its_value(layer, options):
     ((key, value),) = options.items()
     arguments = {} if layer is PatchEmbed else dict(dim=8)
     with pytest.raises(ValueError, match=f'{key}.*{value}'):
-        layer(device='meta', **arguments, **options)
+        layer(device='meta', **{**arguments, **options})
 
 
 @pytest.mark.parametrize(

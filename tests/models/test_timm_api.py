@@ -7,7 +7,7 @@ import oracles
 import pytest
 import timm
 import torch
-from model_cases import CHANNELS, CLASS_TOKENS, SMALL, STAGES, images, small
+from model_cases import CHANNELS, CLASS_TOKENS, FUSED, SMALL, STAGES, images, small
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
@@ -133,8 +133,10 @@ def test_image_channels(family, in_chans):
         model(images())
 
 
-@pytest.mark.parametrize('family', SMALL)
-@pytest.mark.parametrize('options', [dict(), dict(drop_path_rate=0.5, drop_rate=0.1)], ids=['plain', 'dropping'])
+@pytest.mark.parametrize('family,options', [
+    *((family, {}) for family in SMALL),
+    *((family, dict(drop_path_rate=0.5, drop_rate=0.1)) for family in FUSED),
+], ids=str)  # fmt: skip
 def test_training_reduces_the_loss_and_reaches_every_parameter(family, options):
     model = small(family, **options).train()
     size = 32 if family in CLASS_TOKENS else 64  # the last map needs several pixels for its decays to matter

@@ -35,16 +35,17 @@ def load(path, variant='vssd_micro', **kwargs):
     'name,tag,official_name,count,tensors,file', VARIANTS, ids=[f'{v[0]}.{v[1]}' for v in VARIANTS]
 )
 def test_variants(name, tag, official_name, count, tensors, file):
-    model = timm.create_model(f'{name}.{tag}', device='meta')
-    cfg = model.pretrained_cfg
-    assert isinstance(model, VSSD)
-    assert sum(p.numel() for p in model.parameters()) == count
-    assert len(model.state_dict()) == tensors
+    cfg = timm.get_pretrained_cfg(f'{name}.{tag}').to_dict()
+    if tag == 'in1k':
+        model = timm.create_model(name, device='meta')
+        assert isinstance(model, VSSD)
+        assert sum(p.numel() for p in model.parameters()) == count
+        assert len(model.state_dict()) == tensors
     assert (cfg['hf_hub_id'], cfg['hf_hub_filename'], cfg['license']) == ('YuhengSSS/VSSD', file, 'none')
     assert (cfg['input_size'], cfg['crop_pct']) == ((3, 224, 224), 0.875)
     if official_name not in ('', name):
         with pytest.warns(UserWarning, match=name):
-            assert timm.create_model(official_name, device='meta').pretrained_cfg == cfg
+            assert timm.create_model(official_name, depths=(1,), device='meta').pretrained_cfg['tag'] == tag
 
 
 @torch.no_grad()

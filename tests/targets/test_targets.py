@@ -5,12 +5,13 @@ a GPU, so that none is needed; `make test-targets` takes an hour on two cores.
 """
 
 import functools
+from functools import partial
 
 import pytest
 import torch
 from compiler import DEVICES, compile_for, record_calls, record_models
 
-from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update
+from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update, ssd_scan
 
 MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t', 'mambavision_t', 'vssd_micro', 'adventurer_t', 'vmamba_t_m2', 'vim2_t'
 DTYPES = torch.float32, torch.bfloat16
@@ -28,14 +29,30 @@ def mamba(dtype, batch=8, dim=1536, seqlen=2048, dstate=16):
     selective_state_update(state, step, step, A, B[..., 0], C[..., 0], D, step, bias, dt_softplus=True)
 
 
+SSD = (24, 64, 128), (12, 32, 48), (2, 128, 128)  # heads, channels and states of a head
+
+
+def ssd(dtype, batch=8, seqlen=2048):
+    """Scans of Mamba-2 with their gradients, also with a gate and packed sequences."""
+    for heads, dim, dstate in SSD:
+        x = torch.empty(batch, seqlen, heads, dim, dtype=dtype, requires_grad=True)
+        B = torch.empty(batch, seqlen, 1, dstate, dtype=dtype)
+        A, D, bias = (torch.empty(heads) for _ in range(3))
+        numbers = torch.empty(batch, seqlen, dtype=torch.int32)
+        for z, seq_idx in ((None, None), (x, numbers)):
+            y = ssd_scan(x, x[..., 0], A, B, B, 256, D, z, bias, seq_idx=seq_idx, dt_softplus=True)
+            y.sum().backward()
+
+
 @functools.cache
 def launches_on(name):
     """Launches of models and operators on a device, by what decides what is compiled."""
     device = DEVICES[name]
     launches = record_models(device, MODELS, DTYPES)
-    launches.update(record_calls(device, [lambda: mamba(dtype) for dtype in DTYPES]))  # noqa: B023
+    launches.update(record_calls(device, [partial(call, dtype) for call in (mamba, ssd) for dtype in DTYPES]))
     kernels = {recorded.kernel for recorded in launches.values()}
-    assert len(launches) > 150 and {'scan_backward_kernel', 'join_kernel', 'state_update_kernel'} <= kernels
+    expected = {'scan_backward_kernel', 'join_kernel', 'state_update_kernel', 'projection_gradient_kernel'}
+    assert len(launches) > 150 and expected <= kernels
     return launches
 
 

@@ -7,10 +7,11 @@ import torch
 from vmamba.tools import bench_kernels
 from vmamba.tools.benchmarks import cases as bench_cases
 from vmamba.tools.benchmarks import timing
-from vmamba.tools.benchmarks.cases import HostCase, ScanCase, SS2DCase, Workload
+from vmamba.tools.benchmarks.cases import HostCase, ScanCase, SS2DCase, SSDCase, Workload, ssd_scans
 
 CPU = ['--device', 'cpu', '--batch-size', '1', '--repeats', '1']
 SCAN = ScanCase('scan_tiny', 2, dim=8, length=10, dstate=3, groups=2)
+SSD = SSDCase('ssd_tiny', 2, length=10, heads=2, dim=3, dstate=4, function=ssd_scans(torch.device('cpu'))['vmamba'])
 SS2D = SS2DCase('ss2d_tiny', 2, dim=8, size=3, dstate=2, dt_rank=1)
 OURS = HostCase('host_vmamba_nano', 1, 'vmamba_nano', size=32, beside=('test_vit',))
 THEIRS = HostCase('host_test_vit', 1, 'test_vit', size=160)
@@ -18,12 +19,14 @@ THEIRS = HostCase('host_test_vit', 1, 'test_vit', size=160)
 
 def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_kernels, 'scan_cases', lambda device: [SCAN])
+    monkeypatch.setattr(bench_kernels, 'ssd_cases', lambda device: [SSD])
     monkeypatch.setattr(bench_kernels, 'ss2d_cases', lambda: [SS2D])
     output, docs = tmp_path / 'new' / 'kernels.csv', tmp_path / 'docs' / 'benchmarks.md'
-    bench_kernels.main([*CPU, '--only', 'scan', 'ss2d', '--output', str(output), f'--docs={docs}'])
+    bench_kernels.main([*CPU, '--only', 'scan', 'ssd', 'ss2d', '--output', str(output), f'--docs={docs}'])
     rows = list(csv.DictReader(output.open()))
     assert [(row['case'], row['kind'], row['batch']) for row in rows] == [
         ('scan_tiny', 'scan', '1'),
+        ('ssd_tiny', 'ssd', '1'),
         ('ss2d_tiny', 'ss2d', '1'),
     ]
     for row in rows:
@@ -31,7 +34,7 @@ def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
         assert all(float(row[f'{name}_ms']) > 0 for name in ('forward', 'backward', 'both'))
         assert row['forward_peak_mib'] == ''  # needs a GPU
         assert torch.__version__ in row['versions'] and 'copy' in row['machine']
-        assert row['command'] == f'vmamba bench kernels {" ".join(CPU)} --only scan ss2d'
+        assert row['command'] == f'vmamba bench kernels {" ".join(CPU)} --only scan ssd ss2d'
     text = docs.read_text()
     assert '| scan_tiny |' in text and '| ss2d_tiny |' in text and rows[0]['command'] in text
     assert 'scan_tiny' in capsys.readouterr().out
@@ -91,17 +94,34 @@ def test_host_times_are_taken_in_turn_with_the_device_idle_around_each(monkeypat
     assert (b['status'], b['message']) == ('failed', 'broken') and 'forward_ms' not in b and 'over b' not in a
 
 
-@pytest.mark.parametrize('case', [SCAN, SS2D], ids=['scan', 'ss2d'])
+@pytest.mark.parametrize('case', [SCAN, SSD, SS2D], ids=['scan', 'ssd', 'ss2d'])
 def test_floors_follow_from_the_bytes(case):
-    inputs = {  # bytes of u, delta, B and C, A, D, delta_bias; of x, x_proj, dt_weight and dt_bias, A, D, the norm
+    # Bytes of u, delta, B and C, A, D, delta_bias; of x, dt, B and C, A, D, dt_bias; of x, x_proj, dt_weight and
+    # dt_bias, A, D, the norm.
+    inputs = {
         SCAN: 2 * 320 + 2 * 240 + 96 + 2 * 32,
+        SSD: 240 + 80 + 2 * 160 + 3 * 8,
         SS2D: 288 + 320 + 2 * 128 + 256 + 128 + 2 * 32,
     }[case]
-    output = 320 if case is SCAN else 288
+    output = {SCAN: 320, SSD: 240, SS2D: 288}[case]
     assert (case.forward_bytes(), case.backward_bytes()) == (inputs + output, 2 * inputs + output)
     record = bench_kernels.derive(case, dict(forward_ms=2.0, forward_graph_ms=1.0, backward_ms=4.0), copy=1e6)
     assert record['forward_floor'] == pytest.approx((inputs + output) / 1e3)
     assert record['backward_floor'] == pytest.approx((2 * inputs + output) / 4e3)
+
+
+def test_the_scan_of_mamba_2_as_linear_attention():
+    """As fla's operator takes it."""
+
+    def simple_gla(q, k, v, g, scale):
+        state, rows = torch.zeros(2, 2, 4, 3), []
+        for i in range(q.shape[1]):
+            state = state * g[:, i].exp()[..., None, None] + k[:, i, :, :, None] * v[:, i, :, None]
+            rows.append((q[:, i, :, :, None] * state).sum(dim=2) * scale)
+        return torch.stack(rows, dim=1), state
+
+    inputs = {name: tensor.float() for name, tensor in SSD.inputs('cpu').items()}
+    torch.testing.assert_close(bench_cases._simple_gla(simple_gla, **inputs), SSD.function(**inputs))
 
 
 def test_the_scan_of_mamba_ssm_follows_each_of_ours(monkeypatch):

@@ -7,11 +7,12 @@ from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Se
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core
+from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core, ssd_scan
 
-KINDS = ('scan', 'ss2d', 'model', 'host')
+KINDS = ('scan', 'ssd', 'ss2d', 'model', 'host')
 INFERENCE, TRAINING = 'inference', 'training'
 
 
@@ -107,6 +108,47 @@ class ScanCase(KernelCase):
 
 
 @dataclass(frozen=True)
+class SSDCase(KernelCase):
+    """The scan of Mamba-2 with softplus, bias of dt and skip connection, of one group and without gate.
+
+    Attributes:
+        function: Takes the tensors by name.
+    """
+
+    length: int
+    heads: int
+    dim: int
+    dstate: int
+    function: Callable[..., Tensor]
+    package: str = 'vmamba'
+    kind = 'ssd'
+
+    @property
+    def by(self) -> str:
+        return self.package
+
+    @property
+    def shape(self) -> str:
+        return f'L {self.length}, H {self.heads}, P {self.dim}, N {self.dstate}'
+
+    def inputs(self, device: Any) -> Dict[str, Tensor]:
+        data = dict(device=device, dtype=torch.bfloat16)
+        rows, heads = (self.batch, self.length), self.heads
+        return dict(
+            x=torch.randn(*rows, heads, self.dim, **data),
+            dt=torch.randn(*rows, heads, **data),
+            A=-torch.rand(heads, device=device) * 15 - 1,
+            B=torch.randn(*rows, 1, self.dstate, **data),
+            C=torch.randn(*rows, 1, self.dstate, **data),
+            D=torch.ones(heads, device=device),
+            dt_bias=torch.rand(heads, device=device) - 4,
+        )
+
+    def workload(self, device: torch.device) -> Workload:
+        return self._workload(self.function, device)
+
+
+@dataclass(frozen=True)
 class SS2DCase(KernelCase):
     """The core of SS2D on square maps: projections, four scans, their sum and its LayerNorm."""
 
@@ -194,6 +236,44 @@ def mamba_ssm_scan() -> Optional[Callable[..., Tensor]]:
     return selective_scan_fn
 
 
+def ssd_scans(device: torch.device) -> Dict[str, Callable[..., Tensor]]:
+    """Scans of Mamba-2 by who made them: on a GPU also those of mamba_ssm and fla, where they can be imported."""
+    scans: Dict[str, Callable[..., Tensor]] = {'vmamba': partial(ssd_scan, chunk_size=64, dt_softplus=True)}
+    if device.type != 'cuda':
+        return scans
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        for chunk in (64, 128, 256):
+            scans[f'mamba_ssm, chunk {chunk}'] = partial(mamba_chunk_scan_combined, chunk_size=chunk, dt_softplus=True)
+    except ImportError:
+        pass
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        scans['fla'] = partial(_simple_gla, chunk_simple_gla)
+    except ImportError:
+        pass
+    return scans
+
+
+def _simple_gla(
+    scan: Callable[..., Tuple[Tensor, Any]],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> Tensor:
+    """The scan as linear attention with one decay a head, whose queries, keys and values are C, B and dt * x."""
+    dt = F.softplus(dt.float() + dt_bias)
+    queries, keys = (tensor.expand(-1, -1, x.shape[2], -1) for tensor in (C, B))
+    y, _ = scan(queries, keys, (x * dt.unsqueeze(-1)).to(x.dtype), dt * A, scale=1.0)
+    return y + x * D.to(x.dtype).unsqueeze(-1)
+
+
 _SCANS = (  # batch, D, L, N, G
     (64, 384, 3136, 1, 4),
     (64, 768, 784, 1, 4),
@@ -203,6 +283,7 @@ _SCANS = (  # batch, D, L, N, G
     (16, 384, 6085, 16, 1),
     (1, 384, 65536, 16, 1),
 )
+_SSD = (16, 6144, 6, 64, 64), (64, 196, 12, 32, 64), (128, 784, 8, 32, 48)  # batch, L, H, P, N
 _SS2D = ('vmamba_t', 1, 1), ('vmamba_t_s2l5', 2, 1), ('vmamba_t_v0', 2, 16)  # model, ssm_ratio, N
 _HOST = {
     'vmamba_t': ('convnext_tiny', 'swin_tiny_patch4_window7_224'),
@@ -218,6 +299,15 @@ def scan_cases(device: torch.device) -> List[ScanCase]:
         ScanCase(f'scan_d{dim}_l{length}_n{dstate}_g{groups}', batch, dim, length, dstate, groups, function)
         for batch, dim, length, dstate, groups in _SCANS
         for function in functions
+    ]
+
+
+def ssd_cases(device: torch.device) -> List[SSDCase]:
+    """The scan of Mamba-2 at the sizes of vision models, each followed by those of other packages."""
+    return [
+        SSDCase(f'ssd_l{length}_h{heads}_p{dim}_n{dstate}', batch, length, heads, dim, dstate, function, by)
+        for batch, length, heads, dim, dstate in _SSD
+        for by, function in ssd_scans(device).items()
     ]
 
 

@@ -83,5 +83,5 @@ class BiMamba2(nn.Module):
         x, B, C = xBC.split([self.splits[0], self.d_state, self.d_state], dim=-1)
         A, D, dt_bias = negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
         x, B, C = x.unflatten(-1, (-1, self.headdim)), B.unsqueeze(2), C.unsqueeze(2)
-        options = dict(dt_bias=dt_bias, dt_softplus=True, reverse=direction == 1)
-        return ssd_scan(x, dt, A, B, C, 1, D, **options).flatten(2)
+        options = dict(D=D, dt_bias=dt_bias, dt_softplus=True, reverse=direction == 1)
+        return ssd_scan(x, dt, A, B, C, chunk_size=64, **options).flatten(2)

@@ -58,8 +58,8 @@ class Mamba2(nn.Module):
         dt_limit: Step sizes are clamped to this range.
         bias: Whether the projections have biases.
         conv_bias: Whether the convolution has a bias.
-        chunk_size: Unused: the operator chooses its own chunks, with the same result.
-        use_mem_eff_path: Unused: there is one path.
+        chunk_size: Without effect: the result does not depend on it.
+        use_mem_eff_path: Without effect: there is one path.
         layer_idx: Stored for callers.
     """
 
@@ -108,7 +108,7 @@ class Mamba2(nn.Module):
         self.d_state, self.headdim, self.ngroups, self.d_ssm = d_state, headdim, ngroups, d_ssm
         self.conv_init, self.A_init_range = conv_init, A_init_range
         self.dt_init, self.dt_limit = (dt_min, dt_max, dt_init_floor), dt_limit
-        self.layer_idx = layer_idx
+        self.chunk_size, self.layer_idx = chunk_size, layer_idx
         channels = d_ssm + 2 * ngroups * d_state
         self.splits = inner - d_ssm, inner - d_ssm, d_ssm, channels, heads  # z0, x0, z, xBC, dt
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=bias, **dd)
@@ -144,7 +144,7 @@ class Mamba2(nn.Module):
         z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
         x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, None if cache is None else cache.conv))
         y = ssd_scan(
-            *(x, dt, negative_exp(self.A_log), B, C, 1, self._skip()),
+            *(x, dt, negative_exp(self.A_log), B, C, self.chunk_size, self._skip()),
             z=z.unflatten(-1, (-1, self.headdim)) if self.norm is None else None,
             dt_bias=self.dt_bias,
             seq_idx=seq_idx,

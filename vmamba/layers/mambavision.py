@@ -75,7 +75,7 @@ class MambaVisionMixer(nn.Module):
         delta = F.linear(dt, self.dt_proj_weight)
         options = dict(delta_bias=2 * self.dt_proj_bias, delta_softplus=True)
         y = selective_scan(x, delta.mT, negative_exp(self.A_log), B.mT, C.mT, self.D, **options)
-        return self.out_proj(torch.cat([y, z], dim=1).mT)
+        return self.out_proj(torch.cat([y.mT, z.mT], dim=-1))
 
     def _convolve(self, xz: Tensor) -> Tensor:
         """Both convolutions with SiLU: [B, L, 2 * D] -> [B, 2 * D, L]"""

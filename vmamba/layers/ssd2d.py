@@ -85,8 +85,8 @@ class SSD2D(nn.Module):
             negative_exp(self.A_log).flatten(),
             B,
             C,
-            1,
-            self.D.flatten(0, 1),
+            chunk_size=64,
+            D=self.D.flatten(0, 1),
             dt_bias=self.dt_bias.flatten(),
             dt_softplus=True,
         )
