@@ -1,5 +1,7 @@
 """Image inputs: checks, and convolutions of few channels."""
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
@@ -36,12 +38,12 @@ class ImageConv2d(nn.Conv2d):
     On a GPU, 16-bit inputs are zero-padded to a multiple of 8 channels, as tensor cores need.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """[B, in_chans, H, W] -> [B, d, H', W']"""
-        autocast = torch.is_autocast_enabled('cuda') and x.dtype != torch.float64  # autocast skips fp64
-        dtype = torch.get_autocast_dtype('cuda') if autocast else x.dtype
-        if not x.is_cuda or dtype.itemsize != 2:
-            return super().forward(x.contiguous(memory_format=torch.channels_last))
+        autocast = torch.is_autocast_enabled('cuda') and input.dtype != torch.float64  # autocast skips fp64
+        dtype = torch.get_autocast_dtype('cuda') if autocast else input.dtype
+        if not input.is_cuda or dtype.itemsize != 2:
+            return super()._conv_forward(input.contiguous(memory_format=torch.channels_last), weight, bias)
         zeros = (0, 0, 0, 0, 0, -self.in_channels % 8)
-        x = F.pad(x.to(dtype, memory_format=torch.channels_last), zeros)
-        return self._conv_forward(x, F.pad(self.weight, zeros), self.bias)
+        padded = F.pad(input.to(dtype, memory_format=torch.channels_last), zeros)
+        return super()._conv_forward(padded, F.pad(weight, zeros), bias)

@@ -32,6 +32,11 @@ def has_global_hooks() -> bool:
     )
 
 
+def is_plain_tensor(x: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor is on x's device, contiguous, and no subclass (as quantised and distributed tensors are)."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.device == x.device and tensor.is_contiguous()
+
+
 def aligned_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """module(x), on a GPU with rows that begin at multiples of 8 numbers: [..., in] -> [..., out].
 

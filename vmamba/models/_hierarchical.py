@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.norm import widen
 from ..layers.options import check_counts, check_indices, check_rates
+from ..layers.plain import has_global_hooks, is_plain
 from ._pretrained import load_pretrained, reset_parameters, split_backbone
 
 # Of the parameters of state-space layers, those without weight decay.
@@ -204,7 +205,12 @@ class HierarchicalModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(self.stages(self.stem(x)))
+        x = self.stem(x)
+        if has_global_hooks() or not is_plain(self.stages, nn.Sequential):
+            return self.norm(self.stages(x))
+        for stage in self.stages:  # the call of a container would keep its input, a large map, to the end
+            x = stage(x)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, d, h, w] -> logits [B, num_classes] ([B, num_classes, h, w] without pooling)"""

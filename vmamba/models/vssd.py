@@ -14,12 +14,14 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from torch import Tensor, nn
 
 from ..layers import (
+    ConvNorm,
     DepthwiseConv2d,
     ImageConv2d,
     LayerNorm,
     LayerNorm2d,
     NonCausalSSD,
     check_images,
+    conv_norms,
     residual_branches,
 )
 from ..layers.options import check_counts, scaled_channels
@@ -53,10 +55,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, 1)
-        x = self.norm1(self.conv1(x))
-        x = x + self.norm3(self.conv3(self.norm2(self.conv2(x))))
-        x = self.norm4(self.conv4(x))
-        return self.norm5(self.conv5(x))
+        x = conv_norms(x, ConvNorm(self.conv1, self.norm1))
+        x = conv_norms(x, ConvNorm(self.conv2, self.norm2), ConvNorm(self.conv3, self.norm3), residual=True)
+        return conv_norms(x, ConvNorm(self.conv4, self.norm4), ConvNorm(self.conv5, self.norm5))
 
 
 class Downsample(nn.Module):

@@ -1,0 +1,116 @@
+"""BatchNorm in evaluation, with what surrounds it in a convolutional block, in one pass over a map."""
+
+from functools import lru_cache
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._device import fast_sigmoid
+from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_device, runs_on_triton, tl, triton
+from ._operator import is_watched
+
+ACTIVATIONS = None, 'relu', 'gelu_tanh'
+_BLOCK_ELEMENTS = 4096  # rows times channels that a program holds, more only if one row has more
+
+
+@triton.jit(do_not_specialize_on_alignment=['rows'])  # maps of any size run on the same compiled kernel
+def batch_norm_kernel(
+    x,  # [rows, dim]
+    shift,  # [dim], or None
+    mean,  # [dim]
+    variance,  # [dim]
+    weight,  # [dim], or None for 1
+    bias,  # [dim], or None
+    residual,  # [rows, dim], or None
+    out,  # [rows, dim]: written, may be x
+    rows,
+    dim: tl.constexpr,
+    eps: tl.constexpr,
+    RELU: tl.constexpr,
+    GELU: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_D)
+    has_channel = channel < dim
+    mask = (row < rows)[:, None] & has_channel[None, :]
+    place = row[:, None] * dim + channel[None, :]
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    factor = 1.0 / tl.sqrt(tl.load(variance + channel, mask=has_channel, other=1.0).to(tl.float32) + eps)  # [BLOCK_D]
+    if weight is not None:
+        factor *= tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)
+    offset = -tl.load(mean + channel, mask=has_channel, other=0.0).to(tl.float32)
+    if shift is not None:
+        offset += tl.load(shift + channel, mask=has_channel, other=0.0).to(tl.float32)
+    offset *= factor
+    if bias is not None:
+        offset += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)
+    value = value * factor[None, :] + offset[None, :]
+    if RELU:
+        value = tl.where(value < 0.0, 0.0, value)  # NaN stays
+    if GELU:
+        value *= fast_sigmoid(value * (1.5957691216057308 + 0.07135481282553505 * value * value), NVIDIA)
+    if residual is not None:
+        value += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether `batch_norm_` may replace modules on a map x: on Triton, without gradients, and nothing is traced,
+    compiled or transformed."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.is_grad_enabled()
+        and x.numel() > 0
+        and runs_on_triton(x)
+        and not is_watched()
+        and forward_ad._current_level < 0
+    )
+
+
+def batch_norm_(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    shift: Optional[Tensor] = None,
+    act: Optional[str] = None,
+    residual: Optional[Tensor] = None,
+    out: Optional[Tensor] = None,
+) -> Tensor:
+    """act(weight * (x + shift - mean) / sqrt(variance + eps) + bias) + residual, in fp32 and without gradients.
+
+    It runs on Triton only; see `can_run`.
+
+    Args:
+        x: [..., d]; overwritten unless there is `out`. All tensors are contiguous.
+        mean, variance, weight, bias: [d] each, in any floating dtype.
+        shift: [d], added before the norm: the bias of a convolution.
+        act: One of `ACTIVATIONS`.
+        residual: Like x, in any floating dtype.
+        out: Like x, where to write the result.
+
+    Returns:
+        The result, in x or out.
+    """
+    out = x if out is None else out
+    dim = x.shape[-1]
+    with on_device(x):
+        launch = _launch(x.shape[:-1].numel(), dim, eps, act, is_nvidia(x))
+        launch(x, shift, mean, variance, weight, bias, residual, out)
+    return out
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _launch(rows: int, dim: int, eps: float, act: Optional[str], nvidia: bool) -> Launch:
+    block_d = next_power_of_2(dim)
+    block_rows = max(_BLOCK_ELEMENTS // block_d, 1)
+    constants = dim, eps, act == 'relu', act == 'gelu_tanh', nvidia, block_rows, block_d
+    return Launch(batch_norm_kernel, cdiv(rows, block_rows), (rows,), constants, warps=max(4, block_d // 1024))
