@@ -1,4 +1,4 @@
-"""BatchNorm in evaluation, with what surrounds it in a convolutional block, in one pass over a map."""
+"""What follows a convolution in inference, in one pass over a map: bias, BatchNorm, activation and residual."""
 
 from functools import lru_cache
 from typing import Optional
@@ -19,8 +19,8 @@ _BLOCK_ELEMENTS = 4096  # rows times channels that a program holds, more only if
 def batch_norm_kernel(
     x,  # [rows, dim]
     shift,  # [dim], or None
-    mean,  # [dim]
-    variance,  # [dim]
+    mean,  # [dim], or None for no norm
+    variance,  # [dim], or None
     weight,  # [dim], or None for 1
     bias,  # [dim], or None
     residual,  # [rows, dim], or None
@@ -41,16 +41,16 @@ def batch_norm_kernel(
     mask = (row < rows)[:, None] & has_channel[None, :]
     place = row[:, None] * dim + channel[None, :]
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
-    factor = 1.0 / tl.sqrt(tl.load(variance + channel, mask=has_channel, other=1.0).to(tl.float32) + eps)  # [BLOCK_D]
-    if weight is not None:
-        factor *= tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)
-    offset = -tl.load(mean + channel, mask=has_channel, other=0.0).to(tl.float32)
     if shift is not None:
-        offset += tl.load(shift + channel, mask=has_channel, other=0.0).to(tl.float32)
-    offset *= factor
-    if bias is not None:
-        offset += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)
-    value = value * factor[None, :] + offset[None, :]
+        value += tl.load(shift + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [BLOCK_D]
+    if mean is not None:
+        factor = 1.0 / tl.sqrt(tl.load(variance + channel, mask=has_channel, other=1.0).to(tl.float32) + eps)
+        if weight is not None:
+            factor *= tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
+        value -= tl.load(mean + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [BLOCK_D]
+        value *= factor[None, :]
+        if bias is not None:
+            value += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [BLOCK_D]
     if RELU:
         value = tl.where(value < 0.0, 0.0, value)  # NaN stays
     if GELU:
@@ -75,12 +75,12 @@ def can_run(x: Tensor) -> bool:
 
 def batch_norm_(
     x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-    shift: Optional[Tensor] = None,
+    shift: Optional[Tensor],
+    mean: Optional[Tensor] = None,
+    variance: Optional[Tensor] = None,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 0.0,
     act: Optional[str] = None,
     residual: Optional[Tensor] = None,
     out: Optional[Tensor] = None,
@@ -91,10 +91,12 @@ def batch_norm_(
 
     Args:
         x: [..., d]; overwritten unless there is `out`. All tensors are contiguous.
-        mean, variance, weight, bias: [d] each, in any floating dtype.
-        shift: [d], added before the norm: the bias of a convolution.
+        shift: [d], added before the norm: the bias of a convolution. It and what follows have any floating dtype.
+        mean, variance: [d] each; None for no norm.
+        weight, bias: [d] each, of the norm.
+        eps: Added to the variance.
         act: One of `ACTIVATIONS`.
-        residual: Like x, in any floating dtype.
+        residual: Like x, added at the end.
         out: Like x, where to write the result.
 
     Returns:

@@ -16,13 +16,14 @@ pytestmark = needs_triton
 
 
 def make(dtype=torch.float32):
-    """Three layers on maps of 6 channels: with a bias and GELU; of stride 2; and 1x1 without what is optional."""
+    """Layers on maps of 6 channels: with a bias and GELU; of stride 2; 1x1 without an activation; without a norm."""
     layers = [
         ConvNorm(nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.GELU(approximate='tanh'), DropPath(0.5)),
         ConvNorm(ImageConv2d(5, 7, 3, stride=2, padding=1), BatchNormAct2d(7, eps=1e-3)),
         ConvNorm(nn.Conv2d(7, 6, 1, bias=False), nn.BatchNorm2d(6, affine=False), drop_path=nn.Identity()),
+        ConvNorm(nn.Conv2d(6, 6, 3, padding=1, groups=6), act=nn.ReLU()),
     ]
-    for _, norm, *_ in layers:
+    for norm in (layer.norm for layer in layers[:3]):
         for tensor in (norm.running_mean, norm.weight, norm.bias):
             if tensor is not None:
                 tensor.data.normal_()
@@ -55,7 +56,7 @@ def test_the_kernel_gives_what_the_modules_give(dtype, slice_bytes, calls, monke
     x = torch.randn(5, 6, 9, 7, device=DEVICE, dtype=dtype)
     before, layers = x.clone(), make(dtype)
     actual, expected = both(x, *layers)
-    assert len(calls) == (3 if slice_bytes > 1500 else 9 if dtype == torch.bfloat16 else 15)
+    assert len(calls) == (4 if slice_bytes > 1500 else 12 if dtype == torch.bfloat16 else 20)
     assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
     assert oracles.relative_error(actual, expected) < (1e-6 if dtype == torch.float32 else 2e-2)
     assert torch.equal(x, before)
@@ -65,7 +66,7 @@ def test_the_kernel_gives_what_the_modules_give(dtype, slice_bytes, calls, monke
 @pytest.mark.parametrize('slice_bytes', [2**20, 1500], ids=['whole', 'sliced'])
 def test_a_residual_is_added(slice_bytes, calls, monkeypatch):
     monkeypatch.setattr('vmamba.layers.conv_norm._SLICE_BYTES', slice_bytes)
-    first, _, _ = make()
+    first = make()[0]
     last = ConvNorm(nn.Conv2d(5, 6, 3, padding=1).to(DEVICE), nn.BatchNorm2d(6).eval().to(DEVICE))
     x = torch.randn(4, 6, 5, 7, device=DEVICE)
     before = x.clone()
@@ -84,8 +85,7 @@ def test_a_residual_is_added(slice_bytes, calls, monkeypatch):
 @torch.no_grad()
 @pytest.mark.filterwarnings('ignore:overflow')  # of the interpreter
 def test_extreme_and_missing_numbers_stay(calls):
-    _, relu, _ = make()
-    gelu = make()[0]
+    gelu, relu, *_ = make()
     for layer, channels in ((relu, 5), (gelu, 6)):
         x = torch.randn(1, channels, 4, 4, device=DEVICE) * 1e15
         x[0, 0, 0, 0] = float('nan')

@@ -1,8 +1,9 @@
 """Convolutions with BatchNorm and what follows it, and when one kernel replaces all but the convolution."""
 
-from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ class ConvNorm(NamedTuple):
     """Modules that run one after another: a convolution, its BatchNorm, an activation and DropPath."""
 
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d
+    norm: Optional[nn.BatchNorm2d] = None
     act: Optional[nn.Module] = None
     drop_path: Optional[nn.Module] = None
 
@@ -76,18 +77,24 @@ def _run_layer(x: Tensor, layer: ConvNorm, residual: Optional[Tensor] = None) ->
 
 def _convolve(x: Tensor, layer: ConvNorm) -> Tensor:
     """The convolution without its bias: [B, d, H, W] -> [B, H', W', d'], contiguous"""
-    y = layer.conv._conv_forward(x, layer.conv.weight, None)
-    return y.permute(0, 2, 3, 1).contiguous()
+    conv = layer.conv
+    if is_plain(conv, nn.Conv2d) and all(
+        pair == (size, size)
+        for pair, size in zip((conv.kernel_size, conv.stride, (conv.groups,) * 2, conv.padding), (1, 1, 1, 0))
+    ):
+        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).contiguous()
+    return conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1).contiguous()
 
 
 def _normalise(y: Tensor, layer: ConvNorm, residual: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
     conv, norm, act, _ = layer
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1).expand_as(y).contiguous()
-    return kernels.batch_norm_(
-        *(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps),
-        **dict(shift=conv.bias, act=_name_of(act) or _name_of(getattr(norm, 'act', None)), residual=residual, out=out),
-    )
+    options = dict(act=_name_of(act) or _name_of(getattr(norm, 'act', None)), residual=residual, out=out)
+    if norm is None:
+        return kernels.batch_norm_(y, conv.bias, **options)
+    parameters = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    return kernels.batch_norm_(y, conv.bias, *parameters, **options)
 
 
 def _slice_size(x: Tensor, layers: Sequence[ConvNorm]) -> int:
@@ -104,12 +111,19 @@ def _is_foldable(layer: ConvNorm) -> bool:
     conv, norm, act, drop_path = layer
     return (
         (is_plain(conv, nn.Conv2d) or is_plain(conv, ImageConv2d))
-        and (is_plain(norm, nn.BatchNorm2d) or (is_plain(norm, BatchNormAct2d) and is_plain(norm.drop, nn.Identity)))
-        and (not norm.training and norm.running_mean is not None and norm.num_features == conv.out_channels)
+        and (norm is None or _is_foldable_norm(norm, conv.out_channels))
         and (_is_idle(act) or _name_of(act) is not None)
-        and (_is_idle(getattr(norm, 'act', None)) or (_name_of(norm.act) is not None and _is_idle(act)))
+        and (_is_idle(act) or _is_idle(getattr(norm, 'act', None)))
         and (_is_idle(drop_path) or (is_plain(drop_path, DropPath) and not drop_path.training))
     )
+
+
+def _is_foldable_norm(norm: nn.Module, channels: int) -> bool:
+    if is_plain(norm, BatchNormAct2d):
+        folds = is_plain(norm.drop, nn.Identity) and (_is_idle(norm.act) or _name_of(norm.act) is not None)
+    else:
+        folds = is_plain(norm, nn.BatchNorm2d)
+    return folds and not norm.training and norm.running_mean is not None and norm.num_features == channels
 
 
 def _is_idle(module: Optional[nn.Module]) -> bool:
@@ -124,15 +138,11 @@ def _name_of(act: Optional[nn.Module]) -> Optional[str]:
 
 
 def _tensors(layer: ConvNorm) -> Iterator[Tensor]:
-    """What the kernel reads."""
+    """What the kernel reads of the modules."""
     norm = layer.norm
-    tensors: Tuple[Optional[Tensor], ...] = (
-        layer.conv.bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-    )
+    tensors = (layer.conv.bias,)
+    if norm is not None:
+        tensors += norm.running_mean, norm.running_var, norm.weight, norm.bias
     return (tensor for tensor in tensors if tensor is not None)
 
 

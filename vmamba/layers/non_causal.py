@@ -11,6 +11,7 @@ from ..kernels import non_causal_ssd
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
 from .options import check_counts, scaled_channels
+from .plain import aligned_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -66,7 +67,7 @@ class NonCausalSSD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
         inner, states, heads = self.splits[0], self.d_state, self.splits[2]
         xBC = self.conv2d(xBC).flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
         x, B, C = xBC.split([inner, states, states], dim=-1)

@@ -74,8 +74,8 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(out_dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv2(self.act(self.conv1(x))))
-        return self.norm(self.conv3(x))
+        first, second = (ConvNorm(conv, act=self.act) for conv in (self.conv1, self.conv2))
+        return conv_norms(x, first, second, ConvNorm(self.conv3, self.norm))
 
 
 class MapAttention(Attention):
@@ -87,7 +87,9 @@ class MapAttention(Attention):
 
 
 class VSSDBlock(nn.Module):
-    """x = x + cpe1(x), x = x + drop_path(mixer(norm1(x))), x = x + cpe2(x), x = x + drop_path(mlp(norm2(x))).
+    """x = cpe1(x), x = x + drop_path(mixer(norm1(x))), x = cpe2(x), x = x + drop_path(mlp(norm2(x))).
+
+    The positional encodings add a depthwise convolution: cpe(x) = x + conv(x).
 
     Args:
         dim: Channels d.
@@ -101,20 +103,20 @@ class VSSDBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.cpe1 = DepthwiseConv2d(dim, **dd)
+        self.cpe1 = DepthwiseConv2d(dim, residual=True, **dd)
         self.norm1 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = mixer
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.cpe2 = DepthwiseConv2d(dim, **dd)
+        self.cpe2 = DepthwiseConv2d(dim, residual=True, **dd)
         self.norm2 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return residual_branches(x, (self.norm2, self.mlp, self.drop_path2))
 
 
