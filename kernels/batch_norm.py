@@ -3,13 +3,10 @@
 from functools import lru_cache
 from typing import Optional
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._device import fast_sigmoid
-from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_device, runs_on_triton, tl, triton
-from ._operator import is_watched
+from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_device, tl, triton
 
 ACTIVATIONS = None, 'relu', 'gelu_tanh'
 _BLOCK_ELEMENTS = 4096  # rows times channels that a program holds, more only if one row has more
@@ -60,19 +57,6 @@ def batch_norm_kernel(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
 
 
-def can_run(x: Tensor) -> bool:
-    """Whether `batch_norm_` may replace modules on a map x: on Triton, without gradients, and nothing is traced,
-    compiled or transformed."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.is_grad_enabled()
-        and x.numel() > 0
-        and runs_on_triton(x)
-        and not is_watched()
-        and forward_ad._current_level < 0
-    )
-
-
 def batch_norm_(
     x: Tensor,
     shift: Optional[Tensor],
@@ -87,7 +71,7 @@ def batch_norm_(
 ) -> Tensor:
     """act(weight * (x + shift - mean) / sqrt(variance + eps) + bias) + residual, in fp32 and without gradients.
 
-    It runs on Triton only; see `can_run`.
+    It runs on Triton only.
 
     Args:
         x: [..., d]; overwritten unless there is `out`. All tensors are contiguous.

@@ -9,8 +9,8 @@ from cases import DEVICE, needs_triton
 from timm.layers import BatchNormAct2d, DropPath
 from torch import nn
 
-from vmamba.kernels import batch_norm, use_triton
-from vmamba.layers import ConvNorm, ImageConv2d, conv_norms
+from vmamba.kernels import use_triton
+from vmamba.layers import ConvNorm, ImageConv2d, conv_norm, conv_norms
 
 pytestmark = needs_triton
 
@@ -36,8 +36,8 @@ def make(dtype=torch.float32):
 @pytest.fixture
 def calls(monkeypatch):
     """What the kernel is called with."""
-    seen, run = [], batch_norm.batch_norm_
-    monkeypatch.setattr(batch_norm, 'batch_norm_', lambda *args, **kwargs: seen.append(kwargs) or run(*args, **kwargs))
+    seen, run = [], conv_norm.batch_norm_
+    monkeypatch.setattr(conv_norm, 'batch_norm_', lambda *args, **kwargs: seen.append(kwargs) or run(*args, **kwargs))
     return seen
 
 
@@ -52,7 +52,7 @@ def both(x, *layers, **options):
 @pytest.mark.parametrize('slice_bytes', [2**20, 1500], ids=['whole', 'sliced'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernel_gives_what_the_modules_give(dtype, slice_bytes, calls, monkeypatch):
-    monkeypatch.setattr('vmamba.layers.conv_norm._SLICE_BYTES', slice_bytes)
+    monkeypatch.setattr(conv_norm, '_SLICE_BYTES', slice_bytes)
     x = torch.randn(5, 6, 9, 7, device=DEVICE, dtype=dtype)
     before, layers = x.clone(), make(dtype)
     actual, expected = both(x, *layers)
@@ -65,7 +65,7 @@ def test_the_kernel_gives_what_the_modules_give(dtype, slice_bytes, calls, monke
 @torch.no_grad()
 @pytest.mark.parametrize('slice_bytes', [2**20, 1500], ids=['whole', 'sliced'])
 def test_a_residual_is_added(slice_bytes, calls, monkeypatch):
-    monkeypatch.setattr('vmamba.layers.conv_norm._SLICE_BYTES', slice_bytes)
+    monkeypatch.setattr(conv_norm, '_SLICE_BYTES', slice_bytes)
     first = make()[0]
     last = ConvNorm(nn.Conv2d(5, 6, 3, padding=1).to(DEVICE), nn.BatchNorm2d(6).eval().to(DEVICE))
     x = torch.randn(4, 6, 5, 7, device=DEVICE)

@@ -98,6 +98,7 @@ def recording(device, fused=True):
         'num_processors': lambda tensor: device.processors,
         'shared_memory': lambda tensor: device.shared_memory,
         'can_run': lambda tensor: fused,
+        'can_replace_modules': lambda tensor: fused,
         'is_plain_tensor': lambda x, tensor: True,  # those without data are of a class of their own
     }
     with contextlib.ExitStack() as stack:

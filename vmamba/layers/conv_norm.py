@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 
-from ..kernels import batch_norm as kernels
+from ..kernels._operator import can_replace_modules
+from ..kernels.batch_norm import batch_norm_
 from .image import ImageConv2d
 from .plain import has_global_hooks, is_plain, is_plain_tensor
 
@@ -45,7 +46,9 @@ def conv_norms(x: Tensor, *layers: ConvNorm, residual: bool = False) -> Tensor:
 
 
 def _runs_fused(x: Tensor, layers: Sequence[ConvNorm], residual: bool) -> bool:
-    if not kernels.can_run(x) or has_global_hooks() or (residual and x.dtype != _products_dtype(x)):
+    if torch.is_grad_enabled() or not can_replace_modules(x) or has_global_hooks():
+        return False
+    if residual and x.dtype != _products_dtype(x):
         return False
     return all(
         _is_foldable(layer) and all(is_plain_tensor(x, tensor) for tensor in _tensors(layer)) for layer in layers
@@ -92,9 +95,9 @@ def _normalise(y: Tensor, layer: ConvNorm, residual: Optional[Tensor], out: Opti
         residual = residual.permute(0, 2, 3, 1).expand_as(y).contiguous()
     options = dict(act=_name_of(act) or _name_of(getattr(norm, 'act', None)), residual=residual, out=out)
     if norm is None:
-        return kernels.batch_norm_(y, conv.bias, **options)
+        return batch_norm_(y, conv.bias, **options)
     parameters = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-    return kernels.batch_norm_(y, conv.bias, *parameters, **options)
+    return batch_norm_(y, conv.bias, *parameters, **options)
 
 
 def _slice_size(x: Tensor, layers: Sequence[ConvNorm]) -> int:
