@@ -5,8 +5,8 @@ from ._operator import OPERATORS
 from .bimamba import bidirectional_scan, bimamba_core
 from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
+from .fft_conv import diagonal_kernel, diagonal_state, long_conv
 from .gated_norm import gated_rms_norm
-from .long_conv import diagonal_kernel, diagonal_state, long_conv
 from .naive import cross_merge, cross_scan
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan

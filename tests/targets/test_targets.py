@@ -12,7 +12,7 @@ from compiler import DEVICES, compile_for, record_calls, record_models
 
 from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update
 
-MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t'
+MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t', 'mambavision_t', 'vssd_micro', 'adventurer_t', 'vmamba_t_m2', 'vim2_t'
 DTYPES = torch.float32, torch.bfloat16
 SHARES = 4  # that workers compile side by side
 

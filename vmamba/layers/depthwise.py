@@ -51,7 +51,7 @@ class DepthwiseConv2d(nn.Conv2d):
 class CausalConv1d(nn.Conv1d):
     """Causal depthwise convolution of a sequence, with SiLU; see `vmamba.kernels.causal_conv1d`.
 
-    It goes on from earlier inputs by a state [B, d, w]: the last w inputs, the newest last, zeros before the first.
+    A state lets it continue earlier inputs: [B, d, w], the last w inputs, the newest last, zeros before the first.
 
     Args:
         dim: Channels d.

@@ -38,11 +38,11 @@ def is_plain_tensor(x: Tensor, tensor: Tensor) -> bool:
 
 
 def aligned_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """module(x), on a GPU with rows that begin at multiples of 8 numbers: [..., in] -> [..., out].
+    """module(x), on a GPU with rows that begin at multiples of 16 numbers: [..., in] -> [..., out].
 
-    Other widths make cuBLAS choose slow products, and the loads of what follows narrow.
+    Other widths make cuBLAS choose slow products, and Triton load the result number by number.
     """
-    padding = -module.out_features % 8
+    padding = -module.out_features % 16
     if padding == 0 or not x.is_cuda or has_global_hooks() or not is_plain(module, nn.Linear):
         return module(x)
     bias = None if module.bias is None else F.pad(module.bias, (0, padding))

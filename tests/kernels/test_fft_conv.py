@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vmamba.kernels import diagonal_kernel, diagonal_state, long_conv
-from vmamba.kernels.long_conv import _fft_size
+from vmamba.kernels.fft_conv import _fft_size
 
 
 def decays(heads=3, states=2):
