@@ -77,7 +77,7 @@ def depthwise_conv2d(
     out = F.conv2d(view, weight, bias, padding=kernel // 2, groups=x.shape[-1])
     out = out.permute(0, 2, 3, 1).to(x.dtype).contiguous()  # both copy under autocast and in odd layouts only
     out = F.silu(out) if silu else out
-    return out + x if residual else out
+    return out.add_(x) if residual else out
 
 
 def _forward(

@@ -41,7 +41,7 @@ def conv_norms(x: Tensor, *layers: ConvNorm, residual: bool = False) -> Tensor:
     out = x
     for layer in layers:
         for module in layer:
-            out = out if module is None else module(out)
+            out = out if module is None else _call(module, out)
     return x + out if residual else out
 
 
@@ -81,12 +81,24 @@ def _run_layer(x: Tensor, layer: ConvNorm, residual: Optional[Tensor] = None) ->
 def _convolve(x: Tensor, layer: ConvNorm) -> Tensor:
     """The convolution without its bias: [B, d, H, W] -> [B, H', W', d'], contiguous"""
     conv = layer.conv
-    if is_plain(conv, nn.Conv2d) and all(
-        pair == (size, size)
-        for pair, size in zip((conv.kernel_size, conv.stride, (conv.groups,) * 2, conv.padding), (1, 1, 1, 0))
-    ):
+    if _is_product(conv):
         return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).contiguous()
     return conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1).contiguous()
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), of a 1x1 convolution by a matrix product: [B, d, H, W] -> [B, d', H', W'] in channels-last memory"""
+    if type(x) is Tensor and not has_global_hooks() and _is_product(module):
+        return F.linear(x.permute(0, 2, 3, 1), module.weight.flatten(1), module.bias).permute(0, 3, 1, 2)
+    return module(x)
+
+
+def _is_product(module: nn.Module) -> bool:
+    return (
+        is_plain(module, nn.Conv2d)
+        and (module.kernel_size == module.stride == (1, 1))
+        and (module.padding == (0, 0) and module.groups == 1)
+    )
 
 
 def _normalise(y: Tensor, layer: ConvNorm, residual: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:

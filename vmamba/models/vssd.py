@@ -68,7 +68,7 @@ class Downsample(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         wide = 4 * out_dim
         self.conv1 = nn.Conv2d(dim, wide, 1, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **dd)
         self.conv3 = nn.Conv2d(wide, out_dim, 1, **dd)
         self.norm = nn.BatchNorm2d(out_dim, eps=NORM_EPS, **dd)
