@@ -1,6 +1,6 @@
 """Convolutions with BatchNorm and what follows it, and when one kernel replaces all but the convolution."""
 
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,25 +57,22 @@ def _runs_fused(x: Tensor, layers: Sequence[ConvNorm], residual: bool) -> bool:
 
 def _run_fused(x: Tensor, layers: Sequence[ConvNorm], residual: bool) -> Tensor:
     slices = x.split(_slice_size(x, layers))
-    out = None
+    out: Optional[Tensor] = None  # [B, H', W', d']
     for i, part in enumerate(slices):
         y = part
         for layer in layers[:-1]:
-            y = _run_layer(y, layer)
+            y = _normalise(_convolve(y, layer), layer).permute(0, 3, 1, 2)
+        y = _convolve(y, layers[-1])
         shortcut = part if residual else None
         if len(slices) == 1:
-            return _run_layer(y, layers[-1], shortcut)
-        y = _convolve(y, layers[-1])
+            return _normalise(y, layers[-1], shortcut).permute(0, 3, 1, 2)
         if out is None:
-            out = y.new_empty((x.shape[0], *y.shape[1:]))  # [B, H', W', d']
+            out = y.new_empty((x.shape[0], *y.shape[1:]))
         start = i * len(slices[0])
         _normalise(y, layers[-1], shortcut, out[start : start + len(part)])
         del y
+    assert out is not None
     return out.permute(0, 3, 1, 2)
-
-
-def _run_layer(x: Tensor, layer: ConvNorm, residual: Optional[Tensor] = None) -> Tensor:
-    return _normalise(_convolve(x, layer), layer, residual).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, layer: ConvNorm) -> Tensor:
@@ -101,7 +98,7 @@ def _is_product(module: nn.Module) -> bool:
     )
 
 
-def _normalise(y: Tensor, layer: ConvNorm, residual: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+def _normalise(y: Tensor, layer: ConvNorm, residual: Optional[Tensor] = None, out: Optional[Tensor] = None) -> Tensor:
     conv, norm, act, _ = layer
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1).expand_as(y).contiguous()
@@ -129,7 +126,7 @@ def _is_foldable(layer: ConvNorm) -> bool:
         and (norm is None or _is_foldable_norm(norm, conv.out_channels))
         and (_is_idle(act) or _name_of(act) is not None)
         and (_is_idle(act) or _is_idle(getattr(norm, 'act', None)))
-        and (_is_idle(drop_path) or (is_plain(drop_path, DropPath) and not drop_path.training))
+        and (drop_path is None or _is_idle(drop_path) or (is_plain(drop_path, DropPath) and not drop_path.training))
     )
 
 
@@ -152,13 +149,13 @@ def _name_of(act: Optional[nn.Module]) -> Optional[str]:
     return 'gelu_tanh' if act is not None and is_plain(act, nn.GELU) and act.approximate == 'tanh' else None
 
 
-def _tensors(layer: ConvNorm) -> Iterator[Tensor]:
+def _tensors(layer: ConvNorm) -> List[Tensor]:
     """What the kernel reads of the modules."""
-    norm = layer.norm
-    tensors = (layer.conv.bias,)
+    conv, norm, *_ = layer
+    tensors = [conv.bias]
     if norm is not None:
-        tensors += norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return (tensor for tensor in tensors if tensor is not None)
+        tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _products_dtype(x: Tensor) -> torch.dtype:
