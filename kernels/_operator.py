@@ -4,11 +4,12 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from ._launch import on_device
+from ._launch import on_device, runs_on_triton
 
 OPERATORS: Dict[str, 'Operator'] = {}
 
@@ -20,6 +21,18 @@ def is_watched() -> bool:
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return traced or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+
+
+def can_replace_modules(x: Tensor) -> bool:
+    """Whether kernels may run in place of modules on a map x: on Triton, and nothing is traced, compiled or
+    transformed."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.numel() > 0
+        and runs_on_triton(x)
+        and not is_watched()
+        and forward_ad._current_level < 0
+    )
 
 
 class Operator:

@@ -41,7 +41,9 @@ class _Tile(NamedTuple):
     block_w: int
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, silu: bool = False, residual: bool = False
+) -> Tensor:
     """Depthwise 2-D convolution of a channels-last map, which keeps its size.
 
     With an odd window of k x k taps, c = (k - 1) / 2, and x zero outside of the map:
@@ -56,6 +58,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
         weight: [D, k, k].
         bias: [D].
         silu: Return silu(out).
+        residual: Return x + out; not together with silu. On Triton the tap in the middle is 1 larger, in fp32.
 
     Returns:
         out [B, H, W, D] in x's dtype, contiguous.
@@ -66,23 +69,27 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, s
     sizes = check('depthwise_conv2d', x=(x, 'B H W D'), weight=(weight, 'D k k'), bias=(bias, 'D'))
     kernel = sizes['k']
     check_that(kernel % 2 == 1, f'depthwise_conv2d: weight must be [D, k, k] with odd k, got {tuple(weight.shape)}')
+    check_that(not (silu and residual), 'depthwise_conv2d: silu and residual cannot be combined')
     if runs_on_triton(x) and kernel <= MAX_WINDOW:
-        return _conv2d(x, weight, bias, silu)
+        return _conv2d(x, weight, bias, silu, residual)
     weight, bias = weight.unsqueeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
     view = x.permute(0, 3, 1, 2)  # [B, H, W, D] -> [B, D, H, W]
     out = F.conv2d(view, weight, bias, padding=kernel // 2, groups=x.shape[-1])
     out = out.permute(0, 2, 3, 1).to(x.dtype).contiguous()  # both copy under autocast and in odd layouts only
-    return F.silu(out) if silu else out
+    out = F.silu(out) if silu else out
+    return out.add_(x) if residual else out
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, save: bool) -> Tuple[Tensor]:
-    return (conv2d_forward(x, weight.contiguous(), None if bias is None else bias.contiguous(), silu),)
+def _forward(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, residual: bool, save: bool
+) -> Tuple[Tensor]:
+    return (conv2d_forward(x, weight.contiguous(), None if bias is None else bias.contiguous(), silu, residual),)
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
-    (grad_out,), (x, weight, bias, silu) = grads, inputs
+    (grad_out,), (x, weight, bias, silu, residual) = grads, inputs
     contiguous = weight.contiguous(), None if bias is None else bias.contiguous()
-    grad_x, sums = conv2d_backward(grad_out, x, *contiguous, silu)
+    grad_x, sums = conv2d_backward(grad_out, x, *contiguous, silu, residual)
     grad_weight, grad_bias = sums.sum(dim=0).split([weight.numel(), x.shape[-1]])
     return grad_x, grad_weight.view(weight.shape), None if bias is None else grad_bias
 
@@ -120,13 +127,19 @@ def _load_row(columns, row_stride, pixel_stride, row, pixel, has_channel, height
 
 
 @triton.jit
-def _load_parameters(weight, bias, channel, has_channel, KERNEL: tl.constexpr, FLIP: tl.constexpr):
-    """The taps row by row, with FLIP in reverse order, and the bias, [1, BLOCK_D] each."""
+def _load_parameters(
+    weight, bias, channel, has_channel, KERNEL: tl.constexpr, FLIP: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """The taps row by row, with FLIP in reverse order and with RESIDUAL with 1 added to the middle one, and the bias,
+    [1, BLOCK_D] each."""
     taps = ()
     for tap in tl.static_range(KERNEL * KERNEL):
         place = KERNEL * KERNEL - 1 - tap if FLIP else tap
         loaded = tl.load(weight + channel * (KERNEL * KERNEL) + place, mask=has_channel, other=0.0)  # [BLOCK_D]
-        taps += (loaded.to(tl.float32)[None, :],)
+        loaded = loaded.to(tl.float32)
+        if RESIDUAL and 2 * tap == KERNEL * KERNEL - 1:
+            loaded += 1.0
+        taps += (loaded[None, :],)
     shift = tl.zeros_like(taps[0])
     if bias is not None:
         shift = tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]
@@ -155,6 +168,7 @@ def conv2d_kernel(
     KERNEL: tl.constexpr,
     SILU: tl.constexpr,
     FLIP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -173,7 +187,7 @@ def conv2d_kernel(
     if WIDE:
         channel, pixel, top = channel.to(tl.int64), pixel.to(tl.int64), top.to(tl.int64)
     has_channel = channel < dim
-    taps, shift = _load_parameters(weight, bias, channel, has_channel, KERNEL, FLIP)
+    taps, shift = _load_parameters(weight, bias, channel, has_channel, KERNEL, FLIP, RESIDUAL)
     columns = x + batch * x_batch + (pixel[:, None] * x_pixel + channel[None, :] * x_channel)
     out += batch * height * width * dim + (pixel[:, None] * dim + channel[None, :])
     has_pixel = (pixel < width)[:, None] & has_channel[None, :]
@@ -237,7 +251,7 @@ def conv2d_backward_kernel(
     if WIDE:
         channel = channel.to(tl.int64)
     has_channel = channel < dim
-    taps, shift = _load_parameters(weight, bias, channel, has_channel, KERNEL, False)
+    taps, shift = _load_parameters(weight, bias, channel, has_channel, KERNEL, False, False)
     totals = ()
     for _ in tl.static_range(KERNEL * KERNEL + 1):
         totals += (tl.zeros([BLOCK_W, BLOCK_D], tl.float32),)
@@ -285,7 +299,9 @@ def conv2d_backward_kernel(
     tl.store(bias_sums, tl.sum(totals[KERNEL * KERNEL], axis=0), mask=has_channel)
 
 
-def conv2d_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, flip: bool = False) -> Tensor:
+def conv2d_forward(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, residual: bool = False, flip: bool = False
+) -> Tensor:
     """Depthwise convolution of a map on Triton, and SiLU of it on request; computed in fp32.
 
     Args:
@@ -293,18 +309,20 @@ def conv2d_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
         weight: [D, k, k], contiguous, with odd k up to 5.
         bias: [D], contiguous.
         silu: Apply SiLU.
+        residual: Add x.
         flip: Take the taps in reverse order, which makes the convolution's adjoint.
 
     Returns:
         [B, H, W, D] in x's dtype, contiguous.
     """
     out = x.new_empty(x.shape)
-    _forward_launch(x.shape, x.stride(), weight.shape[-1], silu, flip, is_nvidia(x))(x, weight, bias, out)
+    launch = _forward_launch(x.shape, x.stride(), weight.shape[-1], silu, residual, flip, is_nvidia(x))
+    launch(x, weight, bias, out)
     return out
 
 
 def conv2d_backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool, residual: bool = False
 ) -> Tuple[Tensor, Tensor]:
     """Gradients of `conv2d_forward`, the same at every run.
 
@@ -323,12 +341,18 @@ def conv2d_backward(
     sums = torch.empty(parts, dim * (kernel * kernel + 1), dtype=torch.float32, device=x.device)
     grad_pre = x.new_empty(x.shape) if silu else grad_out
     launch(grad_out, x, weight, bias, grad_pre, sums)
-    return conv2d_forward(grad_pre, weight, None, silu=False, flip=True), sums
+    return conv2d_forward(grad_pre, weight, None, False, residual, flip=True), sums
 
 
 @lru_cache(maxsize=MAX_PLANS)
 def _forward_launch(
-    shape: Tuple[int, int, int, int], strides: Tuple[int, ...], kernel: int, silu: bool, flip: bool, nvidia: bool
+    shape: Tuple[int, int, int, int],
+    strides: Tuple[int, ...],
+    kernel: int,
+    silu: bool,
+    residual: bool,
+    flip: bool,
+    nvidia: bool,
 ) -> Launch:
     batch, height, width, dim = shape
     tile = _tile_of(shape, kernel, ahead=2)
@@ -336,7 +360,7 @@ def _forward_launch(
         conv2d_kernel,
         cdiv(dim, _BLOCK_D) * cdiv(width, tile.block_w) * cdiv(height, tile.rows) * batch,
         (height, width, dim, strides),
-        (kernel, silu, flip, *tile, _BLOCK_D, _is_wide(tile, shape, strides), nvidia),
+        (kernel, silu, flip, residual, *tile, _BLOCK_D, _is_wide(tile, shape, strides), nvidia),
         warps=tile.block_w // 4,  # four channels for a thread
     )
 

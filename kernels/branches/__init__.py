@@ -6,10 +6,8 @@ small maps and eager training. Where something has to see the modules or their o
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .._launch import runs_on_triton
-from .._operator import is_watched
+from .._operator import can_replace_modules
 from ..conv1d import MAX_TAPS
 from ..conv2d import MAX_WINDOW
 from ..selective_scan.launch import MAX_STATES
@@ -36,11 +34,4 @@ __all__ = [
 
 def can_run(x: Tensor) -> bool:
     """Whether `run_chain` runs on a map x: on Triton, in fp32, and nothing is traced, compiled or transformed."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and runs_on_triton(x)
-        and not is_watched()
-        and forward_ad._current_level < 0
-    )
+    return can_replace_modules(x) and x.dtype == torch.float32

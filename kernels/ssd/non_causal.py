@@ -28,7 +28,8 @@ def non_causal_ssd(
 
         S = sum_l m_l x_l B_l^T,    y_l = S C_l + D * x_l
 
-    Weights are computed in fp32 (fp64 if x is fp64), products in x's dtype. Differentiable in every tensor argument.
+    Weights are computed in fp32 (fp64 if x is fp64) and rounded to x's dtype, in which all products are. Differentiable
+    in every tensor argument.
 
     Args:
         x: Input [batch, L, H, P], in any floating dtype.
@@ -65,12 +66,10 @@ def non_causal_ssd(
         dt = dt + dt_bias.to(wide)
     if dt_softplus:
         dt = F.softplus(dt)
-    weighted = (x * (-dt * A.to(wide)).unsqueeze(-1)).to(x.dtype)
+    weighted = x * (-dt * A.to(wide)).to(x.dtype).unsqueeze(-1)
     # [batch, L, H, P] -> [batch, G, H / G * P, L]
     weighted = weighted.unflatten(2, (groups, -1)).flatten(3).permute(0, 2, 3, 1)
     B, C = (tensor.to(x.dtype).transpose(1, 2) for tensor in (B, C))  # [batch, G, L, N]
     y = C @ (weighted @ B).mT  # [batch, G, L, H / G * P]
     y = y.transpose(1, 2).reshape(x.shape)
-    if D is not None:
-        y = y + (D if D.ndim == 2 else D.unsqueeze(-1)).to(x.dtype) * x
-    return y
+    return y if D is None else torch.addcmul(y, (D if D.ndim == 2 else D.unsqueeze(-1)).to(x.dtype), x)

@@ -1,6 +1,7 @@
 """The depthwise 2-D convolution against a float64 loop over pixels and taps."""
 
 import kernel_cases
+import oracles
 import pytest
 import torch
 from cases import DEVICE
@@ -22,6 +23,23 @@ pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 def test_windows_and_small_maps(height, width, kernel, bias, silu, dtype):
     """Of maps smaller than the window too, and of windows larger than the kernels take."""
     compare(CASE, kernel_cases.depthwise_conv2d(1, height, width, 3, kernel, bias, dtype), dtype, silu=silu)
+
+
+@pytest.mark.parametrize('kernel,bias', [(1, False), (3, True), (7, True)])
+def test_a_residual_is_added(kernel, bias, dtype):
+    """To small weights, which x's precision would lose beside 1, and with the gradients of the weights alone."""
+    tensors = kernel_cases.depthwise_conv2d(2, 3, 4, 5, kernel, bias, dtype)
+    tensors['weight'] *= 1e-2
+    case = CASE._replace(options={}, definition=lambda residual, **kw: kw['x'] + oracles.depthwise_conv2d(**kw))
+    compare(case, tensors, dtype, residual=True)
+
+
+def test_a_residual_and_weights_in_half_precision(triton_kernels):
+    """The middle tap keeps what 1 + weight would lose in the weight's dtype."""
+    tensors = kernel_cases.depthwise_conv2d(1, 5, 4, 3)
+    tensors['weight'] = (tensors['weight'] * 1e-3).bfloat16()
+    expected = tensors['x'] + oracles.depthwise_conv2d(**tensors)
+    torch.testing.assert_close(depthwise_conv2d(**tensors, residual=True), expected)
 
 
 @pytest.mark.parametrize(
@@ -177,3 +195,8 @@ def test_a_bad_shape_is_an_error_that_shows_it(name, shape):
     tensors = kernel_cases.depthwise_conv2d()
     with pytest.raises(ValueError, match=f'depthwise_conv2d: {name} must be .*{str(shape)[1:-1]}'):
         depthwise_conv2d(**{**tensors, name: torch.randn(shape, device=DEVICE)})
+
+
+def test_silu_and_residual_exclude_each_other():
+    with pytest.raises(ValueError, match='silu and residual cannot be combined'):
+        depthwise_conv2d(**kernel_cases.depthwise_conv2d(), silu=True, residual=True)

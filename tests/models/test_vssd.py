@@ -5,8 +5,11 @@ import oracles
 import pytest
 import timm
 import torch
+from cases import DEVICE, needs_triton
 
-from vmamba.layers import NonCausalSSD
+from vmamba.kernels import use_triton
+from vmamba.kernels.ssd import gated
+from vmamba.layers import NonCausalSSD, non_causal
 from vmamba.models.vssd import VSSD
 
 VARIANTS = [
@@ -113,6 +116,31 @@ def test_the_mixer_follows_the_definition():
     assert oracles.relative_error(x.grad, wide_x.grad) < 1e-5
     for key, parameter in layer.named_parameters():
         assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize('size,dtype', [((3, 5), torch.float32), ((11, 13), torch.float32), ((7, 6), torch.float16)])
+def test_in_inference_two_kernels_give_what_the_operators_give(size, dtype, monkeypatch):
+    """Of one part of the pixels, of several, and in half precision."""
+    monkeypatch.setattr(gated, '_MIN_STEPS', 64)
+    monkeypatch.setattr(gated, 'num_processors', lambda tensor: 5)
+    layer = NonCausalSSD(9, 3, d_state=5).to(DEVICE, dtype)
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    x, calls = torch.randn(2, *size, 9, device=DEVICE, dtype=dtype), []
+    run = non_causal.gated_non_causal_ssd
+    monkeypatch.setattr(non_causal, 'gated_non_causal_ssd', lambda *args: calls.append(args) or run(*args))
+    with use_triton(False):
+        expected = layer(x)
+    with use_triton(True):
+        assert oracles.relative_error(layer(x), expected) < (1e-5 if dtype == torch.float32 else 3e-2)
+        assert len(calls) == 1
+        with torch.enable_grad():
+            assert layer(x).requires_grad
+        layer.out_norm.register_forward_hook(lambda *args: calls.append(args))
+        assert oracles.relative_error(layer(x), expected) < (1e-5 if dtype == torch.float32 else 3e-2)
+    assert len(calls) == 2 and len(calls[1]) == 3
 
 
 def test_initial_weights():

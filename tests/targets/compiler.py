@@ -98,7 +98,8 @@ def recording(device, fused=True):
         'num_processors': lambda tensor: device.processors,
         'shared_memory': lambda tensor: device.shared_memory,
         'can_run': lambda tensor: fused,
-        '_has_plain_tensors': lambda x, norm, module: True,  # those without data are of a class of their own
+        'can_replace_modules': lambda tensor: fused,
+        'is_plain_tensor': lambda x, tensor: True,  # those without data are of a class of their own
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(_attributes(_launch.Launch, {'__call__': record}))

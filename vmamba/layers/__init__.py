@@ -3,6 +3,7 @@
 from .attention import Attention, AttentionCache
 from .bimamba import BiMamba
 from .bimamba2 import BiMamba2
+from .conv_norm import ConvNorm, conv_norms
 from .depthwise import CausalConv1d, DepthwiseConv2d
 from .h3 import H3, H3Cache
 from .image import ImageConv2d, check_images
@@ -24,6 +25,7 @@ __all__ = [
     'BiMamba2',
     'Bidirectional',
     'CausalConv1d',
+    'ConvNorm',
     'DepthwiseConv2d',
     'FourRoutes',
     'GatedRmsNorm',
@@ -44,5 +46,6 @@ __all__ = [
     'SS2D',
     'SSD2D',
     'check_images',
+    'conv_norms',
     'residual_branches',
 ]

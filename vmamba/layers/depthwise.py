@@ -21,10 +21,18 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: Odd side of the window.
         bias: Whether there is a bias.
         silu: Return silu of the result.
+        residual: Add the input to the result; not together with silu.
     """
 
     def __init__(
-        self, dim: int, kernel_size: int = 3, bias: bool = True, silu: bool = False, device=None, dtype=None
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        bias: bool = True,
+        silu: bool = False,
+        residual: bool = False,
+        device=None,
+        dtype=None,
     ) -> None:
         check_counts(dim=dim, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
@@ -32,10 +40,11 @@ class DepthwiseConv2d(nn.Conv2d):
         options = dict(padding=kernel_size // 2, groups=dim, bias=bias, device=device, dtype=dtype)
         super().__init__(dim, dim, kernel_size, **options)
         self.silu = silu
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        return depthwise_conv2d(x, self.weight.squeeze(1), self.bias, self.silu)
+        return depthwise_conv2d(x, self.weight.squeeze(1), self.bias, self.silu, self.residual)
 
 
 @register_notrace_module

@@ -8,9 +8,12 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import non_causal_ssd
+from ..kernels._operator import can_replace_modules
+from ..kernels.ssd.gated import fits, gated_non_causal_ssd
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
 from .options import check_counts, scaled_channels
+from .plain import aligned_linear, has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -66,19 +69,29 @@ class NonCausalSSD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
         inner, states, heads = self.splits[0], self.d_state, self.splits[2]
         xBC = self.conv2d(xBC).flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
         x, B, C = xBC.split([inner, states, states], dim=-1)
-        y = non_causal_ssd(
-            x.unflatten(-1, (heads, -1)),
-            dt.flatten(1, 2),
-            negative_exp(self.A_log),
-            B.unsqueeze(2),
-            C.unsqueeze(2),
-            self.D,
-            self.dt_bias,
-            dt_softplus=True,
-        )
+        x, dt, A = x.unflatten(-1, (heads, -1)), dt.flatten(1, 2), negative_exp(self.A_log)
+        if self._runs_fused(x, z):
+            norm = self.out_norm
+            options = self.D, self.dt_bias, z.flatten(1, 2), norm.weight, norm.bias, norm.eps
+            return self.out_proj(gated_non_causal_ssd(x, dt, A, B, C, *options).view(z.shape))
+        y = non_causal_ssd(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), self.D, self.dt_bias, dt_softplus=True)
         y = y.flatten(2).view(z.shape)  # [B, L, heads, P] -> [B, H, W, D]
         return self.out_proj(self.out_norm(y) * z)
+
+    def _runs_fused(self, x: Tensor, z: Tensor) -> bool:
+        """Whether, in inference, one function may compute all from x to the gate."""
+        if torch.is_grad_enabled() or not can_replace_modules(x) or has_global_hooks():
+            return False
+        norm = self.out_norm
+        tensors = self.A_log, self.D, self.dt_bias, norm.weight, norm.bias
+        return (
+            is_plain(norm, LayerNorm)
+            and all(is_plain_tensor(x, tensor) for tensor in tensors)
+            and (x.dtype == z.dtype == norm.out_dtype(x.device.type))
+            and (x.stride(-1) == z.stride(-1) == 1)
+            and fits(x, self.d_state)
+        )

@@ -32,6 +32,20 @@ def has_global_hooks() -> bool:
     )
 
 
+def is_plain_tensor(x: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor is on x's device, contiguous, and no subclass (as quantised and distributed tensors are)."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.device == x.device and tensor.is_contiguous()
+
+
+def run_in_turn(container: nn.Sequential, x: Tensor) -> Tensor:
+    """container(x), but x is not kept to the end, as the call of a module keeps its inputs."""
+    if has_global_hooks() or not is_plain(container, nn.Sequential):
+        return container(x)
+    for module in container:
+        x = module(x)
+    return x
+
+
 def aligned_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """module(x), on a GPU with rows that begin at multiples of 16 numbers: [..., in] -> [..., out].
 

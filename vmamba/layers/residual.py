@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from ..kernels import branches as kernels
 from .bimamba import BiMamba
 from .norm import LayerNorm, RmsNorm
-from .plain import has_global_hooks, is_plain
+from .plain import has_global_hooks, is_plain, is_plain_tensor
 from .ss2d import SS2D
-
-_TENSORS = nn.Parameter, Tensor
 
 Branch = Tuple[nn.Module, nn.Module, nn.Module]
 
@@ -71,14 +69,9 @@ def _drop_path_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
 
 
 def _has_plain_tensors(x: Tensor, norm: nn.Module, module: nn.Module) -> bool:
-    """Whether all parameters are on x's device, contiguous, and no subclass (as quantised and distributed tensors
-    are)."""
-    device = x.device
     for owner in (norm, module, *module._modules.values()):
         for parameter in owner._parameters.values():
-            if parameter is not None and (
-                type(parameter) not in _TENSORS or parameter.device != device or not parameter.is_contiguous()
-            ):
+            if parameter is not None and not is_plain_tensor(x, parameter):
                 return False
     return True
 

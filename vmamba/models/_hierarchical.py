@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.norm import widen
 from ..layers.options import check_counts, check_indices, check_rates
+from ..layers.plain import run_in_turn
 from ._pretrained import load_pretrained, reset_parameters, split_backbone
 
 # Of the parameters of state-space layers, those without weight decay.
@@ -37,7 +38,7 @@ class Stage(nn.Module):
     def _run_blocks(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        return run_in_turn(self.blocks, x)
 
 
 class HierarchicalModel(nn.Module):
@@ -204,7 +205,7 @@ class HierarchicalModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(run_in_turn(self.stages, self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, d, h, w] -> logits [B, num_classes] ([B, num_classes, h, w] without pooling)"""

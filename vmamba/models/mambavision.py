@@ -20,7 +20,15 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..layers import ImageConv2d, LayerNorm, MambaVisionMixer, check_images, residual_branches
+from ..layers import (
+    ConvNorm,
+    ImageConv2d,
+    LayerNorm,
+    MambaVisionMixer,
+    check_images,
+    conv_norms,
+    residual_branches,
+)
 from ..layers.norm import widen
 from ..layers.options import check_counts, scaled_channels
 from ._hierarchical import HierarchicalModel, Stage, check_stages
@@ -47,8 +55,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, 1)
-        x = self.norm1(self.conv1(x))
-        return self.norm2(self.conv2(x))
+        return conv_norms(x, ConvNorm(self.conv1, self.norm1), ConvNorm(self.conv2, self.norm2))
 
 
 class Downsample(nn.Module):
@@ -77,8 +84,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, d, H, W] -> [B, d, H, W]"""
-        y = self.act(self.norm1(self.conv1(x)))
-        return x + self.drop_path(self.norm2(self.conv2(y)))
+        first = ConvNorm(self.conv1, self.norm1, self.act)
+        return conv_norms(x, first, ConvNorm(self.conv2, self.norm2, drop_path=self.drop_path), residual=True)
 
 
 class TokenBlock(nn.Module):

@@ -14,12 +14,14 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from torch import Tensor, nn
 
 from ..layers import (
+    ConvNorm,
     DepthwiseConv2d,
     ImageConv2d,
     LayerNorm,
     LayerNorm2d,
     NonCausalSSD,
     check_images,
+    conv_norms,
     residual_branches,
 )
 from ..layers.options import check_counts, scaled_channels
@@ -53,10 +55,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, 1)
-        x = self.norm1(self.conv1(x))
-        x = x + self.norm3(self.conv3(self.norm2(self.conv2(x))))
-        x = self.norm4(self.conv4(x))
-        return self.norm5(self.conv5(x))
+        x = conv_norms(x, ConvNorm(self.conv1, self.norm1))
+        x = conv_norms(x, ConvNorm(self.conv2, self.norm2), ConvNorm(self.conv3, self.norm3), residual=True)
+        return conv_norms(x, ConvNorm(self.conv4, self.norm4), ConvNorm(self.conv5, self.norm5))
 
 
 class Downsample(nn.Module):
@@ -67,14 +68,14 @@ class Downsample(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         wide = 4 * out_dim
         self.conv1 = nn.Conv2d(dim, wide, 1, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **dd)
         self.conv3 = nn.Conv2d(wide, out_dim, 1, **dd)
         self.norm = nn.BatchNorm2d(out_dim, eps=NORM_EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv2(self.act(self.conv1(x))))
-        return self.norm(self.conv3(x))
+        first, second = (ConvNorm(conv, act=self.act) for conv in (self.conv1, self.conv2))
+        return conv_norms(x, first, second, ConvNorm(self.conv3, self.norm))
 
 
 class MapAttention(Attention):
@@ -86,7 +87,9 @@ class MapAttention(Attention):
 
 
 class VSSDBlock(nn.Module):
-    """x = x + cpe1(x), x = x + drop_path(mixer(norm1(x))), x = x + cpe2(x), x = x + drop_path(mlp(norm2(x))).
+    """x = cpe1(x), x = x + drop_path(mixer(norm1(x))), x = cpe2(x), x = x + drop_path(mlp(norm2(x))).
+
+    The positional encodings add a depthwise convolution: cpe(x) = x + conv(x).
 
     Args:
         dim: Channels d.
@@ -100,20 +103,20 @@ class VSSDBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.cpe1 = DepthwiseConv2d(dim, **dd)
+        self.cpe1 = DepthwiseConv2d(dim, residual=True, **dd)
         self.norm1 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mixer = mixer
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.cpe2 = DepthwiseConv2d(dim, **dd)
+        self.cpe2 = DepthwiseConv2d(dim, residual=True, **dd)
         self.norm2 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
         self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return residual_branches(x, (self.norm2, self.mlp, self.drop_path2))
 
 
