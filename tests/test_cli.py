@@ -67,7 +67,7 @@ def test_an_unknown_command_is_one_line(run, arguments, message):
         (
             'matplotlib',
             'figures.plots',
-            ('predict', '.', '--model', 'vmamba_nano', '--random-weights', '--draw', 'out.png'),
+            ('predict', '.', '--model', 'vmamba_nano=untrained', '--draw', 'out.png'),
             'tools',
         ),
         ('mmengine', 'openmmlab.configs', ('mm-train', 'mask-rcnn_vmamba-nano_fpn_scenes'), 'mm,tools'),

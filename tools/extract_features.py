@@ -21,7 +21,7 @@ import numpy as np
 import timm
 import torch
 
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.devices import device_name
 from vmamba.tools.features import store as feature_store
 from vmamba.tools.features.maps import (
     POOLED,
@@ -204,7 +204,7 @@ class Extraction:
             'seconds': seconds,
             'images_per_second': images / seconds,
             'megapixels_per_second': self.pixels / 1e6 / seconds,
-            'device': device_name(torch.device(self.args.device)),
+            'device': device_name(self.args.device),
             'torch': torch.__version__,
             'timm': timm.__version__,
         }
@@ -219,8 +219,7 @@ def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = __doc__.partition('\n\n    ')[2]
-    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
+    parser = Parser(__doc__)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
     add_spec_options(parser)
     parser.add_argument(
@@ -242,16 +241,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args.native |= args.tile is not None
     if args.native and args.img_size:
         parser.error('--img-size and --native or --tile exclude each other')
-    args.device = pick_device(args.device).type
     return args
 
 
+@one_line_errors('extract_features.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
-    with one_line_errors('extract_features.py'):
-        extraction = Extraction(args, Console())
-        with extraction.store.lock:
-            extraction.run()
+    extraction = Extraction(parse_args(argv), Console())
+    with extraction.store.lock:
+        extraction.run()
 
 
 if __name__ == '__main__':

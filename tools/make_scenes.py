@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from vmamba.tools.user_errors import one_line_errors
+from vmamba.tools.user_errors import Parser, at_least, one_line_errors, positive
 
 PARTS = ('training', 'validation')
 RECORD = 'scenes.json'  # in the folder, of what it was made with
@@ -26,19 +26,14 @@ def settings_of(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--output', type=Path, required=True, help='folder to make')
-    parser.add_argument('--training', type=int, default=600, help='scenes to learn from')
-    parser.add_argument('--validation', type=int, default=100, help='scenes of other digits and photographs')
-    parser.add_argument('--size', type=int, default=96, help='side of the scenes in pixels')
+    parser.add_argument('--training', type=positive, default=600, help='scenes to learn from')
+    parser.add_argument('--validation', type=positive, default=100, help='scenes of other digits and photographs')
+    parser.add_argument('--size', type=at_least(96), default=96, help='side of the scenes in pixels')
     parser.add_argument('--digits', type=int, nargs='+', default=(0, 1, 2), choices=range(10), help='the classes')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
-    for name in PARTS:
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    if args.size < 96:
-        parser.error(f'--size must be at least 96, got {args.size}')
     if args.output.is_file():
         parser.error(f'{args.output} is a file; name a folder')
     if args.output.exists() and any(args.output.iterdir()):
@@ -46,12 +41,12 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors('make_scenes.py')
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors('make_scenes.py'):
-        from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
+    from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
 
-        classes = write_scenes(args.output, settings_of(args), RECORD)
+    classes = write_scenes(args.output, settings_of(args), RECORD)
     print(f'Wrote {args.training} + {args.validation} scenes of {", ".join(classes)} to {args.output}')
 
 

@@ -76,10 +76,16 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations."""
+    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+    Args:
+        description: Shown as it is written: the docstring of a tool.
+        **kwargs: Of argparse's parser.
+    """
+
+    def __init__(self, description: Optional[str] = None, **kwargs: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Tuple[argparse.Namespace, List[str]]:
         namespace, unknown = super().parse_known_args(*args, **kwargs)

@@ -34,7 +34,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmamba.models.vim import Vim
-from vmamba.tools.devices import pick_device
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
@@ -118,12 +117,13 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     arrays = {f'{label}: {name}': field.values for label, found in fields.items() for name, field in found.items()}
     write_atomically(args.output / 'erf.npz', lambda file: np.savez(file, **arrays))
     rows = [
-        (args.model.name, label, name, size, len(images), share, side)
+        dict(weights=label, feature=name, share=share, side=side)
         for label, found in fields.items()
         for name, field in found.items()
         for share, side in field.sides.items()
     ]
-    write_csv(args.output / 'erf.csv', [('model', 'weights', 'feature', 'img_size', 'images', 'share', 'side'), *rows])
+    common = dict(model=args.model.name, img_size=size, images=len(images))
+    write_csv(args.output / 'erf.csv', [{**common, **row} for row in rows])
     skipped = batches.samples.report(absolute=True)
     if skipped:
         console.print(skipped, highlight=False, soft_wrap=True)
@@ -222,7 +222,7 @@ def shown_image(image: Tensor, config: dict) -> np.ndarray:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar='erf | attention')
     erf = commands.add_parser('erf', help='effective receptive fields, before and after loading weights')
     erf.set_defaults(draw=draw_receptive_fields)
@@ -248,18 +248,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         command.add_argument('--output', type=Path, default=Path('views'), help='folder of the pictures')
         add_loader_options(command)
         add_model_options(command)
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device).type
-    return args
+    return parser.parse_args(argv)
 
 
+@one_line_errors('visualize.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     console = Console()
-    with one_line_errors('visualize.py'):
-        args.model = spec_of(args.model, args.checkpoint)
-        args.output.mkdir(parents=True, exist_ok=True)
-        args.draw(args, console)
+    args.model = spec_of(args.model, args.checkpoint)
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.draw(args, console)
     console.print(f'Pictures are in {args.output}/')
 
 

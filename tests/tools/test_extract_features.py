@@ -16,11 +16,16 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from vmamba.tools import extract_features
+from vmamba.tools.features import store
 from vmamba.tools.features.maps import covering
-from vmamba.tools.features.store import Table, read_features, read_index
+from vmamba.tools.features.store import Table, read_features
 
 TOOL = Path(extract_features.__file__)
 NANO = '--model', 'vmamba_nano=untrained'
+
+
+def read_index(folder):
+    return store.read_index(folder).to_dict('records')
 
 
 @pytest.fixture(scope='module')

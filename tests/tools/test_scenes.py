@@ -99,7 +99,7 @@ def test_masks_are_encoded_without_loss(folder):
 
 @pytest.mark.parametrize(
     'options, message',
-    [(['--size', '32'], '--size must be at least 96, got 32'), (['--training', '0'], '--training must be at least 1')],
+    [(['--size', '32'], "must be a whole number above 95, got '32'"), (['--training', '0'], '--training: must be a ')],
     ids=['size', 'count'],
 )
 def test_wrong_options_are_refused(tmp_path, capsys, options, message):

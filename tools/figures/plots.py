@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 
+import pandas as pd
+
 from vmamba.tools.images.decoding import read_image
 from vmamba.tools.output_files import write_atomically
 
@@ -130,17 +132,16 @@ def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path)
     save_figure(figure, path)
 
 
-def plot_resolutions(lines: Dict[str, Dict[int, float]], published: Dict[str, Dict[int, float]], path: Path) -> None:
-    """Top-1 accuracy against the side of the images, a line for each label; crosses are published values."""
+def plot_resolutions(lines: Dict[str, pd.Series], published: Dict[str, pd.Series], path: Path) -> None:
+    """Top-1 accuracy by the side of the images, a line for each label; crosses are published values."""
     figure = Figure(figsize=(7, 4.2), layout='constrained')
     panel = figure.subplots()
     for i, (label, values) in enumerate(lines.items()):
-        style = dict(color=f'C{i % 10}')
-        panel.plot(*zip(*sorted(values.items())), marker=MARKERS[i % len(MARKERS)], label=label, **style)
-        if published.get(label):
+        panel.plot(values, marker=MARKERS[i % len(MARKERS)], label=label, color=f'C{i % 10}')
+        if len(published[label]):
             name = f'{label}, published (ImageNet-1K val)'
-            panel.scatter(*zip(*published[label].items()), marker='x', label=name, **style)
-    panel.set_xticks(sorted({size for values in lines.values() for size in values}))
+            panel.plot(published[label], 'x', label=name, color=f'C{i % 10}')
+    panel.set_xticks(sorted({size for values in lines.values() for size in values.index}))
     panel.set_xlabel('image size, pixels')
     panel.set_ylabel('top-1 accuracy, %')
     panel.grid(alpha=0.3)
