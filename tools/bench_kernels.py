@@ -8,6 +8,7 @@ vmamba bench kernels --only host --device cpu --repeats 9
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from vmamba.tools.benchmarks.cases import (
     scan_cases,
     ss2d_cases,
 )
-from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
+from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.benchmarks.timing import (
     capture,
     is_out_of_memory,
@@ -47,14 +48,14 @@ from vmamba.tools.benchmarks.timing import (
     settled_memory,
     wall_ms,
 )
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
-from vmamba.tools.user_errors import one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 
 from rich.progress import track
 
 MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
-OUTPUTS = ('--output', '--csv', '--docs')
 WIDTH = 200  # of the tables where there is no terminal
 TURN = 10  # counted passes of a model before the next one takes its turn
 
@@ -256,19 +257,17 @@ def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Seque
     """The cases of these kinds whose names match one of the patterns.
 
     Raises:
-        ValueError: If a pattern matches nothing.
+        UserError: If a pattern matches nothing.
     """
     cases = [case for case in cases if case.kind in kinds]
     for pattern in patterns or ():
         if not any(fnmatchcase(case.name, pattern) for case in cases):
-            raise ValueError(f'no case matches {pattern!r}; there are {", ".join(case.name for case in cases)}')
+            raise UserError(f'no case matches {pattern!r}; there are {", ".join(case.name for case in cases)}')
     return [case for case in cases if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog='Times are medians.', allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='kinds of cases')
     parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names, for the kind model')
@@ -281,58 +280,50 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--batch-size', type=positive, help="instead of each case's own")
     parser.add_argument('--batch', dest='batch_size', type=positive, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    add_device_option(parser)
     parser.add_argument('--repeats', type=positive, default=30, help='runs of which the median time is taken')
     parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
     parser.add_argument('--output', type=Path, help='CSV file to write')
     parser.add_argument('--csv', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
     budget = args.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
         parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
-    cases = [*scan_cases(args.device), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
-    try:
-        args.cases = select(cases, args.only, args.case)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.batch_size is not None:
-        args.cases = [replace(case, batch=args.batch_size) for case in args.cases]
     return args
 
 
+def cases_of(args: argparse.Namespace) -> List[Case]:
+    cases = [*scan_cases(args.device), *ss2d_cases(), *model_cases(args.models, args.compile_training), *host_cases()]
+    cases = select(cases, args.only, args.case)
+    return [replace(case, batch=args.batch_size) for case in cases] if args.batch_size else cases
+
+
+@one_line_errors('bench_kernels.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    with one_line_errors('bench_kernels.py'):
-        run(args, argv)
-
-
-def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    console = open_console(WIDTH)
+    cases, console = cases_of(args), open_console(WIDTH)
     if args.list:
-        console.print('\n'.join(case.name for case in args.cases), highlight=False)
+        console.print('\n'.join(case.name for case in cases), highlight=False)
         return
     if args.activation_memory_budget is not None:
         functorch_config.activation_memory_budget = args.activation_memory_budget
     ceilings = measure_ceilings(args.device, args.repeats)
-    records = bench(args.cases, args.device, args.repeats, ceilings.copy)
+    records = bench(cases, args.device, args.repeats, ceilings.copy)
     facts = {
         'machine': f'{device_name(args.device)}; measured: {ceilings}',
         'versions': versions(),
-        'command': command_of('bench kernels', argv, OUTPUTS),
+        'command': shlex.join(['vmamba', 'bench', 'kernels', *argv]),
         'repeats': f'medians of {args.repeats}',
     }
     for report in reports_of(records, facts):
-        report.print(console)
-        if args.docs:
-            report.write_section(args.docs)
+        report.publish(console, args.docs)
     if args.output:
-        write_records([{**record, **facts} for record in records], args.output)
+        write_csv(args.output, [{**record, **facts} for record in records])
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ vmamba bench mm --device cpu --shrink 8 --repeats 1 --tasks segmentation
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from itertools import cycle
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vmamba.configs import FOLDER
-from vmamba.tools.user_errors import one_line_errors
+from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
 with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import mmcv
@@ -27,9 +28,9 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
 
-    from vmamba.tools.benchmarks.report import Report, command_of, versions
+    from vmamba.tools.benchmarks.report import Report, versions
     from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-    from vmamba.tools.devices import device_name, pick_device
+    from vmamba.tools.devices import add_device_option, device_name
     from vmamba.tools.images.scene_files import write_part
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
@@ -37,8 +38,6 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
 
     from rich.progress import track
 
-OUTPUTS = ('--docs',)
-WIDTH = 120  # of the table where there is no terminal
 BATCHES = 8  # different ones, taken in turn
 SWIN: Dict[str, Any] = dict(
     type='SwinTransformer',
@@ -200,21 +199,17 @@ def report_of(results: Sequence[Result], device: torch.device, repeats: int, com
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--tasks', nargs='+', choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument('--backbones', nargs='+', choices=tuple(BACKBONES), default=tuple(BACKBONES))
-    parser.add_argument('--shrink', type=int, default=1, help="divide the images' sides, for a try on a CPU")
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--repeats', type=int, default=40, help='steps of which the median time is taken')
+    parser.add_argument('--shrink', type=positive, default=1, help="divide the images' sides, for a try on a CPU")
+    add_device_option(parser)
+    parser.add_argument('--repeats', type=positive, default=40, help='steps of which the median time is taken')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table')
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    for name in ('repeats', 'shrink'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    return args
+    return parser.parse_args(argv)
 
 
+@one_line_errors('bench_mm.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
@@ -222,11 +217,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
     results = bench(tasks, args.backbones, args.device, args.repeats)
-    report = report_of(results, args.device, args.repeats, command_of('bench mm', argv, OUTPUTS))
-    report.print(open_console(WIDTH))
-    if args.docs:
-        with one_line_errors('bench_mm.py'):
-            report.write_section(args.docs)
+    command = shlex.join(['vmamba', 'bench', 'mm', *argv])
+    report_of(results, args.device, args.repeats, command).publish(open_console(), args.docs)
 
 
 if __name__ == '__main__':

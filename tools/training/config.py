@@ -304,9 +304,11 @@ def option_of(key: str) -> str:
     return f'--{key.replace("_", "-")}'
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Makes an option of every key; one that is not given is absent from the result."""
+def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = ()) -> None:
+    """Makes an option of every key, except some; one that is not given is absent from the result."""
     for name, field in FIELDS.items():
+        if name in without:
+            continue
         option, help_text = option_of(name), field.metadata['help']
         if field.type is bool:
             action = argparse.BooleanOptionalAction
