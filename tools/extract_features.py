@@ -67,7 +67,7 @@ class Extraction:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
         args.model = spec_of(args.model, args.checkpoint)
-        self.paths = find_images(args.images, arrays=args.native, without=args.output)
+        self.paths = find_images(args.images, ['.npy'] * args.native, without=args.output)
         anysize = any_size_args(args.model.name) if args.native else {}
         model = load_model(args.model, args, num_classes=0, **anysize)
         if args.native and model.pretrained_cfg.get('fixed_input_size', False) and not anysize:

@@ -303,7 +303,7 @@ def test_failures_are_one_line(digits, tmp_path, capsys, arguments, message):
 def test_a_file_that_is_no_list_of_images(tmp_path, capsys):
     np.save(tmp_path / 'x.npy', np.full((8, 8, 3), 200, np.uint8))
     message = failure(capsys, tmp_path / 'x.npy', *NANO, '--output', tmp_path / 'f')
-    assert 'x.npy is neither an image (one of .npy is read with --native) nor a text file with a path' in message
+    assert 'x.npy is neither an image nor a text file with a path' in message
 
 
 def test_what_covers_an_image():

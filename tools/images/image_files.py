@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional, Tuple
+from typing import Deque, Iterator, List, Optional, Sequence, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
@@ -13,14 +13,14 @@ from vmamba.tools.user_errors import UserError
 _FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_features.py writes
 
 
-def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
+def find_images(source: Path, also: Sequence[str] = (), without: Optional[Path] = None) -> List[Path]:
     """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
 
     Links are followed. Folders of extracted features are left out.
 
     Args:
         source: Folder, text file with paths relative to its own folder, or one image.
-        arrays: Take .npy files, too.
+        also: Endings of further files to take, such as .npy.
         without: Folder below the source to leave out.
 
     Raises:
@@ -28,20 +28,20 @@ def find_images(source: Path, arrays: bool = False, without: Optional[Path] = No
     """
     if not source.exists():
         raise UserError(f'there is no folder or list of images {source}')
-    if source.is_file() and _is_image(source, arrays):
+    if source.is_file() and _is_image(source, also):
         return [source]
+    endings = ', '.join([*get_img_extensions(), *also])
     if source.is_file():
         try:
             lines = source.read_text().splitlines()
         except UnicodeDecodeError:
-            with_arrays = '' if arrays else ' (one of .npy is read with --native)'
-            raise UserError(f'{source} is neither an image{with_arrays} nor a text file with a path a line') from None
+            what = f'{source} is neither an image nor a text file with a path a line'
+            raise UserError(f'{what}; names of images end in {endings}') from None
         paths = [source.parent / line.strip() for line in lines if line.strip()]
     else:
-        found = (path for path in _files_below(source, without) if _is_image(path, arrays))
+        found = (path for path in _files_below(source, without) if _is_image(path, also))
         paths = sorted(found, key=lambda path: natural_key(str(path)))
     if not paths:
-        endings = ', '.join([*get_img_extensions(), *(['.npy'] if arrays else [])])
         raise UserError(f'{source} holds no images; their names must end in {endings}')
     return paths
 
@@ -101,5 +101,5 @@ def has_image_ending(name: str) -> bool:
     return is_img_extension(os.path.splitext(name)[1].lower())
 
 
-def _is_image(path: Path, arrays: bool) -> bool:
-    return (has_image_ending(path.name) or (arrays and path.suffix == '.npy')) and path.is_file()
+def _is_image(path: Path, also: Sequence[str]) -> bool:
+    return (has_image_ending(path.name) or path.suffix.lower() in also) and path.is_file()
