@@ -133,7 +133,7 @@ def test_vim_exported_for_dynamic_sizes_takes_its_own_too():
 def test_vim_compiled_for_dynamic_sizes_takes_its_own_too():
     model = small('vim', dynamic_img_size=True, depth=1).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
-    for size in ((48, 40), (32, 32), (32, 64)):
+    for size in ((48, 40), (32, 32)):
         x = images(2, 3, *size)
         assert oracles.relative_error(compiled(x), model(x)) < 1e-5
 

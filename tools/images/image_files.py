@@ -1,9 +1,8 @@
 """Image files below folders and in lists."""
 
 import os
-from collections import deque
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
@@ -46,55 +45,38 @@ def find_images(source: Path, also: Sequence[str] = (), without: Optional[Path] 
     return paths
 
 
-def walk(root: Path) -> Iterator[Tuple[str, str, List[os.DirEntry], List[os.DirEntry]]]:
-    """A folder and those below it, links followed, each real folder once: path, real path, folders in it and files.
+def walk(root: Path) -> Iterator[Tuple[str, str, List[str], List[str]]]:
+    """A folder and those below it, links followed, each real folder once: path, real path, names of folders and files.
 
-    Links to folders come after all that is reached without them. One to an ancestor, or to a folder that was visited,
-    is skipped. As with os.walk, removing folders from the list leaves them out, and unreadable folders have no entries.
+    A link to an ancestor, to a folder that is reached without links, or to one that was visited is skipped. As with
+    os.walk, removing folders from the list leaves them out, and unreadable folders are skipped.
     """
     top = os.path.realpath(root)
-    places: Deque[Tuple[str, str]] = deque([(os.fspath(root), top)])
-    links: Deque[Tuple[str, str]] = deque()
-    visited = set()
-    while places or links:
-        path, real = (places or links).popleft()
+    visited: Set[str] = set()
+    direct: Set[str] = set()  # what is reached without links, if there are any
+    for path, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
         if real in visited:
+            folders.clear()
             continue
         visited.add(real)
-        folders, files = _entries(path)
-        yield path, real, folders, files
-        for entry in folders:
-            if not entry.is_symlink():
-                places.append((entry.path, os.path.join(real, entry.name)))
-                continue
-            target = os.path.realpath(entry.path)
-            if not any(Path(below).is_relative_to(target) for below in (top, real)):
-                links.append((entry.path, target))
-
-
-def _entries(path: str) -> Tuple[List[os.DirEntry], List[os.DirEntry]]:
-    """The folders and the files in a folder, by name."""
-    folders: List[os.DirEntry] = []
-    files: List[os.DirEntry] = []
-    try:
-        with os.scandir(path) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError:
-        entries = []
-    for entry in entries:  # entry.is_dir() raises an error for a link to itself
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-        (folders if is_folder else files).append(entry)
-    return folders, files
+        folders.sort()
+        yield path, real, folders, sorted(files)
+        for name in [name for name in folders if os.path.islink(os.path.join(path, name))]:
+            target = os.path.realpath(os.path.join(path, name))
+            direct = direct or {os.path.realpath(found) for found, _, _ in os.walk(root)}
+            if target in direct or any(Path(below).is_relative_to(target) for below in (top, real)):
+                folders.remove(name)
 
 
 def _files_below(folder: Path, without: Optional[Path]) -> Iterator[Path]:
     """Files of a folder and those below it, except one folder and written features."""
     left_out = without and os.path.realpath(without)
-    for _, real, folders, files in walk(folder):
-        if real == left_out or _FEATURES <= {entry.name for entry in files}:
+    for path, real, folders, files in walk(folder):
+        if real == left_out or _FEATURES <= {*files}:
             folders.clear()
         else:
-            yield from (Path(entry.path) for entry in files)
+            yield from (Path(path, name) for name in files)
 
 
 def has_image_ending(name: str) -> bool:

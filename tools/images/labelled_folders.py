@@ -43,6 +43,14 @@ class LabelledFiles(ReaderImageFolder):
         Reader.__init__(self)  # timm's own reader follows links in circles
         self.samples, self.class_to_idx, self.root, self.empty = list(samples), class_to_idx, str(root), list(empty)
 
+    def real_paths(self) -> List[str]:
+        """Where the files are, behind links."""
+        folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path, _ in self.samples}}
+        return [
+            os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[head], tail)
+            for path, (head, tail) in ((path, os.path.split(path)) for path, _ in self.samples)
+        ]
+
     def hold_out(self, fraction: float, seed: int) -> Tuple['LabelledFiles', 'LabelledFiles']:
         """Splits the files into those to train on and a share of each class to validate on.
 
@@ -64,8 +72,9 @@ class LabelledFiles(ReaderImageFolder):
         for paths in members.values():
             count = min(max(round(fraction * len(paths)), 1), len(paths) - 1)
             held.update(path for _, path in sorted(paths)[:count])
-        kept = {os.path.realpath(path) for path, _ in self.samples if path not in held}
-        held = {path for path in held if os.path.realpath(path) not in kept}
+        real = dict(zip((path for path, _ in self.samples), self.real_paths()))
+        kept = {real[path] for path in real.keys() - held}
+        held = {path for path in held if real[path] not in kept}
         if not held:
             raise UserError(f'{self.root} has no class of two images, so none can be held out for validation')
         parts = [[s for s in self.samples if (s[0] in held) is chosen] for chosen in (False, True)]
@@ -99,7 +108,7 @@ def read_folder(
     images: Dict[str, List[str]] = {}
     folders_of: Dict[str, str] = {}
     for path, _, folders, files in walk(root):
-        found = [entry.path for entry in files if os.path.splitext(entry.name)[1].lower() in endings]
+        found = [os.path.join(path, name) for name in files if os.path.splitext(name)[1].lower() in endings]
         if path == str(root):
             if found:
                 raise UserError(f'{found[0]} is in no class folder: expected {root}/CLASS/IMAGE')
