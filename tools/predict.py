@@ -17,20 +17,10 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from vmamba.tools import weights
 from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
-from vmamba.tools.weights import (
-    add_model_options,
-    add_precision_option,
-    add_spec_options,
-    at_size,
-    autocast,
-    data_config,
-    load_model,
-    own_size,
-    spec_of,
-)
 
 MOST_DRAWN = 50  # images in one picture
 STDIN = Path('-')
@@ -64,7 +54,7 @@ def class_names(model: nn.Module) -> List[str]:
 def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Iterator[Tuple[int, Tensor]]:
     """The index of every readable image and its probabilities [classes]."""
     for indices, batch, _ in images:
-        with torch.inference_mode(), autocast(args):
+        with torch.inference_mode(), weights.autocast(args):
             logits = model(batch)
         yield from zip(indices, logits.float().softmax(-1).cpu())
 
@@ -72,19 +62,19 @@ def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Itera
 @one_line_errors('predict.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    spec = spec_of(args.model, args.checkpoint)
+    spec = weights.spec_of(args.model, args.checkpoint)
     paths = find_all(args.images)
     if args.draw and len(paths) > MOST_DRAWN:
         raise UserError(f'--draw takes at most {MOST_DRAWN} images, got {len(paths)}')
     if args.draw:
         from vmamba.tools.figures.plots import plot_predictions  # here: only this needs matplotlib
-    model = load_model(spec, args)
+    model = weights.load_model(spec, args)
     if not model.num_classes:
         raise UserError(f'{spec} has no classifier; `vmamba extract` writes its features')
     if spec.weights == 'untrained':
         print('The weights are random: the predictions mean nothing.', file=sys.stderr)
-    size = args.img_size or own_size(model)
-    model, config = at_size(model, size).to(args.device), data_config(model, args, size)
+    size = args.img_size or weights.own_size(model)
+    model, config = weights.at_size(model, size).to(args.device), weights.data_config(model, args, size)
     names = class_names(model)
     images = load_images(paths, config, args)
     predictions: List[Tuple[Path, List[Tuple[str, float]]]] = []
@@ -108,13 +98,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'images', nargs='+', type=Path, help='files, folders, text files with a path a line, or - for such a list'
     )
-    add_spec_options(parser)
+    weights.add_spec_options(parser)
     parser.add_argument('--top', type=positive, default=5, help='classes to name')
     parser.add_argument('--draw', type=Path, metavar='FILE', help='PNG of the images with their classes')
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     add_loader_options(parser)
-    add_model_options(parser)
-    add_precision_option(parser)
+    weights.add_model_options(parser)
+    weights.add_precision_option(parser)
     args = parser.parse_args(argv)
     if args.draw and args.draw.suffix != '.png':
         parser.error(f'--draw must end in .png, got {args.draw}')

@@ -21,6 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vmamba.tools import weights
 from vmamba.tools.devices import device_name
 from vmamba.tools.figures.plots import plot_resolutions
 from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
@@ -38,19 +39,6 @@ from vmamba.tools.output_files import write_csv
 from vmamba.tools.published import published
 from vmamba.tools.terminal import open_console, table_of
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
-from vmamba.tools.weights import (
-    SPEC_HELP,
-    Spec,
-    add_model_options,
-    add_precision_option,
-    at_size,
-    autocast,
-    data_config,
-    load_model,
-    own_size,
-    parse_spec,
-    spec_of,
-)
 
 from rich.console import Console
 from rich.progress import Progress
@@ -90,7 +78,7 @@ def count_hits(
     """
     count, sums = 0, torch.zeros(2, dtype=torch.float64)
     for indices, batch, _ in images:
-        with torch.inference_mode(), autocast(args):
+        with torch.inference_mode(), weights.autocast(args):
             logits = model(batch)
         right = labels[indices]
         labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
@@ -107,25 +95,25 @@ def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Prog
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    specs = [*args.models, *(spec_of(None, path) for path in args.checkpoint)]
+    specs = [*args.models, *(weights.spec_of(None, path) for path in args.checkpoint)]
     if not specs:
         raise UserError('no model: give --models NAME[=FILE], or --checkpoint FILE')
     for spec in dict.fromkeys(specs):
-        model = load_model(spec, args, **classes)
+        model = weights.load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
         known = class_map
         if class_map is None and model.class_names:
             known = {label: index for index, label in enumerate(model.class_names)}
         labels = [folder_labels(folder, model.num_classes, known, args) for folder in folders]
-        for size in dict.fromkeys(args.img_size or [own_size(model)]):
-            sized = at_size(model, size).to(args.device)
+        for size in dict.fromkeys(args.img_size or [weights.own_size(model)]):
+            sized = weights.at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):
                 yield measure(spec, sized, folder, right, size, args, progress)
 
 
 def measure(
-    spec: Spec,
+    spec: weights.Spec,
     model: nn.Module,
     folder: Folder,
     labels: Tensor,
@@ -137,7 +125,7 @@ def measure(
 
     The published figures are the authors' for ImageNet-1K's validation images at 224 pixels, whatever the folder.
     """
-    config = data_config(model, args, size)
+    config = weights.data_config(model, args, size)
     images = load_images(folder.paths, config, args)
     task = progress.add_task(f'{folder.name} at {size}', total=len(images))
     start = time.perf_counter()
@@ -199,9 +187,9 @@ def accuracy_lines(rows: pd.DataFrame) -> Tuple[Dict[str, pd.Series], Dict[str, 
     """
     runs = rows[['model', 'weights']].drop_duplicates()
     measured, known = {}, {}
-    for model, weights in runs.itertuples(index=False):
-        label = model if (runs.model == model).sum() == 1 else f'{model}, {weights}'
-        sizes = rows[(rows.model == model) & (rows.weights == weights)].groupby('img_size')
+    for model, file in runs.itertuples(index=False):
+        label = model if (runs.model == model).sum() == 1 else f'{model}, {file}'
+        sizes = rows[(rows.model == model) & (rows.weights == file)].groupby('img_size')
         measured[label], known[label] = sizes.top1.mean(), sizes.published_top1.mean().dropna()
     return measured, known
 
@@ -232,7 +220,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
     )
-    parser.add_argument('--models', nargs='+', type=parse_spec, default=[], metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument(
+        '--models', nargs='+', type=weights.parse_spec, default=[], metavar='NAME[=FILE]', help=weights.SPEC_HELP
+    )
     parser.add_argument(
         '--checkpoint', nargs='+', type=Path, default=[], metavar='FILE', help='files of `vmamba train`, as more models'
     )
@@ -245,8 +235,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--class-map', type=Path, help="text file of the class folders' names in the model's order")
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
-    add_model_options(parser)
-    add_precision_option(parser)
+    weights.add_model_options(parser)
+    weights.add_precision_option(parser)
     args = parser.parse_args(argv)
     if args.imagenet_c and args.crop_pct is None:
         args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize

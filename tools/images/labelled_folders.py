@@ -1,6 +1,5 @@
 """Image files with labels: class folders, CSV files, and which class of a model each label is."""
 
-import csv
 import hashlib
 import json
 import os
@@ -144,34 +143,33 @@ def read_csv(path: Path, splits: Sequence[Sequence[str]]) -> List[LabelledFiles]
     Raises:
         UserError: If a column, a label or a file is missing, or a split is unknown.
     """
+    import pandas as pd  # here: only this needs it
+
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding='utf-8-sig').fillna('')
+    except (OSError, ValueError) as error:  # those of pandas are ValueErrors
         raise UserError(f'cannot read {path} as CSV: {error}') from error
-    missing = [name for name in ('path', 'label') if name not in columns]
-    if missing:
-        raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(columns) or "none"}')
-    parts: List[List[Tuple[str, str]]] = [[] for _ in splits]
-    for number, row in enumerate(rows, start=2):
-        split, label = (row.get('split') or splits[0][0]).strip(), (row['label'] or '').strip()
-        part = next((i for i, names in enumerate(splits) if split in names), None)
-        if not row['path'] or not label:
+    if not {'path', 'label'} <= {*rows}:
+        raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(rows)}')
+    rows = rows.apply(lambda column: column.str.strip())
+    rows['split'] = rows['split'].replace('', splits[0][0]) if 'split' in rows else splits[0][0]
+    parts = {name: i for i, names in enumerate(splits) for name in names}
+    for number, row in zip(rows.index + 2, rows.itertuples()):
+        if not row.path or not row.label:
             raise UserError(f'{path}, line {number}: the path or the label is empty')
-        if part is None and split != 'test':
-            raise UserError(f'{path}, line {number}: split {split!r} is not train, val or test')
-        if part is not None:
-            parts[part].append((str(path.parent / row['path'].strip()), label))
-    pairs = [pair for part in parts for pair in part]
-    absent = [file for file, _ in pairs if not os.path.isfile(file)]
+        if row.split not in parts and row.split != 'test':
+            raise UserError(f'{path}, line {number}: split {row.split!r} is not train, val or test')
+    rows = rows[rows.split.isin(parts)]
+    if rows.empty:
+        raise UserError(f'{path} lists no images')
+    files = [str(path.parent / name) for name in rows.path]
+    absent = [file for file in files if not os.path.isfile(file)]
     if absent:
         raise UserError(f'{path} lists {len(absent)} files that do not exist: {listed(absent, _NAMES_SHOWN)}')
-    if not pairs:
-        raise UserError(f'{path} lists no images')
-    labels = sorted({label for _, label in pairs}, key=natural_key)
-    class_to_idx = {label: index for index, label in enumerate(labels)}
-    samples = [[(file, class_to_idx[label]) for file, label in part] for part in parts]
+    class_to_idx = {label: index for index, label in enumerate(sorted(rows.label.unique(), key=natural_key))}
+    samples: List[List[Sample]] = [[] for _ in splits]
+    for file, label, split in zip(files, rows.label, rows.split):
+        samples[parts[split]].append((file, class_to_idx[label]))
     return [LabelledFiles(part, class_to_idx, path.parent) for part in samples if part]
 
 
