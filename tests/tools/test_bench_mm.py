@@ -12,10 +12,17 @@ SHALLOW = {
     'vmamba_t': dict(bench_mm.BACKBONES['vmamba_t'], model_options=dict(depths=(1, 1, 1, 1))),
 }
 
+THIN = {
+    'detection': {'model.roi_head.bbox_head.fc_out_channels': 32, 'model.roi_head.mask_head.conv_out_channels': 16},
+    'segmentation': {'model.decode_head.channels': 16, 'model.auxiliary_head.channels': 8},
+}
+
 
 def test_both_frameworks_are_measured_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_mm, 'BACKBONES', SHALLOW)
     monkeypatch.setattr(bench_mm, 'BATCHES', 1)
+    load_config = bench_mm.load_config
+    monkeypatch.setattr(bench_mm, 'load_config', lambda path: load_config(path, THIN[path.parent.name]))
     docs = tmp_path / 'benchmarks.md'
     options = ['--device', 'cpu', '--shrink', '8', '--repeats', '1']
     bench_mm.main([*options, '--docs', str(docs)])

@@ -176,7 +176,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
 
 
 def test_a_training_by_epochs_resumes_to_the_same_weights(tmp_path):
-    arguments = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *BOXES]
+    arguments = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, *BOXES]
     mm_train.main([*arguments, 'train_cfg.max_epochs=2'])
     (tmp_path / 'epoch_2.pth').rename(tmp_path / 'whole.pth')
     mm_train.main([*arguments, 'train_cfg.max_epochs=2', '--resume', str(tmp_path / 'epoch_1.pth')])
