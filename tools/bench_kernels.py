@@ -26,12 +26,10 @@ from torch import Tensor
 
 from vmamba.tools.benchmarks.cases import (
     INFERENCE,
+    KERNELS,
     KINDS,
     TRAINING,
     Case,
-    HostCase,
-    KernelCase,
-    ModelCase,
     Workload,
     host_cases,
     model_cases,
@@ -113,7 +111,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> Record:
     record = _record(case)
     with _noted(record):
         _measure(case, record, device, repeats)
-    if isinstance(case, ModelCase) and case.compile:
+    if case.compile:
         torch.compiler.reset()  # the next model shall not count as a recompilation of this one
     return record
 
@@ -137,7 +135,7 @@ def _measure(case: Case, record: Record, device: torch.device, repeats: int) -> 
     baseline = settled_memory(device)
     workload = case.workload(device)
     forward, both = torch.no_grad()(workload.forward), partial(_forward_backward, workload)
-    is_kernel, on_gpu = isinstance(case, KernelCase), device.type == 'cuda'
+    is_kernel, on_gpu = case.kind in KERNELS, device.type == 'cuda'
     if INFERENCE in case.passes:
         forward()  # compiles
         record['forward_peak_mib'] = peak_mib(forward, device, baseline)
@@ -172,36 +170,32 @@ def _backward_ms(workload: Workload, record: Record, device: torch.device, repea
         return record['both_ms'] - record['forward_ms']
 
 
-def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Record]:
+def measure_in_turn(cases: Sequence[Case], device: torch.device, repeats: int) -> List[Record]:
     """Measures the forward and the backward pass of all models, which take turns of several passes in a row.
 
     The first pass of a turn finds the caches of the processor full of another model, the first round compiles: neither
     is counted.
     """
     records = [_record(case) for case in cases]
-    workloads: Dict[str, Workload] = {}
-    times: Dict[str, List[Tuple[float, float]]] = {case.model: [] for case in cases}
-    for case, record in zip(cases, records):
-        with _noted(record):
-            workloads[case.model] = case.workload(device)
+    workloads: List[Optional[Workload]] = [None] * len(cases)
+    times: List[List[Tuple[float, float]]] = [[] for _ in cases]
+    for i, case in enumerate(cases):
+        with _noted(records[i]):
+            workloads[i] = case.workload(device)
     passes = min(TURN, repeats)
     for _ in range(1 + -(-repeats // passes)):
-        for case, record in zip(cases, records):
+        for workload, own, record in zip(workloads, times, records):
             if record['status'] == 'ok':
                 with _noted(record):
-                    turn = [_wall_times(workloads[case.model], device) for _ in range(1 + passes)]
-                    times[case.model] += turn[1:]
-    medians = {case.model: None for case in cases}
-    for case, record in zip(cases, records):
+                    own += [_wall_times(workload, device) for _ in range(1 + passes)][1:]
+    totals = {}
+    for case, own, record in zip(cases, times, records):
         if record['status'] == 'ok':
-            measured = times[case.model][-repeats:]
-            record['forward_ms'], record['backward_ms'] = medians[case.model] = [
-                *map(statistics.median, zip(*measured))
-            ]
+            record['forward_ms'], record['backward_ms'] = map(statistics.median, zip(*own[-repeats:]))
+            totals[case.name.removeprefix('host_')] = record['forward_ms'] + record['backward_ms']
     for case, record in zip(cases, records):
-        for peer in case.beside:
-            if medians.get(case.model) and medians.get(peer):
-                record[f'over {peer}'] = sum(medians[case.model]) / sum(medians[peer])
+        total = totals.get(case.name.removeprefix('host_'))
+        record.update({f'over {peer}': total / totals[peer] for peer in case.beside if total and peer in totals})
     return records
 
 
@@ -216,8 +210,8 @@ def _wall_times(workload: Workload, device: torch.device) -> Tuple[float, float]
 
 def derive(case: Case, record: Record, copy: float) -> Record:
     """The record with what follows from its times, and from the bytes per second of a copy."""
-    if isinstance(case, KernelCase):
-        for key, nbytes in (('forward', case.forward_bytes()), ('backward', case.backward_bytes())):
+    if case.kind in KERNELS:
+        for key, nbytes in zip(('forward', 'backward'), case.fewest_bytes()):
             ms = record.get(f'{key}_graph_ms') or record.get(f'{key}_ms')
             record[f'{key}_floor'] = 1e3 * nbytes / copy / ms if ms else None
     elif case.kind == 'model':
@@ -234,7 +228,7 @@ def bench(cases: Sequence[Case], device: torch.device, repeats: int, copy: float
     Args:
         copy: Bytes per second of a copy on the device.
     """
-    alone, in_turn = ([case for case in cases if isinstance(case, HostCase) == is_host] for is_host in (False, True))
+    alone, in_turn = ([case for case in cases if (case.kind == 'host') == is_host] for is_host in (False, True))
     shown = track(alone, 'Measuring', disable=not alone)
     records = [derive(case, measure(case, device, repeats), copy) for case in shown]
     return records + measure_in_turn(in_turn, device, repeats)
