@@ -83,17 +83,10 @@ TASKS = {
 }
 
 
-class Result(NamedTuple):
-    """Median milliseconds of a step and the peak of the memory in MiB; None where there was not enough of it."""
-
-    task: Task
-    backbone: str
-    ms: Optional[float] = None
-    peak: Optional[float] = None
-
-
-def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.device, repeats: int) -> Result:
-    """Measures training steps; running out of memory is a result."""
+def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.device, repeats: int) -> Dict[str, Any]:
+    """A row of the table, of training steps; running out of memory is a result."""
+    height, width = task.shape
+    row = {'model': task.title, 'image': f'{width}x{height}', 'batch': task.batch, 'backbone': backbone}
     settled_memory(device)
     try:
         model, optimizer = build(task, backbone, device)
@@ -105,11 +98,12 @@ def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.dev
         for _ in range(warm_ups(device)):
             step()
         peak = peak_mib(lambda: [step() for _ in batches], device, 0) if device.type == 'cuda' else None
-        return Result(task, backbone, median_ms(step, device, repeats, 0), peak)
+        ms = median_ms(step, device, repeats, 0)
+        return {**row, 'images/s': 1e3 * task.batch / ms, 'ms per step': ms, 'peak MiB': peak}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Result(task, backbone)
+        return {**row, 'images/s': 'OOM', 'ms per step': None, 'peak MiB': None}
 
 
 def warm_ups(device: torch.device) -> int:
@@ -158,7 +152,7 @@ def compose(task: Task, folder: Path) -> List[Any]:
     return list(Runner.build_dataloader(dict(dataset=dataset, sampler=sampler, batch_size=task.batch, num_workers=0)))
 
 
-def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Result]:
+def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Dict[str, Any]]:
     """Measures every backbone in every task, under a progress bar."""
     results = []
     for task in tasks:
@@ -169,23 +163,10 @@ def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device,
     return results
 
 
-def report_of(results: Sequence[Result], device: torch.device, repeats: int, command: str) -> Report:
-    swin = {result.task: result.ms for result in results if result.backbone == 'swin_t'}
-    rows = []
-    for task, backbone, ms, peak in results:
-        height, width = task.shape
-        rows.append(
-            {
-                'model': task.title,
-                'image': f'{width}x{height}',
-                'batch': task.batch,
-                'backbone': backbone,
-                'images/s': 1e3 * task.batch / ms if ms else 'OOM',
-                'ms per step': ms,
-                'peak MiB': peak,
-                "speed against Swin-T's": swin[task] / ms if ms and swin.get(task) else None,
-            }
-        )
+def report_of(rows: Sequence[Dict[str, Any]], device: torch.device, repeats: int, command: str) -> Report:
+    table = pd.DataFrame(rows)
+    swin = table[table.backbone == 'swin_t'].set_index('model')['ms per step']
+    table["speed against Swin-T's"] = table.model.map(swin) / table['ms per step']
     precision = 'bf16' if device.type == 'cuda' else 'fp32'
     modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}  # OpenMMLab's or the onedl forks
     found = ', '.join(f'{name} {module.__version__}' for name, module in modules.items())
@@ -193,7 +174,7 @@ def report_of(results: Sequence[Result], device: torch.device, repeats: int, com
         'bench_mm',
         'Detection and segmentation',
         {'machine': device_name(device), 'versions': f'{versions()}, {found}', 'command': command},
-        [pd.DataFrame(rows)],
+        [table],
         NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
     )
 
@@ -216,9 +197,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     tasks = [TASKS[name] for name in args.tasks]
     tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
-    results = bench(tasks, args.backbones, args.device, args.repeats)
+    rows = bench(tasks, args.backbones, args.device, args.repeats)
     command = shlex.join(['vmamba', 'bench', 'mm', *argv])
-    report_of(results, args.device, args.repeats, command).publish(open_console(), args.docs)
+    report_of(rows, args.device, args.repeats, command).publish(open_console(), args.docs)
 
 
 if __name__ == '__main__':
