@@ -15,9 +15,8 @@ from typing import Dict, NamedTuple, Optional, Sequence
 import pandas as pd
 
 from vmamba.configs import FOLDER
-from vmamba.tools import make_scenes
 from vmamba.tools.terminal import table_of
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors
+from vmamba.tools.user_errors import Parser, one_line_errors
 
 from rich.console import Console
 
@@ -46,21 +45,6 @@ def run(tool: str, *arguments: object) -> None:
         sys.exit(status)
 
 
-def provide_scenes() -> None:
-    """Makes the scenes if they are not there.
-
-    Raises:
-        UserError: If there are others, with which the figures would not be comparable.
-    """
-    if not SCENES.is_dir() or not any(SCENES.iterdir()):
-        return run('make_scenes.py', '--output', SCENES)
-    expected = make_scenes.settings_of(make_scenes.parse_args(['--output', str(SCENES / 'new')]))
-    record = SCENES / make_scenes.RECORD
-    found = record.read_text() if record.is_file() else 'an unknown make'
-    if not record.is_file() or json.loads(found) != expected:
-        raise UserError(f'{SCENES} has scenes of {found.strip()} instead of {json.dumps(expected)}: move them away')
-
-
 def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
     config, folder = FOLDER / training.config, output / Path(training.config).parent
@@ -84,7 +68,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     start = time.perf_counter()
-    provide_scenes()
+    run('make_scenes.py', '--output', SCENES)
     rows = []
     for training in TRAININGS:
         begin = time.perf_counter()
