@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 import vmamba  # noqa: F401
 from vmamba.tools.output_files import write_atomically
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors
 
 
 def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:
@@ -47,14 +47,12 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('model', help='registered name, such as vmamba_t')
     parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('output', type=Path, help='the .safetensors file to write')
+    parser.add_argument('output', type=file_name('.safetensors'), help='the .safetensors file to write')
     parser.add_argument(
         '--num-classes', type=int, help="classes of the checkpoint (default: the variant's own); 0: none"
     )
     parser.add_argument('--force', action='store_true', help='overwrite the output')
     args = parser.parse_args(argv)
-    if args.output.suffix != '.safetensors':
-        parser.error(f'the output must end in .safetensors, got {args.output}')
     if args.output.exists() and not args.force:
         parser.error(f'{args.output} exists; --force overwrites it')
     return args

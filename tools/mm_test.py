@@ -17,10 +17,10 @@ from vmamba.tools.openmmlab.configs import (
     load_config,
     set_work_dir,
 )
-from vmamba.tools.openmmlab.options import add_config_options, file_name
+from vmamba.tools.openmmlab.options import add_config_options
 from vmamba.tools.openmmlab.runs import add_hook, build_runner
 from vmamba.tools.output_files import write_text
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
 
 @one_line_errors('mm_test.py')

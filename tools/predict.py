@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vmamba.tools import weights
 from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.image_files import find_images
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
 MOST_DRAWN = 50  # images in one picture
 STDIN = Path('-')
@@ -100,15 +100,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     weights.add_spec_options(parser)
     parser.add_argument('--top', type=positive, default=5, help='classes to name')
-    parser.add_argument('--draw', type=Path, metavar='FILE', help='PNG of the images with their classes')
+    parser.add_argument('--draw', type=file_name('.png'), metavar='FILE', help='PNG of the images with their classes')
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     add_loader_options(parser)
     weights.add_model_options(parser)
     weights.add_precision_option(parser)
-    args = parser.parse_args(argv)
-    if args.draw and args.draw.suffix != '.png':
-        parser.error(f'--draw must end in .png, got {args.draw}')
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

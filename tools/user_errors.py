@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 _MM_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables')
@@ -119,3 +120,15 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
     return value
+
+
+def file_name(suffix: str) -> Callable[[str], Path]:
+    """A reader, for argparse, of the name of a file to write that has this suffix."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() != suffix or path.is_dir():
+            raise argparse.ArgumentTypeError(f'must be a file that ends with {suffix}, got {text!r}')
+        return path
+
+    return read
