@@ -34,7 +34,7 @@ from vmamba.tools.features.maps import (
     patch_layout,
     tiled_maps,
 )
-from vmamba.tools.features.store import FORMATS, Files, Store, Table
+from vmamba.tools.features.store import FORMATS, Files, Table
 from vmamba.tools.images.batches import add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
 from vmamba.tools.images.image_files import find_images
@@ -70,7 +70,7 @@ class Extraction:
             check_tiles(args.tile, args.overlap, self.wanted)
         self.config = weights.data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
-        self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
+        self.store = kind(args.output, self.paths, self._settings(size), args.overwrite)
         self.samples = load_images(self.paths, self.config, args).samples
         self.pixels = 0
 
@@ -131,8 +131,7 @@ class Extraction:
         self.samples = images.samples
         try:
             for rows, batch, _ in images:
-                arrays = {n: self._array(values) for n, values in extract(self.model, batch, self.wanted).items()}
-                self._write(rows, arrays)
+                self.store.write(rows, self._arrays(batch))
                 self.pixels += len(rows) * batch.shape[-1] * batch.shape[-2]
                 yield len(rows)
         finally:
@@ -168,22 +167,12 @@ class Extraction:
             self.store.finish(row, maps)
         else:
             image = pad_to_patches(normalised(pixels, self.config, self.args.device), *patch_layout(self.model))
-            self._write([row], {name: self._array(f) for name, f in extract(self.model, image, self.wanted).items()})
+            self.store.write([row], self._arrays(image))
 
-    def _array(self, values: torch.Tensor) -> np.ndarray:
-        return values.float().cpu().numpy().astype(self.args.save_dtype)
-
-    def _write(self, rows: List[int], features: Dict[str, np.ndarray]) -> None:
-        """Writes features [n, ...] of n rows."""
-        if isinstance(self.store, Table):
-            self.store.write(rows, features)
-            return
-        for i, row in enumerate(rows):
-            arrays = {}
-            for name, values in features.items():
-                arrays[name] = self.store.allocate(row, name, values[i].shape, values.dtype)
-                arrays[name][...] = values[i]
-            self.store.finish(row, arrays)
+    def _arrays(self, images: torch.Tensor) -> Dict[str, np.ndarray]:
+        """Features [n, ...] of images, as they are written."""
+        found = extract(self.model, images, self.wanted)
+        return {name: values.float().cpu().numpy().astype(self.args.save_dtype) for name, values in found.items()}
 
     def _report(self, images: int, seconds: float) -> None:
         """Prints what was done and writes run.json."""

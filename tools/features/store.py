@@ -100,6 +100,15 @@ class Files(Store):
         self._format = settings['format']
         (folder / 'files').mkdir(exist_ok=True)
 
+    def write(self, rows: Sequence[int], features: Features) -> None:
+        """Writes features [n, ...] of n rows."""
+        for i, row in enumerate(rows):
+            arrays = {}
+            for name, values in features.items():
+                arrays[name] = self.allocate(row, name, values[i].shape, values.dtype)
+                arrays[name][...] = values[i]
+            self.finish(row, arrays)
+
     def allocate(self, row: int, name: str, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """An array to fill before `finish`: a memory-mapped file where the format is npy."""
         if self._format != 'npy':
