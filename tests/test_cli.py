@@ -67,16 +67,19 @@ def test_an_unknown_command_is_one_line(run, arguments, message):
         (
             'matplotlib',
             'figures.plots',
-            ('predict', '.', '--model', 'vmamba_nano', '--random-weights', '--draw', 'out.png'),
+            ('predict', '.', '--model', 'vmamba_nano=untrained', '--draw', 'out.png'),
             'tools',
         ),
         ('mmengine', 'openmmlab.configs', ('mm-train', 'mask-rcnn_vmamba-nano_fpn_scenes'), 'mm,tools'),
+        ('mmengine', 'openmmlab.configs', ('mm-test', 'mask-rcnn_vmamba-nano_fpn_scenes', 'last.pth'), 'mm,tools'),
+        ('mmengine', 'openmmlab.configs', ('mm-infer', 'a.jpg'), 'mm,tools'),
     ],
 )
 def test_a_missing_extra_is_one_line(run, monkeypatch, tmp_path, package, module, arguments, extras):
     Image.new('RGB', (40, 40)).save(tmp_path / 'black.png')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, f'vmamba.tools.{module}', raising=False)
+    for name in (module, arguments[0].replace('-', '_')):
+        monkeypatch.delitem(sys.modules, f'vmamba.tools.{name}', raising=False)
     for name in [name for name in sys.modules if name.startswith(f'{package}.')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

@@ -8,6 +8,7 @@ vmamba bench kernels --only host --device cpu --repeats 9
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from contextlib import contextmanager
@@ -25,12 +26,10 @@ from torch import Tensor
 
 from vmamba.tools.benchmarks.cases import (
     INFERENCE,
+    KERNELS,
     KINDS,
     TRAINING,
     Case,
-    HostCase,
-    KernelCase,
-    ModelCase,
     Workload,
     host_cases,
     model_cases,
@@ -38,7 +37,7 @@ from vmamba.tools.benchmarks.cases import (
     ss2d_cases,
     ssd_cases,
 )
-from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
+from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.benchmarks.timing import (
     capture,
     is_out_of_memory,
@@ -48,14 +47,14 @@ from vmamba.tools.benchmarks.timing import (
     settled_memory,
     wall_ms,
 )
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
-from vmamba.tools.user_errors import one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 
 from rich.progress import track
 
 MODELS = ('vmamba_t', 'vim_t', 'swin_tiny_patch4_window7_224', 'convnext_tiny')
-OUTPUTS = ('--output', '--csv', '--docs')
 WIDTH = 200  # of the tables where there is no terminal
 TURN = 10  # counted passes of a model before the next one takes its turn
 
@@ -114,7 +113,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> Record:
     record = _record(case)
     with _noted(record):
         _measure(case, record, device, repeats)
-    if isinstance(case, ModelCase) and case.compile:
+    if case.compile:
         torch.compiler.reset()  # the next model shall not count as a recompilation of this one
     return record
 
@@ -138,7 +137,7 @@ def _measure(case: Case, record: Record, device: torch.device, repeats: int) -> 
     baseline = settled_memory(device)
     workload = case.workload(device)
     forward, both = torch.no_grad()(workload.forward), partial(_forward_backward, workload)
-    is_kernel, on_gpu = isinstance(case, KernelCase), device.type == 'cuda'
+    is_kernel, on_gpu = case.kind in KERNELS, device.type == 'cuda'
     if INFERENCE in case.passes:
         forward()  # compiles
         record['forward_peak_mib'] = peak_mib(forward, device, baseline)
@@ -173,36 +172,32 @@ def _backward_ms(workload: Workload, record: Record, device: torch.device, repea
         return record['both_ms'] - record['forward_ms']
 
 
-def measure_in_turn(cases: Sequence[HostCase], device: torch.device, repeats: int) -> List[Record]:
+def measure_in_turn(cases: Sequence[Case], device: torch.device, repeats: int) -> List[Record]:
     """Measures the forward and the backward pass of all models, which take turns of several passes in a row.
 
     The first pass of a turn finds the caches of the processor full of another model, the first round compiles: neither
     is counted.
     """
     records = [_record(case) for case in cases]
-    workloads: Dict[str, Workload] = {}
-    times: Dict[str, List[Tuple[float, float]]] = {case.model: [] for case in cases}
-    for case, record in zip(cases, records):
-        with _noted(record):
-            workloads[case.model] = case.workload(device)
+    workloads: List[Optional[Workload]] = [None] * len(cases)
+    times: List[List[Tuple[float, float]]] = [[] for _ in cases]
+    for i, case in enumerate(cases):
+        with _noted(records[i]):
+            workloads[i] = case.workload(device)
     passes = min(TURN, repeats)
     for _ in range(1 + -(-repeats // passes)):
-        for case, record in zip(cases, records):
+        for workload, own, record in zip(workloads, times, records):
             if record['status'] == 'ok':
                 with _noted(record):
-                    turn = [_wall_times(workloads[case.model], device) for _ in range(1 + passes)]
-                    times[case.model] += turn[1:]
-    medians = {case.model: None for case in cases}
-    for case, record in zip(cases, records):
+                    own += [_wall_times(workload, device) for _ in range(1 + passes)][1:]
+    totals = {}
+    for case, own, record in zip(cases, times, records):
         if record['status'] == 'ok':
-            measured = times[case.model][-repeats:]
-            record['forward_ms'], record['backward_ms'] = medians[case.model] = [
-                *map(statistics.median, zip(*measured))
-            ]
+            record['forward_ms'], record['backward_ms'] = map(statistics.median, zip(*own[-repeats:]))
+            totals[case.name.removeprefix('host_')] = record['forward_ms'] + record['backward_ms']
     for case, record in zip(cases, records):
-        for peer in case.beside:
-            if medians.get(case.model) and medians.get(peer):
-                record[f'over {peer}'] = sum(medians[case.model]) / sum(medians[peer])
+        total = totals.get(case.name.removeprefix('host_'))
+        record.update({f'over {peer}': total / totals[peer] for peer in case.beside if total and peer in totals})
     return records
 
 
@@ -217,8 +212,8 @@ def _wall_times(workload: Workload, device: torch.device) -> Tuple[float, float]
 
 def derive(case: Case, record: Record, copy: float) -> Record:
     """The record with what follows from its times, and from the bytes per second of a copy."""
-    if isinstance(case, KernelCase):
-        for key, nbytes in (('forward', case.forward_bytes()), ('backward', case.backward_bytes())):
+    if case.kind in KERNELS:
+        for key, nbytes in zip(('forward', 'backward'), case.fewest_bytes()):
             ms = record.get(f'{key}_graph_ms') or record.get(f'{key}_ms')
             record[f'{key}_floor'] = 1e3 * nbytes / copy / ms if ms else None
     elif case.kind == 'model':
@@ -235,7 +230,7 @@ def bench(cases: Sequence[Case], device: torch.device, repeats: int, copy: float
     Args:
         copy: Bytes per second of a copy on the device.
     """
-    alone, in_turn = ([case for case in cases if isinstance(case, HostCase) == is_host] for is_host in (False, True))
+    alone, in_turn = ([case for case in cases if (case.kind == 'host') == is_host] for is_host in (False, True))
     shown = track(alone, 'Measuring', disable=not alone)
     records = [derive(case, measure(case, device, repeats), copy) for case in shown]
     return records + measure_in_turn(in_turn, device, repeats)
@@ -258,19 +253,17 @@ def select(cases: Sequence[Case], kinds: Sequence[str], patterns: Optional[Seque
     """The cases of these kinds whose names match one of the patterns.
 
     Raises:
-        ValueError: If a pattern matches nothing.
+        UserError: If a pattern matches nothing.
     """
     cases = [case for case in cases if case.kind in kinds]
     for pattern in patterns or ():
         if not any(fnmatchcase(case.name, pattern) for case in cases):
-            raise ValueError(f'no case matches {pattern!r}; there are {", ".join(case.name for case in cases)}')
+            raise UserError(f'no case matches {pattern!r}; there are {", ".join(case.name for case in cases)}')
     return [case for case in cases if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog='Times are medians.', allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='kinds of cases')
     parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names, for the kind model')
@@ -283,59 +276,51 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--batch-size', type=positive, help="instead of each case's own")
     parser.add_argument('--batch', dest='batch_size', type=positive, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    add_device_option(parser)
     parser.add_argument('--repeats', type=positive, default=30, help='runs of which the median time is taken')
     parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
     parser.add_argument('--output', type=Path, help='CSV file to write')
     parser.add_argument('--csv', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
     budget = args.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
         parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
-    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases()
-    cases = [*operators, *model_cases(args.models, args.compile_training), *host_cases()]
-    try:
-        args.cases = select(cases, args.only, args.case)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.batch_size is not None:
-        args.cases = [replace(case, batch=args.batch_size) for case in args.cases]
     return args
 
 
+def cases_of(args: argparse.Namespace) -> List[Case]:
+    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases()
+    cases = [*operators, *model_cases(args.models, args.compile_training), *host_cases()]
+    cases = select(cases, args.only, args.case)
+    return [replace(case, batch=args.batch_size) for case in cases] if args.batch_size else cases
+
+
+@one_line_errors('bench_kernels.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    with one_line_errors('bench_kernels.py'):
-        run(args, argv)
-
-
-def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    console = open_console(WIDTH)
+    cases, console = cases_of(args), open_console(WIDTH)
     if args.list:
-        console.print('\n'.join(case.name for case in args.cases), highlight=False)
+        console.print('\n'.join(case.name for case in cases), highlight=False)
         return
     if args.activation_memory_budget is not None:
         functorch_config.activation_memory_budget = args.activation_memory_budget
     ceilings = measure_ceilings(args.device, args.repeats)
-    records = bench(args.cases, args.device, args.repeats, ceilings.copy)
+    records = bench(cases, args.device, args.repeats, ceilings.copy)
     facts = {
         'machine': f'{device_name(args.device)}; measured: {ceilings}',
         'versions': versions(),
-        'command': command_of('bench kernels', argv, OUTPUTS),
+        'command': shlex.join(['vmamba', 'bench', 'kernels', *argv]),
         'repeats': f'medians of {args.repeats}',
     }
     for report in reports_of(records, facts):
-        report.print(console)
-        if args.docs:
-            report.write_section(args.docs)
+        report.publish(console, args.docs)
     if args.output:
-        write_records([{**record, **facts} for record in records], args.output)
+        write_csv(args.output, [{**record, **facts} for record in records])
 
 
 if __name__ == '__main__':

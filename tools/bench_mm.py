@@ -5,6 +5,7 @@ vmamba bench mm --device cpu --shrink 8 --repeats 1 --tasks segmentation
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from itertools import cycle
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vmamba.configs import FOLDER
-from vmamba.tools.user_errors import one_line_errors
+from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
 with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     import mmcv
@@ -27,9 +28,9 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
 
-    from vmamba.tools.benchmarks.report import Report, command_of, versions
+    from vmamba.tools.benchmarks.report import Report, versions
     from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-    from vmamba.tools.devices import device_name, pick_device
+    from vmamba.tools.devices import add_device_option, device_name
     from vmamba.tools.images.scene_files import write_part
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
@@ -37,8 +38,6 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
 
     from rich.progress import track
 
-OUTPUTS = ('--docs',)
-WIDTH = 120  # of the table where there is no terminal
 BATCHES = 8  # different ones, taken in turn
 SWIN: Dict[str, Any] = dict(
     type='SwinTransformer',
@@ -84,17 +83,10 @@ TASKS = {
 }
 
 
-class Result(NamedTuple):
-    """Median milliseconds of a step and the peak of the memory in MiB; None where there was not enough of it."""
-
-    task: Task
-    backbone: str
-    ms: Optional[float] = None
-    peak: Optional[float] = None
-
-
-def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.device, repeats: int) -> Result:
-    """Measures training steps; running out of memory is a result."""
+def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.device, repeats: int) -> Dict[str, Any]:
+    """A row of the table, of training steps; running out of memory is a result."""
+    height, width = task.shape
+    row = {'model': task.title, 'image': f'{width}x{height}', 'batch': task.batch, 'backbone': backbone}
     settled_memory(device)
     try:
         model, optimizer = build(task, backbone, device)
@@ -106,11 +98,12 @@ def measure(task: Task, backbone: str, batches: Sequence[Any], device: torch.dev
         for _ in range(warm_ups(device)):
             step()
         peak = peak_mib(lambda: [step() for _ in batches], device, 0) if device.type == 'cuda' else None
-        return Result(task, backbone, median_ms(step, device, repeats, 0), peak)
+        ms = median_ms(step, device, repeats, 0)
+        return {**row, 'images/s': 1e3 * task.batch / ms, 'ms per step': ms, 'peak MiB': peak}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Result(task, backbone)
+        return {**row, 'images/s': 'OOM', 'ms per step': None, 'peak MiB': None}
 
 
 def warm_ups(device: torch.device) -> int:
@@ -159,7 +152,7 @@ def compose(task: Task, folder: Path) -> List[Any]:
     return list(Runner.build_dataloader(dict(dataset=dataset, sampler=sampler, batch_size=task.batch, num_workers=0)))
 
 
-def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Result]:
+def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Dict[str, Any]]:
     """Measures every backbone in every task, under a progress bar."""
     results = []
     for task in tasks:
@@ -170,23 +163,10 @@ def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device,
     return results
 
 
-def report_of(results: Sequence[Result], device: torch.device, repeats: int, command: str) -> Report:
-    swin = {result.task: result.ms for result in results if result.backbone == 'swin_t'}
-    rows = []
-    for task, backbone, ms, peak in results:
-        height, width = task.shape
-        rows.append(
-            {
-                'model': task.title,
-                'image': f'{width}x{height}',
-                'batch': task.batch,
-                'backbone': backbone,
-                'images/s': 1e3 * task.batch / ms if ms else 'OOM',
-                'ms per step': ms,
-                'peak MiB': peak,
-                "speed against Swin-T's": swin[task] / ms if ms and swin.get(task) else None,
-            }
-        )
+def report_of(rows: Sequence[Dict[str, Any]], device: torch.device, repeats: int, command: str) -> Report:
+    table = pd.DataFrame(rows)
+    swin = table[table.backbone == 'swin_t'].set_index('model')['ms per step']
+    table["speed against Swin-T's"] = table.model.map(swin) / table['ms per step']
     precision = 'bf16' if device.type == 'cuda' else 'fp32'
     modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}  # OpenMMLab's or the onedl forks
     found = ', '.join(f'{name} {module.__version__}' for name, module in modules.items())
@@ -194,39 +174,32 @@ def report_of(results: Sequence[Result], device: torch.device, repeats: int, com
         'bench_mm',
         'Detection and segmentation',
         {'machine': device_name(device), 'versions': f'{versions()}, {found}', 'command': command},
-        [pd.DataFrame(rows)],
+        [table],
         NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
     )
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--tasks', nargs='+', choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument('--backbones', nargs='+', choices=tuple(BACKBONES), default=tuple(BACKBONES))
-    parser.add_argument('--shrink', type=int, default=1, help="divide the images' sides, for a try on a CPU")
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--repeats', type=int, default=40, help='steps of which the median time is taken')
+    parser.add_argument('--shrink', type=positive, default=1, help="divide the images' sides, for a try on a CPU")
+    add_device_option(parser)
+    parser.add_argument('--repeats', type=positive, default=40, help='steps of which the median time is taken')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table')
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    for name in ('repeats', 'shrink'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    return args
+    return parser.parse_args(argv)
 
 
+@one_line_errors('bench_mm.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     tasks = [TASKS[name] for name in args.tasks]
     tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
-    results = bench(tasks, args.backbones, args.device, args.repeats)
-    report = report_of(results, args.device, args.repeats, command_of('bench mm', argv, OUTPUTS))
-    report.print(open_console(WIDTH))
-    if args.docs:
-        with one_line_errors('bench_mm.py'):
-            report.write_section(args.docs)
+    rows = bench(tasks, args.backbones, args.device, args.repeats)
+    command = shlex.join(['vmamba', 'bench', 'mm', *argv])
+    report_of(rows, args.device, args.repeats, command).publish(open_console(), args.docs)
 
 
 if __name__ == '__main__':

@@ -1,53 +1,52 @@
 """Trains models from scratch on packaged images, all by one recipe and with several seeds, and compares accuracies.
 
 A run that fails is a result, not an error; an interrupt reports what is done, and --resume trains what is missing.
-Options that are not listed here are passed to train.py.
 
     vmamba compare training --device cuda --jobs 15 --docs docs/benchmarks.md
     vmamba compare training --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import pandas as pd
 import timm
+import yaml
 
 from vmamba.configs import FOLDER
-from vmamba.tools import train
-from vmamba.tools.benchmarks.report import Report, command_of, versions, write_records
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.trainings import SCRIPT, epochs_of, last_error
+from vmamba.tools.devices import add_device_option, device_name
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.images.packaged_data import DATASETS
-from vmamba.tools.output_files import lock_folder, write_text
+from vmamba.tools.output_files import lock_folder, write_csv, write_text
 from vmamba.tools.terminal import open_console
-from vmamba.tools.training.config import FIELDS, Config, load_config, option_of
+from vmamba.tools.training.config import FIELDS, Config, add_options, load_config
 from vmamba.tools.training.runtime import StopRequest
-from vmamba.tools.user_errors import UserError, changes, nearest, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, changes, nearest, one_line_errors, positive, positive_float
 
 from rich.console import Console
 from rich.progress import track
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
-SCRIPT = Path(__file__).with_name('train.py')
 POLL_SECONDS = 0.2
+SETTINGS = 'settings.yaml'  # of all runs, in their folder
 RESULT = 'result.json'  # in the folder of a run that came to its end
-OWN_KEYS = ('model', 'model_args', 'data', 'seed')  # of the configuration, which the comparison sets
-OUTPUTS = ('--output', '--docs')
-WIDTH = 120  # of the tables where there is no terminal
+OWN_KEYS = ('model', 'model_args', 'data', 'seed', 'device', 'output')  # of the configuration, which are set here
 COLUMNS = ('task', 'model', 'seed', 'status', 'epochs', 'accuracy', 'minutes')
 NOTES = """\
 Each model is trained from scratch by `configs/classification/compare.yaml`: {epochs} epochs of AdamW with batches of
@@ -66,23 +65,8 @@ TASKS = {
     'other digits over other photographs for validation.',
 }
 _PARAMETERS = re.compile(r': ([\d.]+) M parameters')
-_ERROR = re.compile(r'^\S*train(?:\.py)?: error: ')
 
 Row = Dict[str, Any]
-
-
-class Run(NamedTuple):
-    """What is trained: the task, a model by its name in the tables, a seed, and the timm model with its arguments."""
-
-    task: str
-    model: str
-    seed: int
-    timm_name: str
-    model_args: Dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f'{self.task}_{self.model}_{self.seed}'
 
 
 class Peer(NamedTuple):
@@ -107,206 +91,141 @@ MODELS = {
 }
 
 
+class Run(NamedTuple):
+    """What is trained: the task, a model by its name in the tables, and a seed."""
+
+    task: str
+    model: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f'{self.task}_{self.model}_{self.seed}'
+
+    @property
+    def peer(self) -> Peer:
+        return MODELS.get(self.model, Peer(self.model, {}))
+
+    @property
+    def built_as(self) -> str:
+        args = ', '.join(f'{name}={value}' for name, value in self.peer.args.items())
+        return f'`{self.peer.name}({args})`' if args else f'`{self.peer.name}`'
+
+
+def run_of(row: Row) -> Run:
+    return Run(row['task'], row['model'], row['seed'])
+
+
 def runs_of(args: argparse.Namespace) -> List[Run]:
     """All runs, the first seed of each model and task first, so that an interrupt leaves something of each."""
     for model in args.models:
         if model not in MODELS and not timm.is_model(model):
             raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
-    for task in args.tasks:
-        if task not in DATASETS:
-            raise UserError(f'there is no task {task!r}; there are {", ".join(DATASETS)}')
     for name in ('models', 'tasks', 'seeds'):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UserError(f'--{name} names something twice')
-    return [
-        Run(task, model, seed, *MODELS.get(model, Peer(model, {})))
-        for seed, task, model in product(args.seeds, args.tasks, args.models)
-    ]
+    return [Run(task, model, seed) for seed, task, model in product(args.seeds, args.tasks, args.models)]
 
 
-def shared_config(extra: Sequence[str]) -> Config:
-    """The recipe with the options for train.py.
-
-    Raises:
-        UserError: If one of them is wrong, or is what the comparison itself sets.
-    """
-    path, _, values = train.parse_args([str(RECIPE), *extra])
-    own = [key for key in OWN_KEYS if key in values]
-    if path != RECIPE or own:
-        what = option_of(own[0] if own else 'config')
-        raise UserError(f'{what} cannot be given to the runs; --models, --tasks and --seeds say what is trained')
-    return load_config(RECIPE, values)
-
-
-class Queue:
-    """Runs of train.py, several at once, each in a process of its own.
-
-    Args:
-        options: Arguments of train.py besides those of a run.
-        output: Folder of the folders of the runs.
-        timeout: Most seconds for a run.
-    """
-
-    def __init__(self, options: Sequence[str], output: Path, timeout: float) -> None:
-        self.options, self.output, self.timeout = options, output, timeout
-        self.stopped = False
-        self._processes: List[subprocess.Popen] = []
-
-    def train(self, run: Run) -> Row:
-        """Trains, and returns what came of it; its weights are not kept."""
-        folder = self.output / run.name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        args = '--model', run.timm_name, '--model-args', json.dumps(run.model_args), '--seed', str(run.seed)
-        command = [sys.executable, str(SCRIPT), *self.options, *args, '--data', f'packaged/{run.task}']
-        start, status, message = time.monotonic(), 'ok', ''
-        with (folder / 'log.txt').open('w') as log:
-            process = subprocess.Popen(
-                [*command, '--output', str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={'OMP_NUM_THREADS': '1', **os.environ},  # more threads would compete for the processor
-                start_new_session=True,  # so that its loading processes end with it, and Ctrl-C comes here alone
-            )
-            self._processes.append(process)
-            try:
-                process.wait(self.timeout if not self.stopped else 0)
-            except subprocess.TimeoutExpired:
-                status, message = 'timeout', f'took more than {self.timeout:g} s'
-            _kill(process)
-            self._processes.remove(process)  # its number may become that of another process
-        text = (folder / 'log.txt').read_text(errors='replace')
-        if self.stopped:
-            status = 'interrupted'
-        elif status == 'ok' and process.returncode:
-            status, message = 'failed', last_error(text) or f'exit status {process.returncode}'
-        for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
-            path.unlink()
-        parameters, accuracies = _PARAMETERS.search(text), accuracies_in(folder)
-        return dict(
-            **run._asdict(),
-            parameters_m=float(parameters[1]) if parameters else None,
-            status=status,
-            epochs=len(accuracies),
-            accuracy=accuracies[-1] if status == 'ok' and accuracies else None,
-            minutes=round((time.monotonic() - start) / 60, 2),
-            message=message,
-        )
-
-    def stop(self) -> None:
-        """Ends the runs in progress."""
-        self.stopped = True
-        for process in list(self._processes):
-            _kill(process)
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """Ends a run and its loading processes."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all have ended
-        pass
-    process.wait()
-
-
-def last_error(log: str) -> str:
-    """The message of train.py, or the last line of a traceback."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [_ERROR.sub('', line) for line in lines if _ERROR.match(line)]
-    return (errors or lines or [''])[-1]
-
-
-def accuracies_in(folder: Path) -> List[float]:
-    """On the validation images, after each epoch of the run in a folder."""
-    path = folder / 'epochs.csv'
-    if not path.is_file():
-        return []
-    with path.open() as file:
-        return [float(row['val_top1']) for row in csv.DictReader(file)]
-
-
-def earlier_results(args: argparse.Namespace, runs: Sequence[Run], settings: Dict[str, Any]) -> List[Row]:
-    """Those that an interrupted comparison left, with --resume.
-
-    Raises:
-        UserError: If there are such runs without --resume, or they had other settings.
-    """
-    if not args.resume and any((args.output / run.name).exists() for run in runs):
-        raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
-    rows = []
-    for run in runs:
-        path = args.output / run.name / RESULT
-        if path.is_file():
-            found = json.loads(path.read_text())
-            now = json.loads(json.dumps({**settings, **run._asdict()}))
-            differences = changes(found['settings'], now)
-            if differences:
-                raise UserError(f'{path.parent} is of a run with {differences}; choose another --output')
-            rows.append(found['row'])
-    return rows
-
-
-def compare(
-    runs: Sequence[Run],
-    rows: List[Row],
-    args: argparse.Namespace,
-    options: Sequence[str],
-    settings: Dict[str, Any],
-    console: Console,
-) -> List[Row]:
-    """Trains what is missing among the rows, and adds a row for each run as it ends; an interrupt ends all runs."""
-    done = {(row['task'], row['model'], row['seed']) for row in rows}
-    missing = [run for run in runs if run[:3] not in done]
-    queue, stop = Queue(options, args.output, args.timeout), StopRequest()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(queue.train, run): run for run in missing}
-        try:
-            for future in track(ended(futures, stop), 'Training', total=len(futures), console=console):
-                run, row = futures[future], future.result()
-                rows.append(row)
-                write_records(rows, args.output / 'training.csv')
-                if row['status'] == 'ok':
-                    content = dict(settings={**settings, **run._asdict()}, row=row)
-                    write_text(args.output / run.name / RESULT, json.dumps(content))
-                shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
-                console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            queue.stop()
-    stop.restore()
+def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest) -> Optional[Row]:
+    """Trains in a process of its own, and returns what came of it, nothing if it was not begun. No weights are kept."""
     if stop.signal:
-        interrupted = [future.result() for future in futures if not future.cancelled()]
-        rows += [row for row in interrupted if row not in rows]
-        write_records(rows, args.output / 'training.csv')
-        count = sum(row['status'] != 'interrupted' for row in rows)
-        console.print(f'Interrupted: {count} of {len(runs)} runs are done')
-    return sorted(rows, key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
+        return None
+    folder, peer = args.output / run.name, run.peer
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    own = dict(model=peer.name, model_args=peer.args, seed=run.seed, data=f'packaged/{run.task}')
+    write_text(folder / 'run.yaml', yaml.safe_dump({**vars(config), **own, 'device': args.device.type}))
+    start = time.monotonic()
+    with (folder / 'log.txt').open('w') as log:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder / 'run.yaml'), '--output', str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={'OMP_NUM_THREADS': '1', **os.environ},  # more threads would compete for the processor
+            start_new_session=True,  # so that its loading processes end with it, and Ctrl-C comes here alone
+        )
+        while process.poll() is None and not stop.signal and time.monotonic() < start + args.timeout:
+            time.sleep(POLL_SECONDS)
+        code = process.poll()
+        with suppress(ProcessLookupError):  # where all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    text, message = (folder / 'log.txt').read_text(errors='replace'), ''
+    if code is None:
+        status = 'interrupted' if stop.signal else 'timeout'
+        message = '' if stop.signal else f'took more than {args.timeout:g} s'
+    else:
+        status = 'failed' if code else 'ok'
+        message = (last_error(text) or f'exit status {code}') if code else ''
+    for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
+        path.unlink()
+    parameters, accuracies = _PARAMETERS.search(text), epochs_of(folder).val_top1.tolist()
+    return dict(
+        **run._asdict(),
+        parameters_m=float(parameters[1]) if parameters else None,
+        status=status,
+        epochs=len(accuracies),
+        accuracy=float(accuracies[-1]) if status == 'ok' and accuracies else None,
+        minutes=round((time.monotonic() - start) / 60, 2),
+        message=message,
+    )
 
 
-def ended(futures: Iterable[Future], stop: StopRequest) -> Iterator[Future]:
-    """The futures as they end, until a signal asks to stop."""
-    pending = set(futures)
-    while pending and not stop.signal:
-        done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-        yield from done
+def earlier_rows(args: argparse.Namespace, config: Config, runs: Sequence[Run]) -> List[Row]:
+    """Those of the runs that an interrupted comparison in the same folder has completed, with --resume.
+
+    Raises:
+        UserError: If there is one without --resume, or it had other settings.
+    """
+    settings = {key: value for key, value in vars(config).items() if key not in OWN_KEYS}
+    folders, record = [args.output / run.name for run in runs], args.output / SETTINGS
+    if not args.resume and any(folder.exists() for folder in folders):
+        raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
+    if args.resume and record.is_file() and (differences := changes(yaml.safe_load(record.read_text()), settings)):
+        raise UserError(f'{args.output} has runs with {differences}; choose another --output')
+    write_text(record, yaml.safe_dump(settings))
+    return [json.loads((folder / RESULT).read_text()) for folder in folders if (folder / RESULT).is_file()]
+
+
+def compare(runs: Sequence[Run], rows: List[Row], config: Config, args: argparse.Namespace, console: Console) -> None:
+    """Trains what is missing among the rows, and adds a row for each run as it ends; an interrupt ends all runs."""
+    done, stop = set(map(run_of, rows)), StopRequest()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            futures = [pool.submit(train, run, config, args, stop) for run in runs if run not in done]
+            for future in track(as_completed(futures), 'Training', total=len(futures), console=console):
+                if row := future.result():
+                    rows.append(row)
+                    write_csv(args.output / 'training.csv', rows)
+                    if row['status'] == 'ok':
+                        write_text(args.output / run_of(row).name / RESULT, json.dumps(row))
+                    shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
+                    console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
+        except BaseException:
+            stop.signal = signal.SIGTERM  # ends the runs
+            raise
+    stop.restore()
+    rows.sort(key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
+    if stop.signal:
+        console.print(f'Interrupted: {_done(rows)} of {len(runs)} runs are done')
+
+
+def _done(rows: Sequence[Row]) -> int:
+    return sum(row['status'] != 'interrupted' for row in rows)
 
 
 def summary(rows: Sequence[Row]) -> pd.DataFrame:
     """A row for each model: parameters, and for each task the mean and the standard deviation of accuracies."""
-    frame = pd.DataFrame(rows)
-    frame['built as'] = [_built_as(row) for row in rows]
+    frame = pd.DataFrame(rows).astype({'accuracy': float, 'parameters_m': float})
+    frame['built as'] = [run_of(row).built_as for row in rows]
     table = frame.pivot_table(
         index=['model', 'built as'], columns='task', values='accuracy', aggfunc=spread, dropna=False, sort=False
     )
     parameters = frame.groupby(['model', 'built as'], sort=False)['parameters_m'].first()
     table.insert(0, 'parameters, M', parameters)
     return table.reset_index()
-
-
-def _built_as(row: Row) -> str:
-    args = ', '.join(f'{name}={value}' for name, value in row['model_args'].items())
-    return f'`{row["timm_name"]}({args})`' if args else f'`{row["timm_name"]}`'
 
 
 def spread(accuracies: pd.Series) -> str:
@@ -320,10 +239,10 @@ def spread(accuracies: pd.Series) -> str:
 def report_of(rows: Sequence[Row], config: Config, args: argparse.Namespace, runs: int, command: str) -> Report:
     tasks = '\n'.join(TASKS[task] for task in args.tasks if task in TASKS)
     facts = {
-        'machine': device_name(pick_device(args.device)),
+        'machine': device_name(args.device),
         'versions': versions(),
         'command': command,
-        'runs done': f'{sum(row["status"] != "interrupted" for row in rows)} of {runs}',
+        'runs done': f'{_done(rows)} of {runs}',
     }
     return Report(
         'compare_training',
@@ -340,73 +259,42 @@ def report_of(rows: Sequence[Row], config: Config, args: argparse.Namespace, run
     )
 
 
-def write_picture(rows: Sequence[Row], output: Path, path: Path) -> None:
-    """Accuracy against epoch, a panel for each task; runs that did not come to their end as far as they came."""
-    curves: Dict[str, Dict[str, List[List[float]]]] = {}
-    for row in rows:
-        found = accuracies_in(output / f'{row["task"]}_{row["model"]}_{row["seed"]}')
-        curves.setdefault(row['task'], {}).setdefault(row['model'], []).append(found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot_accuracies(curves, path)
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, List[str]]:
-    """The options, and those for train.py."""
-    summary, _, *more = __doc__.splitlines()
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog='\n'.join(more),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
     parser.add_argument(
         '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
     )
-    parser.add_argument(
-        '--tasks', nargs='+', default=['mnist5k', 'clutter'], help=f'packaged images: {", ".join(DATASETS)}'
-    )
+    parser.add_argument('--tasks', nargs='+', choices=DATASETS, default=['mnist5k', 'clutter'], help='packaged images')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
-    parser.add_argument('--timeout', type=float, default=3600, help='most seconds for a run')
+    add_device_option(parser)
+    parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
     parser.add_argument(
         '--output', type=Path, default=Path('runs/compare'), help='folder of the CSV file, the picture and the runs'
     )
     parser.add_argument('--resume', action='store_true', help='keep the runs in --output that came to their end')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
-    args, extra = parser.parse_known_args(argv)
-    keys = {*map(option_of, FIELDS), *(option_of(f'no_{key}') for key, field in FIELDS.items() if field.type is bool)}
-    choices = {*parser._option_string_actions, *keys} - {*map(option_of, OWN_KEYS)}
-    for name in (text.partition('=')[0] for text in extra):
-        if name.startswith('--') and name not in keys:
-            parser.error(f'unknown option {name!r}{nearest(name, choices)}')
-    return args, extra
+    add_options(parser.add_argument_group('keys of the configuration'), without=OWN_KEYS)
+    return parser.parse_args(argv)
 
 
-def run(argv: Sequence[str]) -> None:
-    args, extra = parse_args(argv)
-    config, runs = shared_config(extra), runs_of(args)
-    console, command = open_console(WIDTH), command_of('compare training', argv, OUTPUTS)
+@one_line_errors('compare_training.py')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    overrides = {key: value for key, value in vars(args).items() if key in FIELDS and key not in OWN_KEYS}
+    config, runs, console = load_config(RECIPE, overrides), runs_of(args), open_console()
     with lock_folder(args.output):
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in OWN_KEYS}
-        earlier = earlier_results(args, runs, settings)
-        options = [str(RECIPE), *extra, '--device', pick_device(args.device).type]
-        rows = compare(runs, earlier, args, options, settings, console)
+        rows = earlier_rows(args, config, runs)
+        compare(runs, rows, config, args, console)
         if not rows:
             return
-        report = report_of(rows, config, args, len(runs), command)
-        report.print(console)
-        write_picture(rows, args.output, args.output / 'training.png')
+        report = report_of(rows, config, args, len(runs), shlex.join(['vmamba', 'compare', 'training', *argv]))
+        trained = [run_of(row) for row in rows]
+        curves = [epochs_of(args.output / run.name).assign(task=run.task, model=run.model) for run in trained]
+        plot_accuracies(pd.concat(curves), args.output / 'training.png')
         console.print(f'Wrote {args.output / "training.csv"} and {args.output / "training.png"}')
-        if args.docs:
-            write_picture(rows, args.output, args.docs.with_name('training.png'))
-            report.write_section(args.docs)
-            console.print(f'Wrote its section of {args.docs}, and its picture beside it')
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    with one_line_errors('compare_training.py'):
-        run(sys.argv[1:] if argv is None else list(argv))
+        report.publish(console, args.docs, args.output / 'training.png')
 
 
 if __name__ == '__main__':

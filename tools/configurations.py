@@ -66,7 +66,7 @@ def copy_files(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[2:]))
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar='list | show | copy')
     command = commands.add_parser('list', help='names of the configurations')
     command.add_argument('pattern', nargs='?', default='*', help="such as 'vim_*'")
@@ -81,10 +81,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors('configurations.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors('configurations.py'):
-        args.run(args)
+    args.run(args)
 
 
 if __name__ == '__main__':

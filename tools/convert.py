@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 import vmamba  # noqa: F401
 from vmamba.tools.output_files import write_atomically
-from vmamba.tools.user_errors import UserError, one_line_errors
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors
 
 
 def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:
@@ -44,26 +44,24 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('model', help='registered name, such as vmamba_t')
     parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('output', type=Path, help='the .safetensors file to write')
+    parser.add_argument('output', type=file_name('.safetensors'), help='the .safetensors file to write')
     parser.add_argument(
         '--num-classes', type=int, help="classes of the checkpoint (default: the variant's own); 0: none"
     )
     parser.add_argument('--force', action='store_true', help='overwrite the output')
     args = parser.parse_args(argv)
-    if args.output.suffix != '.safetensors':
-        parser.error(f'the output must end in .safetensors, got {args.output}')
     if args.output.exists() and not args.force:
         parser.error(f'{args.output} exists; --force overwrites it')
     return args
 
 
+@one_line_errors('convert.py')
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors('convert.py'):
-        convert(args.model, args.checkpoint, args.output, args.num_classes)
+    convert(args.model, args.checkpoint, args.output, args.num_classes)
     print(f'Wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)')
 
 

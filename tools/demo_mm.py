@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, NamedTuple, Optional, Sequence
+
+import pandas as pd
 
 from vmamba.configs import FOLDER
-from vmamba.tools import make_scenes
-from vmamba.tools.user_errors import UserError, one_line_errors
+from vmamba.tools.terminal import table_of
+from vmamba.tools.user_errors import Parser, one_line_errors
+
+from rich.console import Console
 
 SCENES = Path('data/scenes')  # where the configs look for them
 WITHOUT_VALIDATION = ('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')  # the test comes right after
@@ -41,21 +45,6 @@ def run(tool: str, *arguments: object) -> None:
         sys.exit(status)
 
 
-def provide_scenes() -> None:
-    """Makes the scenes if they are not there.
-
-    Raises:
-        UserError: If there are others, with which the figures would not be comparable.
-    """
-    if not SCENES.is_dir() or not any(SCENES.iterdir()):
-        return run('make_scenes.py', '--output', SCENES)
-    expected = make_scenes.settings_of(make_scenes.parse_args(['--output', str(SCENES / 'new')]))
-    record = SCENES / make_scenes.RECORD
-    found = record.read_text() if record.is_file() else 'an unknown make'
-    if not record.is_file() or json.loads(found) != expected:
-        raise UserError(f'{SCENES} has scenes of {found.strip()} instead of {json.dumps(expected)}: move them away')
-
-
 def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
     config, folder = FOLDER / training.config, output / Path(training.config).parent
@@ -69,39 +58,31 @@ def train_and_test(training: Training, output: Path, options: Sequence[str]) -> 
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--output', type=Path, default=Path('demo-mm'), help='folder of the results')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='for both configs')
     return parser.parse_args(argv)
 
 
+@one_line_errors('demo_mm.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors('demo_mm.py'):
-        demo(args)
-
-
-def demo(args: argparse.Namespace) -> None:
-    """Trains and tests by both configs, and compares with what is required."""
-    from rich.console import Console  # here, so that a missing package is one line
-    from rich.table import Table
-
     start = time.perf_counter()
-    provide_scenes()
-    table = Table('config', 'metric', 'value', 'required', 'seconds', title='Scenes, trained from scratch')
-    low: List[str] = []
+    run('make_scenes.py', '--output', SCENES)
+    rows = []
     for training in TRAININGS:
         begin = time.perf_counter()
         metrics = train_and_test(training, args.output, args.cfg_options)
-        seconds = time.perf_counter() - begin
+        seconds = round(time.perf_counter() - begin)
         for name, required in training.required.items():
-            table.add_row(training.config, name, f'{metrics[name]:.3f}', f'{required:.2f}', f'{seconds:.0f}')
-            if not metrics[name] >= required:
-                low.append(f'{name} {metrics[name]:.3f} instead of {required:.2f}')
-    Console().print(table)
+            row = dict(config=training.config, metric=name, value=metrics[name], required=required, seconds=seconds)
+            rows.append(row)
+    Console().print(table_of(pd.DataFrame(rows), 'Scenes, trained from scratch'))
     print(f'Done in {time.perf_counter() - start:.0f} s; results are in {args.output}/')
+    low = [row for row in rows if not row['value'] >= row['required']]
     if low:
-        sys.exit(f'below what is required: {", ".join(low)}')
+        missed = ', '.join(f'{row["metric"]} {row["value"]:.3f} instead of {row["required"]:.2f}' for row in low)
+        sys.exit(f'below what is required: {missed}')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,29 @@
 """The device that a tool runs on."""
 
+import argparse
 from pathlib import Path
-from typing import Optional
 
 import torch
 
+from vmamba.tools.user_errors import UserError
 
-def pick_device(name: Optional[str] = None) -> torch.device:
-    """The named device, or the GPU if there is one, else the CPU."""
-    return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+def pick_device(name: str = '') -> torch.device:
+    """'cpu', 'cuda', or '' for the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    available = torch.cuda.is_available()
+    if name not in ('', 'cpu', 'cuda') or (name == 'cuda' and not available):
+        reason = 'PyTorch finds no GPU' if name == 'cuda' else 'it must be cpu or cuda'
+        raise UserError(f'cannot run on device {name!r}: {reason}')
+    return torch.device(name or ('cuda' if available else 'cpu'))
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    """Adds --device, which `pick_device` reads."""
+    parser.add_argument('--device', type=pick_device, default='', help='cpu or cuda; default: the GPU if there is one')
 
 
 def device_name(device: torch.device) -> str:

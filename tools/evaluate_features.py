@@ -9,18 +9,17 @@ on those; without, by stratified cross-validation. Maps are averaged over their 
 
 import argparse
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+import pandas as pd
 
 from vmamba.tools.features.store import check_comparable, read_features, read_index, read_settings
 from vmamba.tools.output_files import write_csv
-from vmamba.tools.terminal import open_console
+from vmamba.tools.terminal import open_console, table_of
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive, positive_float
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
@@ -28,23 +27,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-WIDTH = 120  # of the table where there is no terminal
-
 Labelled = Tuple[np.ndarray, np.ndarray]  # features [n, d] and classes [n]
-
-
-class Row(NamedTuple):
-    """One line of the CSV file; accuracies in %, spread is the standard deviation over the folds."""
-
-    feature: str
-    classifier: str
-    accuracy: float
-    spread: Optional[float]
-    folds: Optional[int]
-    train_images: int
-    test_images: int
-    classes: int
-    dim: int
 
 
 def load(folder: Path, name: str) -> Labelled:
@@ -53,26 +36,26 @@ def load(folder: Path, name: str) -> Labelled:
     Raises:
         UserError: If there are none, or images are outside of class folders.
     """
-    index = [row for row in read_index(folder) if row['state'] == 'done']
-    if not index:
+    index = read_index(folder).query('state == "done"')
+    if index.empty:
         raise UserError(f'{folder} holds no finished features')
-    outside = [row['image'] for row in index if not row['label']]
-    if outside:
-        raise UserError(f'{folder}: {outside[0]} lies in no class folder, so it has no class')
-    features = read_features(folder, name, [int(row['row']) for row in index])
+    outside = index.image[index.label == '']
+    if len(outside):
+        raise UserError(f'{folder}: {outside.iloc[0]} lies in no class folder, so it has no class')
+    features = read_features(folder, name, index.index)
     vectors = np.stack([f if f.ndim == 1 else f.mean(axis=(-2, -1), dtype=np.float32) for f in features])
-    return vectors.astype(np.float32), np.array([row['label'] for row in index])
+    return vectors.astype(np.float32), index.label.to_numpy(object)
 
 
 def left_out(folder: Path) -> str:
     """'3 of 10 images left out: 2 todo, 1 unreadable', or nothing if all have features."""
-    states = [row['state'] for row in read_index(folder)]
-    counts = {state: states.count(state) for state in ('todo', 'unreadable') if state in states}
-    if not counts:
+    states = read_index(folder).state
+    counts = states[states != 'done'].value_counts()
+    if counts.empty:
         return ''
     way_out = '; `vmamba extract` continues with them' if 'todo' in counts else ''
     parts = ', '.join(f'{count} {state}' for state, count in counts.items())
-    return f'{folder}: {sum(counts.values())} of {len(states)} images left out: {parts}{way_out}'
+    return f'{folder}: {counts.sum()} of {len(states)} images left out: {parts}{way_out}'
 
 
 def classifiers(args: argparse.Namespace) -> Dict[str, ClassifierMixin]:
@@ -91,9 +74,9 @@ def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -
     """Raises UserError where the classes do not allow what is asked for."""
     names, counts = np.unique(train[1], return_counts=True)
     if len(names) < 2:
-        raise UserError(f'{args.train} has images of one class only, {str(names[0])!r}')
+        raise UserError(f'{args.train} has images of one class only, {names[0]!r}')
     if test is None and counts.min() < args.folds:
-        rare = f'class {str(names[counts.argmin()])!r} has {counts.min()} images'
+        rare = f'class {names[counts.argmin()]!r} has {counts.min()} images'
         raise UserError(f'{rare}, fewer than the {args.folds} folds: lower --folds, or give --test')
     if len(args.C) > 1 and counts.min() < 5:
         raise UserError(f'choosing among {len(args.C)} values of --C needs 5 images a class, got {counts.min()}')
@@ -105,57 +88,34 @@ def check(train: Labelled, test: Optional[Labelled], args: argparse.Namespace) -
         raise UserError(f'{args.test} has classes that {args.train} lacks: {unknown}')
 
 
-def evaluate(args: argparse.Namespace) -> Iterator[Row]:
-    """Accuracy of every classifier on every feature."""
-    if args.test:
-        check_comparable(args.train, args.test)
-    names = args.features or _features_of(args.train)
+def evaluate(args: argparse.Namespace, names: Sequence[str]) -> Iterator[Dict[str, Any]]:
+    """Rows of the CSV file, of every classifier on every feature: accuracies in %, spread is that of the folds."""
     for name in names:
         train = load(args.train, name)
         test = load(args.test, name) if args.test else None
         check(train, test, args)
         for label, classifier in classifiers(args).items():
             if test:
-                found = [classifier.fit(*train).score(*test)]
+                found, spread, folds = classifier.fit(*train).score(*test), None, None
             else:
-                folds = StratifiedKFold(args.folds, shuffle=True, random_state=args.seed)
-                found = cross_val_score(classifier, *train, cv=folds, error_score='raise')
-            yield Row(
+                splits = StratifiedKFold(args.folds, shuffle=True, random_state=args.seed)
+                scores = cross_val_score(classifier, *train, cv=splits, error_score='raise')
+                found, spread, folds = scores.mean(), 100 * scores.std(), args.folds
+            yield dict(
                 feature=name,
                 classifier=label,
-                accuracy=100 * float(np.mean(found)),
-                spread=100 * float(np.std(found)) if test is None else None,
-                folds=args.folds if test is None else None,
+                accuracy=100 * found,
+                spread=spread,
+                folds=folds,
                 train_images=len(train[1]),
-                test_images=len(test[1]) if test is not None else len(train[1]),
+                test_images=len((test or train)[1]),
                 classes=len(set(train[1])),
                 dim=train[0].shape[1],
             )
 
 
-def _features_of(folder: Path) -> List[str]:
-    read_index(folder)
-    return read_settings(folder)['features']
-
-
-def report(rows: Sequence[Row], output: Path, console: Console) -> None:
-    """Prints a table and writes the CSV file."""
-    table = Table('feature', 'dim', 'classifier', 'accuracy, %', 'images', 'classes')
-    for row in rows:
-        spread = '' if row.spread is None else f' \u00b1 {row.spread:.2f} ({row.folds} folds)'
-        images = str(row.train_images) if row.folds else f'{row.train_images} + {row.test_images}'
-        table.add_row(
-            row.feature, str(row.dim), row.classifier, f'{row.accuracy:.2f}{spread}', images, str(row.classes)
-        )
-    console.print(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(output, [Row._fields, *rows])
-    console.print(f'Results are in {output}')
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = '\n'.join(__doc__.splitlines()[5:])
-    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
+    parser = Parser(__doc__)
     parser.add_argument('train', type=Path, help='folder that `vmamba extract` wrote')
     parser.add_argument('--test', type=Path, help='features to test on; default: cross-validation')
     parser.add_argument('--features', nargs='+', help='names; default: all')
@@ -170,17 +130,24 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors('evaluate_features.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    console = open_console(WIDTH)
-    with one_line_errors('evaluate_features.py'):
-        for folder in filter(None, (args.train, args.test)):
-            note = left_out(folder)
-            if note:
-                console.print(note, highlight=False, soft_wrap=True)
-        count = 2 * len(args.features or _features_of(args.train))
-        rows = list(track(evaluate(args), 'Evaluating', total=count, console=console, transient=True))
-        report(rows, args.output or args.train / 'evaluation.csv', console)
+    console = open_console()
+    for folder in filter(None, (args.train, args.test)):
+        note = left_out(folder)
+        if note:
+            console.print(note, highlight=False, soft_wrap=True)
+    if args.test:
+        check_comparable(args.train, args.test)
+    names: List[str] = args.features or read_settings(args.train)['features']
+    found = track(evaluate(args, names), 'Evaluating', total=2 * len(names), console=console, transient=True)
+    rows = pd.DataFrame(found)
+    rows_shown = rows.dropna(axis=1, how='all').rename(columns={'accuracy': 'accuracy, %'})
+    console.print(table_of(rows_shown, forms={'accuracy, %': '.2f', 'spread': '.2f'}))
+    output = args.output or args.train / 'evaluation.csv'
+    write_csv(output, rows.to_dict('records'))
+    console.print(f'Results are in {output}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,8 @@ import numpy as np
 import timm
 import torch
 
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools import weights
+from vmamba.tools.devices import device_name
 from vmamba.tools.features import store as feature_store
 from vmamba.tools.features.maps import (
     POOLED,
@@ -33,24 +34,12 @@ from vmamba.tools.features.maps import (
     patch_layout,
     tiled_maps,
 )
-from vmamba.tools.features.store import FORMATS, Files, Store, Table
+from vmamba.tools.features.store import FORMATS, Files, Table
 from vmamba.tools.images.batches import add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
-from vmamba.tools.weights import (
-    add_model_options,
-    add_precision_option,
-    add_spec_options,
-    any_size_args,
-    at_size,
-    autocast,
-    data_config,
-    load_model,
-    own_size,
-    spec_of,
-)
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,20 +55,22 @@ class Extraction:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
-        args.model = spec_of(args.model, args.checkpoint)
-        self.paths = find_images(args.images, arrays=args.native, without=args.output)
-        anysize = any_size_args(args.model.name) if args.native else {}
-        model = load_model(args.model, args, num_classes=0, **anysize)
+        args.model = weights.spec_of(args.model, args.checkpoint)
+        self.paths = find_images(args.images, ['.npy'] * args.native, without=args.output)
+        anysize = weights.any_size_args(args.model.name) if args.native else {}
+        model = weights.load_model(args.model, args, num_classes=0, **anysize)
         if args.native and model.pretrained_cfg.get('fixed_input_size', False) and not anysize:
-            raise UserError(f'{args.model.name} takes images of {own_size(model)} pixels only: no --native, no --tile')
-        size = None if args.native else args.img_size or own_size(model)
-        self.model = (at_size(model, size) if size else model).to(args.device)
+            raise UserError(
+                f'{args.model.name} takes images of {weights.own_size(model)} pixels only: no --native, no --tile'
+            )
+        size = None if args.native else args.img_size or weights.own_size(model)
+        self.model = (weights.at_size(model, size) if size else model).to(args.device)
         self.wanted = parse_wanted(self.model, args.features, args.norm)
         if args.tile:
             check_tiles(args.tile, args.overlap, self.wanted)
-        self.config = data_config(self.model, args, size)
+        self.config = weights.data_config(self.model, args, size)
         kind = Files if args.native or args.format != 'npy' else Table
-        self.store: Store = kind(args.output, self.paths, self._settings(size), args.overwrite)
+        self.store = kind(args.output, self.paths, self._settings(size), args.overwrite)
         self.samples = load_images(self.paths, self.config, args).samples
         self.pixels = 0
 
@@ -88,10 +79,10 @@ class Extraction:
         args = self.args
         keys = ('mean', 'std') if args.native else ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
         listing = '\n'.join(map(str, self.paths)).encode()
-        weights = Path(args.model.weights)
+        file = Path(args.model.weights)
         return {
             'model': str(args.model),
-            'weights_sha256': hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+            'weights_sha256': hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
             'features': self.wanted.all_names(),
             'norm': args.norm,
             'img_size': size or 'native',
@@ -121,7 +112,7 @@ class Extraction:
             with (
                 Progress(*columns, console=self.console) as progress,
                 torch.inference_mode(),
-                autocast(self.args),
+                weights.autocast(self.args),
             ):
                 task = progress.add_task('', total=len(self.paths), completed=done)
                 for count in self._native(todo) if self.args.native else self._batches(todo):
@@ -140,8 +131,7 @@ class Extraction:
         self.samples = images.samples
         try:
             for rows, batch, _ in images:
-                arrays = {n: self._array(values) for n, values in extract(self.model, batch, self.wanted).items()}
-                self._write(rows, arrays)
+                self.store.write(rows, self._arrays(batch))
                 self.pixels += len(rows) * batch.shape[-1] * batch.shape[-2]
                 yield len(rows)
         finally:
@@ -177,22 +167,12 @@ class Extraction:
             self.store.finish(row, maps)
         else:
             image = pad_to_patches(normalised(pixels, self.config, self.args.device), *patch_layout(self.model))
-            self._write([row], {name: self._array(f) for name, f in extract(self.model, image, self.wanted).items()})
+            self.store.write([row], self._arrays(image))
 
-    def _array(self, values: torch.Tensor) -> np.ndarray:
-        return values.float().cpu().numpy().astype(self.args.save_dtype)
-
-    def _write(self, rows: List[int], features: Dict[str, np.ndarray]) -> None:
-        """Writes features [n, ...] of n rows."""
-        if isinstance(self.store, Table):
-            self.store.write(rows, features)
-            return
-        for i, row in enumerate(rows):
-            arrays = {}
-            for name, values in features.items():
-                arrays[name] = self.store.allocate(row, name, values[i].shape, values.dtype)
-                arrays[name][...] = values[i]
-            self.store.finish(row, arrays)
+    def _arrays(self, images: torch.Tensor) -> Dict[str, np.ndarray]:
+        """Features [n, ...] of images, as they are written."""
+        found = extract(self.model, images, self.wanted)
+        return {name: values.float().cpu().numpy().astype(self.args.save_dtype) for name, values in found.items()}
 
     def _report(self, images: int, seconds: float) -> None:
         """Prints what was done and writes run.json."""
@@ -204,7 +184,7 @@ class Extraction:
             'seconds': seconds,
             'images_per_second': images / seconds,
             'megapixels_per_second': self.pixels / 1e6 / seconds,
-            'device': device_name(torch.device(self.args.device)),
+            'device': device_name(self.args.device),
             'torch': torch.__version__,
             'timm': timm.__version__,
         }
@@ -219,10 +199,9 @@ def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = __doc__.partition('\n\n    ')[2]
-    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
+    parser = Parser(__doc__)
     parser.add_argument('images', type=Path, help='folder, or text file with a path a line')
-    add_spec_options(parser)
+    weights.add_spec_options(parser)
     parser.add_argument(
         '--features', nargs='+', default=[POOLED], help='pooled, and maps: stages.2, blocks.11 or their indices'
     )
@@ -236,22 +215,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--overlap', type=at_least(0), default=256, help='pixels around a tile that are computed, too')
     parser.add_argument('--overwrite', action='store_true', help='discard the features in the output')
     add_loader_options(parser)
-    add_model_options(parser)
-    add_precision_option(parser)
+    weights.add_model_options(parser)
+    weights.add_precision_option(parser)
     args = parser.parse_args(argv)
     args.native |= args.tile is not None
     if args.native and args.img_size:
         parser.error('--img-size and --native or --tile exclude each other')
-    args.device = pick_device(args.device).type
     return args
 
 
+@one_line_errors('extract_features.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
-    with one_line_errors('extract_features.py'):
-        extraction = Extraction(args, Console())
-        with extraction.store.lock:
-            extraction.run()
+    extraction = Extraction(parse_args(argv), Console())
+    with extraction.store.lock:
+        extraction.run()
 
 
 if __name__ == '__main__':

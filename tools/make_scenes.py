@@ -8,50 +8,46 @@ The folder has the layouts of ADE20K and COCO at once, over the same images:
     annotations/{training,validation}/*.png         class of each pixel: 1 the photograph, 2 and on the digits
     annotations/instances_{training,validation}.json   boxes and masks (RLE) of the digits
     scenes.json                                     the arguments, except the folder
+
+A folder that has these scenes already is left as it is.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from vmamba.tools.user_errors import one_line_errors
+from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 
 PARTS = ('training', 'validation')
 RECORD = 'scenes.json'  # in the folder, of what it was made with
 
 
-def settings_of(args: argparse.Namespace) -> Dict[str, Any]:
-    """What decides every byte of the scenes."""
-    return {**{name: getattr(args, name) for name in (*PARTS, 'size', 'seed')}, 'digits': sorted(set(args.digits))}
-
-
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--output', type=Path, required=True, help='folder to make')
-    parser.add_argument('--training', type=int, default=600, help='scenes to learn from')
-    parser.add_argument('--validation', type=int, default=100, help='scenes of other digits and photographs')
-    parser.add_argument('--size', type=int, default=96, help='side of the scenes in pixels')
+    parser.add_argument('--training', type=positive, default=600, help='scenes to learn from')
+    parser.add_argument('--validation', type=positive, default=100, help='scenes of other digits and photographs')
+    parser.add_argument('--size', type=at_least(96), default=96, help='side of the scenes in pixels')
     parser.add_argument('--digits', type=int, nargs='+', default=(0, 1, 2), choices=range(10), help='the classes')
     parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args(argv)
-    for name in PARTS:
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    if args.size < 96:
-        parser.error(f'--size must be at least 96, got {args.size}')
-    if args.output.is_file():
-        parser.error(f'{args.output} is a file; name a folder')
-    if args.output.exists() and any(args.output.iterdir()):
-        parser.error(f'{args.output} is not empty; remove it or name another folder')
-    return args
+    return parser.parse_args(argv)
 
 
+@one_line_errors('make_scenes.py')
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors('make_scenes.py'):
-        from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
+    from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
 
-        classes = write_scenes(args.output, settings_of(args), RECORD)
+    settings: Dict[str, Any] = {name: getattr(args, name) for name in (*PARTS, 'size', 'seed')}
+    settings['digits'] = sorted(set(args.digits))  # all that decides every byte
+    if args.output.exists() and any(args.output.iterdir()):
+        record = args.output / RECORD
+        found = record.read_text().strip() if record.is_file() else 'something else'
+        if found != json.dumps(settings):
+            raise UserError(f'{args.output} has {found} instead of {json.dumps(settings)}: move it away')
+        return print(f'{args.output} has these scenes already')
+    classes = write_scenes(args.output, settings, RECORD)
     print(f'Wrote {args.training} + {args.validation} scenes of {", ".join(classes)} to {args.output}')
 
 

@@ -8,34 +8,30 @@ masks (COCO's run lengths). For a segmentor, out/preds/NAME.png has the class of
 
 import argparse
 import json
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
-from vmamba.tools.devices import pick_device
+from vmamba.tools.devices import add_device_option
+from vmamba.tools.images.image_files import find_images, has_image_ending
+from vmamba.tools.openmmlab.configs import load_config
+from vmamba.tools.openmmlab.draw import draw
+from vmamba.tools.openmmlab.inference import VIDEOS, build_inferencer, frame_count, frames_of
+from vmamba.tools.openmmlab.options import add_overrides
 from vmamba.tools.output_files import write_text, writing
-from vmamba.tools.user_errors import UserError, one_line_errors
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors
 
-if TYPE_CHECKING:
-    from mmengine.infer import BaseInferencer
-
-IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
-VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+from rich.progress import track
 
 
-def infer(args: argparse.Namespace) -> None:
-    """Writes and prints the predictions for all inputs."""
-    import mmcv
-
-    from vmamba.tools.openmmlab.draw import draw
-
-    from rich.progress import track
-
+@one_line_errors('mm_infer.py')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     files = files_of(args.inputs)
-    inferencer = build_inferencer(args)
+    inferencer = build_inferencer(load_config(args.config, args.cfg_options), args.checkpoint, args.device)
     classes = inferencer.model.dataset_meta['classes']
     frames = (frame for name, path in files.items() for frame in frames_of(name, path))
     for frame, image in track(frames, 'Predicting', sum(map(frame_count, files.values()))):
@@ -50,7 +46,7 @@ def infer(args: argparse.Namespace) -> None:
                 found['names'] = [classes[label] for label in found['labels']]
                 write_text(target.with_name(f'{target.name}.json'), json.dumps(found) + '\n')
             else:
-                mmcv.imwrite(sample.pred_sem_seg.data[0].numpy().astype(np.uint8), f'{target}.png')
+                Image.fromarray(sample.pred_sem_seg.data[0].numpy().astype(np.uint8)).save(f'{target}.png')
         print(f'{frame}: {summary(sample, classes, args.threshold)}')
 
 
@@ -62,80 +58,12 @@ def files_of(inputs: Sequence[Path]) -> Dict[str, Path]:
     """
     files: Dict[str, Path] = {}
     for path in inputs:
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob('*')) if file.suffix.lower() in (*IMAGES, *VIDEOS)]
-        else:
-            found = [path] if path.is_file() else []
-        if not found:
-            raise UserError(f'{path} has no images or videos' if path.is_dir() else f'there is no image {path}')
-        for file in found:
+        for file in find_images(path, VIDEOS):
             name = str((file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix(''))
             if name in files:
                 raise UserError(f'{files[name]} and {file} would both be written as {name}: use an --output for each')
             files[name] = file
     return files
-
-
-def frame_count(path: Path) -> int:
-    """Number of images in a file, as a video states it."""
-    import cv2
-
-    if path.suffix.lower() not in VIDEOS:
-        return 1
-    return max(int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)), 1)
-
-
-def frames_of(name: str, path: Path) -> Iterator[Tuple[str, np.ndarray]]:
-    """The image of a file, or the frames of a video, [H, W, 3] in BGR, and the name of each.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    import cv2
-    import mmcv
-
-    if path.suffix.lower() not in VIDEOS:
-        image = mmcv.imread(str(path))
-        if image is None:
-            raise UserError(f'{path} is no image that can be read')
-        yield name, image
-        return
-    video = cv2.VideoCapture(str(path))
-    number, (read, image) = 0, video.read()
-    if not read:
-        raise UserError(f'{path} is no video that OpenCV can read')
-    while read:
-        yield f'{name}_{number:06d}', image
-        number, (read, image) = number + 1, video.read()
-
-
-def build_inferencer(args: argparse.Namespace) -> 'BaseInferencer':
-    """The library's inferencer with the model of the config and all weights of the checkpoint."""
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import DATASETS
-
-    from vmamba.tools.openmmlab.checkpoints import load_weights, read_checkpoint
-    from vmamba.tools.openmmlab.checks import check_classes, check_maps
-    from vmamba.tools.openmmlab.configs import load_config
-    from vmamba.tools.openmmlab.runs import building
-
-    cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope == 'mmdet':
-        from mmdet.apis import DetInferencer as Inferencer
-    else:
-        from mmseg.apis import MMSegInferencer as Inferencer
-    cfg.visualizer.vis_backends = None
-    with building('model'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # about random weights, which are replaced below
-        inferencer = Inferencer(cfg, device=args.device.type)
-        dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-    check_maps(inferencer.model)
-    check_classes(dataset, inferencer.model)
-    # The inferencer's own loading runs code in the checkpoint, and only warns about weights that do not fit.
-    load_weights(inferencer.model, read_checkpoint(str(args.checkpoint)), str(args.checkpoint))
-    inferencer.model = revert_sync_batchnorm(inferencer.model).eval()
-    inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = dataset.metainfo
-    return inferencer
 
 
 def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
@@ -150,9 +78,7 @@ def summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    from vmamba.tools.openmmlab.options import add_overrides  # here, so that a missing package is one line
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('inputs', type=Path, nargs='+', metavar='INPUT', help='images, folders of them, or videos')
     parser.add_argument(
         '--config', type=Path, required=True, help='config file of mmdet or mmseg, or the name of an installed one'
@@ -160,18 +86,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--checkpoint', type=Path, required=True)
     parser.add_argument('--output', type=Path, default=Path('predicted'), metavar='FOLDER', help='folder to write to')
     parser.add_argument('--threshold', type=float, default=0.3, help='lowest score of a drawn detection')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    add_device_option(parser)
     add_overrides(parser)
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() in IMAGES:
+    if has_image_ending(args.output.name):
         parser.error(f'--output is a folder, got {str(args.output)!r}')
-    args.device = pick_device(args.device)
     return args
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    with one_line_errors('mm_infer.py'):
-        infer(parse_args(argv))
 
 
 if __name__ == '__main__':

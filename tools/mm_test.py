@@ -7,22 +7,25 @@ torchrun --nproc-per-node 8 -m vmamba.tools.mm_test CONFIG CHECKPOINT --launcher
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import Optional, Sequence
 
+from vmamba.tools.openmmlab.configs import (
+    Config,
+    is_first_process,
+    join_processes,
+    leaf_configs,
+    load_config,
+    set_work_dir,
+)
+from vmamba.tools.openmmlab.options import add_config_options
+from vmamba.tools.openmmlab.runs import add_hook, build_runner
 from vmamba.tools.output_files import write_text
-from vmamba.tools.user_errors import UserError, one_line_errors, positive
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
 
-def test(args: argparse.Namespace) -> None:
-    """Writes the metrics of a checkpoint on the config's test data."""
-    from mmengine.dist import is_main_process
-
-    from vmamba.tools.openmmlab.configs import join_processes, load_config, set_work_dir
-    from vmamba.tools.openmmlab.runs import add_hook, build_runner
-
+@one_line_errors('mm_test.py')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.work_dir)
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
@@ -36,20 +39,18 @@ def test(args: argparse.Namespace) -> None:
 
         add_hook(cfg, type='DrawHook', folder=str(args.draw), threshold=args.threshold, limit=args.limit)
     metrics = {name: float(value) for name, value in build_runner(cfg).test().items()}
-    if is_main_process():
+    if is_first_process(args.launcher):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, json.dumps(metrics, indent=2) + '\n')
         print(f'Wrote {args.output}: {", ".join(f"{name} {value:.4g}" for name, value in metrics.items())}')
 
 
-def augment(cfg: 'Config', path: Path) -> None:
+def augment(cfg: Config, path: Path) -> None:
     """Makes the model see each image in the variants of the config's `tta_pipeline`, and merge its predictions.
 
     Raises:
         UserError: If the config does not say how, or its model predicts what cannot be merged.
     """
-    from vmamba.tools.openmmlab.configs import leaf_configs
-
     for key in ('tta_model', 'tta_pipeline'):
         if cfg.get(key) is None:
             raise UserError(f'{path} has no {key}, which --tta needs')
@@ -61,9 +62,7 @@ def augment(cfg: 'Config', path: Path) -> None:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    from vmamba.tools.openmmlab.options import add_config_options, file_name  # here: a missing package is one line
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add_config_options(parser)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('--work-dir', type=Path, help='folder of logs; default: work_dirs/CONFIG')
@@ -79,11 +78,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="test-time augmentation, such as several scales, by the config's tta_pipeline",
     )
     return parser.parse_args(argv)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    with one_line_errors('mm_test.py'):
-        test(parse_args(argv))
 
 
 if __name__ == '__main__':

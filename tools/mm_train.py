@@ -10,23 +10,22 @@ A killed training resumes from its last checkpoint with --resume, and ends with 
 import argparse
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence, Union
+from typing import Optional, Sequence
 
 import torch
 
+from vmamba.tools.openmmlab.configs import Config, is_first_process, join_processes, load_config, set_work_dir
+from vmamba.tools.openmmlab.options import add_config_options
+from vmamba.tools.openmmlab.resume import choose_start, make_resumable
+from vmamba.tools.openmmlab.runs import build_runner
 from vmamba.tools.output_files import lock_folder
-from vmamba.tools.user_errors import UserError, one_line_errors
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
+from vmamba.tools.training.parallel import check_version
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors
 
 
-def train(args: argparse.Namespace) -> None:
-    """Runs the training that the options describe."""
-    from vmamba.tools.openmmlab.configs import is_first_process, join_processes, load_config, set_work_dir
-    from vmamba.tools.openmmlab.resume import make_resumable
-    from vmamba.tools.openmmlab.runs import build_runner
-
+@one_line_errors('mm_train.py')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.output)
     join_processes(cfg, args.launcher)
@@ -46,46 +45,15 @@ def train(args: argparse.Namespace) -> None:
         build_runner(cfg).train()
 
 
-def choose_start(cfg: 'Config', resume: Union[bool, str, None], fresh: Sequence[str]) -> None:
-    """Decides which checkpoint the training resumes from or starts with, if any.
-
-    Args:
-        cfg: Of the training.
-        resume: A checkpoint to resume from, or whether to do so from the last in the work folder, if there is one.
-        fresh: Modules that keep their initial weights when a training starts with a checkpoint.
-
-    Raises:
-        UserError: If there are such modules, but no checkpoint.
-    """
-    from mmengine.runner import find_latest_checkpoint
-
-    from vmamba.tools.openmmlab.checkpoints import within
-
-    if isinstance(resume, str):
-        cfg.resume, cfg.load_from = True, resume
-    elif resume or cfg.get('resume') and cfg.get('load_from') is None:
-        last = find_latest_checkpoint(cfg.work_dir)
-        cfg.resume, cfg.load_from = last is not None, last or cfg.get('load_from')
-    if fresh:
-        cfg.fresh = fresh
-        if cfg.get('load_from') is None:
-            raise UserError('--fresh says what not to load: name a checkpoint by --cfg-options load_from=CHECKPOINT')
-    loaded = cfg.get('load_from') and (cfg.get('resume') or not within('backbone', cfg.get('fresh', ())))
-    if loaded and 'pretrained' in cfg.model.get('backbone', {}):
-        cfg.model.backbone.pretrained = False  # the checkpoint has these weights
-
-
-def use_shards(cfg: 'Config') -> None:
+def use_shards(cfg: Config) -> None:
     """Shards weights, gradients and moments over the processes."""
-    from vmamba.tools.training.parallel import check_version
-
     check_version('cuda' if torch.cuda.is_available() else 'cpu')
     import vmamba.tools.openmmlab.sharding  # noqa: F401 - registers the runner
 
     cfg.runner_type = 'ShardedRunner'
 
 
-def set_precision(cfg: 'Config', precision: Optional[str]) -> None:
+def set_precision(cfg: Config, precision: Optional[str]) -> None:
     """bf16 mixed precision, fp32, or what the config says.
 
     Raises:
@@ -101,9 +69,7 @@ def set_precision(cfg: 'Config', precision: Optional[str]) -> None:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    from vmamba.tools.openmmlab.options import add_config_options  # here, so that a missing package is one line
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add_config_options(parser)
     parser.add_argument('--output', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
     parser.add_argument('--work-dir', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -138,11 +104,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.fsdp and args.launcher == 'none':
         parser.error('--fsdp shards over processes: run it under torchrun with --launcher pytorch')
     return args
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    with one_line_errors('mm_train.py'):
-        train(parse_args(argv))
 
 
 if __name__ == '__main__':

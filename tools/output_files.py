@@ -1,12 +1,10 @@
 """What tools write: files that are whole or absent, in folders that one process at a time writes into."""
 
-import csv
 import errno
-import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, TextIO
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, TextIO
 
 from vmamba.tools.user_errors import UserError
 
@@ -18,14 +16,10 @@ except ImportError:  # Windows, where folders are not locked
 LOCK = '.lock'  # file in a folder that a tool writes into
 
 
-def lock_folder(folder: Path, option: str = '--output') -> TextIO:
+def lock_folder(folder: Path) -> TextIO:
     """Makes a folder and locks it, until the returned file is closed or this process ends in whatever way.
 
     The lock is that of this process alone: its loading processes, which may outlive it for seconds, do not hold it.
-
-    Args:
-        folder: To write into.
-        option: Of the command line, which names the folder.
 
     Raises:
         UserError: If another process has locked the folder, or nothing can be written into it.
@@ -34,7 +28,7 @@ def lock_folder(folder: Path, option: str = '--output') -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open('a')
     except OSError as error:
-        raise UserError(f'cannot write into {folder}: {error.strerror}; choose another {option}') from error
+        raise UserError(f'cannot write into {folder}: {error.strerror}; choose another --output') from error
     if fcntl is None:
         return file
     try:
@@ -43,7 +37,7 @@ def lock_folder(folder: Path, option: str = '--output') -> TextIO:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # others are of file systems that have no locks
             file.close()
             raise UserError(
-                f'another process is writing into {folder}: wait until it ends, or choose another {option}'
+                f'another process is writing into {folder}: wait until it ends, or choose another --output'
             ) from error
     return file
 
@@ -81,15 +75,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Puts a table in place, see `write_atomically`."""
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Puts a table in place, see `write_atomically`; its columns are the keys of the rows."""
+    import pandas as pd  # here: most processes of a training write none
 
-    def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, 'utf-8', newline='')
-        csv.writer(text).writerows(rows)
-        text.detach()  # which writes what it holds, and leaves the file open
-
-    write_atomically(path, write)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, pd.DataFrame(list(rows)).to_csv(index=False))
 
 
 @contextmanager

@@ -13,50 +13,17 @@ import sys
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Tuple
 
-import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from vmamba.tools.devices import pick_device
+from vmamba.tools import weights
 from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.image_files import find_images
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
-from vmamba.tools.weights import (
-    Spec,
-    add_model_options,
-    add_precision_option,
-    add_spec_options,
-    at_size,
-    autocast,
-    data_config,
-    load_model,
-    own_size,
-    spec_of,
-)
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
 MOST_DRAWN = 50  # images in one picture
 STDIN = Path('-')
-
-
-def weighted_spec(args: argparse.Namespace) -> Spec:
-    """The model and its weights.
-
-    Raises:
-        UserError: If options contradict each other, or the model has no weights and random ones are not asked for.
-    """
-    spec = spec_of(args.model, args.checkpoint)
-    if args.pretrained and spec.weights or args.random_weights and (spec.weights or args.pretrained):
-        raise UserError('--checkpoint, --pretrained and --random-weights exclude each other')
-    if args.random_weights:
-        return Spec(spec.name, 'untrained')
-    cfg = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name.split('.')[0]) else None
-    if spec.weights == 'untrained' or cfg is not None and not spec.weights and not cfg.has_weights:
-        raise UserError(
-            f'{spec.name} has no weights, so its predictions would be random: give --checkpoint FILE, or '
-            '--random-weights'
-        )
-    return spec
 
 
 def find_all(sources: Sequence[Path]) -> List[Path]:
@@ -87,28 +54,27 @@ def class_names(model: nn.Module) -> List[str]:
 def predict(model: nn.Module, images: Images, args: argparse.Namespace) -> Iterator[Tuple[int, Tensor]]:
     """The index of every readable image and its probabilities [classes]."""
     for indices, batch, _ in images:
-        with torch.inference_mode(), autocast(args):
+        with torch.inference_mode(), weights.autocast(args):
             logits = model(batch)
         yield from zip(indices, logits.float().softmax(-1).cpu())
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the classes of every image, and draws them."""
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('PyTorch finds no GPU; leave out --device cuda')
-    spec = weighted_spec(args)
+@one_line_errors('predict.py')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    spec = weights.spec_of(args.model, args.checkpoint)
     paths = find_all(args.images)
     if args.draw and len(paths) > MOST_DRAWN:
         raise UserError(f'--draw takes at most {MOST_DRAWN} images, got {len(paths)}')
     if args.draw:
         from vmamba.tools.figures.plots import plot_predictions  # here: only this needs matplotlib
-    model = load_model(spec, args)
+    model = weights.load_model(spec, args)
     if not model.num_classes:
         raise UserError(f'{spec} has no classifier; `vmamba extract` writes its features')
     if spec.weights == 'untrained':
         print('The weights are random: the predictions mean nothing.', file=sys.stderr)
-    size = args.img_size or own_size(model)
-    model, config = at_size(model, size).to(args.device), data_config(model, args, size)
+    size = args.img_size or weights.own_size(model)
+    model, config = weights.at_size(model, size).to(args.device), weights.data_config(model, args, size)
     names = class_names(model)
     images = load_images(paths, config, args)
     predictions: List[Tuple[Path, List[Tuple[str, float]]]] = []
@@ -128,31 +94,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    summary, _, *more = __doc__.splitlines()
-    parser = Parser(description=summary, epilog='\n'.join(more))
+    parser = Parser(__doc__)
     parser.add_argument(
         'images', nargs='+', type=Path, help='files, folders, text files with a path a line, or - for such a list'
     )
-    add_spec_options(parser)
-    parser.add_argument('--pretrained', action='store_true', help='published weights, which are the default')
-    parser.add_argument('--random-weights', action='store_true', help='predict without weights, for a try')
+    weights.add_spec_options(parser)
     parser.add_argument('--top', type=positive, default=5, help='classes to name')
-    parser.add_argument('--draw', type=Path, metavar='FILE', help='PNG of the images with their classes')
+    parser.add_argument('--draw', type=file_name('.png'), metavar='FILE', help='PNG of the images with their classes')
     parser.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
     add_loader_options(parser)
-    add_model_options(parser)
-    add_precision_option(parser)
-    args = parser.parse_args(argv)
-    if args.draw and args.draw.suffix != '.png':
-        parser.error(f'--draw must end in .png, got {args.draw}')
-    args.device = pick_device(args.device).type
-    return args
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
-    with one_line_errors('predict.py'):
-        run(args)
+    weights.add_model_options(parser)
+    weights.add_precision_option(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

@@ -17,9 +17,7 @@ from vmamba.tools.user_errors import Parser, one_line_errors
 
 def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, Any]]:
     """The configuration's file, whether to resume, and the values given by option."""
-    summary, _, *examples = __doc__.splitlines()
-    usage = '%(prog)s CONFIG [--resume] [--KEY VALUE ...]'
-    parser = Parser(description=summary, epilog='\n'.join(examples), usage=usage)
+    parser = Parser(__doc__, usage='%(prog)s CONFIG [--resume] [--KEY VALUE ...]')
     parser.add_argument('config', type=Path, help='YAML file, or the name of an installed one, such as vmamba_t')
     parser.add_argument('--resume', action='store_true', help='continue from the latest checkpoint, if there is one')
     add_options(parser.add_argument_group('keys of the configuration'))
@@ -29,10 +27,10 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[Path, bool, Dict[str, 
 
 
 @record
+@one_line_errors('train.py')
 def main(argv: Optional[List[str]] = None) -> None:
     path, resume, overrides = parse_args(argv)
-    with one_line_errors('train.py'):
-        train(load_config(path, overrides), resume)
+    train(load_config(path, overrides), resume)
 
 
 if __name__ == '__main__':

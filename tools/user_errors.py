@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 _MM_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables')
@@ -76,10 +77,16 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations."""
+    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+    Args:
+        description: Shown as it is written: the docstring of a tool.
+        **kwargs: Of argparse's parser.
+    """
+
+    def __init__(self, description: Optional[str] = None, **kwargs: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Tuple[argparse.Namespace, List[str]]:
         namespace, unknown = super().parse_known_args(*args, **kwargs)
@@ -113,3 +120,15 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
     return value
+
+
+def file_name(suffix: str) -> Callable[[str], Path]:
+    """A reader, for argparse, of the name of a file to write that has this suffix."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() != suffix or path.is_dir():
+            raise argparse.ArgumentTypeError(f'must be a file that ends with {suffix}, got {text!r}')
+        return path
+
+    return read

@@ -13,16 +13,16 @@ Each model preprocesses as its own configuration says. Writes validate.csv, and 
 import argparse
 import time
 from collections import Counter
-from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from statistics import mean
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import pandas as pd
 import timm
 import torch
 from torch import Tensor, nn
 
-from vmamba.tools.devices import device_name, pick_device
+from vmamba.tools import weights
+from vmamba.tools.devices import device_name
 from vmamba.tools.figures.plots import plot_resolutions
 from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
 from vmamba.tools.images.image_files import find_images
@@ -37,28 +37,17 @@ from vmamba.tools.images.labelled_folders import (
 )
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.published import published
-from vmamba.tools.terminal import open_console
+from vmamba.tools.terminal import open_console, table_of
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
-from vmamba.tools.weights import (
-    SPEC_HELP,
-    Spec,
-    add_model_options,
-    add_precision_option,
-    at_size,
-    autocast,
-    data_config,
-    load_model,
-    own_size,
-    parse_spec,
-    spec_of,
-)
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Column, Table
 
 TOP = 5
 WIDTH = 140  # of the table where there is no terminal
+TITLE = 'Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured'
+SHOWN = ['model', 'weights', 'data', 'labels', 'img_size', 'images', 'top1', 'top5', 'published_top1', 'published_top5']
+FORMS = {**dict.fromkeys(SHOWN[-4:], '.2f'), 'images_per_second': '.1f', 'mean top-1 error': '.2f'}
 
 
 class Folder(NamedTuple):
@@ -70,33 +59,6 @@ class Folder(NamedTuple):
     @property
     def paths(self) -> List[Path]:
         return [Path(path) for path, _ in self.files.samples]
-
-
-@dataclass
-class Row:
-    """One line of validate.csv: a model on a folder at a resolution; accuracies in %.
-
-    `published_top1` and `published_top5` are the authors' figures for ImageNet-1K's validation images at 224 pixels,
-    whatever the folder; they are not measured.
-    """
-
-    model: str
-    weights: str
-    data: str
-    labels: str
-    img_size: int
-    crop_pct: float
-    images: int
-    unreadable: int
-    top1: float
-    top5: float
-    published_top1: Optional[float]
-    published_top5: Optional[float]
-    images_per_second: float
-    precision: str
-    device: str
-    torch: str = torch.__version__
-    timm: str = timm.__version__
 
 
 def count_hits(
@@ -116,7 +78,7 @@ def count_hits(
     """
     count, sums = 0, torch.zeros(2, dtype=torch.float64)
     for indices, batch, _ in images:
-        with torch.inference_mode(), autocast(args):
+        with torch.inference_mode(), weights.autocast(args):
             logits = model(batch)
         right = labels[indices]
         labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
@@ -129,38 +91,41 @@ def count_hits(
     return count, top1, top5
 
 
-def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Row]:
+def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Dict[str, Any]]:
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
     classes = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    specs = [*args.models, *(spec_of(None, path) for path in args.checkpoint)]
+    specs = [*args.models, *(weights.spec_of(None, path) for path in args.checkpoint)]
     if not specs:
         raise UserError('no model: give --models NAME[=FILE], or --checkpoint FILE')
     for spec in dict.fromkeys(specs):
-        model = load_model(spec, args, **classes)
+        model = weights.load_model(spec, args, **classes)
         if not model.num_classes:
             raise UserError(f'{spec} has no classifier, so there is no accuracy; `vmamba extract` writes features')
         known = class_map
         if class_map is None and model.class_names:
             known = {label: index for index, label in enumerate(model.class_names)}
         labels = [folder_labels(folder, model.num_classes, known, args) for folder in folders]
-        for size in dict.fromkeys(args.img_size or [own_size(model)]):
-            sized = at_size(model, size).to(args.device)
+        for size in dict.fromkeys(args.img_size or [weights.own_size(model)]):
+            sized = weights.at_size(model, size).to(args.device)
             for folder, right in zip(folders, labels):
                 yield measure(spec, sized, folder, right, size, args, progress)
 
 
 def measure(
-    spec: Spec,
+    spec: weights.Spec,
     model: nn.Module,
     folder: Folder,
     labels: Tensor,
     size: int,
     args: argparse.Namespace,
     progress: Progress,
-) -> Row:
-    """Measures a model that is ready for this size on a folder."""
-    config = data_config(model, args, size)
+) -> Dict[str, Any]:
+    """A row of validate.csv: a model that is ready for this size on a folder, accuracies in %.
+
+    The published figures are the authors' for ImageNet-1K's validation images at 224 pixels, whatever the folder.
+    """
+    config = weights.data_config(model, args, size)
     images = load_images(folder.paths, config, args)
     task = progress.add_task(f'{folder.name} at {size}', total=len(images))
     start = time.perf_counter()
@@ -171,7 +136,7 @@ def measure(
     if unreadable:
         progress.console.print(images.samples.report(absolute=True), highlight=False, soft_wrap=True)
     figures = published(spec.name, size, model.num_classes)
-    return Row(
+    return dict(
         model=spec.name,
         weights=spec.weights or 'published',
         data=folder.name,
@@ -186,7 +151,9 @@ def measure(
         published_top5=figures.top5 if figures else None,
         images_per_second=len(images) / seconds,
         precision=args.precision,
-        device=device_name(torch.device(args.device)),
+        device=device_name(args.device),
+        torch=torch.__version__,
+        timm=timm.__version__,
     )
 
 
@@ -200,63 +167,31 @@ def folder_labels(folder: Folder, num_classes: int, class_map: Optional[dict], a
     return torch.tensor([indices[label] for _, label in folder.files.samples])
 
 
-COLUMNS = {
-    **dict.fromkeys(('model', 'weights', 'data', 'labels', 'img_size', 'images'), '{}'),
-    **dict.fromkeys(('top1', 'top5', 'published_top1', 'published_top5'), '{:.2f}'),
-    'images_per_second': '{:.1f}',
-}
-
-
-def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Measured accuracies beside the published ones."""
-    table = Table(title='Measured accuracy; "published" is the authors\' for ImageNet-1K val at 224, not measured')
-    columns = []
-    for name, form in COLUMNS.items():
-        values = [getattr(row, name) for row in rows]
-        if any(value is not None for value in values):
-            is_text = isinstance(values[0], str)  # folded, so that nothing is cut off in a narrow terminal
-            style = dict(overflow='fold') if is_text else dict(justify='right', no_wrap=True)
-            table.add_column(name.replace('_', '\n').replace('top', 'top-'), **style)
-            columns.append(['' if value is None else form.format(value) for value in values])
-    for cells in zip(*columns):
-        table.add_row(*cells)
-    console.print(table)
-
-
-def print_corruptions(rows: Sequence[Row], console: Console) -> None:
+def corruptions(rows: pd.DataFrame) -> pd.DataFrame:
     """Error by corruption, as the mean of its severities, and the mean of all corruptions.
 
     These are plain errors; ImageNet-C's mCE divides them by those of AlexNet.
     """
-    columns = ('model', Column('weights', overflow='fold'), 'img_size', 'corruption', 'mean top-1 error')
-    table = Table(*columns, title='ImageNet-C, plain errors in %')
-    for key, own in grouped(rows, lambda row: (row.model, row.weights, str(row.img_size))).items():
-        corruptions = grouped(own, lambda row: row.data.split('/')[-2])
-        means = {name: 100 - mean(row.top1 for row in found) for name, found in corruptions.items()}
-        for name, error in [*means.items(), (f'mean of {len(means)}', mean(means.values()))]:
-            table.add_row(*key, name, f'{error:.2f}')
-    console.print(table)
+    keys = ['model', 'weights', 'img_size']
+    tables = {}
+    for key, own in rows.groupby(keys, sort=False):
+        means = (100 - own.top1).groupby(own.data.str.split('/').str[-2], sort=False).mean()
+        tables[key] = pd.concat([means, pd.Series({f'mean of {len(means)}': means.mean()})])
+    return pd.concat(tables, names=[*keys, 'corruption']).rename('mean top-1 error').reset_index()
 
 
-def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> Dict[Any, List[Row]]:
-    """The rows of each value of a key, in order."""
-    groups: Dict[Any, List[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+def accuracy_lines(rows: pd.DataFrame) -> Tuple[Dict[str, pd.Series], Dict[str, pd.Series]]:
+    """Accuracy by size, as the mean of the folders, measured and published, of each model.
 
-
-def draw_resolutions(rows: Sequence[Row], path: Path) -> None:
-    """Draws a line for each model, named with its weights where several were measured, as the mean of the folders."""
-    runs = grouped(rows, lambda row: (row.model, row.weights))
-    models = [model for model, _ in runs]
-    lines, known = {}, {}
-    for (model, weights), own in runs.items():
-        label = model if models.count(model) == 1 else f'{model}, {weights}'
-        sizes = grouped(own, lambda row: row.img_size)
-        lines[label] = {size: mean(row.top1 for row in found) for size, found in sizes.items()}
-        known[label] = {row.img_size: row.published_top1 for row in own if row.published_top1 is not None}
-    plot_resolutions(lines, known, path)
+    A model is named with its weights where several were measured.
+    """
+    runs = rows[['model', 'weights']].drop_duplicates()
+    measured, known = {}, {}
+    for model, file in runs.itertuples(index=False):
+        label = model if (runs.model == model).sum() == 1 else f'{model}, {file}'
+        sizes = rows[(rows.model == model) & (rows.weights == file)].groupby('img_size')
+        measured[label], known[label] = sizes.top1.mean(), sizes.published_top1.mean().dropna()
+    return measured, known
 
 
 def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
@@ -281,12 +216,13 @@ def read_folders(args: argparse.Namespace, console: Console) -> List[Folder]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    examples = '\n'.join(__doc__.splitlines()[4:])
-    parser = Parser(description=__doc__.splitlines()[0], epilog=examples)
+    parser = Parser(__doc__)
     parser.add_argument(
         'folders', nargs='+', type=Path, help='folders of class folders of images, of images with --real-labels'
     )
-    parser.add_argument('--models', nargs='+', type=parse_spec, default=[], metavar='NAME[=FILE]', help=SPEC_HELP)
+    parser.add_argument(
+        '--models', nargs='+', type=weights.parse_spec, default=[], metavar='NAME[=FILE]', help=weights.SPEC_HELP
+    )
     parser.add_argument(
         '--checkpoint', nargs='+', type=Path, default=[], metavar='FILE', help='files of `vmamba train`, as more models'
     )
@@ -299,40 +235,38 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--class-map', type=Path, help="text file of the class folders' names in the model's order")
     parser.add_argument('--output', type=Path, default=Path('validate'), help='folder of the results')
     add_loader_options(parser)
-    add_model_options(parser)
-    add_precision_option(parser)
+    weights.add_model_options(parser)
+    weights.add_precision_option(parser)
     args = parser.parse_args(argv)
     if args.imagenet_c and args.crop_pct is None:
         args.crop_pct = 1.0  # its images are crops of 224 pixels already, which its authors do not resize
-    args.device = pick_device(args.device).type
     return args
 
 
+@one_line_errors('validate.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     console = open_console(WIDTH)
-    with one_line_errors('validate.py'):
-        folders = read_folders(args, console)
-        args.output.mkdir(parents=True, exist_ok=True)
-        rows: List[Row] = []
-        try:
-            with Progress(console=console, transient=True) as progress:
-                for row in validate(args, folders, progress):
-                    rows.append(row)
-                    table = [[field.name for field in fields(Row)], *map(astuple, rows)]
-                    write_csv(args.output / 'validate.csv', table)  # each time, so that a kill keeps what is measured
-        finally:
-            if rows:
-                report(rows, args, console)
+    folders = read_folders(args, console)
+    rows: List[Dict[str, Any]] = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            for row in validate(args, folders, progress):
+                rows.append(row)
+                write_csv(args.output / 'validate.csv', rows)  # each time, so that a kill keeps what is measured
+    finally:
+        if rows:
+            report(pd.DataFrame(rows).astype({name: float for name in SHOWN[-2:]}), args, console)
 
 
-def report(rows: Sequence[Row], args: argparse.Namespace, console: Console) -> None:
+def report(rows: pd.DataFrame, args: argparse.Namespace, console: Console) -> None:
     """Prints the tables and draws the figure."""
-    print_table(rows, console)
+    shown = rows[[*SHOWN, 'images_per_second']].dropna(axis=1, how='all')
+    console.print(table_of(shown, TITLE, FORMS))
     if args.imagenet_c:
-        print_corruptions(rows, console)
-    if len({row.img_size for row in rows}) > 1:
-        draw_resolutions(rows, args.output / 'validate.png')
+        console.print(table_of(corruptions(rows), 'ImageNet-C, plain errors in %', FORMS))
+    if rows.img_size.nunique() > 1:
+        plot_resolutions(*accuracy_lines(rows), args.output / 'validate.png')
     console.print(f'Results are in {args.output}/')
 
 

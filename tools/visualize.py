@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmamba.models.vim import Vim
-from vmamba.tools.devices import pick_device
+from vmamba.tools import weights
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
@@ -44,17 +44,6 @@ from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_atomically, write_csv
 from vmamba.tools.user_errors import Parser, UserError, nearest, one_line_errors, positive, positive_float
-from vmamba.tools.weights import (
-    Spec,
-    add_model_options,
-    add_spec_options,
-    any_size_args,
-    at_size,
-    data_config,
-    load_model,
-    own_size,
-    spec_of,
-)
 
 from rich.console import Console
 from rich.progress import Progress
@@ -64,11 +53,11 @@ DIRECTIONS = ['forward', 'backward']
 SHOWN = 4  # of Vim's blocks, where none are named
 
 
-def sized_model(spec: Spec, args: argparse.Namespace, whole: bool = False) -> Tuple[nn.Module, int]:
+def sized_model(spec: weights.Spec, args: argparse.Namespace, whole: bool = False) -> Tuple[nn.Module, int]:
     """The model and the side of the images for it, or the shorter one of whole images."""
-    model = load_model(spec, args, num_classes=0, **(any_size_args(spec.name) if whole else {}))
-    size = args.img_size or own_size(model)
-    return (model if whole else at_size(model, size)).to(args.device), size
+    model = weights.load_model(spec, args, num_classes=0, **(weights.any_size_args(spec.name) if whole else {}))
+    size = args.img_size or weights.own_size(model)
+    return (model if whole else weights.at_size(model, size)).to(args.device), size
 
 
 def spread(names: List[str], count: int) -> List[str]:
@@ -83,7 +72,7 @@ def read_images(images: Images) -> List[Tensor]:
 
 def read_whole(path: Path, model: nn.Module, size: int, args: argparse.Namespace) -> Tensor:
     """All of an image at its own proportions [1, C, H, W]: the shorter side has this size, Vim's whole patches."""
-    config = data_config(model, args, size)
+    config = weights.data_config(model, args, size)
     try:
         image = read_image(path, image_mode(config['input_size'][0]))
     except READ_ERRORS as error:
@@ -110,7 +99,7 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
             if POOLED in names:
                 raise UserError(f'{POOLED} features have no centre: name maps by --features')
             wanted = parse_wanted(model, names, norm=False)
-            batches = batches or load_images(paths, data_config(model, args, size), args)
+            batches = batches or load_images(paths, weights.data_config(model, args, size), args)
             images = images or read_images(batches)
             fields[_label(spec, args)] = receptive_fields(model, images, wanted, lambda: progress.advance(task))
     title = f'{args.model.name}, effective receptive field at {size} x {size}, {len(images)} images'
@@ -118,18 +107,19 @@ def draw_receptive_fields(args: argparse.Namespace, console: Console) -> None:
     arrays = {f'{label}: {name}': field.values for label, found in fields.items() for name, field in found.items()}
     write_atomically(args.output / 'erf.npz', lambda file: np.savez(file, **arrays))
     rows = [
-        (args.model.name, label, name, size, len(images), share, side)
+        dict(weights=label, feature=name, share=share, side=side)
         for label, found in fields.items()
         for name, field in found.items()
         for share, side in field.sides.items()
     ]
-    write_csv(args.output / 'erf.csv', [('model', 'weights', 'feature', 'img_size', 'images', 'share', 'side'), *rows])
+    common = dict(model=args.model.name, img_size=size, images=len(images))
+    write_csv(args.output / 'erf.csv', [{**common, **row} for row in rows])
     skipped = batches.samples.report(absolute=True)
     if skipped:
         console.print(skipped, highlight=False, soft_wrap=True)
 
 
-def _label(spec: Spec, args: argparse.Namespace) -> str:
+def _label(spec: weights.Spec, args: argparse.Namespace) -> str:
     return f'untrained, seed {args.seed}' if spec.weights == 'untrained' else spec.weights or 'published'
 
 
@@ -144,7 +134,7 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
         image = read_whole(paths[0], model, size, args)
     else:
         args.skip_bad_images = False
-        (image,) = read_images(load_images(paths, data_config(model, args, size), args))
+        (image,) = read_images(load_images(paths, weights.data_config(model, args, size), args))
     height, width = image.shape[-2:]
     pixel = tuple(args.pixel) if args.pixel else (width // 2, height // 2)
     if not all(0 <= x < side for x, side in zip(pixel, (width, height))):
@@ -160,7 +150,7 @@ def draw_attention(args: argparse.Namespace, console: Console) -> None:
             grid = model.patch_embed.dynamic_feat_size((height, width)) if is_vim else inputs[name].shape[1:3]
             layer = _vim_layer if is_vim else _vmamba_layer
             layers.append(layer(model, name, routes, grid, pixel, args))
-    shown = shown_image(image, data_config(model, args, size))
+    shown = shown_image(image, weights.data_config(model, args, size))
     target = 'the class token' if args.class_token else f'pixel {pixel[0]}, {pixel[1]}'
     title = (
         f'{args.model}: |M| of {target}, {"mean of channels" if args.channel is None else f"channel {args.channel}"}'
@@ -208,8 +198,8 @@ def _vim_layer(model, name, routes, grid: Sequence[int], pixel: Tuple[int, int],
     column, row = (min(max(int((x - margin) // stride), 0), n - 1) for x, n in zip(pixel, (width, height)))
     middle, patches = height * width // 2, height * width
     position = middle if args.class_token else token_of_patch(row * width + column, patches)
-    weights = shown_weights(scan_rows(routes, position), args)
-    maps = torch.cat([weights[:, :middle], weights[:, middle + 1 :]], dim=1).unflatten(-1, (height, width))
+    drawn = shown_weights(scan_rows(routes, position), args)
+    maps = torch.cat([drawn[:, :middle], drawn[:, middle + 1 :]], dim=1).unflatten(-1, (height, width))
     right, bottom = (margin + n * stride - 0.5 for n in (width, height))
     return Layer(name, maps.cpu().numpy(), (margin - 0.5, right, bottom, margin - 0.5))
 
@@ -222,7 +212,7 @@ def shown_image(image: Tensor, config: dict) -> np.ndarray:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar='erf | attention')
     erf = commands.add_parser('erf', help='effective receptive fields, before and after loading weights')
     erf.set_defaults(draw=draw_receptive_fields)
@@ -243,23 +233,21 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     attention.add_argument('--channel', type=int, help='of this channel; default: the mean of all')
     attention.add_argument('--gamma', type=positive_float, default=0.5, help='draw (weight / largest) ** GAMMA')
     for command in (erf, attention):
-        add_spec_options(command)
+        weights.add_spec_options(command)
         command.add_argument('--img-size', type=positive, help="side of the images; default: the model's own")
         command.add_argument('--output', type=Path, default=Path('views'), help='folder of the pictures')
         add_loader_options(command)
-        add_model_options(command)
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device).type
-    return args
+        weights.add_model_options(command)
+    return parser.parse_args(argv)
 
 
+@one_line_errors('visualize.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     console = Console()
-    with one_line_errors('visualize.py'):
-        args.model = spec_of(args.model, args.checkpoint)
-        args.output.mkdir(parents=True, exist_ok=True)
-        args.draw(args, console)
+    args.model = weights.spec_of(args.model, args.checkpoint)
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.draw(args, console)
     console.print(f'Pictures are in {args.output}/')
 
 

@@ -15,6 +15,7 @@ import vmamba  # noqa: F401
 from vmamba.models._isotropic import TokenModel
 from vmamba.models._pretrained import read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
+from vmamba.tools.devices import add_device_option
 from vmamba.tools.training.config import parse_yaml
 from vmamba.tools.user_errors import UserError, nearest, positive_float
 
@@ -88,7 +89,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         '--crop-pct', type=positive_float, help="side of the crop over the resized side; default: the model's"
     )
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'), help="default: the model's own")
-    group.add_argument('--device', choices=('cpu', 'cuda'), help='default: the GPU if there is one')
+    add_device_option(group)
 
 
 def add_precision_option(parser: argparse.ArgumentParser) -> None:
@@ -249,4 +250,4 @@ def any_size_args(name: str) -> Dict[str, Any]:
 def autocast(args: argparse.Namespace) -> torch.autocast:
     """The context of a forward pass with the device and the precision of the options."""
     dtype = _PRECISIONS[args.precision]
-    return torch.autocast(args.device, dtype, enabled=dtype is not None)
+    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)

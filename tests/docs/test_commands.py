@@ -138,9 +138,8 @@ def run(command, monkeypatch):
     if listing:
         monkeypatch.setattr('sys.stdin', io.StringIO('\n'.join(map(str, Path('photos').glob('*.jpg')))))
     name, arguments = vmamba_cli.split(shlex.split(command)[1:])
-    if name == 'predict' and '--checkpoint' not in arguments:
-        arguments.append('--random-weights')
-    models = {'vmamba_t': 'vmamba_nano=untrained' if name == 'extract' else 'vmamba_nano'}
+    untrained = name in ('extract', 'predict') and '--checkpoint' not in arguments
+    models = {'vmamba_t': 'vmamba_nano=untrained' if untrained else 'vmamba_nano'}
     arguments = [models.get(argument, argument.replace('vmamba_t=', 'vmamba_nano=')) for argument in arguments]
     arguments = [*name.split(), *arguments, *SMALL_OPTIONS.get(name, '').split()]
     monkeypatch.setattr(sys, 'argv', ['vmamba'])

@@ -1,13 +1,13 @@
 """Runs of the tools for mmdet and mmseg on a few composed scenes, with tiny models."""
 
 import functools
-import multiprocessing
-import os
-import socket
-import sys
 from pathlib import Path
 
 import pytest
+from forked import two_processes
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
 
 ROOT = Path(__file__).parents[2]
 DETECTION = str(ROOT / 'configs/detection/mask-rcnn_vmamba-nano_fpn_scenes.py')
@@ -31,39 +31,20 @@ TINY = {
 def unformatted():
     """mmengine formats each run's config six times by yapf, and reads all metafiles of mmdet for each base of a config:
     both take longer than the trainings of the tests."""
-    utils = pytest.importorskip('mmengine.config.utils')
+    from mmengine.config import utils
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 
 
-def command(tool, *arguments):
-    return [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
-
-
-def environment():
-    return dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-
-
 def in_two_processes(main, arguments):
-    """Calls a tool in two processes with the environment that torchrun gives them; forks, which saves the imports."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        common = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2'}
-
-    def run(rank):
-        os.environ.update(common, RANK=str(rank), LOCAL_RANK=str(rank))
-        main([*map(str, arguments)])
-
-    context = multiprocessing.get_context('fork')
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    """Calls a tool in two processes with the environment that torchrun gives them."""
+    with two_processes(main, *arguments) as processes:
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, f'{out}\n{err}'
 
 
 def assert_one_line(tool, main, arguments, messages, capsys):

@@ -1,5 +1,4 @@
 import csv
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,14 +6,15 @@ import torch
 from vmamba.tools import bench_kernels
 from vmamba.tools.benchmarks import cases as bench_cases
 from vmamba.tools.benchmarks import timing
-from vmamba.tools.benchmarks.cases import HostCase, ScanCase, SS2DCase, SSDCase, Workload, ssd_scans
+from vmamba.tools.benchmarks.cases import Case, Workload, model_case, scan_case, ss2d_case, ssd_case, ssd_scans
 
 CPU = ['--device', 'cpu', '--batch-size', '1', '--repeats', '1']
-SCAN = ScanCase('scan_tiny', 2, dim=8, length=10, dstate=3, groups=2)
-SSD = SSDCase('ssd_tiny', 2, length=10, heads=2, dim=3, dstate=4, function=ssd_scans(torch.device('cpu'))['vmamba'])
-SS2D = SS2DCase('ss2d_tiny', 2, dim=8, size=3, dstate=2, dt_rank=1)
-OURS = HostCase('host_vmamba_nano', 1, 'vmamba_nano', size=32, beside=('test_vit',))
-THEIRS = HostCase('host_test_vit', 1, 'test_vit', size=160)
+SIZES = dict(dim=8, length=10, dstate=3, groups=2)
+SCAN = scan_case('scan_tiny', 2, **SIZES)
+SSD = ssd_case('ssd_tiny', 2, length=10, heads=2, dim=3, dstate=4, function=ssd_scans(torch.device('cpu'))['vmamba'])
+SS2D = ss2d_case('ss2d_tiny', 2, dim=8, size=3, dstate=2, dt_rank=1)
+OURS = model_case('host', 'host_vmamba_nano', 1, 'vmamba_nano', training=True, size=32, beside=('test_vit',))
+THEIRS = model_case('host', 'host_test_vit', 1, 'test_vit', training=True, size=160)
 
 
 def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
@@ -34,7 +34,7 @@ def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
         assert all(float(row[f'{name}_ms']) > 0 for name in ('forward', 'backward', 'both'))
         assert row['forward_peak_mib'] == ''  # needs a GPU
         assert torch.__version__ in row['versions'] and 'copy' in row['machine']
-        assert row['command'] == f'vmamba bench kernels {" ".join(CPU)} --only scan ssd ss2d'
+        assert row['command'].startswith(f'vmamba bench kernels {" ".join(CPU)} --only scan ssd ss2d --output ')
     text = docs.read_text()
     assert '| scan_tiny |' in text and '| ss2d_tiny |' in text and rows[0]['command'] in text
     assert 'scan_tiny' in capsys.readouterr().out
@@ -66,23 +66,21 @@ def test_host_times_of_models_are_written_beside_those_of_their_peers(monkeypatc
 def test_host_times_are_taken_in_turn_with_the_device_idle_around_each(monkeypatch):
     events, clock = [], iter(range(99))
 
-    def workload(case, device):
+    def host_case(model, **more):
         def forward():
-            events.append(f'forward {case.model}')
-            if case.model == 'b' and events.count('forward b') == 2:
+            events.append(f'forward {model}')
+            if model == 'b' and events.count('forward b') == 2:
                 raise ValueError('broken')
             y = torch.ones(3, requires_grad=True) + 0
-            y.register_hook(lambda grad: events.append(f'backward {case.model}'))
+            y.register_hook(lambda grad: events.append(f'backward {model}'))
             return y
 
-        return Workload(forward, ())
+        return Case('host', f'host_{model}', 1, '', lambda batch, device: Workload(forward, ()), **more)
 
-    monkeypatch.setattr(HostCase, 'workload', workload)
-    monkeypatch.setattr(HostCase, 'by', 'timm')
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('idle'))
     monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock) ** 2)
     monkeypatch.setattr(bench_kernels, 'TURN', 2)
-    cases = [HostCase('host_a', 1, 'a', beside=('b',)), HostCase('host_b', 1, 'b')]
+    cases = [host_case('a', beside=('b',)), host_case('b')]
     a, b = bench_kernels.measure_in_turn(cases, torch.device('cuda'), 2)
     turn = ('forward a', 'backward a') * 3
     names = *turn, 'forward b', 'backward b', 'forward b', *turn
@@ -99,12 +97,12 @@ def test_floors_follow_from_the_bytes(case):
     # Bytes of u, delta, B and C, A, D, delta_bias; of x, dt, B and C, A, D, dt_bias; of x, x_proj, dt_weight and
     # dt_bias, A, D, the norm.
     inputs = {
-        SCAN: 2 * 320 + 2 * 240 + 96 + 2 * 32,
-        SSD: 240 + 80 + 2 * 160 + 3 * 8,
-        SS2D: 288 + 320 + 2 * 128 + 256 + 128 + 2 * 32,
-    }[case]
-    output = {SCAN: 320, SSD: 240, SS2D: 288}[case]
-    assert (case.forward_bytes(), case.backward_bytes()) == (inputs + output, 2 * inputs + output)
+        'scan': 2 * 320 + 2 * 240 + 96 + 2 * 32,
+        'ssd': 240 + 80 + 2 * 160 + 3 * 8,
+        'ss2d': 288 + 320 + 2 * 128 + 256 + 128 + 2 * 32,
+    }[case.kind]
+    output = {'scan': 320, 'ssd': 240, 'ss2d': 288}[case.kind]
+    assert case.fewest_bytes() == (inputs + output, 2 * inputs + output)
     record = bench_kernels.derive(case, dict(forward_ms=2.0, forward_graph_ms=1.0, backward_ms=4.0), copy=1e6)
     assert record['forward_floor'] == pytest.approx((inputs + output) / 1e3)
     assert record['backward_floor'] == pytest.approx((2 * inputs + output) / 4e3)
@@ -120,8 +118,10 @@ def test_the_scan_of_mamba_2_as_linear_attention():
             rows.append((q[:, i, :, :, None] * state).sum(dim=2) * scale)
         return torch.stack(rows, dim=1), state
 
-    inputs = {name: tensor.float() for name, tensor in SSD.inputs('cpu').items()}
-    torch.testing.assert_close(bench_cases._simple_gla(simple_gla, **inputs), SSD.function(**inputs))
+    names = 'x', 'dt', 'A', 'B', 'C', 'D', 'dt_bias'
+    inputs = {name: tensor.float() for name, tensor in zip(names, SSD.workload('cpu').inputs, strict=True)}
+    ours = bench_cases.ssd_scans(torch.device('cpu'))['vmamba']
+    torch.testing.assert_close(bench_cases._simple_gla(simple_gla, **inputs), ours(**inputs))
 
 
 def test_the_scan_of_mamba_ssm_follows_each_of_ours(monkeypatch):
@@ -143,7 +143,7 @@ def test_an_error_is_a_row(error, status):
         raise error
 
     raises.__module__ = 'vmamba'
-    record = bench_kernels.measure(replace(SCAN, function=raises), torch.device('cpu'), 1)
+    record = bench_kernels.measure(scan_case('scan_tiny', 2, **SIZES, function=raises), torch.device('cpu'), 1)
     assert (record['status'], record['message']) == (status, str(error).splitlines()[0])
     (report,) = bench_kernels.reports_of([record], {})
     assert report.messages == [f'scan_tiny (vmamba): {status}: {record["message"]}']
@@ -163,7 +163,7 @@ def test_backward_by_difference():
             ctx.used = True
             return grad
 
-    case = replace(SCAN, function=lambda u, **others: Once.apply(u))
+    case = scan_case('scan_tiny', 2, **SIZES, function=lambda u, **others: Once.apply(u))
     record = bench_kernels.measure(case, torch.device('cpu'), 1)
     assert record['backward_ms'] == record['both_ms'] - record['forward_ms']
 
@@ -190,6 +190,6 @@ def test_registry():
     by_name = {(case.name, case.by): case for case in cases}
     assert len(by_name) == len(cases)
     stage = by_name['ss2d_vmamba_t_v0_stage2', 'vmamba']
-    assert (stage.batch, stage.dim, stage.size, stage.dstate, stage.dt_rank) == (64, 384, 28, 16, 12)
-    beside = {case.model: case.beside for case in cases if case.kind == 'host' and case.beside}
-    assert beside['vmamba_t'][0] == 'convnext_tiny' and beside['vim_t'] == ('deit_tiny_patch16_224',)
+    assert (stage.batch, stage.shape) == (64, 'D 384, 28x28, N 16, R 12')
+    beside = {case.name: case.beside for case in cases if case.beside}
+    assert beside['host_vmamba_t'][0] == 'convnext_tiny' and beside['host_vim_t'] == ('deit_tiny_patch16_224',)

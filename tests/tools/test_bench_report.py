@@ -1,7 +1,8 @@
 import pandas as pd
 import pytest
 
-from vmamba.tools.benchmarks.report import Report, command_of, markdown_table, number, replace_section
+from vmamba.tools.benchmarks.report import Report, markdown_table, replace_section
+from vmamba.tools.terminal import number
 
 from rich.console import Console
 
@@ -27,7 +28,7 @@ def test_a_section_keeps_the_rest_of_the_file(tmp_path):
 
 def test_tables_and_messages_are_printed():
     console = Console(record=True, width=100)
-    report().print(console)
+    report().publish(console)
     text = console.export_text()
     assert 'A title' in text and 'a device' in text and '20.3' in text and 'b: OOM' in text
 
@@ -39,11 +40,6 @@ def test_numbers_are_aligned_to_the_right():
 def test_a_marker_without_its_pair_is_an_error():
     with pytest.raises(ValueError, match='only one of'):
         replace_section('<!-- a: begin -->', 'a', 'body')
-
-
-def test_the_command_leaves_out_where_the_tool_writes():
-    argv = ['--docs', 'a.md', '--case', 'x y', '--docs=b.md', '--output', 'c']
-    assert command_of('bench kernels', argv, ('--docs', '--output')) == "vmamba bench kernels --case 'x y'"
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from vmamba.tools import compare_highres
-from vmamba.tools.benchmarks import highres
+from vmamba.tools.benchmarks import comparison, highres
+from vmamba.tools.benchmarks.comparison import compare, frame_of, known_out_of_memory, record, report_of, write_picture
 from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model
 from vmamba.tools.benchmarks.timing import is_out_of_memory
-from vmamba.tools.compare_highres import compare, known_out_of_memory, parse_args, record, report_of, write_picture
+from vmamba.tools.compare_highres import cases_of, parse_args
 
 from rich.console import Console
 
-GPU = torch.device('cuda')
+
+def chosen(*arguments):
+    return cases_of(parse_args(arguments))
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def console():
 @pytest.fixture
 def gpu(monkeypatch):
     """Options are read as on a machine with a GPU."""
-    monkeypatch.setattr(compare_highres, 'pick_device', lambda name: GPU)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def scripted(monkeypatch):
             def stop(self):
                 events.append('stop')
 
-        monkeypatch.setattr(compare_highres, 'Worker', Scripted)
+        monkeypatch.setattr(comparison, 'Worker', Scripted)
         return events
 
     return install
@@ -68,7 +71,7 @@ def test_one_row_a_model_and_size(tmp_path):
         assert float(row['peak_mib']) >= 0
         assert torch.__version__ in row['versions'] and row['device_name']
         assert (row['dtype'], row['device']) == ('float32', 'cpu')
-        assert row['command'] == f'vmamba compare highres --models vmamba_nano {" ".join(arguments)}'
+        assert row['command'].startswith(f'vmamba compare highres --models vmamba_nano {" ".join(arguments)} --output ')
     assert (tmp_path / 'new' / 'highres.png').read_bytes().startswith(b'\x89PNG')
     assert rows[0]['command'] in docs.read_text() and (tmp_path / 'highres.png').is_file()
 
@@ -161,8 +164,8 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path):
         assert [row['size'] for row in read_rows(tmp_path / 'highres.csv')] == ['32']
         raise KeyboardInterrupt
 
-    ((case, result),) = record(measurements(), tmp_path / 'highres.csv', 'a command')
-    assert (case.model, result.images_per_second) == ('a', 1.0)
+    rows = record(measurements(), tmp_path / 'highres.csv', 'a command')
+    assert (rows.model.tolist(), rows.images_per_second.tolist()) == (['a'], [1.0])
     (row,) = read_rows(tmp_path / 'highres.csv')
     assert (row['model'], row['images_per_second'], row['command']) == ('a', '1.0', 'a command')
 
@@ -185,18 +188,18 @@ MIXED = [
 
 
 def test_table_and_figure_of_mixed_results(tmp_path, console):
-    report_of(MIXED, 'highres', 'a command', len(MIXED)).print(console)
+    report_of(frame_of(MIXED), 'highres', 'a command', len(MIXED)).publish(console)
     text = console.export_text()
     assert 'OOM' in text and 'a device' in text
     assert 'b at 224, batch 4, float32: timeout: took more than 1 s' in text
-    write_picture(MIXED, tmp_path / 'highres.png')
+    write_picture(frame_of(MIXED), tmp_path / 'highres.png')
     assert (tmp_path / 'highres.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_docs_get_a_section_each(tmp_path):
     path = tmp_path / 'benchmarks.md'
     for name in ('highres', 'highres_paper', 'highres'):
-        report_of(MIXED, name, f'a command of {name}', len(MIXED) + 2).write_section(path)
+        report_of(frame_of(MIXED), name, f'a command of {name}', len(MIXED) + 2).write_section(path)
     text = path.read_text()
     assert text.count('| 224 | 4 | float32 | a | 10.0 | 100 | 50.0 |') == 2
     assert text.count('| 448 | 1 | float32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
@@ -207,16 +210,16 @@ def test_docs_get_a_section_each(tmp_path):
 
 def test_paired_batch_sizes_and_all_ways_to_run(gpu):
     arguments = ['--models', 'a', 'b', '--sizes', '224', '1248', '--batch-sizes', '128', '8']
-    cases = parse_args([*arguments, '--compile', 'off', 'on', '--cuda-graph', 'on']).cases
+    cases = chosen(*arguments, '--compile', 'off', 'on', '--cuda-graph', 'on')
     assert [(case.model, case.compile, case.size, case.batch_size) for case in cases] == [
         (model, compiled, *pair) for model in 'ab' for compiled in (False, True) for pair in ((224, 128), (1248, 8))
     ]
     assert all(case.cuda_graph and case.dtype == 'bfloat16' and case.device == 'cuda' for case in cases)
-    assert {case.batch_size for case in parse_args(['--batch-sizes', '2']).cases} == {2}
+    assert {case.batch_size for case in chosen('--batch-sizes', '2')} == {2}
 
 
 def test_defaults():
-    cases = parse_args(['--device', 'cpu']).cases
+    cases = chosen('--device', 'cpu')
     assert {(case.batch_size, case.dtype, case.compile, case.cuda_graph) for case in cases} == {
         (1, 'float32', False, False)
     }
@@ -225,29 +228,29 @@ def test_defaults():
 
 
 def test_the_paper_and_what_replaces_parts_of_it():
-    cases = parse_args(['--paper', '--device', 'cpu']).cases
+    cases = chosen('--paper', '--device', 'cpu')
     assert [case.size for case in cases] == [512, 640, 738, 1024, 1248] * 3
     assert {case.batch_size for case in cases} == {8}
     models = ['vim_t', 'deit_tiny_patch16_224:plain', 'deit_tiny_patch16_224:fused']
     assert list(dict.fromkeys(case.model for case in cases)) == models
-    (case,) = parse_args(['--paper', '--models', 'vim_s', '--sizes', '512', '--batch-sizes', '2']).cases
+    (case,) = chosen('--paper', '--models', 'vim_s', '--sizes', '512', '--batch-sizes', '2')
     assert (case.model, case.size, case.batch_size) == ('vim_s', 512, 2)
 
 
 def test_the_latency_of_one_image(gpu):
-    cases = parse_args(['--latency']).cases
+    cases = chosen('--latency')
     assert [case.model for case in cases] == list(compare_highres.FAST_MODELS)
     assert {(case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases} == {(224, 1, False, True)}
-    assert not any(case.cuda_graph for case in parse_args(['--latency', '--cuda-graph', 'off']).cases)
+    assert not any(case.cuda_graph for case in chosen('--latency', '--cuda-graph', 'off'))
 
 
 def test_docs_of_one_size_have_no_picture():
-    report = report_of([pair for pair in MIXED if pair[0].size == 224], 'highres_latency', 'a command', 1)
+    report = report_of(frame_of(pair for pair in MIXED if pair[0].size == 224), 'highres_latency', 'a command', 1)
     assert (report.title, report.picture) == ('Latency of one image', '')
 
 
 def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
-    cases = parse_args(['--benchmarks']).cases
+    cases = chosen('--benchmarks')
     models = [case.model for case in cases]
     assert [model for model, before in zip(models, [None, *models]) if model != before] == list(compare_highres.MODELS)
     found = {(case.model, case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases}
@@ -267,7 +270,7 @@ def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
 )
 def test_contradictions_are_clear_errors(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        parse_args(['--device', 'cpu', *arguments])
+        compare_highres.main(['--device', 'cpu', *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -335,6 +338,6 @@ def test_is_out_of_memory(error, expected):
 
 
 def test_the_earlier_name_of_precision_stays_known():
-    cases = parse_args(['--device', 'cpu', '--precision', 'bf16', 'fp32']).cases
+    cases = chosen('--device', 'cpu', '--precision', 'bf16', 'fp32')
     assert {case.dtype for case in cases} == {'bfloat16', 'float32'}
-    assert parse_args(['--device', 'cpu', '--dtype', 'bfloat16', 'float32']).cases == cases
+    assert chosen('--device', 'cpu', '--dtype', 'bfloat16', 'float32') == cases

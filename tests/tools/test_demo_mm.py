@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba.tools import demo_mm, make_scenes
+from vmamba.tools import demo_mm
 
 
 @pytest.fixture
@@ -34,24 +34,6 @@ def test_demo_makes_trains_and_tests(tools, capsys):
     assert all('--cfg-options' in call and call[-1] == 'a.b=1' for call in calls[1:])
     assert [call[2] for call in calls if call[0] == 'mm_test.py'] == ['last.pth', 'last.pth']
     assert '0.350' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('made', [[], ['--seed', '1'], None], ids=['as by default', 'otherwise', 'in part'])
-def test_demo_keeps_the_scenes_that_it_would_make_and_refuses_others(made, tools, tmp_path, capsys):
-    calls, _ = tools
-    folder = tmp_path / 'data/scenes'
-    arguments = make_scenes.parse_args(['--output', str(folder), *(made or [])])
-    (folder / 'images').mkdir(parents=True)
-    if made is not None:
-        (folder / make_scenes.RECORD).write_text(json.dumps(make_scenes.settings_of(arguments)))
-    if made == []:
-        demo_mm.main([])
-        assert calls[0][0] == 'mm_train.py'
-    else:
-        with pytest.raises(SystemExit) as error:
-            demo_mm.main([])
-        assert error.value.code == 2 and not calls
-        assert capsys.readouterr().err.startswith('demo_mm.py: error: data/scenes has scenes of ')
 
 
 @pytest.mark.parametrize('value', [0.29, float('nan')])

@@ -149,11 +149,11 @@ def test_features_among_the_images_are_left_out_however_their_folder_is_spelt(tm
     output.mkdir()
     np.save(output / 'map.npy', np.zeros(3))
     for spelt in (output, tmp_path / 'images/../images/features'):
-        assert find_images(tmp_path / 'images', arrays=True, without=spelt) == [image]
-    assert len(find_images(tmp_path / 'images', arrays=True)) == 2
+        assert find_images(tmp_path / 'images', also=['.npy'], without=spelt) == [image]
+    assert len(find_images(tmp_path / 'images', also=['.npy'])) == 2
     for name in ('settings.json', 'progress.npy'):
         (output / name).touch()
-    assert find_images(tmp_path / 'images', arrays=True) == [image]
+    assert find_images(tmp_path / 'images', also=['.npy']) == [image]
 
 
 def test_a_folder_without_images_names_the_endings(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,6 @@ from mm_runs import BACKBONE, QUICK, unformatted  # noqa: F401 - the fixture
 from PIL import Image
 
 from vmamba.tools import configurations, make_scenes, mm_test, mm_train
-
-pytestmark = pytest.mark.skipif(
-    find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
-)
 
 SMALL = [*QUICK, *BACKBONE, 'model.backbone.variant=vmamba_nano', 'model.backbone.pretrained=False']
 SMALL += ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.save_best=None']

@@ -1,27 +1,20 @@
 """What trainings of mmdet's and mmseg's models start with, and how their data resume."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mm_runs import DETECTION
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.registry import MODELS
+from mmengine.runner import IterBasedTrainLoop, loops
 
-from vmamba.tools import mm_train
+from vmamba.tools.openmmlab.checkpoints import load_weights
+from vmamba.tools.openmmlab.configs import load_config
+from vmamba.tools.openmmlab.resume import SeededBatches, SeedHook, choose_start
 from vmamba.tools.user_errors import UserError
-
-if find_spec('mmdet') is None or find_spec('mmseg') is None:
-    pytest.skip('needs mmdet and mmseg', allow_module_level=True)
-
-from mmengine.config import Config  # noqa: E402
-from mmengine.dataset import DefaultSampler, InfiniteSampler  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
-from mmengine.runner import IterBasedTrainLoop, loops  # noqa: E402
-
-from vmamba.tools.openmmlab.checkpoints import load_weights  # noqa: E402
-from vmamba.tools.openmmlab.configs import load_config  # noqa: E402
-from vmamba.tools.openmmlab.resume import SeededBatches, SeedHook  # noqa: E402
 
 FRESH = ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits')
 
@@ -67,7 +60,7 @@ def test_named_modules_keep_their_weights(detector):
 def test_a_training_begins_with_what_is_asked_for(tmp_path):
     def start(asked, fresh=(), **settings):
         cfg = Config(dict(work_dir=str(tmp_path), model=dict(), **settings))
-        mm_train.choose_start(cfg, asked, fresh)
+        choose_start(cfg, asked, fresh)
         return cfg.get('resume', False), cfg.get('load_from'), tuple(cfg.get('fresh', ()))
 
     assert start(None) == (False, None, ())
@@ -93,7 +86,7 @@ def test_a_training_begins_with_what_is_asked_for(tmp_path):
 )
 def test_weights_that_are_replaced_are_not_fetched(settings, fetched):
     cfg = Config(dict(model=dict(backbone=dict(pretrained='imagenet.pth')), **settings))
-    mm_train.choose_start(cfg, None, ())
+    choose_start(cfg, None, ())
     assert cfg.model.backbone.pretrained == ('imagenet.pth' if fetched else False)
 
 

@@ -3,22 +3,19 @@
 import json
 import os
 import signal
-import subprocess
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from mm_runs import (  # noqa: F401 - the fixture
     DETECTION,
     QUICK,
     SEGMENTATION,
     TINY,
-    command,
-    environment,
     in_two_processes,
     unformatted,
 )
@@ -27,10 +24,6 @@ from PIL import Image
 from vmamba.tools import make_scenes, mm_infer, mm_test, mm_train
 from vmamba.tools.training.parallel import check_version
 from vmamba.tools.user_errors import UserError
-
-pytestmark = pytest.mark.skipif(
-    find_spec('mmdet') is None or find_spec('mmseg') is None, reason='needs mmdet and mmseg'
-)
 
 
 @pytest.fixture(scope='module')
@@ -183,7 +176,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
 
 
 def test_a_training_by_epochs_resumes_to_the_same_weights(tmp_path):
-    arguments = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *BOXES]
+    arguments = [DETECTION, '--work-dir', str(tmp_path), '--cfg-options', *QUICK, *BOXES]
     mm_train.main([*arguments, 'train_cfg.max_epochs=2'])
     (tmp_path / 'epoch_2.pth').rename(tmp_path / 'whole.pth')
     mm_train.main([*arguments, 'train_cfg.max_epochs=2', '--resume', str(tmp_path / 'epoch_1.pth')])
@@ -192,9 +185,7 @@ def test_a_training_by_epochs_resumes_to_the_same_weights(tmp_path):
 
 def kill_after(checkpoint, *arguments):
     """Starts a training and kills it, workers and all, as soon as it names this checkpoint as its last."""
-    process = subprocess.Popen(
-        command('mm_train.py', *arguments), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    process = Forked(mm_train.main, *arguments, start_new_session=True)
     try:
         named = checkpoint.with_name('last_checkpoint')
         deadline = time.monotonic() + 120

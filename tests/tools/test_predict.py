@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from vmamba.tools import predict
 
-RANDOM = '--model', 'vmamba_nano', '--random-weights'
+RANDOM = '--model', 'vmamba_nano=untrained'
 
 
 @pytest.fixture
@@ -125,15 +125,11 @@ def test_the_picture_has_a_row_for_every_image(run, photographs, tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (('--model', 'vmamba_nano'), 'vmamba_nano has no weights, so its predictions'),
-        (
-            ('--model', 'vmamba_nano', '--pretrained'),
-            'vmamba_nano has no weights, so its predictions',
-        ),
+        (('--model', 'vmamba_nano'), 'vmamba_nano has no published weights: give a checkpoint, vmamba_nano=FILE, or'),
         ((), 'name the model by --model'),
-        (('--model', 'vmamba_nan', '--random-weights'), "unknown model 'vmamba_nan'; did you mean vmamba_nano"),
+        (('--model', 'vmamba_nan=untrained'), "unknown model 'vmamba_nan'; did you mean vmamba_nano"),
         (('--checkpoint', 'absent.pt'), 'there is no checkpoint absent.pt'),
-        ((*RANDOM, '--pretrained'), '--checkpoint, --pretrained and --random-weights exclude each other'),
+        ((*RANDOM, '--checkpoint', 'absent.pt'), 'both name weights'),
         ((*RANDOM, '--model-args', '{num_classes: 0}'), 'has no classifier'),
     ],
 )

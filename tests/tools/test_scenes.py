@@ -99,7 +99,7 @@ def test_masks_are_encoded_without_loss(folder):
 
 @pytest.mark.parametrize(
     'options, message',
-    [(['--size', '32'], '--size must be at least 96, got 32'), (['--training', '0'], '--training must be at least 1')],
+    [(['--size', '32'], "must be a whole number above 95, got '32'"), (['--training', '0'], '--training: must be a ')],
     ids=['size', 'count'],
 )
 def test_wrong_options_are_refused(tmp_path, capsys, options, message):
@@ -126,7 +126,7 @@ def test_what_scenes_were_made_with_is_recorded(folder):
 
 @pytest.mark.parametrize(
     'tool, package, extras',
-    [('make_scenes', 'mlxtend', 'tools'), ('bench_mm', 'mmengine', 'mm,tools'), ('demo_mm', 'rich', 'tools')],
+    [('make_scenes', 'mlxtend', 'tools'), ('bench_mm', 'mmengine', 'mm,tools')],
 )
 def test_a_missing_package_is_named(tool, package, extras, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -141,10 +141,13 @@ def test_a_missing_package_is_named(tool, package, extras, tmp_path, monkeypatch
     assert capsys.readouterr().err == f'{tool}.py: error: the package {package} is missing; {ADVICE.format(extras)}\n'
 
 
-def test_nothing_is_overwritten(folder, capsys):
+def test_the_same_scenes_are_left_and_others_are_not_overwritten(folder, tmp_path, capsys):
     before = contents(folder)
-    with pytest.raises(SystemExit) as error:
-        make(folder)
-    assert error.value.code == 2
-    assert 'is not empty' in capsys.readouterr().err
+    make(folder)
+    assert 'has these scenes already' in capsys.readouterr().out
+    (tmp_path / 'photo.jpg').touch()
+    for other, options in ((folder, ['--seed', '1']), (tmp_path, [])):
+        with pytest.raises(SystemExit) as error:
+            make(other, *options)
+        assert error.value.code == 2 and capsys.readouterr().err.endswith(': move it away\n')
     assert contents(folder) == before

@@ -1,4 +1,4 @@
-"""Runs of train.py that are killed and resumed, in processes of their own."""
+"""Runs of train.py that are killed and resumed, in processes of their own; test_train_sharded.py stops torchrun."""
 
 import os
 import random
@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 from folders import in_use, write_digits
+from forked import Forked, two_processes
 from training_runs import CONFIGS, SMALL, TORCHRUN, assert_same, finish, image_folder, newest, rows, start, wait_for
 
+from vmamba.tools import train
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.user_errors import UserError
 
@@ -30,7 +32,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone,
     chance = random.Random(0)
     for number, kill in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         options = '--output', broken, '--resume', '--workers', number % 2
-        process = start(*STATEFUL, *options, start_new_session=True)
+        process = Forked(train.main, *STATEFUL, *options, start_new_session=True)
         wait_for(process, f'epoch {number + 1} update {chance.randint(3, 7)}/10')
         time.sleep(chance.random() / 20)
         workers = psutil.Process(process.pid).children()
@@ -49,7 +51,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(run_alone,
         assert not psutil.wait_procs(workers, timeout=30)[1]
     damaged = max(broken.glob('checkpoint-*.pt'))
     damaged.write_bytes(damaged.read_bytes()[:100_000])
-    out, err = finish(start(*STATEFUL, '--output', broken, '--resume'))
+    out, err = finish(Forked(train.main, *STATEFUL, '--output', broken, '--resume'))
     assert f'skipped the broken checkpoint {damaged}' in err
     assert 'resumed from' in out
     assert rows(broken) == rows(whole)
@@ -68,13 +70,13 @@ def test_two_processes_stopped_and_resumed_learn_as_one_with_the_joined_batch(ru
     args = *args, '--data', '', '--data-dir', data
     args = *args, '--epochs', 2, '--opt', 'sgd', '--lr', 0.02, '--log-every', 1, '--auto-augment', 'rand-m5'
     one, two = tmp_path / 'one', tmp_path / 'two'
-    process = start(*args, '--batch-size', 14, '--output', two, launcher=TORCHRUN)
-    wait_for(process, 'epoch 1 update 4/8')
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode
-    out, _ = finish(start(*args, '--batch-size', 14, '--output', two, '--resume', launcher=TORCHRUN))
-    assert 'resumed from' in out
+    with two_processes(train.main, *args, '--batch-size', 14, '--output', two) as processes:
+        wait_for(processes[0], 'epoch 1 update 4/8')
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        finish(processes[0], 128 + signal.SIGTERM)
+    with two_processes(train.main, *args, '--batch-size', 14, '--output', two, '--resume') as processes:
+        assert 'resumed from' in [finish(process) for process in processes][0][0]
     run_alone(*args, '--batch-size', 28, '--output', one)
     for ours, theirs in zip(rows(two), rows(one), strict=True):
         for key in ('updates', 'lr', 'val_top1', 'val_top5', 'val_loss'):
@@ -95,9 +97,10 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
     assert 'error: [process' in err
 
 
-def test_processes_that_share_a_run_end_where_another_run_writes(tmp_path):
+def test_processes_that_share_a_run_end_where_another_run_writes(run_alone, tmp_path):
     with in_use(tmp_path):
-        _, err = finish(start(*SMALL, '--output', tmp_path, launcher=TORCHRUN), 1)
+        with two_processes(train.main, *SMALL, '--output', tmp_path) as processes:
+            _, err = finish(processes[0], 2)
     message = f'train.py: error: [process 0] another process is writing into {tmp_path}: wait until it ends'
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ['.lock']

@@ -7,12 +7,14 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from forked import two_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training_runs import CONFIGS, TORCHRUN, assert_same, finish, newest, rows, start, wait_for
 
 from vmamba.kernels import use_triton
 from vmamba.layers import residual
+from vmamba.tools import train
 from vmamba.tools.training.parallel import CPU_VERSION, blocks_of, whole
 
 pytestmark = [
@@ -40,9 +42,10 @@ def test_shards_learn_as_one_process_and_resume_exactly(run_alone, tmp_path, cap
     shards = *args, '--batch-size', 12, '--accumulate', 2, '--shard', '--log-every', 1
     one, two, broken, single = (tmp_path / name for name in ('one', 'two', 'broken', 'single'))
     saving = '--checkpoint-every', 1, '--keep-checkpoints', 9
-    whole_run = start(*shards, *saving, '--output', two, launcher=TORCHRUN)
     run_alone(*args, '--batch-size', 48, '--output', one)
-    finish(whole_run)
+    with two_processes(train.main, *shards, *saving, '--output', two) as processes:
+        for process in processes:
+            finish(process)
     for folder in (broken, single):
         folder.mkdir()
         for number in (1, 2):  # what a killed run leaves

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -239,7 +240,7 @@ def test_corruptions(tmp_path, capsys):
     assert 'defocus_blur' in printed and 'mean of 2' in printed
 
 
-def test_weights_of_one_model_are_told_apart(tmp_path, capsys, monkeypatch):
+def test_weights_of_one_model_are_told_apart(tmp_path, capsys):
     write_digits(tmp_path / 'c' / 'fog' / '3', per_class=1, classes=2)
     model = timm.create_model('vmamba_nano')
     specs = []
@@ -252,15 +253,15 @@ def test_weights_of_one_model_are_told_apart(tmp_path, capsys, monkeypatch):
     printed = ''.join(capsys.readouterr().out.split())
     assert printed.count('fog│50.00') == printed.count('fog│100.00') == 2
     assert len(read(tmp_path)) == 4  # what is named twice is measured once
-    numbers = [dict(img_size=int(row['img_size']), top1=float(row['top1'])) for row in read(tmp_path)]
-    rows = [validate.Row(**{**row, **found, 'published_top1': 9}) for row, found in zip(read(tmp_path), numbers)]
-    drawn = []
-    monkeypatch.setattr(validate, 'plot_resolutions', lambda *lines: drawn.append(lines))
-    validate.draw_resolutions(rows, tmp_path)
-    validate.draw_resolutions(rows[:2], tmp_path)
+    rows = pd.read_csv(tmp_path / 'validate.csv').assign(published_top1=9)
     labels = [f'vmamba_nano, {tmp_path}/{name}.pth' for name in ('half', 'wrong')]
-    assert drawn[0][0] == {labels[0]: {32: 50, 36: 50}, labels[1]: {32: 0, 36: 0}}
-    assert drawn[1][:2] == ({'vmamba_nano': {32: 50, 36: 50}}, {'vmamba_nano': {32: 9, 36: 9}})
+    measured, _ = validate.accuracy_lines(rows)
+    assert {label: dict(line) for label, line in measured.items()} == {
+        labels[0]: {32: 50, 36: 50},
+        labels[1]: {32: 0, 36: 0},
+    }
+    one = [{label: dict(line) for label, line in lines.items()} for lines in validate.accuracy_lines(rows[:2])]
+    assert one == [{'vmamba_nano': {32: 50, 36: 50}}, {'vmamba_nano': {32: 9, 36: 9}}]
 
 
 def test_unreadable_images_are_named_and_left_out_only_by_the_flag(tmp_path, capsys):

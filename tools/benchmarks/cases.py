@@ -1,9 +1,8 @@
 """What bench_kernels.py measures: operators and models at the sizes of VMamba and Vim."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core, ssd_scan
 
 KINDS = ('scan', 'ssd', 'ss2d', 'model', 'host')
+KERNELS = ('scan', 'ssd', 'ss2d')
 INFERENCE, TRAINING = 'inference', 'training'
 
 
@@ -24,207 +24,143 @@ class Workload(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case(ABC):
+class Case:
     """Something to measure.
 
     Attributes:
+        kind: Of KINDS. The first input of kernels is like their output.
         name: Unique, beginning with the kind.
         batch: Batch size.
+        shape: Sizes other than the batch, as text.
+        build: Makes the tensors, from a batch size and a device.
+        by: Package.
         passes: What to time: INFERENCE, the forward pass, and TRAINING, the forward and the backward pass.
+        compile: Whether torch.compile is used.
+        beside: Names of the cases with which it is compared.
     """
 
+    kind: str
     name: str
     batch: int
-    kind: ClassVar[str]
-    by: ClassVar[str] = 'vmamba'
-    passes: ClassVar[Tuple[str, ...]] = (INFERENCE, TRAINING)
+    shape: str
+    build: Callable[[int, Any], Workload]
+    by: str = 'vmamba'
+    passes: Tuple[str, ...] = (INFERENCE, TRAINING)
+    compile: bool = False
+    beside: Tuple[str, ...] = ()
 
-    @property
-    @abstractmethod
-    def shape(self) -> str:
-        """Sizes other than the batch, as text."""
+    def workload(self, device: Any) -> Workload:
+        return self.build(self.batch, device)
 
-    @abstractmethod
-    def workload(self, device: torch.device) -> Workload:
-        """Builds the tensors on a device."""
-
-
-class KernelCase(Case):
-    """An operator, the first of whose inputs is like its output."""
-
-    @abstractmethod
-    def inputs(self, device: Any) -> Dict[str, Tensor]:
-        """The tensor arguments by name: in bf16 what depends on the image, in fp32 the parameters of the state."""
-
-    def forward_bytes(self) -> int:
-        """Fewest bytes of a forward pass: each input read once and the output written once."""
-        sizes = [tensor.nbytes for tensor in self.inputs('meta').values()]
-        return sum(sizes) + sizes[0]
-
-    def backward_bytes(self) -> int:
-        """Fewest bytes of a backward pass: inputs and the output's gradient read, a gradient of each input written."""
-        sizes = [tensor.nbytes for tensor in self.inputs('meta').values()]
-        return 2 * sum(sizes) + sizes[0]
-
-    def _workload(self, function: Callable[..., Tensor], device: torch.device, **options: Any) -> Workload:
-        inputs = {name: tensor.requires_grad_() for name, tensor in self.inputs(device).items()}
-        return Workload(partial(function, **inputs, **options), tuple(inputs.values()))
+    def fewest_bytes(self) -> Tuple[int, int]:
+        """Of a kernel's forward pass: each input read once and the output written once. Of its backward pass: inputs
+        and the output's gradient read, a gradient of each input written."""
+        sizes = [tensor.nbytes for tensor in self.workload('meta').inputs]
+        return sum(sizes) + sizes[0], 2 * sum(sizes) + sizes[0]
 
 
-@dataclass(frozen=True)
-class ScanCase(KernelCase):
+def _kernel(function: Callable[..., Tensor], inputs: Dict[str, Tensor], **options: Any) -> Workload:
+    """Of tensors by name: in bf16 what depends on the image, in fp32 the parameters of the state."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    return Workload(partial(function, **inputs, **options), tuple(inputs.values()))
+
+
+def scan_case(
+    name: str,
+    batch: int,
+    dim: int,
+    length: int,
+    dstate: int,
+    groups: int,
+    function: Callable[..., Tensor] = selective_scan,
+) -> Case:
     """A selective scan with softplus, bias of dt and skip connection, and without gate."""
 
-    dim: int
-    length: int
-    dstate: int
-    groups: int
-    function: Callable[..., Tensor] = selective_scan
-    kind = 'scan'
-
-    @property
-    def by(self) -> str:
-        return self.function.__module__.split('.')[0]
-
-    @property
-    def shape(self) -> str:
-        return f'D {self.dim}, L {self.length}, N {self.dstate}, G {self.groups}'
-
-    def inputs(self, device: Any) -> Dict[str, Tensor]:
+    def build(batch: int, device: Any) -> Workload:
         data = dict(device=device, dtype=torch.bfloat16)
-        projection = self.batch, self.groups, self.dstate, self.length
-        return dict(
-            u=torch.randn(self.batch, self.dim, self.length, **data),
-            delta=torch.randn(self.batch, self.dim, self.length, **data),
-            A=-torch.rand(self.dim, self.dstate, device=device) * self.dstate,
+        projection = batch, groups, dstate, length
+        inputs = dict(
+            u=torch.randn(batch, dim, length, **data),
+            delta=torch.randn(batch, dim, length, **data),
+            A=-torch.rand(dim, dstate, device=device) * dstate,
             B=torch.randn(projection, **data),
             C=torch.randn(projection, **data),
-            D=torch.ones(self.dim, device=device),
-            delta_bias=torch.rand(self.dim, device=device) - 4,
+            D=torch.ones(dim, device=device),
+            delta_bias=torch.rand(dim, device=device) - 4,
         )
+        return _kernel(function, inputs, delta_softplus=True)
 
-    def workload(self, device: torch.device) -> Workload:
-        return self._workload(self.function, device, delta_softplus=True)
+    shape = f'D {dim}, L {length}, N {dstate}, G {groups}'
+    return Case('scan', name, batch, shape, build, function.__module__.split('.')[0])
 
 
-@dataclass(frozen=True)
-class SSDCase(KernelCase):
-    """The scan of Mamba-2 with softplus, bias of dt and skip connection, of one group and without gate.
+def ssd_case(
+    name: str,
+    batch: int,
+    length: int,
+    heads: int,
+    dim: int,
+    dstate: int,
+    function: Callable[..., Tensor],
+    by: str = 'vmamba',
+) -> Case:
+    """The scan of Mamba-2 with softplus, bias of dt and skip connection, of one group and without gate."""
 
-    Attributes:
-        function: Takes the tensors by name.
-    """
-
-    length: int
-    heads: int
-    dim: int
-    dstate: int
-    function: Callable[..., Tensor]
-    package: str = 'vmamba'
-    kind = 'ssd'
-
-    @property
-    def by(self) -> str:
-        return self.package
-
-    @property
-    def shape(self) -> str:
-        return f'L {self.length}, H {self.heads}, P {self.dim}, N {self.dstate}'
-
-    def inputs(self, device: Any) -> Dict[str, Tensor]:
+    def build(batch: int, device: Any) -> Workload:
         data = dict(device=device, dtype=torch.bfloat16)
-        rows, heads = (self.batch, self.length), self.heads
-        return dict(
-            x=torch.randn(*rows, heads, self.dim, **data),
-            dt=torch.randn(*rows, heads, **data),
+        inputs = dict(
+            x=torch.randn(batch, length, heads, dim, **data),
+            dt=torch.randn(batch, length, heads, **data),
             A=-torch.rand(heads, device=device) * 15 - 1,
-            B=torch.randn(*rows, 1, self.dstate, **data),
-            C=torch.randn(*rows, 1, self.dstate, **data),
+            B=torch.randn(batch, length, 1, dstate, **data),
+            C=torch.randn(batch, length, 1, dstate, **data),
             D=torch.ones(heads, device=device),
             dt_bias=torch.rand(heads, device=device) - 4,
         )
+        return _kernel(function, inputs)
 
-    def workload(self, device: torch.device) -> Workload:
-        return self._workload(self.function, device)
+    return Case('ssd', name, batch, f'L {length}, H {heads}, P {dim}, N {dstate}', build, by)
 
 
-@dataclass(frozen=True)
-class SS2DCase(KernelCase):
+def ss2d_case(name: str, batch: int, dim: int, size: int, dstate: int, dt_rank: int) -> Case:
     """The core of SS2D on square maps: projections, four scans, their sum and its LayerNorm."""
 
-    dim: int
-    size: int
-    dstate: int
-    dt_rank: int
-    kind = 'ss2d'
-
-    @property
-    def shape(self) -> str:
-        return f'D {self.dim}, {self.size}x{self.size}, N {self.dstate}, R {self.dt_rank}'
-
-    def inputs(self, device: Any) -> Dict[str, Tensor]:
-        routes, dim = NUM_ROUTES, self.dim
+    def build(batch: int, device: Any) -> Workload:
         data = dict(device=device, dtype=torch.bfloat16)
-        return dict(
-            x=torch.randn(self.batch, self.size, self.size, dim, **data),
-            x_proj_weight=torch.randn(routes * (self.dt_rank + 2 * self.dstate), dim, **data) * dim**-0.5,
-            dt_weight=torch.randn(routes, dim, self.dt_rank, device=device) * self.dt_rank**-0.5,
-            dt_bias=torch.rand(routes, dim, device=device) - 4,
-            A=-torch.rand(routes, dim, self.dstate, device=device) * self.dstate,
-            D=torch.ones(routes, dim, device=device),
+        inputs = dict(
+            x=torch.randn(batch, size, size, dim, **data),
+            x_proj_weight=torch.randn(NUM_ROUTES * (dt_rank + 2 * dstate), dim, **data) * dim**-0.5,
+            dt_weight=torch.randn(NUM_ROUTES, dim, dt_rank, device=device) * dt_rank**-0.5,
+            dt_bias=torch.rand(NUM_ROUTES, dim, device=device) - 4,
+            A=-torch.rand(NUM_ROUTES, dim, dstate, device=device) * dstate,
+            D=torch.ones(NUM_ROUTES, dim, device=device),
             norm_weight=torch.ones(dim, device=device),
             norm_bias=torch.zeros(dim, device=device),
         )
+        return _kernel(ss2d_core, inputs)
 
-    def workload(self, device: torch.device) -> Workload:
-        return self._workload(ss2d_core, device)
+    return Case('ss2d', name, batch, f'D {dim}, {size}x{size}, N {dstate}, R {dt_rank}', build)
 
 
-@dataclass(frozen=True)
-class ModelCase(Case):
+def model_case(
+    kind: str, name: str, batch: int, model: str, training: bool = False, compile: bool = False, size: int = 224, **more
+) -> Case:
     """A timm model under bf16 autocast: inference, or forward and backward in training mode."""
 
-    model: str
-    training: bool = False
-    compile: bool = False
-    size: int = 224
-    kind = 'model'
-
-    @property
-    def by(self) -> str:
-        return timm.models.model_entrypoint(self.model).__module__.split('.')[0]
-
-    @property
-    def passes(self) -> Tuple[str, ...]:
-        return (TRAINING if self.training else INFERENCE,)
-
-    @property
-    def shape(self) -> str:
-        return f'{self.size}x{self.size}'
-
-    def workload(self, device: torch.device) -> Workload:
-        model = timm.create_model(self.model).to(device).train(self.training)
-        run = torch.compile(model) if self.compile else model
-        images = torch.randn(self.batch, 3, self.size, self.size, device=device)
+    def build(batch: int, device: Any) -> Workload:
+        built = timm.create_model(model).to(device).train(training)
+        run = torch.compile(built) if compile else built
+        images = torch.randn(batch, 3, size, size, device=device)
 
         def forward() -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
                 return run(images)
 
-        return Workload(forward, tuple(model.parameters()))
+        return Workload(forward, tuple(built.parameters()))
 
-
-@dataclass(frozen=True)
-class HostCase(ModelCase):
-    """A model whose forward and backward pass take as long as the host does, measured in turn with others.
-
-    Attributes:
-        beside: The models with which it is compared.
-    """
-
-    beside: Tuple[str, ...] = ()
-    training: bool = True
-    kind = 'host'
+    by = timm.models.model_entrypoint(model).__module__.split('.')[0]
+    passes = (TRAINING if training else INFERENCE,)
+    return Case(kind, name, batch, f'{size}x{size}', build, by, passes, compile, **more)
 
 
 def mamba_ssm_scan() -> Optional[Callable[..., Tensor]]:
@@ -291,50 +227,51 @@ _HOST = {
 }
 
 
-def scan_cases(device: torch.device) -> List[ScanCase]:
+def scan_cases(device: torch.device) -> List[Case]:
     """Selective scans, each followed by mamba_ssm's on a GPU where that is installed."""
     peer = mamba_ssm_scan() if device.type == 'cuda' else None
-    functions = [selective_scan] if peer is None else [selective_scan, peer]
     return [
-        ScanCase(f'scan_d{dim}_l{length}_n{dstate}_g{groups}', batch, dim, length, dstate, groups, function)
+        scan_case(f'scan_d{dim}_l{length}_n{dstate}_g{groups}', batch, dim, length, dstate, groups, function)
         for batch, dim, length, dstate, groups in _SCANS
-        for function in functions
+        for function in filter(None, (selective_scan, peer))
     ]
 
 
-def ssd_cases(device: torch.device) -> List[SSDCase]:
+def ssd_cases(device: torch.device) -> List[Case]:
     """The scan of Mamba-2 at the sizes of vision models, each followed by those of other packages."""
     return [
-        SSDCase(f'ssd_l{length}_h{heads}_p{dim}_n{dstate}', batch, length, heads, dim, dstate, function, by)
+        ssd_case(f'ssd_l{length}_h{heads}_p{dim}_n{dstate}', batch, length, heads, dim, dstate, function, by)
         for batch, length, heads, dim, dstate in _SSD
         for by, function in ssd_scans(device).items()
     ]
 
 
-def ss2d_cases() -> List[SS2DCase]:
+def ss2d_cases() -> List[Case]:
     """The four stages of VMamba models."""
     return [
-        SS2DCase(f'ss2d_{model}_stage{stage + 1}', 64, ratio * 96 * 2**stage, 56 // 2**stage, dstate, 6 * 2**stage)
+        ss2d_case(f'ss2d_{model}_stage{i + 1}', 64, ratio * 96 * 2**i, 56 // 2**i, dstate, 6 * 2**i)
         for model, ratio, dstate in _SS2D
-        for stage in range(4)
+        for i in range(4)
     ]
 
 
-def model_cases(models: Sequence[str], compile_training: bool = False) -> List[ModelCase]:
+def model_cases(models: Sequence[str], compile_training: bool = False) -> List[Case]:
     """Inference, compiled inference and training of models."""
     cases = []
     for model in models:
-        cases.append(ModelCase(f'model_{model}_inference', 128, model))
-        cases.append(ModelCase(f'model_{model}_inference_compile', 128, model, compile=True))
-        cases.append(ModelCase(f'model_{model}_training', 64, model, training=True))
+        inference, training = f'model_{model}_inference', f'model_{model}_training'
+        cases.append(model_case('model', inference, 128, model))
+        cases.append(model_case('model', f'{inference}_compile', 128, model, compile=True))
+        cases.append(model_case('model', training, 64, model, training=True))
         if compile_training:
-            cases.append(ModelCase(f'model_{model}_training_compile', 64, model, training=True, compile=True))
+            cases.append(model_case('model', f'{training}_compile', 64, model, training=True, compile=True))
     return cases
 
 
-def host_cases() -> List[HostCase]:
-    """Models of this library on one image, each followed by those of timm that it is compared with."""
-    models = [
-        (model, peers) for ours, peers in _HOST.items() for model, peers in [(ours, peers), *((p, ()) for p in peers)]
+def host_cases() -> List[Case]:
+    """Models whose passes take as long as the host does, on one image, each followed by those it is compared with."""
+    return [
+        model_case('host', f'host_{model}', 1, model, training=True, beside=_HOST.get(model, ()))
+        for ours, peers in _HOST.items()
+        for model in (ours, *peers)
     ]
-    return [HostCase(f'host_{model}', 1, model, beside=peers) for model, peers in models]

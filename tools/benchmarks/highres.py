@@ -192,7 +192,9 @@ class Worker:
     def measure(self, case: Case) -> Result:
         """Measures a case; a process that dies or takes too long is a result too."""
         if self._process is None:
-            context = multiprocessing.get_context('spawn')
+            # The server has the libraries already, and no GPU, so that fresh processes start at once.
+            context = multiprocessing.get_context('forkserver')
+            context.set_forkserver_preload([__name__])
             self._connection, end = context.Pipe()
             self._process = context.Process(target=self.target, args=(end,))  # no daemon: compilers start processes
             self._process.start()

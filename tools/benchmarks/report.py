@@ -1,43 +1,21 @@
 """What the benchmarks report: tables on the terminal, CSV files, and sections of a Markdown file."""
 
-import shlex
-from math import floor, log10
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import pandas as pd
 import timm
 import torch
 
 from vmamba.tools.benchmarks.timing import triton_version
-from vmamba.tools.output_files import write_text
+from vmamba.tools.output_files import write_atomically, write_text
+from vmamba.tools.terminal import cells_of, is_numeric, table_of
 
 from rich.console import Console
-from rich.table import Table
 
 
 def versions() -> str:
     return f'torch {torch.__version__}, triton {triton_version()}, timm {timm.__version__}'
-
-
-def command_of(tool: str, argv: Sequence[str], outputs: Sequence[str]) -> str:
-    """The command line `vmamba TOOL ...`, without the options in `outputs`, which name the files that it writes."""
-    kept, skip = [], False
-    for argument in argv:
-        if not skip and not argument.startswith(tuple(f'{output}=' for output in outputs)) and argument not in outputs:
-            kept.append(argument)
-        skip = argument in outputs
-    return shlex.join(['vmamba', *tool.split(), *kept])
-
-
-def number(value: Any) -> str:
-    """Three significant digits of a float without exponent, '-' for nothing, and anything else as it is."""
-    if value is None or (isinstance(value, float) and value != value):
-        return '-'
-    if not isinstance(value, float):
-        return str(value)
-    digits = 2 - floor(log10(abs(value))) if value else 0
-    return f'{value:.{max(digits, 0)}f}'
 
 
 class Report(NamedTuple):
@@ -61,17 +39,17 @@ class Report(NamedTuple):
     messages: Sequence[str] = ()
     picture: str = ''
 
-    def print(self, console: Console) -> None:
+    def publish(self, console: Console, docs: Optional[Path] = None, picture: Optional[Path] = None) -> None:
+        """Prints the tables, and writes them and the picture into a Markdown file and beside it, if one is given."""
         for i, table in enumerate(self.tables):
-            heading = '\n'.join([self.title, *self.facts.values()]) if i == 0 else None
-            shown = Table(title=heading)
-            for name, values in table.items():
-                shown.add_column(name, justify='right' if _is_numeric(values) else 'left', overflow='fold')
-            for row in _cells(table):
-                shown.add_row(*row)
-            console.print(shown)
+            console.print(table_of(table, '\n'.join([self.title, *self.facts.values()]) if i == 0 else None))
         for message in self.messages:
             console.print(message, markup=False, highlight=False)
+        if docs:
+            self.write_section(docs)
+            if self.picture and picture:
+                write_atomically(docs.with_name(self.picture), lambda file: file.write(picture.read_bytes()))
+            console.print(f'Wrote its section of {docs}')
 
     def write_section(self, path: Path) -> None:
         """Writes the section into a Markdown file, in the place of its old one, and leaves all else as it is.
@@ -89,24 +67,10 @@ class Report(NamedTuple):
         return [f'{name}: `{fact}`' if name == 'command' else f'{name}: {fact}' for name, fact in self.facts.items()]
 
 
-def write_records(records: Sequence[Dict[str, Any]], path: Path) -> None:
-    """Writes a CSV file with a row for each record, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, pd.DataFrame(records).to_csv(index=False))
-
-
 def markdown_table(table: pd.DataFrame) -> str:
     """A table whose columns of numbers are aligned to the right."""
-    rule = ['---:' if _is_numeric(values) else '---' for _, values in table.items()]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in (list(table), rule, *_cells(table)))
-
-
-def _is_numeric(values: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(values)
-
-
-def _cells(table: pd.DataFrame) -> List[List[str]]:
-    return [[number(value) for value in row] for row in table.itertuples(index=False)]
+    rule = ['---:' if is_numeric(values) else '---' for _, values in table.items()]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in (list(table), rule, *cells_of(table)))
 
 
 def replace_section(text: str, name: str, body: str) -> str:

@@ -87,7 +87,7 @@ def pad_to_patches(image: Tensor, patch: int, stride: int) -> Tensor:
     return F.pad(image, padding, mode='replicate') if any(padding) else image
 
 
-def normalised(pixels: np.ndarray, config: Dict[str, Any], device: str) -> Tensor:
+def normalised(pixels: np.ndarray, config: Dict[str, Any], device: torch.device) -> Tensor:
     """Bytes [H, W, C] -> normalised image [1, C, H, W] on the device."""
     image = torch.from_numpy(np.array(pixels)).to(device).permute(2, 0, 1)[None].float() / 255
     mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
@@ -111,7 +111,7 @@ def tiled_maps(
     tile: int,
     overlap: int,
     allocate: Allocate,
-    device: str,
+    device: torch.device,
 ) -> Dict[str, np.ndarray]:
     """Maps of an image of any size, of which the device holds one tile at a time.
 

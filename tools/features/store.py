@@ -9,8 +9,6 @@ A folder of features holds
 - else (`Files`): files/ROW.safetensors, files/ROW.npz, or files/ROW.NAME.npy.
 """
 
-import csv
-import itertools
 import json
 import os
 import shutil
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
 import numpy as np
+import pandas as pd
 from numpy.lib.format import open_memmap
 from safetensors.numpy import load_file, save
 
@@ -73,8 +72,8 @@ class Store:
     def write_index(self, labels: Sequence[str]) -> None:
         """Writes index.csv."""
         states = [STATES[state] for state in self._progress]
-        rows = zip(range(len(labels)), self.paths, labels, states)
-        write_csv(self.folder / 'index.csv', itertools.chain([('row', 'image', 'label', 'state')], rows))
+        rows = enumerate(zip(self.paths, labels, states))
+        write_csv(self.folder / 'index.csv', (dict(row=i, image=p, label=name, state=s) for i, (p, name, s) in rows))
 
 
 class Table(Store):
@@ -100,6 +99,15 @@ class Files(Store):
         super().__init__(folder, paths, settings, overwrite)
         self._format = settings['format']
         (folder / 'files').mkdir(exist_ok=True)
+
+    def write(self, rows: Sequence[int], features: Features) -> None:
+        """Writes features [n, ...] of n rows."""
+        for i, row in enumerate(rows):
+            arrays = {}
+            for name, values in features.items():
+                arrays[name] = self.allocate(row, name, values[i].shape, values.dtype)
+                arrays[name][...] = values[i]
+            self.finish(row, arrays)
 
     def allocate(self, row: int, name: str, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """An array to fill before `finish`: a memory-mapped file where the format is npy."""
@@ -183,8 +191,8 @@ def _reserve(file: BinaryIO, size: int) -> None:
     file.flush()
 
 
-def read_index(folder: Path) -> List[Dict[str, str]]:
-    """Rows of index.csv, with the states of progress.npy: after a kill those of the index are of the run's start.
+def read_index(folder: Path) -> pd.DataFrame:
+    """The texts of index.csv, with the states of progress.npy: after a kill those of the index are of the run's start.
 
     Raises:
         UserError: If there is none.
@@ -192,9 +200,8 @@ def read_index(folder: Path) -> List[Dict[str, str]]:
     path = folder / 'index.csv'
     if not path.is_file():
         raise UserError(f'{folder} holds no features (no index.csv): tools/extract_features.py writes them')
-    progress = np.load(folder / 'progress.npy')
-    with path.open(newline='') as file:
-        return [{**row, 'state': STATES[state]} for row, state in zip(csv.DictReader(file), progress)]
+    index = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return index.assign(state=[STATES[state] for state in np.load(folder / 'progress.npy')])
 
 
 def read_settings(folder: Path) -> Dict[str, Any]:

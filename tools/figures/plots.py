@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import pandas as pd
 
 from vmamba.tools.images.decoding import read_image
 from vmamba.tools.output_files import write_atomically
@@ -11,9 +13,6 @@ from vmamba.tools.output_files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-if TYPE_CHECKING:
-    from vmamba.tools.benchmarks.highres import Case, Result
 
 MARKERS = 'osD^vPX*'
 
@@ -23,49 +22,35 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
-def plot_comparison(lines: Dict[str, Sequence[Tuple[Case, Result]]], title: str, path: Path) -> None:
+def plot_comparison(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Throughput and peak memory against resolution, a line a label; crosses at the edge mark what did not run.
 
     Args:
-        lines: Measurements by label.
+        rows: With the columns label, size, batch_size, status, images_per_second and peak_mib.
         title: Above the panels.
         path: Of the picture.
     """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     panels = figure.subplots(1, 2)
     crossed = 0
-    for i, (label, rows) in enumerate(lines.items()):
-        sizes = [case.size for case, result in rows if result.status == 'ok']
-        results = [result for _, result in rows if result.status == 'ok']
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=_label(label, rows))
-        panels[0].plot(sizes, [result.images_per_second for result in results], **style)
-        panels[1].plot(sizes, [result.peak_mib for result in results], **style)
-        missing = [case.size for case, result in rows if result.status != 'ok']
+    for i, (label, own) in enumerate(rows.groupby('label', sort=False)):
+        done, missing = own[own.status == 'ok'], own[own.status != 'ok']
+        what = ', '.join(f'{row.status} at {row.size}' for row in missing.itertuples())
+        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}')
+        style['label'] = f'{label} (× {what})' if what else label
+        panels[0].plot(done['size'], done.images_per_second, **style)
+        panels[1].plot(done['size'], done.peak_mib, **style)
         for panel, edge in zip(panels, (0.03 + 0.04 * crossed, 0.97 - 0.04 * crossed)):  # slow, and much memory
-            heights = [edge] * len(missing)
-            panel.scatter(missing, heights, marker='x', color=style['color'], transform=panel.get_xaxis_transform())
-        crossed += bool(missing)
-    ticks = _size_labels([case for rows in lines.values() for case, _ in rows])
+            heights, transform = [edge] * len(missing), panel.get_xaxis_transform()
+            panel.scatter(missing['size'], heights, marker='x', color=style['color'], transform=transform)
+        crossed += bool(len(missing))
+    batches = rows.groupby('size').batch_size.unique()
+    ticks = {size: f'{size}\nbatch {", ".join(map(str, sorted(found)))}' for size, found in batches.items()}
     _log_panel(panels[0], ticks, 'images per second')
     _log_panel(panels[1], ticks, 'peak memory of the forward, MiB')
     figure.suptitle(title, fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
     save_figure(figure, path)
-
-
-def _label(label: str, rows: Sequence[Tuple[Case, Result]]) -> str:
-    missing = [f'{result.status} at {case.size}' for case, result in rows if result.status != 'ok']
-    return f'{label} (\u00d7 {", ".join(missing)})' if missing else label
-
-
-def _size_labels(cases: Sequence[Case]) -> Dict[int, str]:
-    """Text at each size on the axis: the size and its batch."""
-    batches: Dict[int, List[str]] = {}
-    for case in sorted(cases, key=lambda case: (case.size, case.batch_size)):
-        found = batches.setdefault(case.size, [])
-        if str(case.batch_size) not in found:
-            found.append(str(case.batch_size))
-    return {size: f'{size}\nbatch {", ".join(found)}' for size, found in batches.items()}
 
 
 def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
@@ -103,24 +88,24 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path) -> None:
+def plot_accuracies(epochs: pd.DataFrame, path: Path, required: Optional[float] = None) -> None:
     """Validation accuracy against epoch: the mean over the runs of a model, and a band from the worst to the best.
 
     Args:
-        curves: Accuracies after each epoch of each run, by task and model.
+        epochs: With the columns task, model, epoch and val_top1, of all runs.
         path: Of the picture.
+        required: Accuracy to mark.
     """
-    figure = Figure(figsize=(5.5 * len(curves), 4.6), layout='constrained')
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (task, models) in zip(panels, curves.items()):
-        for i, (model, runs) in enumerate(models.items()):
-            longest = max(map(len, runs))
-            values = [[run[epoch] for run in runs if epoch < len(run)] for epoch in range(longest)]
-            epochs = range(1, longest + 1)
-            means = [sum(found) / len(found) for found in values]
-            style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(longest // 8, 1), color=f'C{i % 10}')
-            panel.plot(epochs, means, label=model, markersize=4, **style)
-            panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=f'C{i % 10}', alpha=0.2)
+    tasks = list(epochs.groupby('task', sort=False))
+    figure = Figure(figsize=(5.5 * max(len(tasks), 1), 4.6), layout='constrained')
+    for panel, (task, own) in zip(figure.subplots(1, max(len(tasks), 1), squeeze=False)[0], tasks):
+        for i, (model, runs) in enumerate(own.groupby('model', sort=False)):
+            found = runs.groupby('epoch').val_top1.agg(['mean', 'min', 'max'])
+            style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(len(found) // 8, 1), color=f'C{i % 10}')
+            panel.plot(found['mean'], label=model, markersize=4, **style)
+            panel.fill_between(found.index, found['min'], found['max'], color=f'C{i % 10}', alpha=0.2)
+        if required is not None:
+            panel.axhline(required, linestyle='--', color='grey', label=f'required: {required:g} %')
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_title(task, fontsize=11)
         panel.set_xlabel('epoch')
@@ -130,17 +115,16 @@ def plot_accuracies(curves: Dict[str, Dict[str, List[List[float]]]], path: Path)
     save_figure(figure, path)
 
 
-def plot_resolutions(lines: Dict[str, Dict[int, float]], published: Dict[str, Dict[int, float]], path: Path) -> None:
-    """Top-1 accuracy against the side of the images, a line for each label; crosses are published values."""
+def plot_resolutions(lines: Dict[str, pd.Series], published: Dict[str, pd.Series], path: Path) -> None:
+    """Top-1 accuracy by the side of the images, a line for each label; crosses are published values."""
     figure = Figure(figsize=(7, 4.2), layout='constrained')
     panel = figure.subplots()
     for i, (label, values) in enumerate(lines.items()):
-        style = dict(color=f'C{i % 10}')
-        panel.plot(*zip(*sorted(values.items())), marker=MARKERS[i % len(MARKERS)], label=label, **style)
-        if published.get(label):
+        panel.plot(values, marker=MARKERS[i % len(MARKERS)], label=label, color=f'C{i % 10}')
+        if len(published[label]):
             name = f'{label}, published (ImageNet-1K val)'
-            panel.scatter(*zip(*published[label].items()), marker='x', label=name, **style)
-    panel.set_xticks(sorted({size for values in lines.values() for size in values}))
+            panel.plot(published[label], 'x', label=name, color=f'C{i % 10}')
+    panel.set_xticks(sorted({size for values in lines.values() for size in values.index}))
     panel.set_xlabel('image size, pixels')
     panel.set_ylabel('top-1 accuracy, %')
     panel.grid(alpha=0.3)

@@ -190,8 +190,7 @@ def load_images(
         indices: Of the files to read; default: all.
     """
     dataset = ImageDataset('', reader=LabelledFiles([(str(path), 0) for path in paths], {}, Path()))
-    device = torch.device(args.device)
-    return Images(dataset, config, args.batch_size, args.workers, device, args.skip_bad_images, indices)
+    return Images(dataset, config, args.batch_size, args.workers, args.device, args.skip_bad_images, indices)
 
 
 def add_loader_options(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,8 @@
 """Image files below folders and in lists."""
 
 import os
-from collections import deque
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
@@ -13,14 +12,14 @@ from vmamba.tools.user_errors import UserError
 _FEATURES = {'settings.json', 'progress.npy'}  # in every folder that extract_features.py writes
 
 
-def find_images(source: Path, arrays: bool = False, without: Optional[Path] = None) -> List[Path]:
+def find_images(source: Path, also: Sequence[str] = (), without: Optional[Path] = None) -> List[Path]:
     """Image files of a folder and those below it in natural order, or the files that a text file lists, one a line.
 
     Links are followed. Folders of extracted features are left out.
 
     Args:
         source: Folder, text file with paths relative to its own folder, or one image.
-        arrays: Take .npy files, too.
+        also: Endings of further files to take, such as .npy.
         without: Folder below the source to leave out.
 
     Raises:
@@ -28,78 +27,61 @@ def find_images(source: Path, arrays: bool = False, without: Optional[Path] = No
     """
     if not source.exists():
         raise UserError(f'there is no folder or list of images {source}')
-    if source.is_file() and _is_image(source, arrays):
+    if source.is_file() and _is_image(source, also):
         return [source]
+    endings = ', '.join([*get_img_extensions(), *also])
     if source.is_file():
         try:
             lines = source.read_text().splitlines()
         except UnicodeDecodeError:
-            with_arrays = '' if arrays else ' (one of .npy is read with --native)'
-            raise UserError(f'{source} is neither an image{with_arrays} nor a text file with a path a line') from None
+            what = f'{source} is neither an image nor a text file with a path a line'
+            raise UserError(f'{what}; names of images end in {endings}') from None
         paths = [source.parent / line.strip() for line in lines if line.strip()]
     else:
-        found = (path for path in _files_below(source, without) if _is_image(path, arrays))
+        found = (path for path in _files_below(source, without) if _is_image(path, also))
         paths = sorted(found, key=lambda path: natural_key(str(path)))
     if not paths:
-        endings = ', '.join([*get_img_extensions(), *(['.npy'] if arrays else [])])
         raise UserError(f'{source} holds no images; their names must end in {endings}')
     return paths
 
 
-def walk(root: Path) -> Iterator[Tuple[str, str, List[os.DirEntry], List[os.DirEntry]]]:
-    """A folder and those below it, links followed, each real folder once: path, real path, folders in it and files.
+def walk(root: Path) -> Iterator[Tuple[str, str, List[str], List[str]]]:
+    """A folder and those below it, links followed, each real folder once: path, real path, names of folders and files.
 
-    Links to folders come after all that is reached without them. One to an ancestor, or to a folder that was visited,
-    is skipped. As with os.walk, removing folders from the list leaves them out, and unreadable folders have no entries.
+    A link to an ancestor, to a folder that is reached without links, or to one that was visited is skipped. As with
+    os.walk, removing folders from the list leaves them out, and unreadable folders are skipped.
     """
     top = os.path.realpath(root)
-    places: Deque[Tuple[str, str]] = deque([(os.fspath(root), top)])
-    links: Deque[Tuple[str, str]] = deque()
-    visited = set()
-    while places or links:
-        path, real = (places or links).popleft()
+    visited: Set[str] = set()
+    direct: Set[str] = set()  # what is reached without links, if there are any
+    for path, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
         if real in visited:
+            folders.clear()
             continue
         visited.add(real)
-        folders, files = _entries(path)
-        yield path, real, folders, files
-        for entry in folders:
-            if not entry.is_symlink():
-                places.append((entry.path, os.path.join(real, entry.name)))
-                continue
-            target = os.path.realpath(entry.path)
-            if not any(Path(below).is_relative_to(target) for below in (top, real)):
-                links.append((entry.path, target))
-
-
-def _entries(path: str) -> Tuple[List[os.DirEntry], List[os.DirEntry]]:
-    """The folders and the files in a folder, by name."""
-    folders: List[os.DirEntry] = []
-    files: List[os.DirEntry] = []
-    try:
-        with os.scandir(path) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError:
-        entries = []
-    for entry in entries:  # entry.is_dir() raises an error for a link to itself
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-        (folders if is_folder else files).append(entry)
-    return folders, files
+        folders.sort()
+        yield path, real, folders, sorted(files)
+        for name in [name for name in folders if os.path.islink(os.path.join(path, name))]:
+            target = os.path.realpath(os.path.join(path, name))
+            direct = direct or {os.path.realpath(found) for found, _, _ in os.walk(root)}
+            if target in direct or any(Path(below).is_relative_to(target) for below in (top, real)):
+                folders.remove(name)
 
 
 def _files_below(folder: Path, without: Optional[Path]) -> Iterator[Path]:
     """Files of a folder and those below it, except one folder and written features."""
     left_out = without and os.path.realpath(without)
-    for _, real, folders, files in walk(folder):
-        if real == left_out or _FEATURES <= {entry.name for entry in files}:
+    for path, real, folders, files in walk(folder):
+        if real == left_out or _FEATURES <= {*files}:
             folders.clear()
         else:
-            yield from (Path(entry.path) for entry in files)
+            yield from (Path(path, name) for name in files)
 
 
 def has_image_ending(name: str) -> bool:
     return is_img_extension(os.path.splitext(name)[1].lower())
 
 
-def _is_image(path: Path, arrays: bool) -> bool:
-    return (has_image_ending(path.name) or (arrays and path.suffix == '.npy')) and path.is_file()
+def _is_image(path: Path, also: Sequence[str]) -> bool:
+    return (has_image_ending(path.name) or path.suffix.lower() in also) and path.is_file()

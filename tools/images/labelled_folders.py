@@ -1,6 +1,5 @@
 """Image files with labels: class folders, CSV files, and which class of a model each label is."""
 
-import csv
 import hashlib
 import json
 import os
@@ -43,6 +42,14 @@ class LabelledFiles(ReaderImageFolder):
         Reader.__init__(self)  # timm's own reader follows links in circles
         self.samples, self.class_to_idx, self.root, self.empty = list(samples), class_to_idx, str(root), list(empty)
 
+    def real_paths(self) -> List[str]:
+        """Where the files are, behind links."""
+        folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path, _ in self.samples}}
+        return [
+            os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[head], tail)
+            for path, (head, tail) in ((path, os.path.split(path)) for path, _ in self.samples)
+        ]
+
     def hold_out(self, fraction: float, seed: int) -> Tuple['LabelledFiles', 'LabelledFiles']:
         """Splits the files into those to train on and a share of each class to validate on.
 
@@ -64,8 +71,9 @@ class LabelledFiles(ReaderImageFolder):
         for paths in members.values():
             count = min(max(round(fraction * len(paths)), 1), len(paths) - 1)
             held.update(path for _, path in sorted(paths)[:count])
-        kept = {os.path.realpath(path) for path, _ in self.samples if path not in held}
-        held = {path for path in held if os.path.realpath(path) not in kept}
+        real = dict(zip((path for path, _ in self.samples), self.real_paths()))
+        kept = {real[path] for path in real.keys() - held}
+        held = {path for path in held if real[path] not in kept}
         if not held:
             raise UserError(f'{self.root} has no class of two images, so none can be held out for validation')
         parts = [[s for s in self.samples if (s[0] in held) is chosen] for chosen in (False, True)]
@@ -99,7 +107,7 @@ def read_folder(
     images: Dict[str, List[str]] = {}
     folders_of: Dict[str, str] = {}
     for path, _, folders, files in walk(root):
-        found = [entry.path for entry in files if os.path.splitext(entry.name)[1].lower() in endings]
+        found = [os.path.join(path, name) for name in files if os.path.splitext(name)[1].lower() in endings]
         if path == str(root):
             if found:
                 raise UserError(f'{found[0]} is in no class folder: expected {root}/CLASS/IMAGE')
@@ -135,34 +143,33 @@ def read_csv(path: Path, splits: Sequence[Sequence[str]]) -> List[LabelledFiles]
     Raises:
         UserError: If a column, a label or a file is missing, or a split is unknown.
     """
+    import pandas as pd  # here: only this needs it
+
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding='utf-8-sig').fillna('')
+    except (OSError, ValueError) as error:  # those of pandas are ValueErrors
         raise UserError(f'cannot read {path} as CSV: {error}') from error
-    missing = [name for name in ('path', 'label') if name not in columns]
-    if missing:
-        raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(columns) or "none"}')
-    parts: List[List[Tuple[str, str]]] = [[] for _ in splits]
-    for number, row in enumerate(rows, start=2):
-        split, label = (row.get('split') or splits[0][0]).strip(), (row['label'] or '').strip()
-        part = next((i for i, names in enumerate(splits) if split in names), None)
-        if not row['path'] or not label:
+    if not {'path', 'label'} <= {*rows}:
+        raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(rows)}')
+    rows = rows.apply(lambda column: column.str.strip())
+    rows['split'] = rows['split'].replace('', splits[0][0]) if 'split' in rows else splits[0][0]
+    parts = {name: i for i, names in enumerate(splits) for name in names}
+    for number, row in zip(rows.index + 2, rows.itertuples()):
+        if not row.path or not row.label:
             raise UserError(f'{path}, line {number}: the path or the label is empty')
-        if part is None and split != 'test':
-            raise UserError(f'{path}, line {number}: split {split!r} is not train, val or test')
-        if part is not None:
-            parts[part].append((str(path.parent / row['path'].strip()), label))
-    pairs = [pair for part in parts for pair in part]
-    absent = [file for file, _ in pairs if not os.path.isfile(file)]
+        if row.split not in parts and row.split != 'test':
+            raise UserError(f'{path}, line {number}: split {row.split!r} is not train, val or test')
+    rows = rows[rows.split.isin(parts)]
+    if rows.empty:
+        raise UserError(f'{path} lists no images')
+    files = [str(path.parent / name) for name in rows.path]
+    absent = [file for file in files if not os.path.isfile(file)]
     if absent:
         raise UserError(f'{path} lists {len(absent)} files that do not exist: {listed(absent, _NAMES_SHOWN)}')
-    if not pairs:
-        raise UserError(f'{path} lists no images')
-    labels = sorted({label for _, label in pairs}, key=natural_key)
-    class_to_idx = {label: index for index, label in enumerate(labels)}
-    samples = [[(file, class_to_idx[label]) for file, label in part] for part in parts]
+    class_to_idx = {label: index for index, label in enumerate(sorted(rows.label.unique(), key=natural_key))}
+    samples: List[List[Sample]] = [[] for _ in splits]
+    for file, label, split in zip(files, rows.label, rows.split):
+        samples[parts[split]].append((file, class_to_idx[label]))
     return [LabelledFiles(part, class_to_idx, path.parent) for part in samples if part]
 
 

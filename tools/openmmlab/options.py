@@ -3,7 +3,7 @@
 import argparse
 import ast
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 from mmengine.config import DictAction
 
@@ -47,15 +47,3 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', type=Path, help='config file of mmdet or mmseg, or the name of an installed one')
     add_overrides(parser)
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='pytorch under torchrun')
-
-
-def file_name(suffix: str) -> Callable[[str], Path]:
-    """A reader, for argparse, of the name of a file to write that has this suffix."""
-
-    def read(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() != suffix or path.is_dir():
-            raise argparse.ArgumentTypeError(f'must be a file that ends with {suffix}, got {text!r}')
-        return path
-
-    return read

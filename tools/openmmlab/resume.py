@@ -4,19 +4,20 @@ mmengine restores weights, optimizer, schedules and the order of the images, but
 workers, drop path and the sampling of proposals would differ. Here they depend only on the seed and the step.
 """
 
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch.utils.data import BatchSampler, Sampler
 
 from vmamba.tools.training.seeding import seed_all
+from vmamba.tools.user_errors import UserError
 
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, within
 from .runs import add_hook
 
 _DATA, _STEP = range(2)  # what random numbers are for
@@ -118,3 +119,28 @@ def make_resumable(cfg: Config) -> None:
         type='SeededBatches', drop_last=loader.pop('drop_last', False), batches=loader.get('batch_sampler')
     )
     add_hook(cfg, type='SeedHook')
+
+
+def choose_start(cfg: Config, resume: Union[bool, str, None], fresh: Sequence[str]) -> None:
+    """Decides which checkpoint the training resumes from or starts with, if any.
+
+    Args:
+        cfg: Of the training.
+        resume: A checkpoint to resume from, or whether to do so from the last in the work folder, if there is one.
+        fresh: Modules that keep their initial weights when a training starts with a checkpoint.
+
+    Raises:
+        UserError: If there are such modules, but no checkpoint.
+    """
+    if isinstance(resume, str):
+        cfg.resume, cfg.load_from = True, resume
+    elif resume or cfg.get('resume') and cfg.get('load_from') is None:
+        last = find_latest_checkpoint(cfg.work_dir)
+        cfg.resume, cfg.load_from = last is not None, last or cfg.get('load_from')
+    if fresh:
+        cfg.fresh = fresh
+        if cfg.get('load_from') is None:
+            raise UserError('--fresh says what not to load: name a checkpoint by --cfg-options load_from=CHECKPOINT')
+    loaded = cfg.get('load_from') and (cfg.get('resume') or not within('backbone', cfg.get('fresh', ())))
+    if loaded and 'pretrained' in cfg.model.get('backbone', {}):
+        cfg.model.backbone.pretrained = False  # the checkpoint has these weights

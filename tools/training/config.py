@@ -160,9 +160,10 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
         overrides: Values by key.
 
     Raises:
-        UserError: If a file is missing or broken, or a key or value is wrong.
+        FileNotFoundError: If a file is missing; the message names the nearest.
+        UserError: If a file is broken, or a key or value is wrong.
     """
-    path = _find(path)
+    path = find_config(path)
     values = {key: _convert(key, value, 'the command line') for key, value in overrides.items()}
     config = Config(**{**_read(path, []), **values})
     config.output = config.output or f'runs/{path.stem}'
@@ -175,13 +176,6 @@ def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
     return config
 
 
-def _find(path: Path) -> Path:
-    try:
-        return find_config(path)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
-
-
 def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f'{path} builds on itself; change its {BASE_KEY}')
@@ -191,7 +185,7 @@ def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
     base = content.pop(BASE_KEY, None)
     if not isinstance(base, (str, type(None))):
         raise UserError(f'{path}: {BASE_KEY} must name a file, got {base!r}')
-    values = _read(_find(path.parent / base), [*seen, path.resolve()]) if base else {}
+    values = _read(find_config(path.parent / base), [*seen, path.resolve()]) if base else {}
     for key, value in content.items():
         if key not in FIELDS:
             raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), FIELDS)}')
@@ -304,9 +298,11 @@ def option_of(key: str) -> str:
     return f'--{key.replace("_", "-")}'
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Makes an option of every key; one that is not given is absent from the result."""
+def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = ()) -> None:
+    """Makes an option of every key, except some; one that is not given is absent from the result."""
     for name, field in FIELDS.items():
+        if name in without:
+            continue
         option, help_text = option_of(name), field.metadata['help']
         if field.type is bool:
             action = argparse.BooleanOptionalAction

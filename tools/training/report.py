@@ -127,7 +127,7 @@ class Report:
         self.say(f'epoch {row["epoch"]} done: {", ".join(scores)}')
         for log in self.logs:
             log.add('epoch', row, row['epoch'])
-        write_csv(self.output / 'epochs.csv', [list(row), *([past.get(key) for key in row] for past in history)])
+        write_csv(self.output / 'epochs.csv', history)
 
     def finish(self, history: List[Dict[str, float]]) -> None:
         """Draws the curves and names the folder of the results."""

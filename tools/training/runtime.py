@@ -11,7 +11,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.devices import pick_device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,13 +39,9 @@ def start(device: str) -> Runtime:
     """Joins the processes that torchrun started, if it did.
 
     Args:
-        device: 'cpu', 'cuda' or '' for the GPU if there is one.
+        device: As for `pick_device`.
     """
-    available = torch.cuda.is_available()
-    if device not in ('', 'cpu', 'cuda') or (device == 'cuda' and not available):
-        reason = 'there is no GPU' if device == 'cuda' else 'it must be cpu or cuda'
-        raise UserError(f'cannot run on device {device!r}: {reason}')
-    found = init_distributed_device_so(device or ('cuda' if available else 'cpu'))
+    found = init_distributed_device_so(pick_device(device).type)
     return Runtime(torch.device(found['device']), found['global_rank'], found['world_size'])
 
 

@@ -1,15 +1,13 @@
 """The training and validation split of the configured data, which share no image."""
 
 import importlib.util
-import os
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from vmamba.tools.images.decoding import image_mode
-from vmamba.tools.images.image_files import has_image_ending, walk
 from vmamba.tools.images.labelled_folders import LabelledFiles, read_csv, read_folder
 from vmamba.tools.images.packaged_data import PREFIX, create_packaged_dataset
 from vmamba.tools.user_errors import UserError, listed, nearest
@@ -91,12 +89,12 @@ def _files(config: Config) -> List[Dataset]:
         return _datasets(config, parts, root)
     if _is_whole(root, config):
         return _datasets(config, [_read_folder(config, root)], root)
-    train = _find(root, 'train_split', config.train_split)
-    if config.val_fraction is not None:
-        return _datasets(config, [_read_folder(config, train)], train)
-    validation = _find(root, 'val_split', config.val_split)
-    _check_apart(train, validation)
-    return [_folder(config, path) for path in (train, validation)]
+    splits = [_find(root, 'train_split', config.train_split)]
+    if config.val_fraction is None:
+        splits.append(_find(root, 'val_split', config.val_split))
+    if len(splits) == 2 and not all(split.is_dir() for split in splits):  # tar files
+        return [_folder(config, split) for split in splits]
+    return _datasets(config, [_read_folder(config, split) for split in splits], root)
 
 
 def _is_whole(root: Path, config: Config) -> bool:
@@ -118,34 +116,10 @@ def _datasets(config: Config, parts: List[LabelledFiles], source: Path) -> List[
     elif config.val_fraction is not None:
         raise UserError(f'{source} has a validation split already: leave val_fraction out')
     else:
-        shared = set.intersection(*({os.path.realpath(path) for path, _ in part.samples} for part in parts))
+        shared = set.intersection(*(set(part.real_paths()) for part in parts))
         if shared:
             raise UserError(f'images to validate on must not be trained on: {source} has {min(shared)} in both splits')
     return [ImageDataset(part.root, reader=part, input_img_mode=image_mode(config.in_chans)) for part in parts]
-
-
-def _check_apart(train: Path, validation: Path) -> None:
-    """Raises UserError if an image is in both splits, directly or through links."""
-    shared = {train.resolve()} & {validation.resolve()}
-    (folders, linked), (other_folders, other_linked) = _real_paths(train), _real_paths(validation)
-    shared |= (folders & other_folders) | (linked & other_linked)
-    shared |= {path for path in linked if path.parent in other_folders}
-    shared |= {path for path in other_linked if path.parent in folders}
-    if shared:
-        raise UserError(
-            f'images to validate on must not be trained on: part {train} and {validation}, which share {min(shared)}'
-        )
-
-
-def _real_paths(root: Path) -> Tuple[Set[Path], Set[Path]]:
-    """Of the images at and below a folder: the folders that they are in, and the files that links lead to."""
-    folders, linked = set(), set()
-    for _, real, _, files in walk(root):
-        images = [entry for entry in files if has_image_ending(entry.name)]
-        if images:
-            folders.add(Path(real))
-        linked.update(Path(os.path.realpath(entry.path)) for entry in images if entry.is_symlink())
-    return folders, linked
 
 
 def _names_of(split: str) -> Sequence[str]:
