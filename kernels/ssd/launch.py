@@ -51,8 +51,8 @@ class Config(NamedTuple):
     state_n: int = 64
     walk: Run = Run(stages=3)
     output: Run = Run(stages=3)
-    inputs: Run = Run(stages=2)
-    projections: Run = Run(stages=2)
+    inputs: Run = Run(stages=2, registers=255)  # without the number ptxas takes far fewer for large tiles
+    projections: Run = Run(stages=2, registers=255)
     programs: int = 3
     min_chunks: int = 4
     segments: int = 0
@@ -63,7 +63,8 @@ class Config(NamedTuple):
         return processors * self.programs
 
     def fit(self, dim: int, dstate: int, itemsize: int, shared: int) -> 'Config':
-        """With a chunk and stages for which a program's tiles fit into so many bytes of shared memory."""
+        """With a chunk and stages for which a program's tiles fit into so many bytes of shared memory, and as many
+        warps as the gradients of a large state need."""
         block_p, block_n = _block(dim), _block(dstate)
 
         def needed(chunk: int, stages: int) -> int:
@@ -76,6 +77,8 @@ class Config(NamedTuple):
         most = max((stages for stages in range(2, 9) if needed(chunk, stages) <= shared), default=1)
         runs = {name: getattr(self, name) for name in ('walk', 'output', 'inputs', 'projections')}
         fitting = {name: run._replace(stages=min(run.stages, most)) for name, run in runs.items()}
+        if block_p * block_n > 2**13:
+            fitting.update({name: fitting[name]._replace(warps=8) for name in ('inputs', 'projections')})
         return self._replace(chunk=chunk, **fitting)
 
 
