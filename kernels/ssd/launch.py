@@ -1,7 +1,7 @@
 """How the SSD's kernels divide their work: into chunks, heads and segments of chunks."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Config(NamedTuple):
         chunk = self.chunk
         while chunk > 16 and needed(chunk, 1) > shared:
             chunk //= 2
-        runs = {name: fitting(getattr(self, name)) for name in ('walk', 'output', 'projections')}
+        runs: Dict[str, Any] = {name: fitting(getattr(self, name)) for name in ('walk', 'output', 'projections')}
         runs['inputs'] = fitting(self.inputs, 3, chunk * chunk)
         if block_p * block_n > 2**13:
             runs.update({name: runs[name]._replace(warps=8) for name in ('inputs', 'projections')})
