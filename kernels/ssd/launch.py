@@ -1,7 +1,7 @@
 """How the SSD's kernels divide their work: into chunks, heads and segments of chunks."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -67,19 +67,22 @@ class Config(NamedTuple):
         warps as the gradients of a large state need."""
         block_p, block_n = _block(dim), _block(dstate)
 
-        def needed(chunk: int, stages: int) -> int:
-            tiles = 2 * chunk * block_n + stages * (2 * chunk * block_p + block_p * block_n)
+        def needed(chunk: int, stages: int, sequences: int = 2, pairs: int = 0) -> int:
+            tiles = 2 * chunk * block_n + stages * (sequences * chunk * block_p + block_p * block_n) + pairs
             return tiles * itemsize + (stages - 1) * 1024  # and step sizes
+
+        def fitting(run: Run, *more: int) -> Run:
+            stages = range(run.stages, 1, -1)
+            return run._replace(stages=next((n for n in stages if needed(chunk, n, *more) <= shared), 1))
 
         chunk = self.chunk
         while chunk > 16 and needed(chunk, 1) > shared:
             chunk //= 2
-        most = max((stages for stages in range(2, 9) if needed(chunk, stages) <= shared), default=1)
-        runs = {name: getattr(self, name) for name in ('walk', 'output', 'inputs', 'projections')}
-        fitting = {name: run._replace(stages=min(run.stages, most)) for name, run in runs.items()}
+        runs: Dict[str, Any] = {name: fitting(getattr(self, name)) for name in ('walk', 'output', 'projections')}
+        runs['inputs'] = fitting(self.inputs, 3, chunk * chunk)
         if block_p * block_n > 2**13:
-            fitting.update({name: fitting[name]._replace(warps=8) for name in ('inputs', 'projections')})
-        return self._replace(chunk=chunk, **fitting)
+            runs.update({name: runs[name]._replace(warps=8) for name in ('inputs', 'projections')})
+        return self._replace(chunk=chunk, **runs)
 
 
 CONFIG = Config()

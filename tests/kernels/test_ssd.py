@@ -308,7 +308,7 @@ def test_nothing_around_a_tensor_is_read(triton_kernels):
     'dim,dstate,itemsize,kibibytes,expected',
     [
         (64, 64, 2, 227, (64, 3, 2)),
-        (64, 128, 2, 99, (64, 2, 2)),
+        (64, 128, 2, 99, (64, 2, 1)),
         (64, 64, 4, 99, (64, 1, 1)),
         (128, 128, 2, 64, (32, 1, 1)),
         (128, 128, 4, 64, (16, 1, 1)),
