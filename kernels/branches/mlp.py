@@ -15,8 +15,8 @@ from .parameters import Parts, Weight
 from .products import input_gradient, weight_gradient
 from .stream import Stream, StreamGradient, grad_of_stream, normalise
 
-# Bytes of the hidden map that inference holds at a time: enough rows to fill a GPU.
-_HIDDEN_BYTES = 2**27
+# Bytes of the hidden map that inference holds at a time: enough rows to fill a GPU, and few enough for its cache.
+_HIDDEN_BYTES = 2**25
 
 
 class _Tile(NamedTuple):
@@ -122,6 +122,7 @@ def _mlp_in_slices(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: 
     for rows, target in zip(x.split(step), out.split(step)):
         hidden = torch.ops.aten.gelu_(torch.addmm(fc1_bias, rows, fc1_weight.t()))
         torch.addmm(fc2_bias, hidden, fc2_weight.t(), out=target)
+        del hidden  # before the next one is made
     return out
 
 

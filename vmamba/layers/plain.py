@@ -1,5 +1,7 @@
 """Whether kernels may use a module's parameters instead of calling the module."""
 
+from typing import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -37,13 +39,9 @@ def is_plain_tensor(x: Tensor, tensor: Tensor) -> bool:
     return type(tensor) in (nn.Parameter, Tensor) and tensor.device == x.device and tensor.is_contiguous()
 
 
-def run_in_turn(container: nn.Sequential, x: Tensor) -> Tensor:
-    """container(x), but x is not kept to the end, as the call of a module keeps its inputs."""
-    if has_global_hooks() or not is_plain(container, nn.Sequential):
-        return container(x)
-    for module in container:
-        x = module(x)
-    return x
+def in_turn(container: nn.Sequential) -> Sequence[nn.Module]:
+    """Modules to call one after another instead of a container, whose call would keep its input to the end."""
+    return [container] if has_global_hooks() or not is_plain(container, nn.Sequential) else list(container)
 
 
 def aligned_linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What backbones of four stages have in common: stages, features, classifier, parameter groups."""
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import ClassifierHead, trunc_normal_
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.norm import widen
 from ..layers.options import check_counts, check_indices, check_rates
-from ..layers.plain import run_in_turn
+from ..layers.plain import in_turn
 from ._pretrained import load_pretrained, reset_parameters, split_backbone
 
 # Of the parameters of state-space layers, those without weight decay.
@@ -32,13 +33,16 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         dtype = x.dtype
-        x = self._run_blocks(widen(x.permute(0, 2, 3, 1)))  # [B, d, H, W] -> [B, H, W, d]
+        x = widen(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        for run in self._block_calls():
+            x = run(x)
         return x.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, d] -> [B, d, H, W]
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
+    def _block_calls(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """What to call in turn for the blocks."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return run_in_turn(self.blocks, x)
+            return [partial(checkpoint_seq, self.blocks)]
+        return in_turn(self.blocks)
 
 
 class HierarchicalModel(nn.Module):
@@ -205,7 +209,10 @@ class HierarchicalModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised map of the last stage [B, d, h, w]"""
-        return self.norm(run_in_turn(self.stages, self.stem(x)))
+        x = self.stem(x)
+        for stage in in_turn(self.stages):
+            x = stage(x)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, d, h, w] -> logits [B, num_classes] ([B, num_classes, h, w] without pooling)"""

@@ -134,7 +134,10 @@ class ConvStage(Stage):
     """Optional downsampling, then convolutional blocks: [B, d, H, W] -> [B, d', H', W']."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run_blocks(self.downsample(x))
+        x = self.downsample(x)
+        for run in self._block_calls():
+            x = run(x)
+        return x
 
 
 class WindowStage(Stage):
@@ -149,9 +152,11 @@ class WindowStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        dtype = x.dtype
-        windows = to_windows(widen(x.permute(0, 2, 3, 1)), self.window_size)  # [B, d, H, W] -> [B * n, w * w, d]
-        x = from_windows(self._run_blocks(windows), self.window_size, x)
+        dtype, shape = x.dtype, x.shape
+        x = to_windows(widen(x.permute(0, 2, 3, 1)), self.window_size)  # [B, d, H, W] -> [B * n, w * w, d]
+        for run in self._block_calls():
+            x = run(x)
+        x = from_windows(x, self.window_size, shape)
         return x.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, d] -> [B, d, H, W]
 
 
@@ -168,9 +173,9 @@ def to_windows(x: Tensor, side: int) -> Tensor:
 
 
 @register_notrace_function
-def from_windows(windows: Tensor, side: int, like: Tensor) -> Tensor:
-    """Inverse of `to_windows` for a map of like's size [B, d', H, W]: [B * windows, side * side, d] -> [B, H, W, d]"""
-    batch, _, height, width = like.shape
+def from_windows(windows: Tensor, side: int, shape: Sequence[int]) -> Tensor:
+    """Inverse of `to_windows` for a map of shape [B, d', H, W]: [B * windows, side * side, d] -> [B, H, W, d]"""
+    batch, _, height, width = shape
     rows, columns = -(-height // side), -(-width // side)
     x = windows.reshape(batch, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
     x = x.reshape(batch, rows * side, columns * side, windows.shape[-1])
