@@ -1,15 +1,11 @@
 """Convolutions of images, and what is no image."""
 
-import oracles
 import pytest
 import torch
-from cases import DEVICE, needs_triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vmamba.kernels import use_triton
-from vmamba.kernels.image_conv import image_conv2d
-from vmamba.layers import ImageConv2d, check_images, image
+from vmamba.layers import ImageConv2d, check_images
 
 
 def convolution(in_chans, device='cpu'):
@@ -25,44 +21,6 @@ def test_a_convolution_of_images_is_an_ordinary_one_in_channels_last_memory(memo
     actual = conv(x.contiguous(memory_format=memory_format))
     torch.testing.assert_close(actual, expected)
     assert actual.is_contiguous(memory_format=torch.channels_last)
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def cropped(x):
-    return nn.functional.pad(x, (1, 2, 3, 4), value=float('nan'))[..., 3:-4, 1:-2]
-
-
-@needs_triton
-@torch.no_grad()
-@pytest.mark.parametrize('layout', [torch.clone, channels_last, cropped], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(kernel_size=3, stride=2, padding=1),
-        dict(kernel_size=(2, 4), stride=(3, 1), padding=(0, 2), bias=False),
-        dict(kernel_size=4, stride=4),
-    ],
-    ids=str,
-)
-def test_in_inference_one_kernel_convolves_images_as_they_are(options, layout, monkeypatch):
-    conv, calls = ImageConv2d(3, 6, **options).to(DEVICE), []
-    x = layout(torch.randn(2, 3, 9, 13, device=DEVICE))
-    monkeypatch.setattr(image, 'image_conv2d', lambda *args: calls.append(args) or image_conv2d(*args))
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
-        expected = nn.Conv2d.forward(conv.to(dtype).double(), x.to(dtype).double())
-        with use_triton(True):
-            actual = conv.to(dtype)(x.to(dtype))
-        assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
-        assert oracles.relative_error(actual, expected) < tolerance
-    assert len(calls) == 2
-    with use_triton(True), torch.enable_grad():
-        assert conv.float()(x).requires_grad
-        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
-            assert conv(x).dtype == torch.bfloat16
-    assert len(calls) == 3
 
 
 @pytest.fixture

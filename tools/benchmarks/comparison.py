@@ -18,6 +18,9 @@ from rich.progress import track
 MODELS = (
     'vmamba_t',
     'vim_t',
+    'vim2_t',
+    'mambavision_t',
+    'vssd_t',
     'deit_tiny_patch16_224:plain',
     'deit_tiny_patch16_224:fused',
     'swin_tiny_patch4_window7_224',

@@ -7,10 +7,6 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels._operator import can_replace_modules
-from ..kernels.image_conv import MAX_CHANNELS, MAX_TAPS, image_conv2d
-from .plain import is_plain_tensor
-
 
 @register_notrace_function
 def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
@@ -39,8 +35,7 @@ def check_images(images: Tensor, in_chans: int, min_size: int) -> None:
 class ImageConv2d(nn.Conv2d):
     """Convolution of images that always runs in channels-last memory.
 
-    In inference on Triton, one kernel takes the images as they are. Otherwise, on a GPU, 16-bit inputs are zero-padded
-    to a multiple of 8 channels, as tensor cores need.
+    On a GPU, 16-bit inputs are zero-padded to a multiple of 8 channels, as tensor cores need.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -49,22 +44,8 @@ class ImageConv2d(nn.Conv2d):
         # Autocast skips fp64 and does not support the meta device.
         autocast = device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-        if self._has_kernel(input, weight, bias):
-            return image_conv2d(input, weight, bias, self.stride, self.padding, dtype)
         if not input.is_cuda or dtype.itemsize != 2:
             return super()._conv_forward(input.contiguous(memory_format=torch.channels_last), weight, bias)
         zeros = (0, 0, 0, 0, 0, -self.in_channels % 8)
         padded = F.pad(input.to(dtype, memory_format=torch.channels_last), zeros)
         return super()._conv_forward(padded, F.pad(weight, zeros), bias)
-
-    def _has_kernel(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
-        """Whether one kernel takes the images as they are: in inference, nothing traced, compiled or transformed."""
-        return (
-            not torch.is_grad_enabled()
-            and can_replace_modules(x)
-            and all(is_plain_tensor(x, tensor) for tensor in (weight, bias) if tensor is not None)
-            and (weight[0].numel() <= MAX_TAPS and len(weight) <= MAX_CHANNELS)
-            and (self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == 'zeros')
-            and not isinstance(self.padding, str)
-            and all(size + 2 * pad >= k for size, pad, k in zip(x.shape[2:], self.padding, self.kernel_size))
-        )
