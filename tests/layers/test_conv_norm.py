@@ -33,6 +33,12 @@ def make(dtype=torch.float32):
     return layers
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """cuDNN's, which are of tf32 by default: then slices of a batch differ by more than rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What the kernel is called with."""
