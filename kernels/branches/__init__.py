@@ -34,4 +34,4 @@ __all__ = [
 
 def can_run(x: Tensor) -> bool:
     """Whether `run_chain` runs on a map x: on Triton, in fp32, and nothing is traced, compiled or transformed."""
-    return can_replace_modules(x) and x.dtype == torch.float32
+    return isinstance(x, Tensor) and x.dtype == torch.float32 and can_replace_modules(x)

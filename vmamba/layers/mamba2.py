@@ -142,7 +142,7 @@ class Mamba2(nn.Module):
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
-        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx, None if cache is None else cache.conv))
+        x, B, C = self._split_heads(self.conv1d(xBC, seq_idx=seq_idx, state=None if cache is None else cache.conv))
         y = ssd_scan(
             *(x, dt, negative_exp(self.A_log), B, C, self.chunk_size, self._skip()),
             z=z.unflatten(-1, (-1, self.headdim)) if self.norm is None else None,
