@@ -1,6 +1,6 @@
 """Checks of what public functions are given, by shape specs such as 'B H W D'."""
 
-from typing import Dict, Optional, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -57,11 +57,16 @@ def _fits(tensor: Tensor, spec: str, sizes: Dict[str, int]) -> bool:
     shape = tensor.shape
     if spec.startswith('... '):
         words = spec.split()[1:]
-        shape = shape[-len(words) :]
-    else:
-        words = next((words for words in map(str.split, spec.split(' | ')) if len(words) == len(shape)), [])
-        if len(words) != len(shape):
-            return False
+        return _fits_words(shape[-len(words) :], words, sizes)
+    # A loop: Dynamo of torch 2.7 knows no default of `next`.
+    for ranked in spec.split(' | '):
+        words = ranked.split()
+        if len(words) == len(shape):
+            return _fits_words(shape, words, sizes)
+    return False
+
+
+def _fits_words(shape: Sequence[int], words: Sequence[str], sizes: Dict[str, int]) -> bool:
     for word, size in zip(words, shape):
         name, _, positive = word.partition('>')
         if positive and size == 0:
