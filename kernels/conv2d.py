@@ -74,7 +74,7 @@ def depthwise_conv2d(
         return _conv2d(x, weight, bias, silu, residual)
     weight, bias = weight.unsqueeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
     view = x.permute(0, 3, 1, 2)  # [B, H, W, D] -> [B, D, H, W]
-    out = F.conv2d(view, weight, bias, padding=kernel // 2, groups=x.shape[-1])
+    out = F.conv2d(view, weight, bias, padding='same', groups=x.shape[-1])
     out = out.permute(0, 2, 3, 1).to(x.dtype).contiguous()  # both copy under autocast and in odd layouts only
     out = F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out
     return out.add_(x) if residual else out

@@ -62,7 +62,7 @@ def bimamba_core(
     check('bimamba_core', xz=(xz, 'B L>0 2D'))
     check_that(xz.shape[2] % 2 == 0, f'bimamba_core: xz must be [B, L, 2D], got {tuple(xz.shape)}')
     sizes = dict(D=xz.shape[2] // 2)
-    sizes |= _check_scan('bimamba_core', sizes, xz=(xz, 'B L 2D'), dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
+    sizes.update(_check_scan('bimamba_core', sizes, xz=(xz, 'B L 2D'), dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D))
     convolution = dict(conv_weight=(conv_weight, '2 D w>0'), conv_bias=(conv_bias, '2 D'))
     check('bimamba_core', sizes, xz=(xz, 'B L 2D'), **convolution, x_proj_weight=(x_proj_weight, '2 R+2N D'))
     if _has_kernels(conv_weight, A) and xz.numel() and runs_on_triton(xz):

@@ -49,8 +49,13 @@ def outputs_and_gradients(model, forward, x):
 def test_compiled_in_one_graph_equals_eager(family, options):
     model, x = small(family, **options).train(), images()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    for actual, expected in zip(outputs_and_gradients(model, compiled, x), outputs_and_gradients(model, model, x)):
-        assert oracles.relative_error(actual, expected) < 1e-5
+    all_expected = outputs_and_gradients(model, model, x)
+    largest = max(expected.abs().max() for expected in all_expected)
+    for actual, expected in zip(outputs_and_gradients(model, compiled, x), all_expected):
+        if expected.abs().max() < 1e-6 * largest:  # of a bias before BatchNorm: rounding errors
+            assert actual.abs().max() < 1e-6 * largest
+        else:
+            assert oracles.relative_error(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize('family', ['vmamba', 'vim'])
