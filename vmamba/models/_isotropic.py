@@ -44,10 +44,10 @@ def split_class_token(tokens: Tensor, at: str = 'middle') -> Tuple[Tensor, Tenso
         Patch tokens [B, M, d] and class token [B, d].
     """
     index = _class_index(tokens.shape[1] - 1, at)
+    class_token = tokens[:, index : index + 1].squeeze(1)  # torch 2.7 exports an index of a symbolic size as a number
     if at == 'last':
-        return tokens[:, :index], tokens[:, index]
-    patches = torch.cat([tokens[:, :index], tokens[:, index + 1 :]], dim=1)
-    return patches, tokens[:, index]
+        return tokens[:, :index], class_token
+    return torch.cat([tokens[:, :index], tokens[:, index + 1 :]], dim=1), class_token
 
 
 def insert_class_token(patches: Tensor, class_token: Tensor, at: str = 'middle') -> Tensor:
