@@ -209,7 +209,8 @@ def test_without_a_seed_each_training_draws_its_own(tmp_path):
 
 def train_in_two(work_dir, *arguments):
     """Two processes train four steps together, with a checkpoint after two; returns the first one's log."""
-    options = [*QUICK, *MAPS, 'train_cfg.max_iters=4', 'randomness.seed=0']
+    # mmengine finds loggers by the experiment's name and second, also that of a test that has just ended.
+    options = [*QUICK, *MAPS, 'train_cfg.max_iters=4', 'randomness.seed=0', f'experiment_name={work_dir.name}']
     launch = [SEGMENTATION, '--work-dir', work_dir, '--launcher', 'pytorch', '--auto-scale-lr', *arguments]
     in_two_processes(mm_train.main, [*launch, '--cfg-options', *options])
     return next(work_dir.glob('*/*.log')).read_text()
