@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .depthwise import CausalConv1d
 from .norm import widen
-from .options import check_counts
+from .options import check_counts, check_divides
 
 
 class AttentionCache(NamedTuple):
@@ -81,8 +81,7 @@ class Attention(nn.Module):
         check_counts(0, d_conv=d_conv, rotary_emb_dim=rotary_emb_dim)
         if window is not None:
             check_counts(window=window)
-        if num_heads % num_heads_kv:
-            raise ValueError(f'num_heads_kv must divide the {num_heads} heads, got {num_heads_kv}')
+        check_divides(num_heads, 'heads', num_heads_kv=num_heads_kv)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f'num_heads must divide the {embed_dim} channels, or give head_dim; got {num_heads}')
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import NUM_DIRECTIONS, bidirectional_conv1d, ssd_scan
 from .norm import GatedRmsNorm
-from .options import check_counts, scaled_channels
+from .options import check_counts, check_divides, scaled_channels
 from .plain import aligned_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
@@ -47,8 +47,7 @@ class BiMamba2(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         check_counts(dim=dim, d_state=d_state, headdim=headdim, d_conv=d_conv)
         inner = scaled_channels(dim, expand=expand)
-        if inner % headdim:
-            raise ValueError(f'headdim must divide the {inner} inner channels, got {headdim}')
+        check_divides(inner, 'inner channels', headdim=headdim)
         heads, channels = inner // headdim, inner + 2 * d_state
         self.d_state, self.headdim = d_state, headdim
         self.splits = inner, channels, heads  # z, xBC, dt

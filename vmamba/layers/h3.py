@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels import long_conv
 from .norm import widen
-from .options import check_choice, check_counts, check_rates
-from .s4d import DISCRETISATIONS, Diagonal, discretise, init_complex_normal_, init_imaginary, init_log_dt_
+from .options import check_choice, check_counts, check_divides
+from .s4d import Diagonal, check_ssm, discretise, init_complex_normal_, init_imaginary, init_log_dt_
 
 
 class _ShiftKernel(nn.Module):
@@ -156,18 +156,10 @@ class H3(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        check_counts(d_model=d_model, d_state=d_state, head_dim=head_dim)
-        check_rates(dropout=dropout)
+        check_counts(d_model=d_model, head_dim=head_dim)
         check_choice(('lin', 'inv'), init=init)
-        check_choice(DISCRETISATIONS, disc=disc)
-        if l_max is not None:
-            check_counts(l_max=l_max)
-        if d_state % 2:
-            raise ValueError(f'd_state must be even, since states are conjugate pairs, got {d_state}')
-        if d_model % head_dim:
-            raise ValueError(f'head_dim must divide the {d_model} channels, got {head_dim}')
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f'dt_min and dt_max must be positive and ascending, got {dt_min} and {dt_max}')
+        check_ssm(d_state, dropout, disc, l_max, dt_min, dt_max)
+        check_divides(d_model, 'channels', head_dim=head_dim)
         self.head_dim, self.l_max, self.layer_idx = head_dim, l_max, layer_idx
         heads = d_model // head_dim
         self.q_proj = nn.Linear(d_model, d_model, **dd)

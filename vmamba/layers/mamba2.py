@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels import selective_state_update, ssd_scan
 from .depthwise import CausalConv1d
 from .norm import GatedRmsNorm, widen
-from .options import check_counts, scaled_channels
+from .options import check_counts, check_divides, scaled_channels
 from .plain import aligned_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
@@ -98,11 +98,9 @@ class Mamba2(nn.Module):
         check_counts(d_ssm=d_ssm)
         if d_ssm > inner:
             raise ValueError(f'd_ssm must be at most the {inner} inner channels, got {d_ssm}')
-        if d_ssm % headdim:
-            raise ValueError(f'headdim must divide the {d_ssm} channels of the scan, got {headdim}')
+        check_divides(d_ssm, 'channels of the scan', headdim=headdim)
         heads = d_ssm // headdim
-        if heads % ngroups:
-            raise ValueError(f'ngroups must divide the {heads} heads, got {ngroups}')
+        check_divides(heads, 'heads', ngroups=ngroups)
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f'A_init_range must be positive and ascending, got {A_init_range}')
         self.d_state, self.headdim, self.ngroups, self.d_ssm = d_state, headdim, ngroups, d_ssm

@@ -12,7 +12,7 @@ from ..kernels._operator import can_replace_modules
 from ..kernels.ssd.gated import fits, gated_non_causal_ssd
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
-from .options import check_counts, scaled_channels
+from .options import check_counts, check_divides, scaled_channels
 from .plain import aligned_linear, has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
@@ -48,8 +48,7 @@ class NonCausalSSD(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         check_counts(dim=dim, num_heads=num_heads, d_state=d_state, d_conv=d_conv)
         inner = scaled_channels(dim, expand=expand)
-        if inner % num_heads:
-            raise ValueError(f'num_heads must divide the {inner} inner channels, got {num_heads}')
+        check_divides(inner, 'inner channels', num_heads=num_heads)
         self.splits = inner, inner + 2 * d_state, num_heads  # z, xBC, dt
         self.d_state = d_state
         self.in_proj = nn.Linear(dim, sum(self.splits), bias=False, **dd)

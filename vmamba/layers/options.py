@@ -11,6 +11,13 @@ def check_counts(least: int = 1, **options: Any) -> None:
             raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
 
 
+def check_divides(total: int, what: str, **option: int) -> None:
+    """Raises ValueError with the option's name unless the one option given divides a total of something."""
+    ((name, value),) = option.items()
+    if total % value:
+        raise ValueError(f'{name} must divide the {total} {what}, got {value}')
+
+
 def check_indices(**options: Any) -> None:
     """Raises ValueError with the option's name if it is an empty sequence; a number or None is valid."""
     for name, value in options.items():

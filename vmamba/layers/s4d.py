@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_kernel, diagonal_state, long_conv
 from .norm import widen
-from .options import check_choice, check_counts, check_rates
+from .options import check_choice, check_counts, check_divides, check_rates
 
 INITS = 'lin', 'inv', 'legs', 'real'
 DISCRETISATIONS = 'zoh', 'bilinear'
@@ -72,6 +72,19 @@ def discretise(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, method: str) -> Diag
     else:
         log_decay, gain = torch.log1p(step / 2) - torch.log1p(-step / 2), B * dt / (1 - step / 2)
     return Diagonal(log_decay.to(dtype), gain.to(dtype), C)
+
+
+def check_ssm(d_state: int, dropout: float, disc: str, l_max: Optional[int], dt_min: float, dt_max: float) -> None:
+    """Checks the options that all layers with a diagonal model have; see `S4D`."""
+    check_counts(d_state=d_state)
+    check_rates(dropout=dropout)
+    check_choice(DISCRETISATIONS, disc=disc)
+    if l_max is not None:
+        check_counts(l_max=l_max)
+    if d_state % 2:
+        raise ValueError(f'd_state must be even, since states are conjugate pairs, got {d_state}')
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f'dt_min and dt_max must be positive and ascending, got {dt_min} and {dt_max}')
 
 
 def init_imaginary(states: int, init: str) -> Tensor:
@@ -243,19 +256,11 @@ class S4D(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         n_ssm = d_model if n_ssm is None else n_ssm
-        check_counts(d_model=d_model, d_state=d_state, channels=channels, n_ssm=n_ssm)
-        check_rates(dropout=dropout)
+        check_counts(d_model=d_model, channels=channels, n_ssm=n_ssm)
         check_choice(('minimal', 'block'), layout=layout)
         check_choice(INITS, init=init)
-        check_choice(DISCRETISATIONS, disc=disc)
-        if l_max is not None:
-            check_counts(l_max=l_max)
-        if d_state % 2:
-            raise ValueError(f'd_state must be even, since states are conjugate pairs, got {d_state}')
-        if d_model % n_ssm:
-            raise ValueError(f'n_ssm must divide the {d_model} channels, got {n_ssm}')
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f'dt_min and dt_max must be positive and ascending, got {dt_min} and {dt_max}')
+        check_ssm(d_state, dropout, disc, l_max, dt_min, dt_max)
+        check_divides(d_model, 'channels', n_ssm=n_ssm)
         self.layout, self.bidirectional, self.l_max = layout, bidirectional, l_max
         dt_range = dt_min, dt_max
         if layout == 'minimal':

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels import NUM_ROUTES, ssd_scan
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
-from .options import check_counts, scaled_channels
+from .options import check_counts, check_divides, scaled_channels
 from .plain import aligned_linear
 from .ssm_parameters import negative_exp
 
@@ -53,8 +53,7 @@ class SSD2D(nn.Module):
         heads = math.ceil(dim / 16) if num_heads is None else num_heads
         check_counts(dim=dim, d_state=d_state, num_heads=heads, d_conv=d_conv)
         inner = scaled_channels(dim, ssm_ratio=ssm_ratio)
-        if inner % heads:
-            raise ValueError(f'num_heads must divide the {inner} inner channels, got {heads}')
+        check_divides(inner, 'inner channels', num_heads=heads)
         self.splits = heads, d_state, d_state  # dt, B, C
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.conv2d = DepthwiseConv2d(inner, d_conv, bias=False, **dd)

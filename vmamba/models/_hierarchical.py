@@ -18,6 +18,12 @@ from ._pretrained import load_pretrained, reset_parameters, split_backbone
 _STATE_SPACE = ('.A_log', '.D', '.dt_proj_bias', '.dt_bias')
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises ValueError unless attention heads share the channels of their stage equally."""
+    if dim % num_heads:
+        raise ValueError(f'num_heads must divide the channels of its stage, {dim}, got {num_heads}')
+
+
 class Stage(nn.Module):
     """Optional downsampling, then blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
 

@@ -31,7 +31,7 @@ from ..layers import (
 )
 from ..layers.norm import widen
 from ..layers.options import check_counts, scaled_channels
-from ._hierarchical import HierarchicalModel, Stage, check_stages
+from ._hierarchical import HierarchicalModel, Stage, check_heads, check_stages
 from ._pretrained import build_model, rename, split_backbone, with_fresh_norm
 
 __all__ = ['MambaVision']
@@ -250,8 +250,7 @@ class MambaVision(HierarchicalModel):
 
 
 def _attention(dim: int, num_heads: int, device=None, dtype=None) -> Attention:
-    if dim % num_heads:
-        raise ValueError(f'num_heads must divide the channels of its stage, {dim}, got {num_heads}')
+    check_heads(dim, num_heads)
     return Attention(dim, num_heads, qkv_bias=True, device=device, dtype=dtype)
 
 

@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from torch import Tensor, nn
 
 from ..layers import H3, S4D, Attention, BiMamba, BiMamba2, RmsNorm, residual_branches
-from ..layers.options import check_choice
+from ..layers.options import check_choice, check_divides
 from ._isotropic import NORM_EPS, TokenModel, create, fit_pos_embed
 from ._pretrained import rename, split_backbone, with_fresh_norm
 
@@ -41,8 +41,7 @@ def make_mixer(
         return S4D(dim, states, layout='block', bidirectional=True, **dd)
     if mixer == 'h3':
         return H3(dim, states, bidirectional=True, **dd)
-    if dim % headdim:
-        raise ValueError(f'headdim must divide the {dim} channels, got {headdim}')
+    check_divides(dim, 'channels', headdim=headdim)
     return Attention(dim, dim // headdim, **dd)
 
 

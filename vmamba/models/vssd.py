@@ -25,7 +25,7 @@ from ..layers import (
     residual_branches,
 )
 from ..layers.options import check_counts, scaled_channels
-from ._hierarchical import HierarchicalModel, Stage, check_stages, split_norms
+from ._hierarchical import HierarchicalModel, Stage, check_heads, check_stages, split_norms
 from ._pretrained import build_model, rename
 
 __all__ = ['VSSD']
@@ -185,8 +185,7 @@ class VSSD(HierarchicalModel):
 
 def _attention(dim: int, num_heads: int, device=None, dtype=None) -> nn.Module:
     check_counts(num_heads=num_heads)
-    if dim % num_heads:
-        raise ValueError(f'num_heads must divide the channels of its stage, {dim}, got {num_heads}')
+    check_heads(dim, num_heads)
     return MapAttention(dim, num_heads, device=device, dtype=dtype)
 
 
