@@ -402,7 +402,15 @@ def _check_global_pool(global_pool: str) -> str:
     return global_pool
 
 
-def fit_pos_embed(pos_embed: Tensor, model: nn.Module, official: bool) -> Tensor:
+def fit_pos_embed(state_dict: Dict[str, Tensor], model: nn.Module, official: bool) -> Dict[str, Tensor]:
+    """The weights with `pos_embed` in the model's grid; one that is no position embedding stays, to be reported."""
+    pos_embed = state_dict.get('pos_embed')
+    if pos_embed is None or pos_embed.ndim != 3 or pos_embed.shape[1] <= 1:
+        return state_dict
+    return {**state_dict, 'pos_embed': _in_grid_of(model, pos_embed, official)}
+
+
+def _in_grid_of(model: nn.Module, pos_embed: Tensor, official: bool) -> Tensor:
     """Resizes a position embedding [1, h * w + 1, d] to the model's grid of patches.
 
     Its own grid comes from the checkpoint's image size. If that is unknown, official embeddings are assumed square.

@@ -187,10 +187,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dic
     if output_norms:
         out = with_fresh_norm(out, model)
     out = _fold_layer_scale(out, model.state_dict())
-    pos_embed = out.get('pos_embed')
-    if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] > 1:
-        out['pos_embed'] = fit_pos_embed(pos_embed, model, official)
-    return out
+    return fit_pos_embed(out, model, official)
 
 
 def rename_earlier(key: str) -> str:
