@@ -18,7 +18,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['share'])  # see `Run`
 def input_gradient_kernel(
     grad_y,  # [batch, L, H, P], by its strides
     x,  # the same
@@ -146,7 +146,7 @@ def input_gradient_kernel(
         tl.store(part + 1, tl.sum(of_raw, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['share'])  # see `Run`
 def projection_gradient_kernel(
     grad_y,  # [batch, L, H, P], by its strides
     x,  # the same

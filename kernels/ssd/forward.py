@@ -135,7 +135,7 @@ def state_kernel(
         tl.store(last + own + place, state, mask=inside & (segment == segments - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['share'])  # see `Run`
 def output_kernel(
     x,  # [batch, L, H, P], by its strides
     B,  # [batch, L, G, N], by its strides

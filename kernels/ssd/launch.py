@@ -25,7 +25,11 @@ _MAX_SEGMENTS = 64  # the states of those before are composed one by one
 
 
 class Run(NamedTuple):
-    """Warps of a program, stages of its loop, and most registers of a thread, on NVIDIA GPUs."""
+    """Warps of a program, stages of its loop, and most registers of a thread, on NVIDIA GPUs.
+
+    Without stages ptxas 12.8 (Triton 3.6) gives wrong addresses to products of bf16 with few channels. So a loop over
+    the heads of a group must stay a loop where there is one: their number is not specialised.
+    """
 
     warps: int = 4
     stages: int = 1
