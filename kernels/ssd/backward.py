@@ -11,6 +11,7 @@ from .tiles import (
     load_skip,
     load_sums,
     operand,
+    program_of,
     sequences_of,
     state_places,
     store_rows,
@@ -37,10 +38,8 @@ def input_gradient_kernel(
     grad_dt,  # [batch, L, H]: written
     grad_z,  # as x, or None: written
     parts,  # [batch, chunks, H, 2 + D_STRIDE]: written, parts of the gradients of A, dt_bias and D
-    length,
-    heads,
     share,
-    split_heads,
+    sizes,  # length, heads, split_heads
     grad_y_strides,
     x_strides,
     dt_strides,
@@ -65,11 +64,8 @@ def input_gradient_kernel(
     n = tl.arange(0, tile.block_n)
     chunk = tl.program_id(1)
     chunks = tl.num_programs(1)
-    splits = tl.cdiv(share, split_heads)
-    split = tl.program_id(0) % splits
-    entry = tl.program_id(0) // splits
-    groups = heads // share
-    batch, group = (entry // groups).to(tl.int64), entry % groups
+    length, heads, split_heads = sizes
+    batch, group, split = program_of(heads, share, split_heads)
     offset = tl.arange(0, BLOCK_L)
     positions = chunk_of(chunk, length, flags, BLOCK_L)
     seen = offset[:, None] <= offset[None, :]  # step j, the first axis, by step i
@@ -159,10 +155,8 @@ def projection_gradient_kernel(
     adjoints,  # the same, the gradient of the state after each chunk
     grad_B,  # [splits, batch, L, G, N]: written
     grad_C,  # the same
-    length,
-    heads,
     share,
-    split_heads,
+    sizes,  # length, heads, split_heads
     grad_y_strides,
     x_strides,
     B_strides,
@@ -179,12 +173,10 @@ def projection_gradient_kernel(
     n = tl.arange(0, tile.block_n)
     chunk = tl.program_id(1)
     chunks = tl.num_programs(1)
-    splits = tl.cdiv(share, split_heads)
-    split = tl.program_id(0) % splits
-    entry = tl.program_id(0) // splits
+    length, heads, split_heads = sizes
+    batch, group, split = program_of(heads, share, split_heads)
     groups = heads // share
-    batch, group = (entry // groups).to(tl.int64), entry % groups
-    batches = tl.num_programs(0) // (splits * groups)
+    batches = tl.num_programs(0) // (tl.cdiv(share, split_heads) * groups)
     offset = tl.arange(0, BLOCK_L)
     positions = chunk_of(chunk, length, flags, BLOCK_L)
     seen = offset[:, None] <= offset[None, :]  # step j, the first axis, by step i

@@ -10,6 +10,7 @@ from .tiles import (
     load_rows,
     load_skip,
     load_sums,
+    program_of,
     sequences_of,
     state_places,
     store_rows,
@@ -146,10 +147,8 @@ def output_kernel(
     sequence,  # [batch, L], or None
     states,  # [batch, chunks, H, P, N], the state before each chunk
     y,  # as x: written
-    length,
-    heads,
     share,
-    split_heads,
+    sizes,  # length, heads, split_heads
     x_strides,
     B_strides,
     C_strides,
@@ -167,11 +166,8 @@ def output_kernel(
     n = tl.arange(0, tile.block_n)
     chunk = tl.program_id(1)
     chunks = tl.num_programs(1)
-    splits = tl.cdiv(share, split_heads)
-    split = tl.program_id(0) % splits
-    entry = tl.program_id(0) // splits
-    groups = heads // share
-    batch, group = (entry // groups).to(tl.int64), entry % groups
+    length, heads, split_heads = sizes
+    batch, group, split = program_of(heads, share, split_heads)
     offset = tl.arange(0, BLOCK_L)
     positions = chunk_of(chunk, length, flags, BLOCK_L)
     sees = offset[:, None] >= offset[None, :]

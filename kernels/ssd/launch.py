@@ -306,7 +306,7 @@ def _chunk_launch(
     block_p, block_n = _block(sizes.dim), _block(sizes.dstate)
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
-    integers = sizes.length, sizes.heads, sizes.share, split_heads, *strides
+    integers = sizes.share, (sizes.length, sizes.heads, split_heads), *strides
     runs = {output_kernel: config.output, input_gradient_kernel: config.inputs}
     return _launch(kernel, grid, integers, (*constants, tile, flags), runs.get(kernel, config.projections))
 

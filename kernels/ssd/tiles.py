@@ -23,6 +23,15 @@ def chunk_of(chunk, length, flags, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
+def program_of(heads, share, split_heads):
+    """The entry of the batch in 64 bits, the group, and the split of a program that has `split_heads` of the `share`
+    heads of a group."""
+    splits, groups = tl.cdiv(share, split_heads), heads // share
+    entry = tl.program_id(0) // splits
+    return (entry // groups).to(tl.int64), entry % groups, tl.program_id(0) % splits
+
+
+@triton.jit
 def places_of(pointer, strides, batch, head, steps, column):
     """Pointers [BLOCK_L, columns] to steps of a head (or group), from strides of batch, step, head and column."""
     first, offset, _ = steps
