@@ -9,6 +9,12 @@ _FLIPS_ANY_AXIS = tl.constexpr(TRITON_VERSION >= (3, 6))
 
 
 @triton.jit
+def load_rows(pointer, row, stride, channel, mask):
+    """Rows of a map, `stride` apart, in fp32: [ROWS, BLOCK_D]"""
+    return tl.load(pointer + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 

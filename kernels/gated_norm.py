@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check, check_that
-from ._device import sigmoid
+from ._device import load_rows, sigmoid
 from ._launch import (
     MAX_PLANS,
     Launch,
@@ -139,18 +139,12 @@ _operator = Operator('gated_rms_norm', _forward, _backward, _like)
 
 
 @triton.jit
-def _load(pointer, row, stride, channel, mask):
-    """Rows of a map in fp32, at int64 offsets."""
-    return tl.load(pointer + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _gated_input(y, other, z, row, z_stride, channel, mask, dim, GATED: tl.constexpr):
     """m, silu(z) and its derivative, and what is normalised: all [ROWS, BLOCK_D]."""
-    mean = _load(y, row, dim, channel, mask)
+    mean = load_rows(y, row, dim, channel, mask)
     if other is not None:
-        mean = 0.5 * (mean + _load(other, row, dim, channel, mask))
-    gate = _load(z, row, z_stride, channel, mask)
+        mean = 0.5 * (mean + load_rows(other, row, dim, channel, mask))
+    gate = load_rows(z, row, z_stride, channel, mask)
     share = sigmoid(gate)
     silu = gate * share
     slope = share * (1.0 + gate * (1.0 - share))
@@ -229,7 +223,7 @@ def gated_norm_backward_kernel(
         mean, silu, slope, total = _gated_input(y, other, z, row, z_stride, channel, mask, dim, not BEFORE)
         scale = tl.load(rstd + tl.program_id(1).to(tl.int64) * rows + row, mask=has_row, other=0.0)[:, None]  # [ROWS]
         normal = total * scale
-        grad = _load(grad_out, row, dim, channel, mask)
+        grad = load_rows(grad_out, row, dim, channel, mask)
         if BEFORE:
             grad_gate = grad * normal * factor
             grad *= silu

@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._device import gelu_with_gradient, load_factors
+from .._device import gelu_with_gradient, load_factors, load_rows
 from .._launch import (
     MAX_PLANS,
     Launch,
@@ -25,11 +25,6 @@ from .._launch import (
 _BLOCK_ELEMENTS = 4096  # of a map, that a program holds at a time
 _MAX_BLOCK_D = 512
 _PROGRAMS_PER_PROCESSOR = 8  # of kernels that sum over rows, each of which leaves a partial sum
-
-
-@triton.jit
-def _load_rows(pointer, row, channel, dim, mask):
-    return tl.load(pointer + row[:, None] * dim + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -55,10 +50,10 @@ def add_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (channel < dim)[None, :]
-    added = _load_rows(y, row, channel, dim, mask)  # [ROWS, BLOCK_D]
+    added = load_rows(y, row, dim, channel, mask)  # [ROWS, BLOCK_D]
     if scale is not None:
         added *= load_factors(scale, row, rows, rows_per_sample)
-    total = _load_rows(x, row, channel, dim, mask) + added
+    total = load_rows(x, row, dim, channel, mask) + added
     tl.store(out + row[:, None] * dim + channel[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -91,10 +86,10 @@ def prepare_kernel(
         row = first + start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (channel < dim)[None, :]
         place = row[:, None] * dim + channel[None, :]
-        out = _load_rows(normal, row, channel, dim, mask) * gain + shift  # [ROWS, BLOCK_D]
+        out = load_rows(normal, row, dim, channel, mask) * gain + shift  # [ROWS, BLOCK_D]
         tl.store(normalised + place, out.to(normalised.dtype.element_ty), mask=mask)
         if grad is not None:
-            value = _load_rows(grad, row, channel, dim, mask)  # [ROWS, BLOCK_D]
+            value = load_rows(grad, row, dim, channel, mask)  # [ROWS, BLOCK_D]
             if scale is not None:
                 value *= load_factors(scale, row, rows, rows_per_sample)
             if grad_y is not None:
@@ -125,8 +120,8 @@ def gelu_backward_kernel(
         row = first + start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (channel < dim)[None, :]
         place = row[:, None] * dim + channel[None, :]
-        activated, slope = gelu_with_gradient(_load_rows(hidden, row, channel, dim, mask), NVIDIA)
-        value = _load_rows(grad, row, channel, dim, mask) * slope  # [ROWS, BLOCK_D]
+        activated, slope = gelu_with_gradient(load_rows(hidden, row, dim, channel, mask), NVIDIA)
+        value = load_rows(grad, row, dim, channel, mask) * slope  # [ROWS, BLOCK_D]
         tl.store(out + place, activated.to(out.dtype.element_ty), mask=mask)
         tl.store(grad + place, value.to(grad.dtype.element_ty), mask=mask)
         total += value
