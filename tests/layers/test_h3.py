@@ -5,6 +5,7 @@ import math
 import oracles
 import pytest
 import torch
+from mixer_cases import assert_continues, assert_follows
 
 from vmamba.layers import H3
 
@@ -63,17 +64,7 @@ def reference(p, x, head_dim=1, disc='bilinear', l_max=None):
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
     kept = {key: value for key, value in options.items() if key != 'init'}
-    x = torch.randn(2, 7, 6, requires_grad=True)
-    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
-    wide_x = x.detach().double().requires_grad_()
-    y, expected = layer(x), reference(wide, wide_x, **kept)
-    assert oracles.relative_error(y, expected) < 1e-5
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
-    for key, parameter in layer.named_parameters():
-        assert oracles.relative_error(parameter.grad, wide[key].grad) < 2e-4, key
+    assert_follows(layer, lambda p, x: reference(p, x, **kept), (2, 7, 6), tolerance=2e-4)
 
 
 @torch.no_grad()
@@ -82,10 +73,7 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     """The prompts are shorter and longer than the state of the shift model."""
     layer = make(**options).double()
     x = torch.randn(2, 14, 6, dtype=torch.double)
-    whole, cache = layer(x), layer.allocate_cache(2)
-    parts = [layer(x[:, :2], cache=cache), layer(x[:, 2:9], cache=cache), layer(x[:, 9:10], cache=cache)]
-    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 10:].unbind(dim=1)]
-    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+    assert_continues(layer, layer.allocate_cache(2), x, 2, 9, 10)
 
 
 def test_official_names_and_shapes():

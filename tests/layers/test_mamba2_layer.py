@@ -4,6 +4,7 @@ import official_mamba2 as official
 import oracles
 import pytest
 import torch
+from mixer_cases import assert_continues, assert_follows
 from torch import nn
 
 from vmamba.layers import Mamba2
@@ -38,17 +39,7 @@ def reference_of(options):
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
-    x = torch.randn(2, 9, 12, requires_grad=True)
-    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
-    wide_x = x.detach().double().requires_grad_()
-    y, expected = layer(x), reference_of(options)(wide, wide_x)
-    assert oracles.relative_error(y, expected) < 1e-5
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
-    for key, parameter in layer.named_parameters():
-        assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+    assert_follows(layer, reference_of(options), (2, 9, 12))
 
 
 @torch.no_grad()
@@ -56,10 +47,8 @@ def test_output_and_gradients_follow_the_definition(options):
 def test_a_prompt_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 12, dtype=torch.double)
-    whole, cache = layer(x), layer.allocate_cache(2)
-    parts = [layer(x[:, :2], cache=cache), layer(x[:, 2:6], cache=cache)]
-    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 6:].unbind(dim=1)]
-    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+    whole = layer(x)
+    assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
     assert oracles.relative_error(layer(x[:, :7], cache=layer.allocate_cache(2)), whole[:, :7]) < 1e-10
 
 

@@ -3,6 +3,7 @@
 import oracles
 import pytest
 import torch
+from mixer_cases import assert_continues, assert_follows
 
 from vmamba.layers import Mamba
 
@@ -40,17 +41,7 @@ def reference(p, h):
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
-    x = torch.randn(2, 9, 8, requires_grad=True)
-    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
-    wide_x = x.detach().double().requires_grad_()
-    y, expected = layer(x), reference(wide, wide_x)
-    assert oracles.relative_error(y, expected) < 1e-5
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
-    for key, parameter in layer.named_parameters():
-        assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+    assert_follows(layer, reference, (2, 9, 8))
 
 
 @torch.no_grad()
@@ -58,10 +49,7 @@ def test_output_and_gradients_follow_the_definition(options):
 def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 8, dtype=torch.double)
-    whole, cache = layer(x), layer.allocate_cache(2)
-    parts = [layer(x[:, :2], cache=cache), layer(x[:, 2:6], cache=cache)]
-    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 6:].unbind(dim=1)]
-    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+    assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
 
 
 def test_official_names_and_initialisation():

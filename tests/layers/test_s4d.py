@@ -5,6 +5,7 @@ import math
 import oracles
 import pytest
 import torch
+from mixer_cases import assert_continues, assert_follows
 
 from vmamba.layers import S4D
 from vmamba.layers.s4d import _legs, init_imaginary
@@ -80,17 +81,7 @@ def reference(p, x, disc='zoh', channels=1, bidirectional=False, l_max=None):
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
     kept = {key: options[key] for key in ('disc', 'channels', 'bidirectional', 'l_max') if key in options}
-    x = torch.randn(2, 9, 6, requires_grad=True)
-    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
-    wide_x = x.detach().double().requires_grad_()
-    y, expected = layer(x), reference(wide, wide_x, **kept)
-    assert oracles.relative_error(y, expected) < 1e-5
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
-    for key, parameter in layer.named_parameters():
-        assert oracles.relative_error(parameter.grad, wide[key].grad) < 2e-4, key
+    assert_follows(layer, lambda p, x: reference(p, x, **kept), (2, 9, 6), tolerance=2e-4)
 
 
 @torch.no_grad()
@@ -98,10 +89,7 @@ def test_output_and_gradients_follow_the_definition(options):
 def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 6, dtype=torch.double)
-    whole, cache = layer(x), layer.allocate_cache(2)
-    parts = [layer(x[:, :3], cache=cache), layer(x[:, 3:7], cache=cache)]
-    parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, 7:].unbind(dim=1)]
-    assert oracles.relative_error(torch.cat(parts, dim=1), whole) < 1e-10
+    assert_continues(layer, layer.allocate_cache(2), x, 3, 7)
 
 
 def test_official_names_and_shapes():

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import timm
 import torch
+from mixer_cases import assert_follows
 
 from vmamba.layers import SSD2D, BiMamba2
 
@@ -80,17 +81,7 @@ MIXERS = [
 @pytest.mark.parametrize('make,definition,shape', MIXERS)
 def test_the_mixer_follows_the_definition(make, definition, shape):
     layer = randomised(make())
-    x = torch.randn(shape, requires_grad=True)
-    wide = {key: value.double().requires_grad_() for key, value in layer.state_dict().items()}
-    wide_x = x.detach().double().requires_grad_()
-    y, expected = layer(x), definition(wide, wide_x)
-    assert oracles.relative_error(y, expected) < 1e-5
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert oracles.relative_error(x.grad, wide_x.grad) < 1e-4
-    for key, parameter in layer.named_parameters():
-        assert oracles.relative_error(parameter.grad, wide[key].grad) < 1e-4, key
+    assert_follows(layer, definition, shape)
 
 
 def test_the_official_layout_of_the_m2_models_loads():
