@@ -10,6 +10,7 @@ from .image import ImageConv2d, check_images
 from .mamba import Mamba, MambaCache
 from .mamba2 import Mamba2, Mamba2Cache
 from .mambavision import MambaVisionMixer
+from .moe import SwitchMoE, auxiliary_loss, expert_load
 from .non_causal import NonCausalSSD
 from .norm import GatedRmsNorm, LayerNorm, LayerNorm2d, RmsNorm
 from .residual import residual_branches
@@ -45,7 +46,10 @@ __all__ = [
     'S4DCache',
     'SS2D',
     'SSD2D',
+    'SwitchMoE',
+    'auxiliary_loss',
     'check_images',
     'conv_norms',
+    'expert_load',
     'residual_branches',
 ]

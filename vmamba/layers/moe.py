@@ -1,0 +1,204 @@
+"""A mixture of experts in place of an MLP: each token passes one of many.
+
+Switch Transformers, https://arxiv.org/abs/2101.03961. MoE-Mamba, https://arxiv.org/abs/2401.04081
+"""
+
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .norm import widen
+from .options import check_counts
+
+INIT_SCALE = 0.1  # initial weights have this variance / fan-in, and are cut at twice this
+
+
+class Routes(NamedTuple):
+    """Where T tokens go.
+
+    Attributes:
+        gate: Probability of each token's expert, 0 for a token beyond the capacity, [T].
+        order: Tokens sorted by expert, those of an expert in their own order, [T].
+        inverse: Place of each token in that order, [T].
+        ends: Where each expert's tokens end in that order, int32 [E].
+    """
+
+    gate: Tensor
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+
+@register_notrace_module
+class SwitchMoE(nn.Module):
+    """Feed-forward networks ("experts") of which a router chooses one per token.
+
+    p = softmax(router(x));  e = argmax(p);  out = p_e * fc2_e(relu(fc1_e(x)))
+
+    The router runs in at least fp32. In training an expert takes int(capacity_factor * T / E) of the T tokens of a
+    batch, the first ones; the output of all others is 0. In evaluation no token is dropped. A training step leaves its
+    auxiliary loss in `loss`; see `auxiliary_loss`. With share_e the share of tokens whose expert is e, before any is
+    dropped, this is
+
+        aux_weight * E * sum_e mean(p_e) * share_e + z_weight * mean(logsumexp(router(x))^2)
+
+    All experts are computed as one grouped matrix product where PyTorch has one: from torch 2.10 on, in bf16, for
+    channels that are multiples of 8. Otherwise they are computed one by one, which waits for a GPU.
+
+    Args:
+        d_model: Token channels d.
+        num_experts: Number E of experts.
+        d_hidden: Hidden channels of an expert; 3 * d_model by default.
+        capacity_factor: Capacity of an expert in training, relative to an equal share of the tokens; None for no limit.
+        aux_weight: Weight of the loss that balances the experts.
+        z_weight: Weight of the loss that keeps the router's logits small.
+
+    Attributes:
+        loss: Auxiliary loss of the latest training step, None before and after `auxiliary_loss` has read it.
+        expert_load: Share of the tokens of the latest call that chose each expert [E], before any is dropped.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        d_hidden: Optional[int] = None,
+        capacity_factor: Optional[float] = 1.0,
+        aux_weight: float = 0.01,
+        z_weight: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        d_hidden = 3 * d_model if d_hidden is None else d_hidden
+        check_counts(d_model=d_model, num_experts=num_experts, d_hidden=d_hidden)
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f'capacity_factor must be above 0, or None for no limit, got {capacity_factor!r}')
+        for name, weight in (('aux_weight', aux_weight), ('z_weight', z_weight)):
+            if not weight >= 0:
+                raise ValueError(f'{name} must be at least 0, got {weight!r}')
+        self.num_experts, self.capacity_factor = num_experts, capacity_factor
+        self.aux_weight, self.z_weight = aux_weight, z_weight
+        self.router = nn.Linear(d_model, num_experts, bias=False, **dd)
+        self.fc1 = nn.Parameter(torch.empty(num_experts, d_model, d_hidden, **dd))
+        self.fc2 = nn.Parameter(torch.empty(num_experts, d_hidden, d_model, **dd))
+        self.loss: Optional[Tensor] = None
+        self.expert_load: Optional[Tensor] = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises router and experts by truncated normals; fc2 counts the hidden channels of all experts."""
+        experts, dim, hidden = self.fc1.shape
+        for weight, fan_in in ((self.router.weight, dim), (self.fc1, dim), (self.fc2, experts * hidden)):
+            nn.init.trunc_normal_(weight, std=(INIT_SCALE / fan_in) ** 0.5, a=-2 * INIT_SCALE, b=2 * INIT_SCALE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., d] -> [B, ..., d]
+
+        Raises:
+            ValueError: In training, if there are fewer tokens than experts, or the capacity is below one token.
+        """
+        tokens = x.flatten(0, -2)
+        routes = self._route(tokens)
+        dtype = _products_dtype(tokens, self.fc1)
+        hidden = _Permutation.apply(tokens.to(dtype), routes.order, routes.inverse)
+        hidden = F.relu(_grouped_mm(hidden, self.fc1.to(dtype), routes.ends))
+        out = _grouped_mm(hidden, self.fc2.to(dtype), routes.ends)
+        out = _Permutation.apply(out, routes.inverse, routes.order)
+        return (out * routes.gate.to(dtype).unsqueeze(-1)).view(x.shape)
+
+    def _route(self, tokens: Tensor) -> Routes:
+        """Chooses the expert of each of [T, d]; stores loss and load."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = F.linear(widen(tokens), widen(self.router.weight))  # [T, E]
+        p = torch.softmax(logits, dim=-1)
+        gate, expert = p.max(dim=-1)
+        # Sorting takes a pass for every byte of the key.
+        experts, order = torch.sort(expert.to(torch.uint8 if self.num_experts < 256 else torch.int32), stable=True)
+        place = torch.arange(len(tokens), device=tokens.device)
+        inverse = torch.empty_like(order).scatter_(0, order, place)
+        following = torch.arange(1, self.num_experts + 1, device=tokens.device, dtype=experts.dtype)
+        ends = torch.searchsorted(experts, following, out_int32=True)
+        starts = F.pad(ends[:-1], (1, 0))
+        share = (ends - starts) / len(tokens)
+        self.expert_load, self.loss = share, None
+        if self.training:
+            self.loss = self.aux_weight * self.num_experts * torch.dot(p.mean(dim=0), share.to(p.dtype))
+            if self.z_weight > 0:
+                self.loss = self.loss + self.z_weight * torch.logsumexp(logits, dim=-1).square().mean()
+            if self.capacity_factor is not None:
+                gate = gate * (inverse - starts[expert] < self._capacity(len(tokens)))
+        return Routes(gate, order, inverse, ends)
+
+    def _capacity(self, tokens: int) -> int:
+        capacity = int(self.capacity_factor * tokens / self.num_experts)
+        if tokens < self.num_experts or capacity < 1:
+            raise ValueError(
+                f'{tokens} tokens are too few for {self.num_experts} experts with capacity_factor='
+                f'{self.capacity_factor}: train with larger batches, fewer experts, or capacity_factor=None'
+            )
+        return capacity
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, 'loss': None}  # copies of the module have no part in its graph
+
+
+def auxiliary_loss(model: nn.Module) -> Any:
+    """Sum of the auxiliary losses of all `SwitchMoE` of a model since their latest training step, to add to its loss.
+
+    Each is read once: a second call gives 0, as does a model without experts.
+    """
+    total: Any = 0.0
+    for module in model.modules():
+        if isinstance(module, SwitchMoE) and module.loss is not None:
+            total = total + module.loss
+            module.loss = None
+    return total
+
+
+def expert_load(model: nn.Module) -> Dict[str, Tensor]:
+    """Share of the tokens of the latest call that chose each expert [E], by name of each `SwitchMoE` of a model."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchMoE))
+    return {name: module.expert_load for name, module in layers if module.expert_load is not None}
+
+
+class _Permutation(torch.autograd.Function):
+    """Rows in another order. PyTorch's own gradient of an index adds rows up, since it may have repeated ones."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permutation.apply(grad, inverse, order), None, None
+
+
+def _products_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer with this weight would run; autocast has no rule for grouped products."""
+    device = x.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows up to ends_0 times weight_0, further rows up to ends_1 times weight_1, ...: [T, m], [E, m, n] -> [T, n]"""
+    if _has_grouped_mm(weight):
+        return F.grouped_mm(x, weight, offs=ends)
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ matrix for part, matrix in zip(x.split(sizes), weight.unbind(0))])
+
+
+def _has_grouped_mm(weight: Tensor) -> bool:
+    aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0
+    return hasattr(F, 'grouped_mm') and weight.dtype == torch.bfloat16 and aligned
