@@ -331,6 +331,12 @@ def ss2d_core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias
     return layer_norm(ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D), norm_weight, norm_bias, norm_eps)
 
 
+def expert_mlp(x, gate, fc1, fc2, experts):
+    """[T, d], [T], [E, d, h], [E, h, d] -> [T, d]; experts are their indices, one per token."""
+    rows = [g * (torch.clamp(row @ fc1[e], min=0) @ fc2[e]) for row, g, e in zip(x, gate, experts)]
+    return torch.stack(rows) if rows else 0 * x
+
+
 def resize_grid(grid, height, width):
     """Bicubic without aligned corners: [1, h, w, d] -> [1, height, width, d]"""
     resized = F.interpolate(grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False)

@@ -12,7 +12,7 @@ TOKENS = ['vit_*', 'naflexvit*', 'efficientvim*']
 
 
 def test_only_our_variants_are_listed():
-    assert (len(OF_TOKENS), len(OF_STAGES)) == (14, 26)
+    assert (len(OF_TOKENS), len(OF_STAGES)) == (15, 27)
     assert set(list_models()) == set(list_models(exclude_filters=['*enormous*'])) == OF_TOKENS | OF_STAGES
     assert set(list_models(module=['vision_transformer', 'convnext'])) == OF_TOKENS | OF_STAGES
     assert list_models('efficientnet_[hx]_*') == []

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from vmamba.layers import SwitchMoE, auxiliary_loss, expert_load
-from vmamba.layers import moe as moe_layer
 
 DIM, HIDDEN, EXPERTS = 8, 16, 4
 
@@ -80,12 +79,10 @@ def test_grouped_products_follow_the_definition(monkeypatch):
     x = torch.randn(3, 7, DIM).bfloat16().requires_grad_()
     layer.router.weight.data *= 4  # far from ties
     compare(layer, x, 3e-2, 5)
-    assert len(calls) == 2
+    assert len(calls) == 6  # two, and twice as many in the backward pass
 
 
-@pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='needs a PyTorch with grouped products')
-def test_the_grouped_path_is_one_graph():
-    """So it reads no sizes from the device."""
+def test_the_layer_is_one_graph():
     compiled = torch.compile(make(torch.bfloat16), backend='aot_eager', fullgraph=True)
     x = torch.randn(5, 6, DIM).bfloat16().requires_grad_()
     (compiled(x).sum() + auxiliary_loss(compiled)).backward()
@@ -143,14 +140,12 @@ def test_initial_weights():
     assert SwitchMoE(1, 8).fc1.abs().max() <= 0.2 < (0.1 / 1) ** 0.5
 
 
-@pytest.mark.parametrize('grouped', (True, False))
-def test_experts_without_tokens_have_no_gradient(grouped, monkeypatch):
-    if not grouped:
-        monkeypatch.setattr(moe_layer, '_has_grouped_mm', lambda weight: False)
-    layer = make(torch.bfloat16, capacity_factor=None)
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float32), ids=str)
+def test_experts_without_tokens_have_no_gradient(dtype):
+    layer = make(dtype, capacity_factor=None)
     layer.router.weight.data[1:] = 0
     layer.router.weight.data[0] = 1
-    layer(torch.rand(10, DIM).bfloat16()).sum().backward()
+    layer(torch.rand(10, DIM, dtype=dtype)).sum().backward()
     assert layer.expert_load.tolist() == [1, 0, 0, 0]
     assert layer.fc1.grad[0].abs().max() > 0 and (layer.fc1.grad[1:] == 0).all()
 

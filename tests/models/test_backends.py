@@ -15,6 +15,8 @@ SHALLOW = {
     'm2': dict(depths=(1,)),
     'adventurer': dict(depth=1, img_size=12),
     'vim2': dict(depth=1, img_size=12),
+    'moe': dict(depths=(1,)),
+    'vim-moe': dict(depth=1, img_size=12),
 }
 
 

@@ -19,6 +19,17 @@ SMALL = {
     'v0': ('vmamba_t_v0', dict(depths=(2,), embed_dim=4, d_state=2), (3, 3, 12, 12), VMAMBA[:1], 2),
     'vim': ('vim_nano', dict(depth=2, embed_dim=16, img_size=16, d_state=2), (3, 3, 16, 16), VIM, 2),
 }
+# Experts run as modules between the fused branches.
+MOE = {
+    'moe': (
+        'vmamba_nano_moe',
+        dict(depths=(1, 1), embed_dim=8, ssm_ratio=1.0, num_experts=2),
+        (3, 3, 12, 20),
+        VMAMBA[:1],
+        2,
+    ),
+    'vim-moe': ('vim_nano_moe', dict(SMALL['vim'][1], num_experts=2), (3, 3, 16, 16), VIM, 2),
+}
 # Wide enough for the kernel of the MLP that holds the hidden map on the chip.
 WIDE = 'vmamba_nano', dict(depths=(1,), embed_dim=32, ssm_ratio=1.0), (2, 3, 8, 12), VMAMBA, 1
 
@@ -44,7 +55,7 @@ def outputs_and_gradients(model, x, triton_kernels, autocast=None):
     return dict(zip(['logits', 'images', *names], [logits, *gradients], strict=True))
 
 
-@pytest.mark.parametrize('case', SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize('case', [*SMALL.values(), *MOE.values()], ids=[*SMALL, *MOE])
 def test_outputs_and_gradients_equal_those_of_the_modules(case, monkeypatch):
     model, x = make(case)
     ran = chains.record(monkeypatch)

@@ -27,6 +27,7 @@ VMAMBA = [
     ('ssm_ratio', 0.01),
     ('mlp_ratio', -1.0),
     ('mlp_ratio', 0.001),
+    ('mlp', 'none'),
 ]
 VIM = [
     ('depth', 0),
@@ -37,10 +38,17 @@ VIM = [
     ('d_conv', 0),
     ('expand', 0.0),
     ('expand', -2.0),
+    ('mlp', 'mlp'),
+]
+MOE = [
+    ('num_experts', 0),
+    ('capacity_factor', -1.0),
 ]
 CASES = [
     *(('vmamba_nano', option) for option in [*MODELS, *VMAMBA]),
     *(('vim_nano', option) for option in [*MODELS, *VIM]),
+    *((name, option) for name in ('vmamba_nano_moe', 'vim_nano_moe') for option in MOE),
+    ('vmamba_nano_moe', ('mlp_ratio', 0.0)),
     *(('mambavision_nano', option) for option in [*MODELS, *VMAMBA[:4]]),
     *(('vssd_nano', option) for option in [*MODELS, *VMAMBA[:5]]),
     *(('adventurer_nano', option) for option in [*MODELS, *VIM[:5]]),

@@ -3,33 +3,18 @@
 Switch Transformers, https://arxiv.org/abs/2101.03961. MoE-Mamba, https://arxiv.org/abs/2401.04081
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels import assign, expert_mlp
 from .norm import widen
 from .options import check_counts
 
 INIT_SCALE = 0.1  # initial weights have this variance / fan-in, and are cut at twice this
-
-
-class Routes(NamedTuple):
-    """Where T tokens go.
-
-    Attributes:
-        gate: Probability of each token's expert, 0 for a token beyond the capacity, [T].
-        order: Tokens sorted by expert, those of an expert in their own order, [T].
-        inverse: Place of each token in that order, [T].
-        ends: Where each expert's tokens end in that order, int32 [E].
-    """
-
-    gate: Tensor
-    order: Tensor
-    inverse: Tensor
-    ends: Tensor
 
 
 @register_notrace_module
@@ -58,7 +43,7 @@ class SwitchMoE(nn.Module):
 
     Attributes:
         loss: Auxiliary loss of the latest training step, None before and after `auxiliary_loss` has read it.
-        expert_load: Share of the tokens of the latest call that chose each expert [E], before any is dropped.
+        expert_load: Share of the tokens of that step that chose each expert [E], before any is dropped.
     """
 
     def __init__(
@@ -83,7 +68,7 @@ class SwitchMoE(nn.Module):
                 raise ValueError(f'{name} must be at least 0, got {weight!r}')
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         self.aux_weight, self.z_weight = aux_weight, z_weight
-        self.router = nn.Linear(d_model, num_experts, bias=False, **dd)
+        self.router = _Router(d_model, num_experts, bias=False, **dd)
         self.fc1 = nn.Parameter(torch.empty(num_experts, d_model, d_hidden, **dd))
         self.fc2 = nn.Parameter(torch.empty(num_experts, d_hidden, d_model, **dd))
         self.loss: Optional[Tensor] = None
@@ -103,36 +88,25 @@ class SwitchMoE(nn.Module):
             ValueError: In training, if there are fewer tokens than experts, or the capacity is below one token.
         """
         tokens = x.flatten(0, -2)
-        routes = self._route(tokens)
-        dtype = _products_dtype(tokens, self.fc1)
-        hidden = _Permutation.apply(tokens.to(dtype), routes.order, routes.inverse)
-        hidden = F.relu(_grouped_mm(hidden, self.fc1.to(dtype), routes.ends))
-        out = _grouped_mm(hidden, self.fc2.to(dtype), routes.ends)
-        out = _Permutation.apply(out, routes.inverse, routes.order)
-        return (out * routes.gate.to(dtype).unsqueeze(-1)).view(x.shape)
-
-    def _route(self, tokens: Tensor) -> Routes:
-        """Chooses the expert of each of [T, d]; stores loss and load."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(widen(tokens), widen(self.router.weight))  # [T, E]
+        logits = self.router(tokens)  # [T, E]
         p = torch.softmax(logits, dim=-1)
         gate, expert = p.max(dim=-1)
-        # Sorting takes a pass for every byte of the key.
-        experts, order = torch.sort(expert.to(torch.uint8 if self.num_experts < 256 else torch.int32), stable=True)
-        place = torch.arange(len(tokens), device=tokens.device)
-        inverse = torch.empty_like(order).scatter_(0, order, place)
-        following = torch.arange(1, self.num_experts + 1, device=tokens.device, dtype=experts.dtype)
-        ends = torch.searchsorted(experts, following, out_int32=True)
-        starts = F.pad(ends[:-1], (1, 0))
-        share = (ends - starts) / len(tokens)
-        self.expert_load, self.loss = share, None
+        assignment = assign(expert, self.num_experts)
+        self.loss = None
         if self.training:
-            self.loss = self.aux_weight * self.num_experts * torch.dot(p.mean(dim=0), share.to(p.dtype))
-            if self.z_weight > 0:
-                self.loss = self.loss + self.z_weight * torch.logsumexp(logits, dim=-1).square().mean()
+            starts = F.pad(assignment.ends[:-1], (1, 0))
+            self._add_loss(logits, p, (assignment.ends - starts) / tokens.shape[0])
             if self.capacity_factor is not None:
-                gate = gate * (inverse - starts[expert] < self._capacity(len(tokens)))
-        return Routes(gate, order, inverse, ends)
+                gate = gate * (assignment.inverse - starts[expert] < self._capacity(tokens.shape[0]))
+        tokens = tokens.to(_products_dtype(tokens, self.fc1))
+        return expert_mlp(tokens, gate, self.fc1, self.fc2, assignment).view(x.shape)
+
+    def _add_loss(self, logits: Tensor, p: Tensor, share: Tensor) -> None:
+        """Stores share and loss, from [T, E], [T, E], [E]."""
+        loss = self.aux_weight * self.num_experts * torch.dot(p.mean(dim=0), share.to(p.dtype))
+        if self.z_weight > 0:
+            loss = loss + self.z_weight * torch.logsumexp(logits, dim=-1).square().mean()
+        self.loss, self.expert_load = loss, share
 
     def _capacity(self, tokens: int) -> int:
         capacity = int(self.capacity_factor * tokens / self.num_experts)
@@ -161,44 +135,25 @@ def auxiliary_loss(model: nn.Module) -> Any:
 
 
 def expert_load(model: nn.Module) -> Dict[str, Tensor]:
-    """Share of the tokens of the latest call that chose each expert [E], by name of each `SwitchMoE` of a model."""
+    """`expert_load` of the latest training step, by name of each `SwitchMoE` of a model."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchMoE))
     return {name: module.expert_load for name, module in layers if module.expert_load is not None}
 
 
-class _Permutation(torch.autograd.Function):
-    """Rows in another order. PyTorch's own gradient of an index adds rows up, since it may have repeated ones."""
+class _Router(nn.Linear):
+    """A linear layer in at least fp32, also under autocast."""
 
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permutation.apply(grad, inverse, order), None, None
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d] -> [T, E]"""
+        if x.is_meta:  # which autocast does not support
+            return F.linear(widen(x), widen(self.weight))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(widen(x), widen(self.weight))
 
 
 def _products_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which a linear layer with this weight would run; autocast has no rule for grouped products."""
     device = x.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if not x.is_meta and weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends_0 times weight_0, further rows up to ends_1 times weight_1, ...: [T, m], [E, m, n] -> [T, n]"""
-    if _has_grouped_mm(weight):
-        return F.grouped_mm(x, weight, offs=ends)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([part @ matrix for part, matrix in zip(x.split(sizes), weight.unbind(0))])
-
-
-def _has_grouped_mm(weight: Tensor) -> bool:
-    aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0
-    return hasattr(F, 'grouped_mm') and weight.dtype == torch.bfloat16 and aligned

@@ -15,7 +15,7 @@ from timm.layers import DropPath, LayerScale
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
-from ..layers import H3, S4D, Attention, BiMamba, BiMamba2, RmsNorm, residual_branches
+from ..layers import H3, S4D, Attention, BiMamba, BiMamba2, RmsNorm, SwitchMoE, residual_branches
 from ..layers.options import check_choice, check_divides
 from ._isotropic import NORM_EPS, TokenModel, create, fit_pos_embed
 from ._pretrained import rename, split_backbone, with_fresh_norm
@@ -46,7 +46,7 @@ def make_mixer(
 
 
 class VimBlock(nn.Module):
-    """x = x + drop_path(mixer(norm(x))), with the residual stream x in fp32.
+    """x = x + drop_path(mixer(norm(x))), then x = x + drop_path2(mlp(norm2(x))) if there are experts; x is in fp32.
 
     Args:
         dim: Token channels d.
@@ -57,6 +57,9 @@ class VimBlock(nn.Module):
         drop_path: Stochastic depth rate.
         mixer: 'mamba' for `BiMamba`, 'mamba2' for `BiMamba2`, 's4d', 'h3' or 'attention'.
         headdim: Channels P of a head of `BiMamba2` and attention.
+        mlp: 'none', or 'moe' for `SwitchMoE`.
+        num_experts: Experts of `SwitchMoE`.
+        capacity_factor: Of `SwitchMoE`.
     """
 
     def __init__(
@@ -69,6 +72,9 @@ class VimBlock(nn.Module):
         drop_path: float = 0.0,
         mixer: str = 'mamba',
         headdim: int = 64,
+        mlp: str = 'none',
+        num_experts: int = 8,
+        capacity_factor: Optional[float] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -78,12 +84,25 @@ class VimBlock(nn.Module):
         self.mixer = make_mixer(mixer, dim, expand, d_state, d_conv, headdim, **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        check_choice(('none', 'moe'), mlp=mlp)
+        self.has_mlp = mlp == 'moe'
+        if self.has_mlp:
+            self.norm2 = RmsNorm(dim, eps=NORM_EPS, autocast=True, **dd)
+            self.mlp = SwitchMoE(dim, num_experts, capacity_factor=capacity_factor, **dd)
+            self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else None
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        if self.ls is None:
-            return residual_branches(x, (self.norm, self.mixer, self.drop_path))
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x))))
+        x = _residual(x, self.norm, self.mixer, self.ls, self.drop_path)
+        return _residual(x, self.norm2, self.mlp, self.ls2, self.drop_path2) if self.has_mlp else x
+
+
+def _residual(x: Tensor, norm: nn.Module, module: nn.Module, ls: Optional[nn.Module], drop_path: nn.Module) -> Tensor:
+    """x + drop_path(ls(module(norm(x)))), fused where that is possible without layer scale"""
+    if ls is None:
+        return residual_branches(x, (norm, module, drop_path))
+    return x + drop_path(ls(module(norm(x))))
 
 
 class Vim(TokenModel):
@@ -108,6 +127,10 @@ class Vim(TokenModel):
         mixer: 'mamba', 'mamba2' for the scan of Mamba-2, 's4d', 'h3' or 'attention'; all but attention in both
             directions.
         headdim: Channels P of a head of 'mamba2' and 'attention'.
+        mlp: 'none', or 'moe' for a mixture of experts after each mixer, as in MoE-Mamba: see `SwitchMoE`. Training adds
+            `auxiliary_loss(model)` to the loss.
+        num_experts: Experts of 'moe'.
+        capacity_factor: Capacity of an expert in training, relative to an equal share of the tokens; None for no limit.
     """
 
     def __init__(
@@ -129,6 +152,9 @@ class Vim(TokenModel):
         dynamic_img_size: bool = False,
         mixer: str = 'mamba',
         headdim: int = 64,
+        mlp: str = 'none',
+        num_experts: int = 8,
+        capacity_factor: Optional[float] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -136,6 +162,7 @@ class Vim(TokenModel):
         block: Dict[str, Any] = dict(
             mixer=mixer, expand=expand, d_state=d_state, d_conv=d_conv, headdim=headdim, init_values=init_values
         )
+        block.update(mlp=mlp, num_experts=num_experts, capacity_factor=capacity_factor)
         super().__init__(
             lambda _, rate: VimBlock(embed_dim, drop_path=rate, **block, **dd),
             *(img_size, patch_size, stride, in_chans, num_classes, global_pool, embed_dim, depth),
@@ -257,11 +284,17 @@ default_cfgs = generate_default_cfgs(
         'vim_s_stride8.in1k': _cfg('hustvl/Vim-small-midclstok', 'vim_s_midclstok_ft_81p6acc.pth'),
         'vim_b.in1k': _cfg('hustvl/Vim-base-midclstok', 'vim_b_midclstok_81p9acc.pth'),
         'vim_nano.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+        'vim_nano_moe.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
         'vim2_t.untrained': _cfg(),
         'vim2_s.untrained': _cfg(),
     }
 )
 _EMA_VARIANTS = ('vim_b',)  # its published accuracy is of the EMA weights
+
+
+_NANO: Dict[str, Any] = dict(
+    embed_dim=256, depth=4, expand=1.0, d_state=4, img_size=32, patch_size=8, stride=4, global_pool='avg'
+)
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
@@ -306,9 +339,14 @@ def vim_b(pretrained: bool = False, **kwargs: Any) -> Vim:
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
     """A small Vim for small images, light enough to train on a CPU; no weights are published"""
-    patches = dict(img_size=32, patch_size=8, stride=4, global_pool='avg')
-    args = dict(embed_dim=256, depth=4, expand=1.0, d_state=4, **patches)
-    return _create_vim('vim_nano', pretrained, **{**args, **kwargs})
+    return _create_vim('vim_nano', pretrained, **{**_NANO, **kwargs})
+
+
+@register_model
+def vim_nano_moe(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-nano with experts after each mixer; no weights are published"""
+    args = dict(mlp='moe', num_experts=4, **_NANO)
+    return _create_vim('vim_nano_moe', pretrained, **{**args, **kwargs})
 
 
 @register_model

@@ -7,7 +7,7 @@ Official models and weights: https://github.com/MzeroMiko/VMamba (MIT). This cod
 
 import re
 from functools import partial
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
@@ -15,7 +15,7 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..layers import SS2D, SSD2D, ImageConv2d, LayerNorm, LayerNorm2d, check_images, residual_branches
+from ..layers import SS2D, SSD2D, ImageConv2d, LayerNorm, LayerNorm2d, SwitchMoE, check_images, residual_branches
 from ..layers.options import check_choice, check_counts, scaled_channels
 from ._hierarchical import HierarchicalModel, Stage, check_stages, split_norms
 from ._pretrained import build_model, rename
@@ -100,6 +100,9 @@ class VMambaBlock(nn.Module):
         mlp_ratio: Ratio of the MLP's hidden channels to d; 0 for no MLP.
         drop_path: Stochastic depth rate.
         mixer: 'ss2d' for `SS2D`, 'ssd2d' for `SSD2D`.
+        mlp: 'mlp' for one MLP, 'moe' for `SwitchMoE`.
+        num_experts: Experts of `SwitchMoE`.
+        capacity_factor: Of `SwitchMoE`.
     """
 
     def __init__(
@@ -112,6 +115,9 @@ class VMambaBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         mixer: str = 'ss2d',
+        mlp: str = 'mlp',
+        num_experts: int = 8,
+        capacity_factor: Optional[float] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -126,7 +132,11 @@ class VMambaBlock(nn.Module):
         self.has_mlp = mlp_ratio != 0
         if self.has_mlp:
             self.norm2 = LayerNorm(dim, eps=NORM_EPS, autocast=True, **dd)
-            self.mlp = Mlp(dim, scaled_channels(dim, mlp_ratio=mlp_ratio), **dd)
+            hidden = scaled_channels(dim, mlp_ratio=mlp_ratio)
+            if mlp == 'moe':
+                self.mlp: nn.Module = SwitchMoE(dim, num_experts, hidden, capacity_factor, **dd)
+            else:
+                self.mlp = Mlp(dim, hidden, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,9 +166,13 @@ class VMamba(HierarchicalModel):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; rates grow linearly from 0.
         mixer: 'ss2d', or 'ssd2d' for the scan of Mamba-2, which has no gate and no bias of the convolution.
+        mlp: 'mlp', or 'moe' for a mixture of experts, each as large as the MLP: see `SwitchMoE`. Training adds
+            `auxiliary_loss(model)` to the loss.
+        num_experts: Experts of 'moe'.
+        capacity_factor: Capacity of an expert in training, relative to an equal share of the tokens; None for no limit.
     """
 
-    self_initialised = ('x_proj',)
+    self_initialised = ('x_proj', 'router')
 
     def __init__(
         self,
@@ -177,6 +191,9 @@ class VMamba(HierarchicalModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         mixer: str = 'ss2d',
+        mlp: str = 'mlp',
+        num_experts: int = 8,
+        capacity_factor: Optional[float] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -187,6 +204,9 @@ class VMamba(HierarchicalModel):
         check_choice(('ss2d', 'ssd2d'), mixer=mixer)
         if mixer == 'ssd2d' and (gate or conv_bias):
             raise ValueError(f"mixer='ssd2d' has no gate and no conv_bias, got gate={gate}, conv_bias={conv_bias}")
+        check_choice(('mlp', 'moe'), mlp=mlp)
+        if mlp == 'moe' and mlp_ratio == 0:
+            raise ValueError(f"mlp='moe' needs hidden channels, got mlp_ratio={mlp_ratio}")
         check_choice(_STEMS, stem=stem)
         check_choice(_DOWNSAMPLES, downsample=downsample)
         first = _STEMS[stem](in_chans, embed_dim, **dd)
@@ -194,6 +214,7 @@ class VMamba(HierarchicalModel):
         block: Dict[str, Any] = dict(
             mixer=mixer, ssm_ratio=ssm_ratio, d_state=d_state, conv_bias=conv_bias, gate=gate, mlp_ratio=mlp_ratio
         )
+        block.update(mlp=mlp, num_experts=num_experts, capacity_factor=capacity_factor)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []
         for i, dim in enumerate(dims):
@@ -346,6 +367,7 @@ default_cfgs = generate_default_cfgs(
         'vmamba_s_m2.untrained': _cfg(),
         'vmamba_b_m2.untrained': _cfg(),
         'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+        'vmamba_nano_moe.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
 
@@ -450,6 +472,13 @@ def vmamba_nano(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A small VMamba for small images; no weights are published"""
     args = dict(depths=(1, 1, 2, 1), embed_dim=32, ssm_ratio=2.0)
     return _create_vmamba('vmamba_nano', pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vmamba_nano_moe(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-nano with experts as MLPs; no weights are published"""
+    args = dict(depths=(1, 1, 2, 1), embed_dim=32, ssm_ratio=2.0, mlp='moe', num_experts=4)
+    return _create_vmamba('vmamba_nano_moe', pretrained, **{**args, **kwargs})
 
 
 register_model_deprecations(
