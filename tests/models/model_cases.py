@@ -21,12 +21,8 @@ SMALL = {
     'vim-moe': ('vim_nano_moe', dict(_TOKENS, num_experts=2)),
     'vim2': ('vim2_t', dict(_TOKENS, img_size=32, d_state=4, headdim=8)),
 }
-CLASS_TOKENS = {
-    'vim': 32,
-    'vim2': 32,
-    'vim-moe': 32,
-    'adventurer': 64,
-}  # where it is among the 65 tokens of a 32x32 image
+# Where it is among the 65 tokens of a 32x32 image.
+CLASS_TOKENS = {'vim': 32, 'vim2': 32, 'vim-moe': 32, 'adventurer': 64}
 STAGES = [family for family in SMALL if family not in CLASS_TOKENS]
 CHANNELS = {family: [16] * 4 if family in CLASS_TOKENS else [8, 16, 32, 64] for family in SMALL}
 REDUCTIONS = {family: [4] * 4 if family in CLASS_TOKENS else [4, 8, 16, 32] for family in SMALL}

@@ -34,9 +34,8 @@ def build(name):
         'vim2_t': dict(depth=2, img_size=64),
         **dict.fromkeys(('vmamba_t_v0', 'vmamba_t_m2'), dict(depths=[1] * 4)),
     }
-    size = (
-        32 if name in ('vim_nano', 'vim_nano_moe', 'adventurer_nano') else 64
-    )  # on a map of one pixel A has no gradient
+    # On a map of one pixel A has no gradient.
+    size = 32 if name in ('vim_nano', 'vim_nano_moe', 'adventurer_nano') else 64
     model = timm.create_model(name, num_classes=10, **shallow.get(name, {}))
     # Statistics of small batches amplify rounding.
     return model.train(not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())), torch.randn(4, 3, size, size)

@@ -13,8 +13,10 @@ import yaml
 from folders import full_disk, in_use
 from training_runs import CONFIGS, ROOT, SMALL, image_folder, newest, rows, signals_kept
 
+from vmamba.layers import auxiliary_loss
 from vmamba.tools import train
 from vmamba.tools.output_files import lock_folder
+from vmamba.tools.training import engine
 from vmamba.tools.user_errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Unable to enable fault handler')  # pytest has taken stderr
@@ -94,13 +96,23 @@ def test_mixed_precision_on_synthetic_images(run, tmp_path, precision):
     assert 'val_top1' not in table[0]
 
 
-@pytest.mark.parametrize('model', ['vmamba_nano', 'vim_nano'])
+@pytest.mark.parametrize('model', ['vmamba_nano', 'vim_nano', 'vmamba_nano_moe'])
 def test_our_models_train_on_a_folder(run, folder, tmp_path, model):
     args = *SMALL, '--model', model, '--data', '', '--data-dir', folder, '--batch-size', 6, '--epochs', 1
     mixing = '--mixup', 0.8, '--cutmix', 1, '--drop-last', '--reprob', 0.5, '--aug-repeats', 3, '--workers', 1
     out, err, status = run(*args, *mixing, '--clip-mode', 'agc', '--clip-grad', 0.02, '--output', tmp_path)
     assert status == 0, err
-    assert rows(tmp_path)[0]['updates'] == 2
+    row = rows(tmp_path)[0]
+    assert row['updates'] == 2 and row.get('max_expert_load', 1) >= 1 and ('max_expert_load' in row) == ('moe' in model)
+
+
+def test_auxiliary_losses_are_trained_on(run, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(engine, 'auxiliary_loss', lambda model: seen.append(auxiliary_loss(model)) or 100 * seen[-1])
+    _, err, status = run(*SMALL, '--model', 'vmamba_nano_moe', '--epochs', 1, '--output', tmp_path)
+    assert status == 0, err
+    assert len(seen) == rows(tmp_path)[0]['updates'] and all(loss.requires_grad for loss in seen)
+    assert rows(tmp_path)[0]['train_loss'] > 100 * 5 * 0.01 > rows(tmp_path)[0]['val_loss']
 
 
 def test_accumulation_learns_as_the_joined_batch(run, tmp_path):

@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vmamba.layers import auxiliary_loss, expert_load
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
@@ -83,6 +84,7 @@ class Trainer:
             seconds = time.perf_counter() - start
             rate = (self.update - done) * self.update_size / seconds
             row = dict(epoch=self.epoch + 1, updates=self.update, lr=self._lr(), train_loss=loss)
+            row.update(self._expert_load())
             row.update(self._validate())
             row.update(images_per_second=round(rate, 1), memory_mib=round(peak_memory_mib(self.runtime.device), 1))
             self._end_epoch(row)
@@ -143,7 +145,8 @@ class Trainer:
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
-            return self.task(self._laid_out(images), targets)['loss']
+            loss = self.task(self._laid_out(images), targets)['loss']
+        return loss + auxiliary_loss(self.task.get_trainable_module())
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.precision
@@ -182,6 +185,11 @@ class Trainer:
             f'the {what} is not a finite number at or before update {self.update} (epoch {self.epoch + 1}); {saved}; '
             f'lower lr, {clip}{others[self.config.precision]}'
         )
+
+    def _expert_load(self) -> Dict[str, float]:
+        """Of a model with experts, the tokens of the busiest one in the last step, relative to an equal share."""
+        loads = expert_load(self.task.get_trainable_module()).values()
+        return {'max_expert_load': max(len(load) * load.max().item() for load in loads)} if loads else {}
 
     def _lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
