@@ -3,6 +3,7 @@
 from .attention import Attention, AttentionCache
 from .bimamba import BiMamba
 from .bimamba2 import BiMamba2
+from .block_state import BlockState, BlockStateCache
 from .conv_norm import ConvNorm, conv_norms
 from .depthwise import CausalConv1d, DepthwiseConv2d
 from .h3 import H3, H3Cache
@@ -25,6 +26,8 @@ __all__ = [
     'BiMamba',
     'BiMamba2',
     'Bidirectional',
+    'BlockState',
+    'BlockStateCache',
     'CausalConv1d',
     'ConvNorm',
     'DepthwiseConv2d',

@@ -144,7 +144,7 @@ class _MinimalKernel(nn.Module):
         return discretise(A, torch.ones_like(A), C, torch.exp(widen(self.log_dt)), 'zoh')
 
 
-class _BlockKernel(nn.Module):
+class BlockKernel(nn.Module):
     """Parameters of the layout 'block': A = -exp(A_real) - i A_imag and B, each of S, in turn, for the H channels."""
 
     def __init__(
@@ -190,10 +190,10 @@ class _BlockKernel(nn.Module):
         return discretise(A, B, C, torch.exp(widen(self.inv_dt).squeeze(-1)), self.disc)
 
 
-class _BlockConv(nn.Module):
+class BlockConv(nn.Module):
     """The convolution of the layout 'block', with the skip connection D [c, H]."""
 
-    def __init__(self, kernel: _BlockKernel, channels: int, device=None, dtype=None) -> None:
+    def __init__(self, kernel: BlockKernel, channels: int, device=None, dtype=None) -> None:
         super().__init__()
         self.D = nn.Parameter(torch.empty(channels, kernel.inv_dt.shape[0], device=device, dtype=dtype))
         self.kernel = kernel
@@ -274,8 +274,8 @@ class S4D(nn.Module):
             self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1, **dd), nn.GLU(dim=-2))
         else:
             outputs = channels * (2 if bidirectional else 1)
-            kernel = _BlockKernel(d_model, d_state // 2, outputs, n_ssm, init, disc, dt_range, **dd)
-            self.layer = _BlockConv(kernel, channels, **dd)
+            kernel = BlockKernel(d_model, d_state // 2, outputs, n_ssm, init, disc, dt_range, **dd)
+            self.layer = BlockConv(kernel, channels, **dd)
             self.output_linear = nn.Sequential(nn.Linear(channels * d_model, 2 * d_model, **dd), nn.GLU(dim=-1))
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
