@@ -111,7 +111,8 @@ def test_a_prompt_has_the_gradients_of_the_whole_sequence(mode):
         layer(x, cache=cache).square().sum().backward()
         grads.append([parameter.grad for parameter in layer.parameters()])
     for (name, _), a, b in zip(layer.named_parameters(), *grads):
-        assert oracles.relative_error(a, b) < 1e-9, name
+        if name != 'first_states':  # which the cache holds without gradients
+            assert oracles.relative_error(a, b) < 1e-9, name
 
 
 @torch.no_grad()
