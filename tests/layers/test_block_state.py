@@ -121,7 +121,24 @@ def test_the_cache_does_not_grow():
     cache = layer.allocate_cache(2)
     sizes = [part.shape for part in cache]
     layer(torch.randn(2, 21, DIM), cache=cache)
-    assert [part.shape for part in cache] == sizes and cache.keys.shape[2] == 2 * WINDOW and cache.position == 21
+    assert (
+        [part.shape for part in cache] == sizes
+        and cache.keys.shape[2] == 2 * WINDOW
+        and cache.position.tolist() == [21, 21]
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('mode', MODES)
+def test_sequences_of_different_lengths_step_together(mode):
+    layer = make(mode).double()
+    x = torch.randn(2, 17, DIM, dtype=torch.double)
+    cache = layer.allocate_cache(2)
+    layer(x[:1, :3], cache=type(cache)(*(part[:1] for part in cache)))  # the first row is three tokens ahead
+    for i in range(14):
+        y = layer.step(torch.stack([x[0, 3 + i], x[1, i]]), cache)
+        assert oracles.relative_error(y[0], layer(x[:1])[0, 3 + i]) < 1e-10
+        assert oracles.relative_error(y[1], layer(x[1:])[0, i]) < 1e-10
 
 
 @torch.no_grad()

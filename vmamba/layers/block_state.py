@@ -28,7 +28,7 @@ class BlockStateCache(NamedTuple):
         context: Keys and values of the context states of this window, [B, heads, window or num_states, 2 * head_dim].
         last: In mode 'mf' the SSM's latest outputs, [B, num_states, d]; else empty.
         state: Of the SSM, complex [B, d, M].
-        position: Positions so far, an integer tensor [] on the parameters' device.
+        position: Positions so far of each sequence, an integer tensor [B] on the parameters' device.
     """
 
     keys: Tensor
@@ -127,7 +127,8 @@ class BlockState(nn.Module):
 
         Args:
             x: Tokens [B, L, d].
-            cache: What precedes x; updated to what precedes the next token. Carries no gradients.
+            cache: What precedes x, as much of each sequence; updated to what precedes the next token. Carries no
+                gradients.
         """
         if cache is not None:
             return self._continue_windows(x, cache)
@@ -234,12 +235,14 @@ class BlockState(nn.Module):
             last = self.first_states.detach().expand(batch_size, -1, -1).clone()
         context = weight.new_zeros(*shape, places, 2 * self.head_dim)
         decay = self.ssm.kernel().log_decay
-        state, position = decay.new_zeros(batch_size, *decay.shape), torch.zeros((), dtype=torch.long)
-        return BlockStateCache(keys, keys.clone(), context, last, state, position.to(weight.device))
+        state, position = decay.new_zeros(batch_size, *decay.shape), weight.new_zeros(batch_size, dtype=torch.long)
+        return BlockStateCache(keys, keys.clone(), context, last, state, position)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: BlockStateCache) -> Tensor:
         """The output for one more token, equal to that of the whole sequence; without gradients.
+
+        Sequences may be of different lengths so far.
 
         Args:
             x: Token [B, d].
@@ -254,7 +257,7 @@ class BlockState(nn.Module):
 
     def _continue_windows(self, x: Tensor, cache: BlockStateCache) -> Tensor:
         """Tokens after what precedes them, window by window: [B, L, d] -> [B, L, d]"""
-        first = self.window - int(cache.position) % self.window  # tokens that this window lacks
+        first = self.window - int(cache.position[0]) % self.window  # tokens that this window lacks
         # The backward pass needs what the cache held.
         updated, outputs = BlockStateCache(*(part.clone() for part in cache)) if torch.is_grad_enabled() else cache, []
         for part in (x[:, :first], *x[:, first:].split(self.window, dim=1)):
@@ -270,30 +273,31 @@ class BlockState(nn.Module):
         Without gradients the cache is updated in place.
         """
         seqlen, slots = x.shape[1], 2 * self.window
-        position = cache.position + torch.arange(seqlen, device=x.device)
+        position = cache.position.unsqueeze(1) + torch.arange(seqlen, device=x.device)  # [B, L]
         q, k, v, q_state = self._heads(self.in_proj(x))
         keys, values = (_put(*pair, position % slots) for pair in ((cache.keys, k), (cache.values, v)))
-        distance = (position[:, None] - torch.arange(slots, device=x.device)) % slots
+        distance = (position.unsqueeze(-1) - torch.arange(slots, device=x.device)) % slots  # [B, L, slots]
         start = position // self.window * self.window - self.window  # of the window before
-        seen = distance <= position[:, None] - start.clamp(min=0)[:, None]
-        bias = self._bias(torch.where(seen, distance, -1)).to(q.dtype)
+        seen = distance <= (position - start.clamp(min=0)).unsqueeze(-1)
+        bias = self._bias(torch.where(seen, distance, -1)).transpose(0, 1).to(q.dtype)  # [B, heads, L, slots]
         own = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), bias)
-        context, last, state = self._continue_context(x, position % self.window, cache)
+        place = position % self.window
+        context, last, state = self._continue_context(x, place, cache)
         k_state, v_state = context.to(q.dtype).chunk(2, dim=-1)
         seen = None
         if self.mode != 'mf':
-            seen = torch.arange(self.window, device=x.device) <= (position % self.window)[:, None]
+            seen = (torch.arange(self.window, device=x.device) <= place.unsqueeze(-1)).unsqueeze(1)
         states = F.scaled_dot_product_attention(q_state, k_state, v_state, seen)
         y = self.out_proj(torch.cat([own, states], dim=1).transpose(1, 2).flatten(2))
         return y, BlockStateCache(keys, values, context, last, state, cache.position + seqlen)
 
     def _continue_context(self, x: Tensor, place: Tensor, cache: BlockStateCache) -> Tuple[Tensor, Tensor, Tensor]:
-        """`context`, `last` and `state` of the cache after these tokens, whose places in the window are [L]."""
+        """`context`, `last` and `state` of the cache after these tokens, whose places in the window are [B, L]."""
         u, ssm = widen(x).mT, self.ssm.kernel()
         state = ssm.last_state(cache.state, u)
         if self.mode == 'mf':
             new = self._project_states(cache.last.to(x.dtype)).to(cache.context.dtype)
-            context = torch.where(place[0] == 0, new, cache.context)
+            context = torch.where((place[:, 0] == 0)[:, None, None, None], new, cache.context)
             return context, self._outputs(ssm, state) + self._skip(u[..., -1:]).squeeze(-1), state
         outputs = self._convolve(u).mT + ssm.response(cache.state.clone(), x.shape[1])  # [B, outputs, d, L]
         return _put(cache.context, self._project_states(outputs.mT.to(x.dtype)), place), cache.last, state
@@ -311,9 +315,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None, is_c
 
 
 def _put(stored: Tensor, new: Tensor, place: Tensor) -> Tensor:
-    """New entries at their places in the third dimension, in place unless gradients are needed."""
-    new = new.to(stored.dtype)
-    return stored.index_copy(2, place, new) if torch.is_grad_enabled() else stored.index_copy_(2, place, new)
+    """New entries [B, heads, L, c] at their places [B, L], in place unless gradients are needed."""
+    new, index = new.to(stored.dtype), place[:, None, :, None].expand(new.shape)
+    return stored.scatter(2, index, new) if torch.is_grad_enabled() else stored.scatter_(2, index, new)
 
 
 def _store(cache: BlockStateCache, updated: BlockStateCache) -> None:
