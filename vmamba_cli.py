@@ -22,6 +22,7 @@ COMMANDS = {
     'mm-test': ('mm_test', 'test a detector or segmentor'),
     'mm-infer': ('mm_infer', 'predict and draw boxes, masks or segmentation'),
     'make-scenes': ('make_scenes', 'compose a small data set for detection and segmentation'),
+    'make-sequences': ('make_sequences', 'make the data of a long-range task'),
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),

@@ -1,0 +1,50 @@
+"""Makes the data of a long-range task by its published rules.
+
+    vmamba make-sequences listops --output data/listops
+    vmamba make-sequences pathfinder32 --output data/pathfinder32 --workers 2
+
+The folder gets train.npz, validation.npz and test.npz, with the arrays `inputs` [n, length] of uint8 and `targets` [n];
+those of Pathfinder also have the centres of the markers and the points of both curves. sequences.json has the
+arguments. ListOps takes a minute, Pathfinder of 32 pixels 20 minutes with two processes. A folder that has this data
+already is left as it is.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import List, Optional
+
+from vmamba.tools.sequences.files import COUNTS, SPLITS, settings_of, write_task
+from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+
+RECORD = 'sequences.json'  # in the folder, of what it was made with
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument('task', choices=COUNTS)
+    parser.add_argument('--output', type=Path, required=True, help='folder to make')
+    for split in SPLITS:
+        parser.add_argument(f'--{split}', type=positive, help='examples; default: as many as were published')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=positive, default=1, help='processes that draw images')
+    return parser.parse_args(argv)
+
+
+@one_line_errors('make_sequences.py')
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    counts = {split: getattr(args, split) or count for split, count in zip(SPLITS, COUNTS[args.task])}
+    settings = settings_of(args.task, counts, args.seed)
+    if args.output.exists() and any(args.output.iterdir()):
+        record = args.output / RECORD
+        found = record.read_text().strip() if record.is_file() else 'something else'
+        if found != json.dumps(settings):
+            raise UserError(f'{args.output} has {found} instead of {json.dumps(settings)}: move it away')
+        return print(f'{args.output} has this data already')
+    write_task(args.output, args.task, counts, args.seed, args.workers, RECORD)
+    print(f'Wrote {" + ".join(map(str, counts.values()))} examples of {args.task} to {args.output}')
+
+
+if __name__ == '__main__':
+    main()
