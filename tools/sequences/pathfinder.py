@@ -19,7 +19,7 @@ _TRIES = 3  # for a dash, and for the first dash of a curve
 _DISTRACTOR_TRIES = 5
 _TOUCHES = 1.8  # sum of two occupancies from which on two dashes touch
 _OCCUPIED = 0.3
-_DEAD_END = 1e-4  # total weight of the places where a curve may go on
+_DEAD_END = 1e-4  # total weight of the places where a curve may end next
 _LEAST_FREE = 0.01  # share of pixels below which no more distractors start
 
 Point = Tuple[int, int]  # row and column
