@@ -7,7 +7,7 @@ from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
 from .fft_conv import diagonal_kernel, diagonal_state, long_conv
 from .gated_norm import gated_rms_norm
-from .moe import Assignment, assign, expert_mlp
+from .moe import SwitchOutput, switch_mlp
 from .naive import cross_merge, cross_scan
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan
@@ -16,11 +16,10 @@ from .ssd import non_causal_ssd, ssd_scan
 from .step import selective_state_update
 
 __all__ = [
-    'Assignment',
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
     'OPERATORS',
-    'assign',
+    'SwitchOutput',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'bimamba_core',
@@ -30,7 +29,6 @@ __all__ = [
     'depthwise_conv2d',
     'diagonal_kernel',
     'diagonal_state',
-    'expert_mlp',
     'gated_rms_norm',
     'layer_norm',
     'long_conv',
@@ -41,5 +39,6 @@ __all__ = [
     'ss2d_core',
     'ss2d_scan',
     'ssd_scan',
+    'switch_mlp',
     'use_triton',
 ]

@@ -331,10 +331,19 @@ def ss2d_core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias
     return layer_norm(ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D), norm_weight, norm_bias, norm_eps)
 
 
-def expert_mlp(x, gate, fc1, fc2, experts):
-    """[T, d], [T], [E, d, h], [E, h, d] -> [T, d]; experts are their indices, one per token."""
-    rows = [g * (torch.clamp(row @ fc1[e], min=0) @ fc2[e]) for row, g, e in zip(x, gate, experts)]
-    return torch.stack(rows) if rows else 0 * x
+def switch_mlp(x, router_weight, fc1, fc2, capacity=None):
+    """Output [T, d], mean probabilities [E], mean square of logsumexp [], one token at a time."""
+    taken, rows, total, squares = [0] * len(router_weight), [], 0 * router_weight.sum(dim=1), 0 * x.sum()
+    for token in x:
+        powers = torch.exp(router_weight @ token)
+        probability = powers / powers.sum()
+        e = int(probability.argmax())
+        row = probability[e] * (torch.clamp(token @ fc1[e], min=0) @ fc2[e])
+        rows.append(row if capacity is None or taken[e] < capacity else 0 * row)
+        taken[e] += 1
+        total = total + probability
+        squares = squares + torch.log(powers.sum()) ** 2
+    return torch.stack(rows) if rows else 0 * x, total / max(len(x), 1), squares / max(len(x), 1)
 
 
 def resize_grid(grid, height, width):

@@ -176,18 +176,13 @@ def layer_norm(shape=(3, 5, 13), dtype=torch.float32):
     return place({'x': 3 + randn(*shape)}, {'weight': 1 + 0.3 * randn(shape[-1]), 'bias': randn(shape[-1])}, dtype)
 
 
-def expert_mlp(batch=2, seqlen=9, dim=6, hidden=10, experts=4, dtype=torch.float32):
-    parameters = {'gate': randn(batch * seqlen), 'fc1': randn(experts, dim, hidden), 'fc2': randn(experts, hidden, dim)}
+def switch_mlp(batch=2, seqlen=9, dim=6, hidden=10, experts=4, dtype=torch.float32):
+    parameters = {
+        'router_weight': 2 * randn(experts, dim),
+        'fc1': randn(experts, dim, hidden),
+        'fc2': randn(experts, hidden, dim),
+    }
     return place({'x': randn(batch * seqlen, dim)}, parameters, dtype)
-
-
-def experts_of(tokens, device='cpu'):
-    """The last of four has no token."""
-    return torch.arange(tokens, device=device) ** 2 % 3
-
-
-def _expert_mlp(x, gate, fc1, fc2):
-    return kernels.expert_mlp(x, gate, fc1, fc2, kernels.assign(experts_of(x.shape[0], x.device), 4))
 
 
 def _first(function):
@@ -226,8 +221,8 @@ CASES = {
     'rms_norm': Case(kernels.rms_norm, rms_norm, oracles.rms_norm, dict(eps=1e-3)),
     'gated_rms_norm': Case(kernels.gated_rms_norm, gated_rms_norm, oracles.gated_rms_norm, dict(eps=1e-3)),
     'layer_norm': Case(kernels.layer_norm, layer_norm, oracles.layer_norm, dict(eps=1e-3)),
-    'expert_mlp': Case(
-        _expert_mlp, expert_mlp, lambda x, **tensors: oracles.expert_mlp(x, **tensors, experts=experts_of(len(x)))
+    'switch_mlp': Case(
+        lambda **arguments: kernels.switch_mlp(**arguments)[:3], switch_mlp, oracles.switch_mlp, dict(capacity=5)
     ),
 }
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 # What lies beyond the end of a tensor may be anything; arithmetic on it makes NaN now and then.
 pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 
-PLAIN_ONLY = ('bidirectional_scan', 'expert_mlp')
+PLAIN_ONLY = ('bidirectional_scan',)
 OF_PYTORCH = (
     'depthwise_conv2d',
     'rms_norm',

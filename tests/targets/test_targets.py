@@ -11,7 +11,7 @@ import pytest
 import torch
 from compiler import DEVICES, compile_for, record_calls, record_models
 
-from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update, ssd_scan
+from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update, ssd_scan, switch_mlp
 
 MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t', 'mambavision_t', 'vssd_micro', 'adventurer_t', 'vmamba_t_m2', 'vim2_t'
 DTYPES = torch.float32, torch.bfloat16
@@ -44,15 +44,24 @@ def ssd(dtype, batch=8, seqlen=2048):
             y.sum().backward()
 
 
+def moe(dtype, tokens=8192, dim=768):
+    """Experts with their gradients, few and many."""
+    for experts in (32, 128):
+        x = torch.empty(tokens, dim, dtype=dtype, requires_grad=True)
+        fc1, fc2 = (torch.empty(experts, *shape) for shape in ((dim, 64), (64, dim)))
+        result = switch_mlp(x, torch.empty(experts, dim), fc1, fc2, tokens // experts, torch.bfloat16)
+        (result.out.sum() + result.mean_p.sum() + result.z).backward()
+
+
 @functools.cache
 def launches_on(name):
     """Launches of models and operators on a device, by what decides what is compiled."""
     device = DEVICES[name]
     launches = record_models(device, MODELS, DTYPES)
-    launches.update(record_calls(device, [partial(call, dtype) for call in (mamba, ssd) for dtype in DTYPES]))
+    launches.update(record_calls(device, [partial(call, dtype) for call in (mamba, ssd, moe) for dtype in DTYPES]))
     kernels = {recorded.kernel for recorded in launches.values()}
     expected = {'scan_backward_kernel', 'join_kernel', 'state_update_kernel', 'projection_gradient_kernel'}
-    assert len(launches) > 150 and expected <= kernels
+    assert len(launches) > 150 and expected | {'router_kernel'} <= kernels
     return launches
 
 

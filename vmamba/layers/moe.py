@@ -6,12 +6,10 @@ Switch Transformers, https://arxiv.org/abs/2101.03961. MoE-Mamba, https://arxiv.
 from typing import Any, Dict, Optional
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import assign, expert_mlp
-from .norm import widen
+from ..kernels import switch_mlp
 from .options import check_counts
 
 INIT_SCALE = 0.1  # initial weights have this variance / fan-in, and are cut at twice this
@@ -68,7 +66,7 @@ class SwitchMoE(nn.Module):
                 raise ValueError(f'{name} must be at least 0, got {weight!r}')
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         self.aux_weight, self.z_weight = aux_weight, z_weight
-        self.router = _Router(d_model, num_experts, bias=False, **dd)
+        self.router = nn.Linear(d_model, num_experts, bias=False, **dd)
         self.fc1 = nn.Parameter(torch.empty(num_experts, d_model, d_hidden, **dd))
         self.fc2 = nn.Parameter(torch.empty(num_experts, d_hidden, d_model, **dd))
         self.loss: Optional[Tensor] = None
@@ -88,25 +86,18 @@ class SwitchMoE(nn.Module):
             ValueError: In training, if there are fewer tokens than experts, or the capacity is below one token.
         """
         tokens = x.flatten(0, -2)
-        logits = self.router(tokens)  # [T, E]
-        p = torch.softmax(logits, dim=-1)
-        gate, expert = p.max(dim=-1)
-        assignment = assign(expert, self.num_experts)
+        limited = self.training and self.capacity_factor is not None
+        capacity = self._capacity(tokens.shape[0]) if limited else None
+        dtype = _products_dtype(tokens, self.fc1)
+        result = switch_mlp(tokens, self.router.weight, self.fc1, self.fc2, capacity, dtype)
         self.loss = None
         if self.training:
-            starts = F.pad(assignment.ends[:-1], (1, 0))
-            self._add_loss(logits, p, (assignment.ends - starts) / tokens.shape[0])
-            if self.capacity_factor is not None:
-                gate = gate * (assignment.inverse - starts[expert] < self._capacity(tokens.shape[0]))
-        tokens = tokens.to(_products_dtype(tokens, self.fc1))
-        return expert_mlp(tokens, gate, self.fc1, self.fc2, assignment).view(x.shape)
-
-    def _add_loss(self, logits: Tensor, p: Tensor, share: Tensor) -> None:
-        """Stores share and loss, from [T, E], [T, E], [E]."""
-        loss = self.aux_weight * self.num_experts * torch.dot(p.mean(dim=0), share.to(p.dtype))
-        if self.z_weight > 0:
-            loss = loss + self.z_weight * torch.logsumexp(logits, dim=-1).square().mean()
-        self.loss, self.expert_load = loss, share
+            self.expert_load = result.counts / tokens.shape[0]
+            share = self.expert_load.to(result.mean_p.dtype)
+            self.loss = self.aux_weight * self.num_experts * torch.dot(result.mean_p, share)
+            if self.z_weight > 0:
+                self.loss = self.loss + self.z_weight * result.z
+        return result.out.view(x.shape)
 
     def _capacity(self, tokens: int) -> int:
         capacity = int(self.capacity_factor * tokens / self.num_experts)
@@ -138,17 +129,6 @@ def expert_load(model: nn.Module) -> Dict[str, Tensor]:
     """`expert_load` of the latest training step, by name of each `SwitchMoE` of a model."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SwitchMoE))
     return {name: module.expert_load for name, module in layers if module.expert_load is not None}
-
-
-class _Router(nn.Linear):
-    """A linear layer in at least fp32, also under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, d] -> [T, E]"""
-        if x.is_meta:  # which autocast does not support
-            return F.linear(widen(x), widen(self.weight))
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(widen(x), widen(self.weight))
 
 
 def _products_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
