@@ -33,6 +33,7 @@ from vmamba.tools.benchmarks.cases import (
     Workload,
     host_cases,
     model_cases,
+    moe_cases,
     scan_cases,
     ss2d_cases,
     ssd_cases,
@@ -62,6 +63,7 @@ TITLES = {
     'scan': 'Selective scan',
     'ssd': 'Scan of Mamba-2 (SSD)',
     'ss2d': 'SS2D core',
+    'moe': 'Mixture of experts',
     'model': 'Models at 224x224, bf16 autocast',
     'host': 'Host time of eager training, bf16 autocast',
 }
@@ -80,7 +82,7 @@ Medians of milliseconds on the host's clock, of the forward and of the backward 
 synchronisation of the device to the next. The models take turns of ten passes in one process, so that drift of the
 machine hits all alike; the pass before them, after another model's turn, is not counted. Above 1, the model is slower
 than the one beside it."""
-NOTES = {'scan': KERNEL_NOTES, 'ssd': KERNEL_NOTES, 'ss2d': KERNEL_NOTES, 'model': MODEL_NOTES, 'host': HOST_NOTES}
+NOTES = {**dict.fromkeys(KERNELS, KERNEL_NOTES), 'model': MODEL_NOTES, 'host': HOST_NOTES}
 # Columns of the tables: key of the record and header.
 _CASE = {'case': 'case', 'by': 'by', 'batch': 'batch', 'shape': 'shape'}
 COLUMNS = {
@@ -293,7 +295,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def cases_of(args: argparse.Namespace) -> List[Case]:
-    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases()
+    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases(), *moe_cases()
     cases = [*operators, *model_cases(args.models, args.compile_training), *host_cases()]
     cases = select(cases, args.only, args.case)
     return [replace(case, batch=args.batch_size) for case in cases] if args.batch_size else cases

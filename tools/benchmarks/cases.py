@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core, ssd_scan
+from vmamba.kernels import NUM_ROUTES, selective_scan, ss2d_core, ssd_scan, switch_mlp
 
-KINDS = ('scan', 'ssd', 'ss2d', 'model', 'host')
-KERNELS = ('scan', 'ssd', 'ss2d')
+KINDS = ('scan', 'ssd', 'ss2d', 'moe', 'model', 'host')
+KERNELS = ('scan', 'ssd', 'ss2d', 'moe')
 INFERENCE, TRAINING = 'inference', 'training'
 
 
@@ -142,6 +142,29 @@ def ss2d_case(name: str, batch: int, dim: int, size: int, dstate: int, dt_rank: 
     return Case('ss2d', name, batch, f'D {dim}, {size}x{size}, N {dstate}, R {dt_rank}', build)
 
 
+def moe_case(name: str, batch: int, length: int, dim: int, experts: int) -> Case:
+    """Experts in bf16, of which each token passes one, with router and capacity; for 0 experts one MLP alone."""
+
+    def build(batch: int, device: Any) -> Workload:
+        data, count = dict(device=device, dtype=torch.bfloat16), max(experts, 1)
+        shapes = dict(x=(batch * length, dim), fc1=(count, dim, 3 * dim), fc2=(count, 3 * dim, dim))
+        inputs = {name: torch.randn(shape, **data) * shape[-2] ** -0.5 for name, shape in shapes.items()}
+        if experts:
+            inputs['router_weight'] = torch.randn(experts, dim, device=device) * dim**-0.5
+        return _kernel(_experts if experts else _mlp, inputs)
+
+    by, experts_text = ('vmamba', f'{experts} experts') if experts else ('torch', 'one MLP')
+    return Case('moe', name, batch, f'L {length}, D {dim}, hidden {3 * dim}, {experts_text}', build, by)
+
+
+def _experts(x: Tensor, router_weight: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    return switch_mlp(x, router_weight, fc1, fc2, capacity=x.shape[0] // fc1.shape[0]).out
+
+
+def _mlp(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    return F.relu(x @ fc1[0]) @ fc2[0]
+
+
 def model_case(
     kind: str, name: str, batch: int, model: str, training: bool = False, compile: bool = False, size: int = 224, **more
 ) -> Case:
@@ -221,6 +244,8 @@ _SCANS = (  # batch, D, L, N, G
 )
 _SSD = (16, 6144, 6, 64, 64), (64, 196, 12, 32, 64), (128, 784, 8, 32, 48)  # batch, L, H, P, N
 _SS2D = ('vmamba_t', 1, 1), ('vmamba_t_s2l5', 2, 1), ('vmamba_t_v0', 2, 16)  # model, ssm_ratio, N
+_MOE = (64, 1024, 768), (16, 1024, 1024), (8, 2048, 768)  # batch, L, d
+_EXPERTS = 32
 _HOST = {
     'vmamba_t': ('convnext_tiny', 'swin_tiny_patch4_window7_224'),
     'vim_t': ('deit_tiny_patch16_224',),
@@ -252,6 +277,15 @@ def ss2d_cases() -> List[Case]:
         ss2d_case(f'ss2d_{model}_stage{i + 1}', 64, ratio * 96 * 2**i, 56 // 2**i, dstate, 6 * 2**i)
         for model, ratio, dstate in _SS2D
         for i in range(4)
+    ]
+
+
+def moe_cases() -> List[Case]:
+    """Mixtures of experts, each followed by an MLP of the size of one expert."""
+    return [
+        moe_case(f'moe_b{batch}_l{length}_d{dim}', batch, length, dim, experts)
+        for batch, length, dim in _MOE
+        for experts in (_EXPERTS, 0)
     ]
 
 
