@@ -8,7 +8,7 @@ from .conv2d import depthwise_conv2d
 from .fft_conv import diagonal_kernel, diagonal_state, long_conv
 from .gated_norm import gated_rms_norm
 from .naive import cross_merge, cross_scan
-from .norm import layer_norm, rms_norm
+from .norm import add_norm, layer_norm, rms_norm
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 from .ssd import non_causal_ssd, ssd_scan
@@ -18,6 +18,7 @@ __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
     'OPERATORS',
+    'add_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'bimamba_core',
