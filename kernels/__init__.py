@@ -12,7 +12,7 @@ from .norm import add_norm, layer_norm, rms_norm
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 from .ssd import non_causal_ssd, ssd_scan
-from .step import selective_state_update
+from .step import causal_conv1d_update, selective_state_update
 
 __all__ = [
     'NUM_DIRECTIONS',
@@ -23,6 +23,7 @@ __all__ = [
     'bidirectional_scan',
     'bimamba_core',
     'causal_conv1d',
+    'causal_conv1d_update',
     'cross_merge',
     'cross_scan',
     'depthwise_conv2d',
