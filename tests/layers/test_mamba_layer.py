@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from mixer_cases import assert_continues, assert_follows
+from mixer_cases import assert_continues, assert_follows, assert_packs
 
 from vmamba.layers import Mamba
 
@@ -50,6 +50,14 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 8, dtype=torch.double)
     assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
+
+
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_packed_sequences_do_not_see_each_other(options):
+    layer = make(**options).double()
+    assert_packs(layer, torch.randn(1, 11, 8, dtype=torch.double), [4, 1, 6], tolerance=1e-9)
+    with pytest.raises(ValueError, match='give seq_idx or a cache, not both'):
+        layer(torch.randn(1, 1, 8).double(), layer.allocate_cache(1), torch.zeros(1, 1))
 
 
 def test_official_names_and_initialisation():
