@@ -323,11 +323,16 @@ def causal_conv1d_update(
         ValueError: If shapes, dtypes, devices or options do not fit together.
         RuntimeError: If gradients are wanted.
     """
-    tensors = dict(x=x, conv_state=conv_state, weight=weight, bias=bias)
-    specs = 'batch dim', 'batch dim w>0', 'dim w', 'dim'
-    check('causal_conv1d_update', **{name: (tensors[name], spec) for name, spec in zip(tensors, specs)})
+    check(
+        'causal_conv1d_update',
+        x=(x, 'batch dim'),
+        conv_state=(conv_state, 'batch dim w>0'),
+        weight=(weight, 'dim w'),
+        bias=(bias, 'dim'),
+    )
     check_that(activation in (None, 'silu', 'swish'), f"activation must be None, 'silu' or 'swish', got {activation!r}")
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors.values()):
+    tensors = x, conv_state, weight, bias
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError('causal_conv1d_update has no gradients; call it within torch.no_grad()')
     silu = activation is not None
     if runs_on_triton(x):

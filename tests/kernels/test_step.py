@@ -5,14 +5,12 @@ from itertools import product
 import oracles
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, needs_gpu
 from kernel_cases import place, randn
 from kernel_cases import selective_scan as scan_arguments
 from recorder import Recorder
 
 from vmamba.kernels import causal_conv1d_update, selective_scan, selective_state_update, use_triton
-
-needs_gpu = pytest.mark.skipif(DEVICE != 'cuda', reason='needs a CUDA device')
 
 
 def arguments(batch=2, dim=5, dstate=3, heads=None, groups=None, tied=False, optional='Dzb', dtype=torch.float32):

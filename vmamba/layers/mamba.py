@@ -30,8 +30,8 @@ class MambaCache(NamedTuple):
     ssm: Tensor
 
 
-# A step of this size makes the state forget all before it: exp(dt * A) is 0 for |A| > 1e-10. A power of 2, so that inputs
-# divided by it are exact.
+# A step of this size makes the state forget all before it: exp(dt * A) is 0 for |A| > 1e-10. A power of 2, so that what
+# is divided by it stays exact.
 _FORGETTING_STEP = 2.0**40
 
 
