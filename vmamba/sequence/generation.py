@@ -123,7 +123,7 @@ def generate(
     sampling = Sampling(repetition_penalty, top_k, temperature, top_p, min_p)
     sampling.check()
     check_counts(0, max_new_tokens=max_new_tokens)
-    lengths = _check_prompts(model, ids, attention_mask, eos_token_id)
+    lengths = check_ids(model, ids, attention_mask, eos_token_id)
     batch, longest = ids.shape
     if not max_new_tokens:
         return ids.long()
@@ -243,10 +243,14 @@ def _allocate(model: nn.Module, ids: Tensor, max_new_tokens: int) -> Tuple[Tenso
         ) from error
 
 
-def _check_prompts(
-    model: nn.Module, ids: Tensor, attention_mask: Optional[Tensor], eos_token_id: Optional[int]
+def check_ids(
+    model: nn.Module, ids: Tensor, attention_mask: Optional[Tensor] = None, eos_token_id: Optional[int] = None
 ) -> List[int]:
-    """The length of every prompt without its padding."""
+    """The length of every prompt without its padding.
+
+    Raises:
+        ValueError: If a prompt is empty, an id is out of range, or padding is not on the left.
+    """
     if ids.ndim != 2 or ids.is_floating_point() or 0 in ids.shape:
         raise ValueError(f'ids must be integers [B, L] with at least one token, got {tuple(ids.shape)} {ids.dtype}')
     if eos_token_id is not None and not 0 <= eos_token_id < model.vocab_size:

@@ -375,13 +375,14 @@ class LanguageModel(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         """[...] -> [..., d]"""
+        ids = ids.long()
         outside = (ids < 0) | (ids >= self.vocab_size)
         if ids.device.type == 'cpu' and not torch.compiler.is_compiling():
             if outside.any():
                 found = int(ids[outside][0])
                 raise ValueError(f'ids must be from 0 to {self.vocab_size - 1}, the vocabulary; got {found}')
-            return self.backbone.embedding(ids.long())
-        embedded = self.backbone.embedding(ids.long().masked_fill(outside, 0))
+            return self.backbone.embedding(ids)
+        embedded = self.backbone.embedding(ids.masked_fill(outside, 0))
         return embedded.masked_fill(outside.unsqueeze(-1), math.nan)
 
 
