@@ -98,7 +98,7 @@ def test_files_that_are_missing_or_unsafe(tmp_path, monkeypatch):
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='config.json is not valid JSON'):
         LanguageModel.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match='neither a folder nor a model'):
+    with pytest.raises(FileNotFoundError, match='neither a folder nor the id of a model'):
         LanguageModel.from_pretrained(tmp_path / 'absent')
 
 

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple, Union
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -179,14 +180,13 @@ def _find(source: Union[str, Path], name: str) -> Any:
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        raise FileNotFoundError(f'{source} is neither a folder nor the id of a model on the Hugging Face Hub')
     try:
         return Path(huggingface_hub.hf_hub_download(str(source), name))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f'cannot download {source} from the Hugging Face Hub: {error}') from error
     except EntryNotFoundError:
         return None
-    except (HFValidationError, HfHubHTTPError) as error:
-        reason = ' '.join(str(error).split())
-        raise FileNotFoundError(
-            f'{source} is neither a folder nor a model of the Hugging Face Hub: {reason}'
-        ) from error
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f'{source} is no folder, and the Hugging Face Hub says: {error}') from error

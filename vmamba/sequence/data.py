@@ -37,8 +37,12 @@ class ByteFiles:
         self.ends = list(accumulate(part.stop - part.start for part in self.parts))
 
     @classmethod
-    def find(cls, source: Union[str, Path]) -> 'ByteFiles':
+    def find(cls, source: Union[str, Path], pattern: str = '*') -> 'ByteFiles':
         """A file, or all files in a folder and below it, in the order of their paths; links are not followed.
+
+        Args:
+            source: File or folder.
+            pattern: Of the names of the files in a folder, such as '*.py'.
 
         Raises:
             FileNotFoundError: If there is nothing.
@@ -47,7 +51,7 @@ class ByteFiles:
         source = Path(source)
         if not source.exists():
             raise FileNotFoundError(f'there is no file or folder {source}')
-        paths = [source] if source.is_file() else sorted(p for p in source.rglob('*') if p.is_file())
+        paths = [source] if source.is_file() else sorted(p for p in source.rglob(pattern) if p.is_file())
         paths = [path for path in paths if path == source or not path.is_symlink()]
         parts = [Part(path, 0, path.stat().st_size) for path in paths]
         if not any(part.stop for part in parts):
