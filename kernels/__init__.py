@@ -9,21 +9,23 @@ from .fft_conv import diagonal_kernel, diagonal_state, long_conv
 from .gated_norm import gated_rms_norm
 from .moe import SwitchOutput, switch_mlp
 from .naive import cross_merge, cross_scan
-from .norm import layer_norm, rms_norm
+from .norm import add_norm, layer_norm, rms_norm
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 from .ssd import non_causal_ssd, ssd_scan
-from .step import selective_state_update
+from .step import causal_conv1d_update, selective_state_update
 
 __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
     'OPERATORS',
     'SwitchOutput',
+    'add_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'bimamba_core',
     'causal_conv1d',
+    'causal_conv1d_update',
     'cross_merge',
     'cross_scan',
     'depthwise_conv2d',

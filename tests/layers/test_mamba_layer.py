@@ -1,9 +1,9 @@
 """Mamba against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
 
-import oracles
 import pytest
 import torch
-from mixer_cases import assert_continues, assert_follows
+from mixer_cases import assert_continues, assert_follows, assert_packs
+from official_language_model import mamba
 
 from vmamba.layers import Mamba
 
@@ -22,26 +22,10 @@ def make(**options):
     return layer
 
 
-def reference(p, h):
-    """One token at a time; p has the official names. [B, L, d] -> [B, L, d]"""
-    x, z = (h @ p['in_proj.weight'].T + p.get('in_proj.bias', 0)).chunk(2, dim=-1)
-    u = oracles.silu(oracles.causal_conv1d(x.mT, p['conv1d.weight'][:, 0], p.get('conv1d.bias'), None)[0].mT)
-    rank, states = p['dt_proj.weight'].shape[1], p['A_log'].shape[1]
-    dt, B, C = (u @ p['x_proj.weight'].T).split([rank, states, states], dim=-1)
-    dt = oracles.softplus(dt @ p['dt_proj.weight'].T + p['dt_proj.bias'])
-    state, rows = h.new_zeros(h.shape[0], *p['A_log'].shape), []
-    for t in range(h.shape[1]):
-        decay = torch.exp(-dt[:, t, :, None] * torch.exp(p['A_log']))
-        state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        rows.append((state * C[:, t, None]).sum(-1) + p['D'] * u[:, t])
-    y = torch.stack(rows, dim=1) * oracles.silu(z)
-    return y @ p['out_proj.weight'].T + p.get('out_proj.bias', 0)
-
-
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
-    assert_follows(layer, reference, (2, 9, 8))
+    assert_follows(layer, mamba, (2, 9, 8))
 
 
 @torch.no_grad()
@@ -50,6 +34,14 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 8, dtype=torch.double)
     assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
+
+
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_packed_sequences_do_not_see_each_other(options):
+    layer = make(**options).double()
+    assert_packs(layer, torch.randn(1, 11, 8, dtype=torch.double), [4, 1, 6], tolerance=1e-9)
+    with pytest.raises(ValueError, match='give seq_idx or a cache, not both'):
+        layer(torch.randn(1, 1, 8).double(), layer.allocate_cache(1), torch.zeros(1, 1))
 
 
 def test_official_names_and_initialisation():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import selective_scan, selective_state_update
 from .depthwise import CausalConv1d
+from .norm import widen
 from .options import check_choice, check_counts, scaled_channels
 from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
 
@@ -27,6 +28,11 @@ class MambaCache(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+
+# A step of this size makes the state forget all before it: exp(dt * A) is 0 for |A| > 1e-10. A power of 2, so that what
+# is divided by it stays exact.
+_FORGETTING_STEP = 2.0**40
 
 
 @register_notrace_module
@@ -97,16 +103,24 @@ class Mamba(nn.Module):
         init_A_log_(self.A_log)
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor, cache: Optional[MambaCache] = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[MambaCache] = None, seq_idx: Optional[Tensor] = None) -> Tensor:
         """[B, L, d] -> [B, L, d]
 
         Args:
             x: Tokens [B, L, d].
             cache: What precedes x; updated to what precedes the next token. Carries no gradients.
+            seq_idx: Integers [B, L], the number of the packed sequence of each token; not together with a cache.
+
+        Raises:
+            ValueError: If both seq_idx and a cache are given.
         """
+        if seq_idx is not None and cache is not None:
+            raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.conv1d(x, state=None if cache is None else cache.conv)
+        u = self.conv1d(x, seq_idx=seq_idx, state=None if cache is None else cache.conv)
         dt, B, C = self._project(u)
+        if seq_idx is not None:
+            return self.out_proj(self._packed_scan(u, dt, B, C, z, seq_idx))
         y = selective_scan(
             *(u.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT, self.D, z.mT),
             delta_bias=self.dt_proj.bias,
@@ -118,6 +132,18 @@ class Mamba(nn.Module):
             y, last = y
             cache.ssm.copy_(last.detach())
         return self.out_proj(y.mT)
+
+    def _packed_scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, seq_idx: Tensor) -> Tensor:
+        """The scan of packed sequences, [B, L, D]: where a sequence begins, a step forgets the state before it.
+
+        There dt is replaced by a large one and u by u * dt / that, so that dt * B * u stays the same.
+        """
+        dt, wide = F.softplus(widen(dt) + self.dt_proj.bias), widen(u)
+        begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).unsqueeze(-1)
+        driven = torch.where(begins, wide * dt / _FORGETTING_STEP, wide)
+        dt = torch.where(begins, _FORGETTING_STEP, dt)
+        y = selective_scan(driven.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT).mT
+        return ((y + self.D * wide) * F.silu(widen(z))).to(u.dtype)
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """The cache of a sequence that has not begun, on the parameters' device."""
