@@ -11,6 +11,10 @@ KINDS = {
     'mamba2': dict(n_layer=2, ssm_cfg={'layer': 'Mamba2', 'headdim': 4, 'd_state': 6, 'ngroups': 2}),
     'mlp': dict(n_layer=2, d_intermediate=40, rms_norm=False, tie_embeddings=False),
     'attention': dict(n_layer=3, attn_layer_idx=[1], attn_cfg=HYBRID),
+    'experts': dict(
+        layers=[['mamba', 'moe'], ['block_state', 'mlp']],
+        layer_cfg={'moe': {'num_experts': 4}, 'block_state': {'window': 3, 'num_heads': 2}, 'mlp': {'d_hidden': 16}},
+    ),
     's4d-h3': dict(layers=['s4d', ['h3', 'mlp']], layer_cfg={'h3': {'head_dim': 4}, 'mlp': {'d_hidden': 16}}),
 }
 

@@ -10,7 +10,7 @@ from models import KINDS, VOCAB, draw, make
 from official_language_model import language_model
 
 from vmamba.kernels import use_triton
-from vmamba.sequence import LanguageModel
+from vmamba.sequence import LanguageModel, next_token_loss
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -82,6 +82,14 @@ def test_the_loss_is_that_of_the_next_token():
     log_p = torch.log_softmax(model(ids).double(), dim=-1)
     expected = -torch.stack([log_p[b, t, ids[b, t + 1]] for b in range(2) for t in range(6)]).mean()
     torch.testing.assert_close(model.loss(ids).double(), expected)
+
+
+def test_auxiliary_losses_of_experts_are_trained_on():
+    model, ids = make('experts').train(), draw(2, 7)
+    loss, logits = model.loss(ids), model(ids)
+    plain = next_token_loss(logits[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(loss, plain + model.backbone.layers[0].mlp.loss)
+    assert loss > plain + 0.005
 
 
 def test_official_names_sizes_and_initialisation():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import add_norm
-from ..layers import H3, S4D, Attention, LayerNorm, Mamba, Mamba2, RmsNorm
+from ..layers import H3, S4D, Attention, BlockState, LayerNorm, Mamba, Mamba2, RmsNorm, SwitchMoE, auxiliary_loss
 from ..layers.options import check_choice, check_counts
 from .checkpoint import fit_weights, read_pretrained, write_pretrained
 from .generation import generate
@@ -31,6 +31,7 @@ MIXERS: Dict[str, Type[nn.Module]] = {
     's4d': S4D,
     'h3': H3,
     'attention': Attention,
+    'block_state': BlockState,
 }
 OFFICIAL_NAMES = {'Mamba1': 'mamba', 'Mamba2': 'mamba2'}  # of ssm_cfg
 N_LAYER = 64  # official default
@@ -65,7 +66,7 @@ class GatedMlp(nn.Module):
 
 
 # Feed-forwards by name: modules [B, ..., d] -> [B, ..., d].
-FEED_FORWARDS: Dict[str, Type[nn.Module]] = {'mlp': GatedMlp}
+FEED_FORWARDS: Dict[str, Type[nn.Module]] = {'mlp': GatedMlp, 'moe': SwitchMoE}
 
 
 class Block(nn.Module):
@@ -313,7 +314,7 @@ class LanguageModel(nn.Module):
         ]
 
     def loss(self, ids: Tensor, seq_idx: Optional[Tensor] = None) -> Tensor:
-        """Mean cross-entropy in nats of every next token of ids [B, L], in fp32.
+        """Mean cross-entropy in nats of every next token of ids [B, L], in fp32; in training with auxiliary losses.
 
         Args:
             ids: Tokens [B, L].
@@ -322,7 +323,7 @@ class LanguageModel(nn.Module):
         targets = ids[:, 1:].long()
         if seq_idx is not None:
             targets = targets.masked_fill(seq_idx[:, 1:] != seq_idx[:, :-1], IGNORED)
-        return next_token_loss(self(ids, seq_idx)[:, :-1], targets)
+        return next_token_loss(self(ids, seq_idx)[:, :-1], targets) + auxiliary_loss(self)
 
     generate = generate
 
