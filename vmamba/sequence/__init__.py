@@ -1,5 +1,6 @@
-"""Language and byte models on the mixers of `vmamba.layers`, and generation."""
+"""Language and byte models and classifiers of sequences on the mixers of `vmamba.layers`, and generation."""
 
+from .classifier import SequenceClassifier
 from .data import ByteFiles, ByteWindows, bits_per_byte
 from .generation import Sampling, generate, prefill, sample
 from .model import FEED_FORWARDS, MIXERS, LanguageModel, next_token_loss
@@ -14,6 +15,7 @@ __all__ = [
     'ByteWindows',
     'LanguageModel',
     'Sampling',
+    'SequenceClassifier',
     'bits_per_byte',
     'create_language_model',
     'generate',

@@ -237,14 +237,7 @@ class LanguageModel(nn.Module):
         """Initialises as mamba_ssm does, on top of what mixers do: the embedding by N(0, 0.02), biases of linear layers
         except that of dt by 0, and the last weights of branches by U(-1, 1) / sqrt(fan_in * n_layer)."""
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                last = name.rpartition('.')[2]
-                if module.bias is not None and last != 'dt_proj':
-                    nn.init.zeros_(module.bias)
-                if last in ('out_proj', 'fc2'):
-                    nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                    module.weight /= math.sqrt(len(self.backbone.layers))
+        init_blocks_(self.backbone.layers)
 
     def forward(
         self,
@@ -336,11 +329,7 @@ class LanguageModel(nn.Module):
 
     def no_weight_decay(self) -> Set[str]:
         """Names of A_log, D, dt_bias, norms, biases, and of what mixers name themselves."""
-        names = {name for name, _ in self.named_parameters() if _NO_DECAY.search(name)}
-        for i, block in enumerate(self.backbone.layers):
-            if hasattr(block.mixer, 'no_weight_decay'):
-                names |= {f'backbone.layers.{i}.mixer.{name}' for name in block.mixer.no_weight_decay()}
-        return names
+        return undecayed(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Sets whether to recompute each block's activations in the backward pass."""
@@ -385,6 +374,29 @@ class LanguageModel(nn.Module):
             return self.backbone.embedding(ids)
         embedded = self.backbone.embedding(ids.masked_fill(outside, 0))
         return embedded.masked_fill(outside.unsqueeze(-1), math.nan)
+
+
+@torch.no_grad()
+def init_blocks_(blocks: nn.ModuleList) -> None:
+    """Initialises linear layers as mamba_ssm does: biases except that of dt by 0, and the last weights of branches by
+    U(-1, 1) / sqrt(fan_in * number of blocks)."""
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            last = name.rpartition('.')[2]
+            if module.bias is not None and last != 'dt_proj':
+                nn.init.zeros_(module.bias)
+            if last in ('out_proj', 'fc2'):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                module.weight /= math.sqrt(len(blocks))
+
+
+def undecayed(model: nn.Module) -> Set[str]:
+    """Names of A_log, D, dt_bias, norms, biases, and of what mixers name themselves."""
+    names = {name for name, _ in model.named_parameters() if _NO_DECAY.search(name)}
+    for path, module in model.named_modules():
+        if path and hasattr(module, 'no_weight_decay'):
+            names |= {f'{path}.{name}' for name in module.no_weight_decay()}
+    return names
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
