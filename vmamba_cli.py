@@ -10,7 +10,9 @@ from typing import List, Optional, Tuple
 
 # Name of a command, one or two words: its module in vmamba.tools, and what it does.
 COMMANDS = {
-    'train': ('train', 'train or fine-tune a classifier'),
+    'train': ('train', 'train or fine-tune a classifier or a language model'),
+    'generate': ('generate', 'continue a text by a language model'),
+    'bits-per-byte': ('evaluate_bytes', 'bits per byte of files under a byte model'),
     'validate': ('validate', 'accuracy on folders of images'),
     'predict': ('predict', 'classify images'),
     'extract': ('extract_features', 'write the features of images'),
@@ -34,7 +36,7 @@ COMMANDS = {
 HELP = '-h', '--help'
 USAGE = """usage: vmamba COMMAND ...
 
-Vision state-space models: training, evaluation, features.
+State-space models for images and sequences: training, evaluation, features, generation.
 
 {}
 
