@@ -81,10 +81,10 @@ def switch_mlp(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together.
     """
-    tensors = dict(router_weight=(router_weight, 'E d'), fc1=(fc1, 'E d h'), fc2=(fc2, 'E h d'))
-    sizes = check('switch_mlp', x=(x, 'T d'), **tensors)
+    function, experts = 'switch_mlp', dict(fc1=(fc1, 'E d h'), fc2=(fc2, 'E h d'))
+    sizes = check(function, None, x=(x, 'T d'), router_weight=(router_weight, 'E d'), **experts)
     found = f'capacity must be at least 1, or None, got {capacity}'
-    check_that(capacity is None or capacity > 0, f'switch_mlp: {found}')
+    check_that(capacity is None or capacity > 0, f'{function}: {found}')
     dtype = x.dtype if dtype is None else dtype
     aligned = sizes['d'] % 8 == sizes['h'] % 8 == 0
     grouped = hasattr(F, 'grouped_mm') and dtype == torch.bfloat16 and aligned

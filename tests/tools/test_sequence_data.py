@@ -167,7 +167,9 @@ def test_a_folder_of_data(task, tmp_path, capsys):
         ('digits', 'test', {}, 'sequences/digits has no test split'),
         ('digits', 'dev', {}, "split 'dev' of sequences/digits must be one of train, validation, test"),
         ('induction_heads', 'train', dict(lenght=3), "has no option 'lenght'; did you mean length"),
-        ('digits', 'train', dict(length=3), 'sequences/digits has no options, got length'),
+        ('induction_heads', 'train', dict(length=2), 'sequences/induction_heads: length must be at least 3, got 2'),
+        ('selective_copying', 'train', dict(length=4, tokens=5), 'tokens must be from 1 to length=4, got 5'),
+        ('digits', 'train', dict(length=3), "sequences/digits has no option 'length'"),
     ],
     ids=str,
 )

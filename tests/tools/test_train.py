@@ -349,7 +349,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--weight-dekay', '0.1'], "unknown option '--weight-dekay'; did you mean --weight-decay"),
         (['--lr', 'fast'], "lr must be of type float, the command line gives 'fast'"),
         (['--precision', 'fp8'], "precision must be one of fp32, bf16, fp16, got 'fp8'"),
-        (['--model', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or vmamba_t"),
+        (['--model', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or vmamba_"),
         (['--opt', 'adamv'], "there is no optimizer 'adamv'; did you mean adam"),
         (['--opt', 'lookahead_adamv'], "there is no optimizer 'lookahead_adamv'"),
         (['--opt-args', '{beta: [0.9, 0.95]}'], "unexpected keyword argument 'beta'; did you mean betas?"),

@@ -22,7 +22,12 @@ def selective_copying(rng: np.random.Generator, length: int = 4096, tokens: int 
 
     Returns:
         Input [length + tokens], and the tokens [tokens], the targets of the last positions.
+
+    Raises:
+        ValueError: If there are more tokens than positions, or none.
     """
+    if not 1 <= tokens <= length:
+        raise ValueError(f'tokens must be from 1 to length={length}, got {tokens}')
     inputs = np.zeros(length + tokens, np.int64)
     targets = rng.integers(1, VOCABULARY - 1, tokens)
     inputs[np.sort(rng.choice(length, tokens, replace=False))] = targets
@@ -39,7 +44,12 @@ def induction_heads(rng: np.random.Generator, length: int = 256) -> Tuple[np.nda
 
     Returns:
         Input [length], and the symbol after the first 15 [1], the target of the last position.
+
+    Raises:
+        ValueError: If the sequence is too short.
     """
+    if length < 3:
+        raise ValueError(f'length must be at least 3, got {length}')
     inputs = rng.integers(0, VOCABULARY - 1, length)
     place = int(rng.integers(length - 2))
     inputs[[place, length - 1]] = VOCABULARY - 1

@@ -91,7 +91,7 @@ FILES = {
 }
 PIXELS = {'mnist5k': Task(0, 10), 'digits': Task(0, 10)}
 NAMES = (*FRESH, *FILES, *PIXELS)
-_TRAIN_COUNT, _VALIDATION_COUNT = 65_536, 1_024  # fresh sequences
+COUNTS_OF_FRESH = {'train_count': 65_536, 'validation_count': 1_024}
 
 
 def load_task(name: str, split: str, folder: Optional[str] = None, **options: Any) -> Dataset:
@@ -107,33 +107,42 @@ def load_task(name: str, split: str, folder: Optional[str] = None, **options: An
     Raises:
         UserError: If there is no such task, split, folder or option.
     """
-    if name not in NAMES:
-        raise UserError(f'there is no task {PREFIX}{name}{nearest(name, NAMES)}')
+    task = definition(name, **options)
     if split not in SPLITS:
         raise UserError(f'split {split!r} of {PREFIX}{name} must be one of {", ".join(SPLITS)}')
     if name in FRESH:
-        return _fresh(name, split, **options)
-    if options:
-        raise UserError(f'{PREFIX}{name} has no options, got {", ".join(options)}')
+        train, held_out = (options.pop(key, count) for key, count in COUNTS_OF_FRESH.items())
+        data = Fresh(task, partial(FRESH[name][1], **options), train if split == 'train' else held_out, split)
+        try:
+            data[0]
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{PREFIX}{name}: {error}') from error
+        return data
     if name in PIXELS:
         images = IMAGES[name]()
         indices = images.splits().get(split)
         if indices is None:
             raise UserError(f'{PREFIX}{name} has no {split} split, only train and validation')
-        return Stored(PIXELS[name], images.images[indices].reshape(len(indices), -1), images.labels[indices])
+        return Stored(task, images.images[indices].reshape(len(indices), -1), images.labels[indices])
     return _from_files(name, split, folder)
 
 
-def _fresh(
-    name: str, split: str, train_count: int = _TRAIN_COUNT, validation_count: int = _VALIDATION_COUNT, **options
-):
-    task, draw = FRESH[name]
-    known = set(signature(draw).parameters) - {'rng'}
+def definition(name: str, **options: Any) -> Task:
+    """What a model has to know of a task; see `load_task`.
+
+    Raises:
+        UserError: If there is no such task or option.
+    """
+    if name not in NAMES:
+        raise UserError(f'there is no task {PREFIX}{name}{nearest(name, NAMES)}')
+    known = {*COUNTS_OF_FRESH, *signature(FRESH[name][1]).parameters} - {'rng'} if name in FRESH else set()
     for key in options:
         if key not in known:
             raise UserError(f'{PREFIX}{name} has no option {key!r}{nearest(key, known)}')
-    task = task._replace(outputs=options.get('tokens', task.outputs))
-    return Fresh(task, partial(draw, **options), train_count if split == 'train' else validation_count, split)
+    if name not in FRESH:
+        return {**FILES, **PIXELS}[name]
+    task = FRESH[name][0]
+    return task._replace(outputs=options.get('tokens', task.outputs))
 
 
 def _from_files(name: str, split: str, folder: Optional[str]) -> Stored:

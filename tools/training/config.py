@@ -50,11 +50,14 @@ class Config:
 
     task: str = _key(
         'classification',
-        'classification of images, or language: predict the next byte; keys that are about images then have no effect',
-        ('classification', 'language'),
+        'classification of images; language: predict the next byte; or sequence: classify symbols or numbers; keys '
+        'that are about images then have no effect',
+        ('classification', 'language', 'sequence'),
     )
     # Model
-    model: str = _key('', 'name of any timm model; a preset of vmamba.sequence, such as mambabyte_nano')
+    model: str = _key(
+        '', 'name of any timm model; language: a preset such as mambabyte_nano; sequence: a mixer such as mamba'
+    )
     model_args: Dict[str, Any] = _key({}, 'arguments of the model')
     num_classes: Optional[int] = _key(None, 'default: those of the data', POSITIVE)
     in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey', (1, 3))

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch, useful_workers
 from vmamba.tools.images.decoding import image_mode
@@ -13,7 +13,7 @@ from vmamba.tools.user_errors import UserError
 
 from .config import Config
 from .order import BatchOrder
-from .runtime import Runtime
+from .runtime import Runtime, leave_stopping_to_main
 from .seeding import derive_seed, seeded
 from .splits import SYNTHETIC
 from .transforms import create_train_transform
@@ -44,6 +44,19 @@ class Parts(NamedTuple):
     validation: Any
     facts: Dict[str, Any]
     summary: str
+
+
+def create_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
+    """Batches of sequences, with a sampler and a batch size or a batch sampler."""
+    workers = useful_workers(config.workers)
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=runtime.device.type == 'cuda',
+        worker_init_fn=leave_stopping_to_main,
+        **order,
+    )
 
 
 class IndexedData:

@@ -23,7 +23,7 @@ from .checkpoint import Checkpoints
 from .config import Config
 from .data import Batch, Validation
 from .parallel import Parallel, whole
-from .report import Report
+from .report import UNITS, Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
 from .same_run import check_same_run
 from .seeding import derive_seed, seed_all
@@ -63,7 +63,7 @@ class Trainer:
         self.data, self.validation, self.facts, self.report = data, validation, facts, report
         self.num_classes = facts['num_classes']
         self.update_size = config.batch_size * config.accumulate * runtime.world
-        self.unit, self.rate_factor = ('bytes', config.seq_len) if config.task == 'language' else ('images', 1)
+        self.unit, self.rate_factor = UNITS[config.task], config.seq_len if config.task == 'language' else 1
         self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, self.num_classes)

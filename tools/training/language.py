@@ -5,17 +5,16 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from vmamba.layers import Attention
 from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, create_language_model, next_token_loss
-from vmamba.tools.images.batches import useful_workers
 from vmamba.tools.user_errors import UserError, nearest
 
 from .config import Config
-from .data import Batch, Parts
+from .data import Batch, Parts, create_loader
 from .order import BatchOrder
-from .runtime import Runtime, leave_stopping_to_main
+from .runtime import Runtime
 from .seeding import seed_all
 
 VAL_FRACTION = 0.05
@@ -31,6 +30,11 @@ class LanguageTask(ClassificationTask):
     def forward(self, input: Inputs, target: Tensor) -> Dict[str, Tensor]:
         output = self.trainable_module(*input)
         return {'loss': self.criterion(output, target), 'output': output}
+
+
+def create_task(config: Config, model: nn.Module, device: torch.device) -> LanguageTask:
+    """The model with its loss."""
+    return LanguageTask(model, device)
 
 
 class StreamOrder(Sampler):
@@ -82,7 +86,7 @@ class ByteBatches:
             else BatchOrder(windows, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
         )
         self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = _loader(windows, config, runtime, batch_sampler=self.order)
+        self.loader = create_loader(windows, config, runtime, batch_sampler=self.order)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -109,7 +113,7 @@ class ByteValidation:
         self.samples, self.windows, self.device = None, windows, runtime.device
         rows = range(runtime.rank, len(windows), runtime.world)
         size = config.val_batch_size or config.batch_size
-        self.loader = _loader(windows, config, runtime, batch_size=size, sampler=rows)
+        self.loader = create_loader(windows, config, runtime, batch_size=size, sampler=rows)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -175,18 +179,6 @@ def _create_model(config: Config) -> LanguageModel:
         raise UserError(f'bytes need a vocabulary of 256, {config.model} has one of {model.vocab_size}')
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
-
-
-def _loader(windows: ByteWindows, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
-    workers = useful_workers(config.workers)
-    return DataLoader(
-        windows,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=runtime.device.type == 'cuda',
-        worker_init_fn=leave_stopping_to_main,
-        **order,
-    )
 
 
 def _place(inputs: List[Tensor], packed: bool, device: torch.device) -> Tuple[Tensor, Optional[Tensor]]:

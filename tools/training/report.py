@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .config import Config
 from .runtime import Runtime
 
+UNITS = {'classification': 'images', 'language': 'bytes', 'sequence': 'sequences'}  # of the speed, by task
 LOGS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}  # modules, which take seconds to import
 
 
@@ -72,7 +73,7 @@ class Report:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.output, self.runtime = config, Path(config.output), runtime
-        self.unit = 'bytes' if config.task == 'language' else 'images'
+        self.unit = UNITS[config.task]
         self.console = Console(quiet=not runtime.is_primary, highlight=False, soft_wrap=True)
         self.modules = {name: _import(name) for name in config.log} if runtime.is_primary else {}
         self.logs: List[Any] = []

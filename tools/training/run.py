@@ -12,7 +12,7 @@ import vmamba  # noqa: F401
 from vmamba.tools.output_files import lock_folder, write_text, writing
 from vmamba.tools.user_errors import UserError
 
-from . import language
+from . import language, sequences
 from .checkpoint import Checkpoints
 from .config import Config
 from .data import Parts, create_data
@@ -89,11 +89,14 @@ def create_image_parts(config: Config, runtime: Runtime) -> Parts:
 def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     """Model, data and optimizer of a run at its start."""
     config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
-    is_language = config.task == 'language'
-    parts = language.create_parts(config, runtime) if is_language else create_image_parts(config, runtime)
-    model, train, validation, facts, summary = parts
+    create_parts, make_task = {
+        'classification': (create_image_parts, create_task),
+        'language': (language.create_parts, language.create_task),
+        'sequence': (sequences.create_parts, sequences.create_task),
+    }[config.task]
+    model, train, validation, facts, summary = create_parts(config, runtime)
     report.say(summary)
-    task = language.LanguageTask(model, runtime.device) if is_language else create_task(config, model, runtime.device)
+    task = make_task(config, model, runtime.device)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     parallel = distribute(config, task, runtime)
     optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)

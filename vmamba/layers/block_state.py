@@ -310,8 +310,9 @@ class BlockState(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
     """Attention in windows: [B, windows, heads, W, c], two of [B, windows, heads, K, c] -> [B, windows, heads, W, c]"""
-    flat = (part.flatten(0, 1) for part in (q, k, v))  # kernels take four dimensions
-    return F.scaled_dot_product_attention(*flat, bias, is_causal=is_causal).unflatten(0, q.shape[:2])
+    windows = q.shape[:2]
+    q, k, v = (part.flatten(0, 1) for part in (q, k, v))  # kernels take four dimensions
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=is_causal).unflatten(0, windows)
 
 
 def _put(stored: Tensor, new: Tensor, place: Tensor) -> Tensor:

@@ -86,8 +86,7 @@ class SwitchMoE(nn.Module):
             ValueError: In training, if there are fewer tokens than experts, or the capacity is below one token.
         """
         tokens = x.flatten(0, -2)
-        limited = self.training and self.capacity_factor is not None
-        capacity = self._capacity(tokens.shape[0]) if limited else None
+        capacity = self._capacity(tokens.shape[0]) if self.training else None
         dtype = _products_dtype(tokens, self.fc1)
         result = switch_mlp(tokens, self.router.weight, self.fc1, self.fc2, capacity, dtype)
         self.loss = None
@@ -99,7 +98,10 @@ class SwitchMoE(nn.Module):
                 self.loss = self.loss + self.z_weight * result.z
         return result.out.view(x.shape)
 
-    def _capacity(self, tokens: int) -> int:
+    def _capacity(self, tokens: int) -> Optional[int]:
+        """Tokens that an expert takes of so many in training."""
+        if self.capacity_factor is None:
+            return None
         capacity = int(self.capacity_factor * tokens / self.num_experts)
         if tokens < self.num_experts or capacity < 1:
             raise ValueError(

@@ -99,14 +99,12 @@ class SequenceClassifier(nn.Module):
         Raises:
             ValueError: If x does not fit vocab_size or outputs, or a symbol is out of range (on a CPU).
         """
-        hidden, residual = self._embed(x), None
+        hidden: Tensor = self._embed(x)
+        residual: Optional[Tensor] = None
         for block in self.layers:
             hidden, residual = block(hidden, residual)
-        if self.outputs:
-            last = slice(x.shape[1] - self.outputs, None)
-            return self.head(normalise(self.norm_f, hidden[:, last], residual[:, last])[0])
         normal = normalise(self.norm_f, hidden, residual)[0]
-        return self.head(self._pool(normal, x))
+        return self.head(normal[:, x.shape[1] - self.outputs :] if self.outputs else self._pool(normal, x))
 
     def no_weight_decay(self) -> Set[str]:
         """Names of A_log, D, dt_bias, norms, biases, and of what mixers name themselves."""
@@ -150,7 +148,7 @@ def _names(layers: Sequence[Layer], mixers: Dict[str, Any]) -> List[Tuple[str, s
             raise ValueError(f'a layer is the name of a mixer, or of a mixer and a feed-forward; got {pair}')
         check_choice(mixers, layer=pair[0])
         check_choice([*FEED_FORWARDS, 'none'], feed_forward=pair[1])
-    return pairs
+    return [(mixer, feed_forward) for mixer, feed_forward in pairs]
 
 
 def _arguments(layer_cfg: Dict[str, Dict[str, Any]], used: Set[str]) -> Dict[str, Dict[str, Any]]:

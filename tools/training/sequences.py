@@ -1,0 +1,134 @@
+"""Training of classifiers of sequences: the parts that differ from those for images."""
+
+from functools import partial
+from typing import Any, Dict, Iterator, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vmamba.sequence.classifier import CAUSAL, SequenceClassifier
+from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
+from vmamba.tools.user_errors import UserError
+
+from .config import Config
+from .data import Batch, Parts, create_loader
+from .order import BatchOrder
+from .runtime import Runtime
+from .seeding import seed_all
+
+
+class SequenceBatches:
+    """Training batches in an order that a run can continue; fresh sequences are drawn from their place in it."""
+
+    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
+        self.samples, self.dataset, self.device = None, dataset, runtime.device
+        places = config.accumulate, runtime.world, runtime.rank
+        self.order = BatchOrder(dataset, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
+        self.updates_per_epoch = self.order.updates_per_epoch
+        self.loader = create_loader(dataset, config, runtime, batch_sampler=self.order)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        """The rest of an epoch, from an update on."""
+        self.order.go_to(epoch, update)
+        for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
+            yield Batch(*_place(inputs, targets, self.device), count, weight)
+
+
+class SequenceValidation:
+    """Sequences to validate on, each once, shared among the processes."""
+
+    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
+        self.samples, self.dataset, self.device = None, dataset, runtime.device
+        rows = range(runtime.rank, len(dataset), runtime.world)
+        size = config.val_batch_size or config.batch_size
+        self.loader = create_loader(dataset, config, runtime, batch_size=size, sampler=rows)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tuple[None, Tensor, Tensor]]:
+        for inputs, targets in self.loader:
+            yield None, *_place(inputs, targets, self.device)
+
+
+def create_parts(config: Config, runtime: Runtime) -> Parts:
+    """Model, data and facts of a run at its start.
+
+    Raises:
+        UserError: If a setting does not fit the model or the data.
+    """
+    _check(config)
+    train, held_out = (
+        load_task(config.data.removeprefix(PREFIX), split, config.data_dir, **config.data_args)
+        for split in (config.train_split, config.val_split)
+    )
+    seed_all(config.seed)
+    model = create_model(config, train.task).to(runtime.device)
+    data = SequenceBatches(train, config, runtime)
+    if data.updates_per_epoch == 0:
+        size = config.batch_size * config.accumulate * runtime.world
+        raise UserError(f'an epoch has fewer sequences than an update of {size}: lower batch_size')
+    facts = dict(
+        model=config.model,
+        model_args=_model_args(config, train.task),
+        num_classes=train.task.num_classes,
+        class_names=None,
+    )
+    summary = f'{len(train)} sequences to train on, {len(held_out)} to validate on'
+    return Parts(model, data, SequenceValidation(held_out, config, runtime), facts, summary)
+
+
+def create_task(config: Config, model: nn.Module, device: torch.device) -> ClassificationTask:
+    """The model with its loss and moving average, by timm's task."""
+    task = ClassificationTask(model, partial(_loss, smoothing=config.smoothing), device=device, verbose=False)
+    if config.ema_decay is not None:
+        task.setup_ema(decay=config.ema_decay, use_warmup=config.ema_warmup)
+    return task
+
+
+def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Of every sequence, or of every position that has a class: [B, ..., C], [B, ...]"""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=smoothing)
+
+
+def _check(config: Config) -> None:
+    if not config.data.startswith(PREFIX):
+        raise UserError(f'data of sequences must be {PREFIX} and one of {", ".join(NAMES)}, got {config.data!r}')
+    images = 'shard', 'channels_last', 'teacher', 'mixup', 'cutmix', 'checkpoint', 'pretrained', 'grad_checkpointing'
+    for key in images:
+        if getattr(config, key):
+            raise UserError(f'{key} is not for sequences: leave it out of the configuration')
+    if config.train_split == config.val_split:
+        raise UserError(f'train_split and val_split are both {config.val_split!r}: choose another split to validate on')
+
+
+def _model_args(config: Config, task: Task) -> Dict[str, Any]:
+    """Arguments of the classifier: `depth` and `feed_forward` make layers of the mixer that is named as the model."""
+    args = dict(config.model_args)
+    depth, feed_forward = args.pop('depth', 2), args.pop('feed_forward', 'none')
+    data = dict(vocab_size=task.vocab_size, outputs=task.outputs, padding=task.padding)
+    return {**data, 'layers': [[config.model, feed_forward]] * depth, **args}
+
+
+def create_model(config: Config, task: Task) -> SequenceClassifier:
+    """A classifier with random weights.
+
+    Raises:
+        UserError: If the name or an argument does not fit.
+    """
+    if config.model not in CAUSAL:
+        raise UserError(f'model must be one of the mixers {", ".join(CAUSAL)}, got {config.model!r}')
+    try:
+        return SequenceClassifier(task.num_classes, **_model_args(config, task))
+    except (TypeError, ValueError) as error:
+        raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error
+
+
+def _place(inputs: Tensor, targets: Tensor, device: torch.device) -> Tuple[Tensor, Tensor]:
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
