@@ -3,6 +3,7 @@
 from ._launch import use_triton
 from ._operator import OPERATORS
 from .bimamba import bidirectional_scan, bimamba_core
+from .block_step import MambaWeights, can_step_mamba, mamba_step
 from .conv1d import NUM_DIRECTIONS, bidirectional_conv1d, causal_conv1d
 from .conv2d import depthwise_conv2d
 from .fft_conv import diagonal_kernel, diagonal_state, long_conv
@@ -19,11 +20,13 @@ __all__ = [
     'NUM_DIRECTIONS',
     'NUM_ROUTES',
     'OPERATORS',
+    'MambaWeights',
     'SwitchOutput',
     'add_norm',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'bimamba_core',
+    'can_step_mamba',
     'causal_conv1d',
     'causal_conv1d_update',
     'cross_merge',
@@ -34,6 +37,7 @@ __all__ = [
     'gated_rms_norm',
     'layer_norm',
     'long_conv',
+    'mamba_step',
     'non_causal_ssd',
     'rms_norm',
     'selective_scan',

@@ -44,10 +44,13 @@ def check(function: str, sizes: Optional[Dict[str, int]] = None, **tensors: Spec
     return sizes
 
 
-def check_that(holds: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
+def check_that(holds: bool, message: str, *sizes: int) -> None:
+    """Raises ValueError with the message unless the condition holds.
+
+    Sizes take the places of its {} only then: Dynamo of torch 2.11 cannot format those that are symbols.
+    """
     if not holds:
-        raise ValueError(message)
+        raise ValueError(message.format(*sizes) if sizes else message)
 
 
 def _fits(tensor: Tensor, spec: str, sizes: Dict[str, int]) -> bool:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check, check_that
-from ._device import sigmoid
-from ._launch import MAX_PLANS, Launch, cdiv, num_processors, runs_on_triton, tl, triton
+from ._device import fast_sigmoid, sigmoid
+from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, num_processors, runs_on_triton, tl, triton
 from ._operator import Operator
 
 NUM_DIRECTIONS = 2
@@ -19,15 +19,17 @@ _PROGRAMS_PER_PROCESSOR = 16
 
 
 class _Tile(NamedTuple):
-    """Steps by channels of a program. Either way a row of a tile fills whole sectors of memory."""
+    """Parts of a sequence by channels of a program, and the steps of a part that the forward pass walks: neighbouring
+    programs would load what its taps see several times. A row of a tile fills whole sectors of memory."""
 
     block_l: int
     block_d: int
+    walk: int = 1
 
 
 # By what neighbours in memory are. A thread of the backward pass has few elements: it keeps a sum for every tap and
 # direction of each.
-_FORWARD_TILES = dict(channels_last=_Tile(32, 64), steps_last=_Tile(128, 16))
+_FORWARD_TILES = dict(channels_last=_Tile(16, 64, walk=8), steps_last=_Tile(128, 16))
 _BACKWARD_TILES = dict(channels_last=_Tile(16, 32), steps_last=_Tile(128, 4))
 
 
@@ -226,8 +228,7 @@ def _taps(seqlen: int, weight: Tensor) -> Iterator[Tuple[int, int, slice, slice]
 
 
 # The kernels count taps back from the present position: tap s of direction 0 sees x_{l-s}, tap s of direction 1
-# x_{l+s}; both are weight[k, :, TAPS - 1 - s]. LOOK is the sign of that offset, -1 or 1. A program loads the tiles of
-# neighbouring positions one by one: all but the first find their memory in the cache.
+# x_{l+s}; both are weight[k, :, TAPS - 1 - s]. LOOK is the sign of that offset, -1 or 1.
 
 
 @triton.jit
@@ -275,33 +276,54 @@ def conv1d_kernel(
     SILU: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WALK: tl.constexpr,
+    NVIDIA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program computes a tile in all directions, for one entry of the batch."""
+    """One program computes BLOCK_L parts of WALK steps in all directions, for one entry of the batch.
+
+    It walks all parts at once and holds what the taps see, so that it loads each step once.
+    """
     x_batch, x_step, x_channel = x_strides
     out_batch, out_step, out_direction, out_channel = out_strides
     pid = tl.program_id(0)
     channel_blocks = tl.cdiv(dim, BLOCK_D)
-    step_blocks = tl.cdiv(seqlen, BLOCK_L)
+    step_blocks = tl.cdiv(seqlen, BLOCK_L * WALK)
     channel = pid % channel_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    step = pid // channel_blocks % step_blocks * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = (pid // channel_blocks % step_blocks * BLOCK_L + tl.arange(0, BLOCK_L)) * WALK
     batch = (pid // channel_blocks // step_blocks).to(tl.int64)
     if WIDE:
         channel = channel.to(tl.int64)
-        step = step.to(tl.int64)
+        first = first.to(tl.int64)
     has_channel = channel < dim
-    mask = (step < seqlen)[:, None] & has_channel[None, :]
     columns = x + batch * x_batch + (channel * x_channel)[None, :]
-    out += batch * out_batch + step[:, None] * out_step + (channel * out_channel)[None, :]
-    here = _load_steps(columns, x_step, step, has_channel, seqlen)
-    for direction in tl.static_range(DIRECTIONS):
-        taps, u = _load_parameters(weight, bias, direction, channel, has_channel, dim, TAPS)
-        window = _load_window(here, columns, x_step, step, has_channel, seqlen, 2 * direction - 1, TAPS)
+    out += batch * out_batch + (channel * out_channel)[None, :]
+    taps, shift = _load_parameters(weight, bias, 0, channel, has_channel, dim, TAPS)
+    if DIRECTIONS > 1:
+        taps_against, shift_against = _load_parameters(weight, bias, 1, channel, has_channel, dim, TAPS)
+    here: tl.constexpr = TAPS - 1  # the place of the present step in the window
+    ahead: tl.constexpr = (DIRECTIONS - 1) * here
+    window = ()
+    for place in tl.static_range(here + ahead):
+        window = window + (_load_steps(columns, x_step, first + (place - here), has_channel, seqlen),)
+    for walked in tl.static_range(WALK):
+        step = first + walked
+        window = window + (_load_steps(columns, x_step, step + ahead, has_channel, seqlen),)
+        mask = (step < seqlen)[:, None] & has_channel[None, :]
+        target = out + step[:, None] * out_step
+        u = shift
         for tap in tl.static_range(TAPS):
-            u += taps[tap] * window[tap]
+            u += taps[tap] * window[walked + here - tap]
         if SILU:
-            u *= sigmoid(u)
-        tl.store(out + direction * out_direction, u.to(out.dtype.element_ty), mask=mask)
+            u *= fast_sigmoid(u, NVIDIA)
+        tl.store(target, u.to(out.dtype.element_ty), mask=mask)
+        if DIRECTIONS > 1:
+            u = shift_against
+            for tap in tl.static_range(TAPS):
+                u += taps_against[tap] * window[walked + here + tap]
+            if SILU:
+                u *= fast_sigmoid(u, NVIDIA)
+            tl.store(target + out_direction, u.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -455,7 +477,8 @@ def conv1d_forward(
         u [B, L, K, D]: `out`, or a new tensor in x's dtype.
     """
     out = _empty_output(x, weight) if out is None else out
-    launch = _forward_launch(x.shape, x.stride(), out.stride(), weight.shape[0], weight.shape[2], silu)
+    options = weight.shape[0], weight.shape[2], silu, is_nvidia(x)
+    launch = _forward_launch(x.shape, x.stride(), out.stride(), *options)
     launch(x, weight, bias, out)
     return out
 
@@ -490,15 +513,16 @@ def _forward_launch(
     directions: int,
     taps: int,
     silu: bool,
+    nvidia: bool,
 ) -> Launch:
     batch, seqlen, dim = shape
     tile = _FORWARD_TILES[_layout(x_strides)]
     wide = _is_wide(tile, seqlen, dim, x_strides, out_strides)
     return Launch(
         conv1d_kernel,
-        cdiv(dim, tile.block_d) * cdiv(seqlen, tile.block_l) * batch,
+        cdiv(dim, tile.block_d) * cdiv(seqlen, tile.block_l * tile.walk) * batch,
         (seqlen, dim, x_strides, out_strides),
-        (directions, taps, silu, *tile, wide),
+        (directions, taps, silu, *tile, nvidia, wide),
     )
 
 
@@ -525,7 +549,7 @@ def _backward_launch(
         conv1d_backward_kernel,
         others * chunks,
         (seqlen, dim, chunks, chunk_tiles, grad_strides, x_strides, grad_x_strides),
-        (directions, taps, silu, *tile, wide),
+        (directions, taps, silu, tile.block_l, tile.block_d, wide),
     )
     return launch, batch * chunks
 
@@ -536,5 +560,5 @@ def _layout(strides: Tuple[int, ...]) -> str:
 
 def _is_wide(tile: _Tile, seqlen: int, dim: int, *strides: Tuple[int, ...]) -> bool:
     """Whether offsets within an entry of the batch, also of tiles that overhang, may need more than 32 bits."""
-    steps, channels = seqlen + tile.block_l + MAX_TAPS, dim + tile.block_d
+    steps, channels = seqlen + tile.block_l * tile.walk + MAX_TAPS, dim + tile.block_d
     return any(steps * stride[1] + channels * stride[-1] >= 2**31 for stride in strides)

@@ -67,7 +67,7 @@ def diagonal_kernel(log_decay: Tensor, coefficient: Tensor, length: int) -> Tens
     Returns:
         [..., H, length], real.
     """
-    check_that(length > 0, f'diagonal_kernel: length must be at least 1, got {length}')
+    check_that(length > 0, 'diagonal_kernel: length must be at least 1, got {}', length)
     block = _block(length)
     within = _powers(log_decay, block)  # [H, M, block]
     before = _powers(log_decay * block, cdiv(length, block)).mT  # [H, blocks, M]

@@ -78,7 +78,7 @@ def gated_rms_norm(
     check_that(same, f'{function}: other must be {y.dtype} like y, got {getattr(other, "dtype", None)}')
     dim = y.shape[-1]
     divides = groups > 0 and dim % groups == 0
-    check_that(divides, f'{function}: groups must divide the {dim} channels, got {groups}')
+    check_that(divides, f'{function}: groups must divide the {{}} channels, got {{}}', dim, groups)
     if runs_on_triton(y) and dim // groups <= _MAX_CHANNELS:
         return _operator(y, z, weight, other, groups, eps, norm_before_gate)
     dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)

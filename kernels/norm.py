@@ -243,7 +243,7 @@ def norm_kernel(
     if residual is not None:
         total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     if summed is not None:
-        tl.store(summed + offset, total, mask=mask)
+        tl.store(summed + offset, total.to(summed.dtype.element_ty), mask=mask)
     if bias is not None:
         mean = tl.sum(total, axis=1) / dim
         if moments is not None:
@@ -321,7 +321,7 @@ def norm_backward_kernel(
         if grad_summed is not None:
             grad += tl.load(grad_summed + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
         if grad_residual is not None:
-            tl.store(grad_residual + offset, grad, mask=mask)
+            tl.store(grad_residual + offset, grad.to(grad_residual.dtype.element_ty), mask=mask)
         if scale is not None:
             grad *= load_factors(scale, row, rows, rows_per_sample)
         tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)

@@ -115,7 +115,7 @@ def _check(
     )
     groups = B.shape[1] if B.ndim == 3 else 1
     divided = sizes['heads' if state.ndim == 4 else 'dim']
-    check_that(divided % groups == 0, f'the groups of B must divide {divided}, got {groups} in {tuple(B.shape)}')
+    check_that(divided % groups == 0, 'the groups of B must divide {}, got {}', divided, groups)
 
 
 def _plain_update(

@@ -149,7 +149,7 @@ def ssd_scan(
     outs, states = [], []
     for head in range(heads):
         S = x.new_zeros(batch, dim, dstate) if initial_states is None else initial_states[:, head]
-        before = torch.zeros(batch, dtype=torch.long)
+        before = torch.zeros(batch, dtype=torch.long, device=x.device)
         y = [None] * seqlen
         for step in range(seqlen - 1, -1, -1) if reverse else range(seqlen):
             if seq_idx is not None:

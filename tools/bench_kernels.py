@@ -139,7 +139,7 @@ def _measure(case: Case, record: Record, device: torch.device, repeats: int) -> 
     baseline = settled_memory(device)
     workload = case.workload(device)
     forward, both = torch.no_grad()(workload.forward), partial(_forward_backward, workload)
-    is_kernel, on_gpu = case.kind in KERNELS, device.type == 'cuda'
+    on_gpu = device.type == 'cuda'
     if INFERENCE in case.passes:
         forward()  # compiles
         record['forward_peak_mib'] = peak_mib(forward, device, baseline)
@@ -148,11 +148,11 @@ def _measure(case: Case, record: Record, device: torch.device, repeats: int) -> 
         both()
         record['training_peak_mib'] = peak_mib(both, device, baseline)
         record['both_ms'] = median_ms(both, device, repeats)
-    if is_kernel:
+    if case.kind in KERNELS:
         record['backward_ms'] = _backward_ms(workload, record, device, repeats)
     if on_gpu and INFERENCE in case.passes:
         record['forward_graph_ms'] = median_ms(capture(forward), device, repeats)
-    if on_gpu and TRAINING in case.passes and (is_kernel or case.compile):
+    if on_gpu and TRAINING in case.passes:
         record['both_graph_ms'] = median_ms(capture(both), device, repeats)
 
 

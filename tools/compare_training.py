@@ -1,147 +1,215 @@
-"""Trains models from scratch on packaged images, all by one recipe and with several seeds, and compares accuracies.
+"""Trains models from scratch by one recipe, and compares accuracy, also at other sizes, speed, memory and state.
 
-A run that fails is a result, not an error; an interrupt reports what is done, and --resume trains what is missing.
+Each model gets the best of several learning rates, which one seed chooses on a part of the training images. A run that
+fails is a result, not an error; an interrupt reports what is done, and --resume continues.
 
     vmamba compare training --device cuda --jobs 15 --docs docs/benchmarks.md
-    vmamba compare training --models vmamba_nano vit resnet18 --tasks clutter --seeds 0 1 --epochs 10
+    vmamba compare training --models vmamba_nano vit resnet18 --rates 1e-3 --seeds 0 1 --epochs 10
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
+import torch
 import yaml
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory
 from vmamba.tools.benchmarks.trainings import SCRIPT, epochs_of, last_error
 from vmamba.tools.devices import add_device_option, device_name
 from vmamba.tools.figures.plots import plot_accuracies
-from vmamba.tools.images.packaged_data import DATASETS
 from vmamba.tools.output_files import lock_folder, write_csv, write_text
-from vmamba.tools.terminal import open_console
+from vmamba.tools.terminal import number, open_console
 from vmamba.tools.training.config import FIELDS, Config, add_options, load_config
 from vmamba.tools.training.runtime import StopRequest
+from vmamba.tools.training.setup import create_model
+from vmamba.tools.training.splits import class_names, load_datasets
 from vmamba.tools.user_errors import Parser, UserError, changes, nearest, one_line_errors, positive, positive_float
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
+VALIDATE = SCRIPT.with_name('validate.py')
 POLL_SECONDS = 0.2
 SETTINGS = 'settings.yaml'  # of all runs, in their folder
 RESULT = 'result.json'  # in the folder of a run that came to its end
-OWN_KEYS = ('model', 'model_args', 'data', 'seed', 'device', 'output')  # of the configuration, which are set here
-COLUMNS = ('task', 'model', 'seed', 'status', 'epochs', 'accuracy', 'minutes')
+OWN_KEYS = ('model', 'model_args', 'lr', 'train_split', 'val_split', 'seed', 'device', 'output')  # which are set here
+SPLITS = {'search': ('search', 'search_validation'), 'whole': ('train', 'validation')}
+SHARES = {f'at {share} %': share / 100 for share in (50, 75, 90)}  # of the epochs
+SIZES = {f'{size}x{size}': size for size in (64, 96, 128, 192)}
+BATCH = {'cuda': 1024, 'cpu': 8}  # for speed and memory
+REPEATS = 20
+COLUMNS = ('model', 'part', 'lr', 'seed', 'status', 'epochs', 'accuracy')
 NOTES = """\
 Each model is trained from scratch by `configs/classification/compare.yaml`: {epochs} epochs of AdamW with batches of
-{batch_size} and images of {img_size}x{img_size} in {precision}, the same settings for all models and tasks, tuned to
-none. A seed decides the weights, the order and the augmentation. Accuracy is in percent, on the validation images after
-the last epoch, not after the best one; ± is the standard deviation over the seeds. All runs are listed, also those that
-failed. {jobs} ran at once, so that the minutes do not compare the models.
-{tasks}
+{batch_size} and images of {img_size}x{img_size} in {precision}. Only the learning rate is each model's own: the best of
+{rates} with seed {seed} on a third of the training images, by the accuracy on another sixth of them (part
+`search`). Accuracy is in percent, on the validation images after the last epoch, not after the best one; ± is the
+standard deviation over the seeds, which decide the weights, the order and the augmentation. Mean accuracies after
+shares of the epochs show how flat the curves are. All runs are listed, also those that failed. `packaged/clutter` has
+6,000 digits of random size, place and colour over photographs for training, and 1,500 of other digits over other
+photographs for validation.
 
-The models of timm are of about the size of ours: `swin` and `convnext` have the four stages of `vmamba_nano`, at
-strides 4 to 32 and with 32 to 256 channels, and `vit` has the step between tokens of `vim_nano`, 4 pixels (256 tokens,
-and 225 of overlapping patches)."""
-TASKS = {
-    'mnist5k': '`mnist5k`: 4,000 handwritten digits for training and 1,000 for validation, of 28x28, enlarged.',
-    'clutter': '`clutter`: 6,000 digits of random size, place and colour over photographs for training, and 1,500 of\n'
-    'other digits over other photographs for validation.',
-}
-_PARAMETERS = re.compile(r': ([\d.]+) M parameters')
+Speed and memory are those of one model alone, eager in bf16 with {batch} random images: forward, or forward and
+backward. Peaks are those of PyTorch's allocator, weights and images included. The state is what all mixers keep of an
+image of 64x64, in numbers: states of scans and convolutions, or keys and values. Accuracy by size is that of the same
+weights on the same images, enlarged (`vmamba validate --img-size`): position embeddings are resized, and the windows of
+Swin grow with the image.
 
+`vim_*` are one Vim block with different mixers, and as many blocks as make about the same parameters. `swin` and
+`convnext` have the stages, strides and channels of `vmamba_nano`; `vit` has the step between tokens of `vim_*`, 4
+pixels (256 tokens, and 225 of overlapping patches). The windows of MambaVision cover its maps, as at 224x224."""
 Row = Dict[str, Any]
 
 
 class Peer(NamedTuple):
-    """A model of timm and its arguments."""
+    """A model of timm, the numbers that its mixers keep of an image of 64x64, and its arguments."""
 
     name: str
-    args: Dict[str, Any]
+    state: Optional[int] = None
+    args: Dict[str, Any] = {}
 
 
-# Of about the size of ours, without looking at accuracies: Swin and ConvNeXt have VMamba-nano's stages, strides and
-# channels, with as many blocks as make its parameters (Swin's in pairs, which shift windows); the ViT has Vim-nano's
-# parameters and, by patches as large as Vim-nano's stride, about its number of tokens.
+# Chosen without looking at accuracies. The peers have as many blocks as make about the parameters of VMamba-nano
+# (Swin's in pairs, which shift windows), the ViT those of Vim-nano. The state of scans is blocks * directions *
+# channels * states, that of attention blocks * 2 * tokens * channels.
 MODELS = {
-    'vmamba_nano': Peer('vmamba_nano', {}),
-    'vim_nano': Peer('vim_nano', {}),
-    'vit': Peer('deit_tiny_patch16_224', dict(patch_size=4, embed_dim=128, depth=5, num_heads=4)),
+    'vim_s4d': Peer('vim_nano', 5 * 2 * 256 * 64, dict(mixer='s4d', d_state=64, depth=5)),
+    'vim_h3': Peer('vim_nano', 3 * 2 * 256 * (32 + 32), dict(mixer='h3', d_state=32, depth=3)),  # shift and diagonal
+    'vim_mamba': Peer('vim_nano', 4 * 2 * 256 * 16, dict(mixer='mamba', d_state=16)),
+    'vim_mamba2': Peer('vim_nano', 4 * 2 * 256 * 64, dict(mixer='mamba2', d_state=64)),
+    'vim_attention': Peer('vim_nano', 4 * 2 * 226 * 256, dict(mixer='attention')),
+    'vmamba_nano': Peer('vmamba_nano', 4 * (64 + 128 + 2 * 256 + 512)),
+    'vssd_nano': Peer('vssd_nano', (64 + 128 + 2 * 256) * 16 + 2 * 4 * 256),
+    'mambavision_nano': Peer('mambavision_nano', 192 * 8 + 2 * (16 * 128 + 4 * 256), dict(window_size=(4, 2))),
+    'adventurer_nano': Peer('adventurer_nano', 4 * 256 * 16),
+    'vit': Peer('deit_tiny_patch16_224', 5 * 2 * 257 * 128, dict(patch_size=4, embed_dim=128, depth=5, num_heads=4)),
     'swin': Peer(
         'swin_tiny_patch4_window7_224',
+        2 * (2 * 256 * 32 + 2 * 64 * 64 + 4 * 16 * 128 + 4 * 256),
         dict(window_size=4, embed_dim=32, depths=(2, 2, 4, 1), num_heads=(1, 2, 4, 8)),
     ),
-    'convnext': Peer('convnext_atto', dict(depths=(2, 2, 3, 2), dims=(32, 64, 128, 256))),
+    'convnext': Peer('convnext_atto', 0, dict(depths=(2, 2, 3, 2), dims=(32, 64, 128, 256))),
 }
 
 
 class Run(NamedTuple):
-    """What is trained: the task, a model by its name in the tables, and a seed."""
+    """What is trained: a model by its name in the tables, on which part of the data, a learning rate and a seed."""
 
-    task: str
     model: str
+    part: str
+    lr: float
     seed: int
 
     @property
     def name(self) -> str:
-        return f'{self.task}_{self.model}_{self.seed}'
+        return '_'.join(map(str, self))
 
-    @property
-    def peer(self) -> Peer:
-        return MODELS.get(self.model, Peer(self.model, {}))
 
-    @property
-    def built_as(self) -> str:
-        args = ', '.join(f'{name}={value}' for name, value in self.peer.args.items())
-        return f'`{self.peer.name}({args})`' if args else f'`{self.peer.name}`'
+def peer_of(model: str) -> Peer:
+    return MODELS.get(model, Peer(model))
 
 
 def run_of(row: Row) -> Run:
-    return Run(row['task'], row['model'], row['seed'])
+    return Run(*(row[name] for name in Run._fields))
 
 
-def runs_of(args: argparse.Namespace) -> List[Run]:
-    """All runs, the first seed of each model and task first, so that an interrupt leaves something of each."""
+def runs_of(args: argparse.Namespace, rows: Sequence[Row]) -> List[Run]:
+    """The search, and of each model whose search is among the rows the runs at its rate, one seed after another."""
+    search = product(args.rates if len(args.rates) > 1 else (), args.models)
+    rates = {model: best_rate(model, args, rows) for model in args.models}
+    whole = product(args.seeds, [model for model in args.models if rates[model]])
+    runs = [Run(model, 'search', lr, args.seeds[0]) for lr, model in search]
+    return runs + [Run(model, 'whole', rates[model], seed) for seed, model in whole]
+
+
+def best_rate(model: str, args: argparse.Namespace, rows: Sequence[Row]) -> Optional[float]:
+    """The rate of the most accurate run of a search, the lowest of equals; None before its end, or if all failed."""
+    if len(args.rates) == 1:
+        return args.rates[0]
+    found = [row for row in rows if (row['model'], row['part']) == (model, 'search')]
+    done = [row for row in found if row['accuracy'] is not None and len(found) == len(args.rates)]
+    return max(done, key=lambda row: (row['accuracy'], -row['lr']))['lr'] if done else None
+
+
+def check(args: argparse.Namespace) -> int:
+    """Checks the options; returns the number of runs."""
     for model in args.models:
         if model not in MODELS and not timm.is_model(model):
             raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
-    for name in ('models', 'tasks', 'seeds'):
+    for name in ('models', 'rates', 'seeds'):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UserError(f'--{name} names something twice')
-    return [Run(task, model, seed) for seed, task, model in product(args.seeds, args.tasks, args.models)]
+    return len(args.models) * (len(args.rates) * (len(args.rates) > 1) + len(args.seeds))
 
 
 def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest) -> Optional[Row]:
-    """Trains in a process of its own, and returns what came of it, nothing if it was not begun. No weights are kept."""
+    """Trains in a process of its own, then validates at all sizes; returns what came of it, nothing if interrupted.
+
+    An interrupted run keeps its checkpoints, from which --resume continues it.
+    """
     if stop.signal:
         return None
-    folder, peer = args.output / run.name, run.peer
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    own = dict(model=peer.name, model_args=peer.args, seed=run.seed, data=f'packaged/{run.task}')
-    write_text(folder / 'run.yaml', yaml.safe_dump({**vars(config), **own, 'device': args.device.type}))
+    folder, peer = args.output / run.name, peer_of(run.model)
+    if not any(folder.glob('checkpoint-*.pt')):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = dict(model=peer.name, model_args=peer.args, lr=run.lr, seed=run.seed, device=args.device.type)
+    own.update(zip(('train_split', 'val_split'), SPLITS[run.part]))
+    write_text(folder / 'run.yaml', yaml.safe_dump({**vars(config), **own}))
+    output = '--output', folder
+    status, message = call([SCRIPT, folder / 'run.yaml', *output, '--resume'], folder / 'log.txt', args, stop)
+    epochs = epochs_of(folder).val_top1.tolist()
+    done, sizes = epochs if status == 'ok' else [], {}
+    if done and run.part == 'whole':
+        images = args.output / 'images', '--checkpoint', max(folder.glob('checkpoint-*.pt')), '--workers', 0
+        how = '--precision', config.precision, '--device', args.device.type, '--img-size', *SIZES.values()
+        _, message = call([VALIDATE, *images, *how, *output], folder / 'validate.txt', args, stop)
+        if (folder / 'validate.csv').is_file():  # without the sizes that a model does not take
+            sizes = pd.read_csv(folder / 'validate.csv').set_index('img_size').top1.to_dict()
+    if stop.signal:
+        return None
+    for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
+        path.unlink()
+    return dict(
+        **run._asdict(),
+        status=status,
+        epochs=len(epochs),
+        accuracy=done[-1] if done else None,
+        **{key: done[math.ceil(share * len(done)) - 1] if done else None for key, share in SHARES.items()},
+        **{key: sizes.get(size) for key, size in SIZES.items()},
+        message=message,
+    )
+
+
+def call(command: Sequence[Any], log: Path, args: argparse.Namespace, stop: StopRequest) -> Tuple[str, str]:
+    """Runs a tool in a process of its own; returns 'ok', 'failed' or 'timeout', and a message."""
     start = time.monotonic()
-    with (folder / 'log.txt').open('w') as log:
+    with log.open('w') as file:
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder / 'run.yaml'), '--output', str(folder)],
+            [sys.executable, *map(str, command)],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env={'OMP_NUM_THREADS': '1', **os.environ},  # more threads would compete for the processor
             start_new_session=True,  # so that its loading processes end with it, and Ctrl-C comes here alone
@@ -152,80 +220,117 @@ def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest)
         with suppress(ProcessLookupError):  # where all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    text, message = (folder / 'log.txt').read_text(errors='replace'), ''
     if code is None:
-        status = 'interrupted' if stop.signal else 'timeout'
-        message = '' if stop.signal else f'took more than {args.timeout:g} s'
-    else:
-        status = 'failed' if code else 'ok'
-        message = (last_error(text) or f'exit status {code}') if code else ''
-    for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
-        path.unlink()
-    parameters, accuracies = _PARAMETERS.search(text), epochs_of(folder).val_top1.tolist()
-    return dict(
-        **run._asdict(),
-        parameters_m=float(parameters[1]) if parameters else None,
-        status=status,
-        epochs=len(accuracies),
-        accuracy=float(accuracies[-1]) if status == 'ok' and accuracies else None,
-        minutes=round((time.monotonic() - start) / 60, 2),
-        message=message,
-    )
+        return 'timeout', f'took more than {args.timeout:g} s'
+    return ('failed', last_error(log.read_text(errors='replace')) or f'exit status {code}') if code else ('ok', '')
 
 
-def earlier_rows(args: argparse.Namespace, config: Config, runs: Sequence[Run]) -> List[Row]:
+def write_images(dataset: Dataset, folder: Path) -> None:
+    """Writes images as files by class, which validate.py reads."""
+    folders = [folder / name for name in class_names(dataset)]
+    for path in folders:
+        path.mkdir(parents=True, exist_ok=True)
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        image.save(folders[label] / f'{i:05d}.png')
+
+
+def earlier_rows(args: argparse.Namespace, config: Config) -> List[Row]:
     """Those of the runs that an interrupted comparison in the same folder has completed, with --resume.
 
     Raises:
         UserError: If there is one without --resume, or it had other settings.
     """
     settings = {key: value for key, value in vars(config).items() if key not in OWN_KEYS}
-    folders, record = [args.output / run.name for run in runs], args.output / SETTINGS
-    if not args.resume and any(folder.exists() for folder in folders):
+    record, rows = args.output / SETTINGS, []
+    if record.is_file() and not args.resume:
         raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
-    if args.resume and record.is_file() and (differences := changes(yaml.safe_load(record.read_text()), settings)):
+    if record.is_file() and (differences := changes(yaml.safe_load(record.read_text()), settings)):
         raise UserError(f'{args.output} has runs with {differences}; choose another --output')
     write_text(record, yaml.safe_dump(settings))
-    return [json.loads((folder / RESULT).read_text()) for folder in folders if (folder / RESULT).is_file()]
+    for _ in SPLITS:  # first the search, which decides on the other runs
+        results = [args.output / run.name / RESULT for run in runs_of(args, rows)]
+        rows = [json.loads(path.read_text()) for path in results if path.is_file()]
+    return rows
 
 
-def compare(runs: Sequence[Run], rows: List[Row], config: Config, args: argparse.Namespace, console: Console) -> None:
-    """Trains what is missing among the rows, and adds a row for each run as it ends; an interrupt ends all runs."""
-    done, stop = set(map(run_of, rows)), StopRequest()
-    with ThreadPoolExecutor(args.jobs) as pool:
+def compare(rows: List[Row], config: Config, args: argparse.Namespace, total: int, console: Console) -> bool:
+    """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have ended.
+
+    An interrupt ends all runs.
+    """
+    begun, running, stop = {run_of(row) for row in rows}, set(), StopRequest()
+    with ThreadPoolExecutor(args.jobs) as pool, Progress(console=console) as progress:
+        bar = progress.add_task('Training', total=total, completed=len(rows))
         try:
-            futures = [pool.submit(train, run, config, args, stop) for run in runs if run not in done]
-            for future in track(as_completed(futures), 'Training', total=len(futures), console=console):
-                if row := future.result():
+            while True:
+                new = [run for run in runs_of(args, rows) if run not in begun]
+                begun.update(new)
+                running |= {pool.submit(train, run, config, args, stop) for run in new}
+                if not running:
+                    break
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for row in filter(None, (future.result() for future in ended)):
                     rows.append(row)
                     write_csv(args.output / 'training.csv', rows)
                     if row['status'] == 'ok':
                         write_text(args.output / run_of(row).name / RESULT, json.dumps(row))
+                    progress.advance(bar)
                     shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
                     console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
         except BaseException:
             stop.signal = signal.SIGTERM  # ends the runs
             raise
     stop.restore()
-    rows.sort(key=lambda row: (args.tasks.index(row['task']), args.models.index(row['model']), row['seed']))
+    rows.sort(key=lambda row: (args.models.index(row['model']), *run_of(row)))
     if stop.signal:
-        console.print(f'Interrupted: {_done(rows)} of {len(runs)} runs are done')
+        console.print(f'Interrupted: {len(rows)} of {total} runs are done')
+    return not stop.signal
 
 
-def _done(rows: Sequence[Row]) -> int:
-    return sum(row['status'] != 'interrupted' for row in rows)
+def speed(model: str, config: Config, device: torch.device) -> Row:
+    """Parameters, and images per second and peak memory of inference and of training."""
+    held, peer, batch = settled_memory(device), peer_of(model), BATCH[device.type]
+    built = create_model(replace(config, model=peer.name, model_args=peer.args), num_classes=10).to(device)
+    images = torch.randn(batch, 3, config.img_size, config.img_size, device=device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return built(images)
+
+    found = {'parameters, M': sum(parameter.numel() for parameter in built.parameters()) / 1e6}
+    with suppress(torch.OutOfMemoryError):
+        for key, run in (('inference', torch.no_grad()(forward)), ('training', lambda: forward().sum().backward())):
+            built.train(key == 'training')
+            found[f'{key}, images/s'] = 1e3 * batch / median_ms(run, device, REPEATS)
+            found[f'{key}, peak MiB'] = peak_mib(run, device, held)
+    return found
 
 
-def summary(rows: Sequence[Row]) -> pd.DataFrame:
-    """A row for each model: parameters, and for each task the mean and the standard deviation of accuracies."""
-    frame = pd.DataFrame(rows).astype({'accuracy': float, 'parameters_m': float})
-    frame['built as'] = [run_of(row).built_as for row in rows]
-    table = frame.pivot_table(
-        index=['model', 'built as'], columns='task', values='accuracy', aggfunc=spread, dropna=False, sort=False
-    )
-    parameters = frame.groupby(['model', 'built as'], sort=False)['parameters_m'].first()
-    table.insert(0, 'parameters, M', parameters)
-    return table.reset_index()
+def tables(rows: Sequence[Row], speeds: Dict[str, Row]) -> List[pd.DataFrame]:
+    """The models, their accuracies by size, and all runs."""
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(('accuracy', *SHARES, *SIZES), float))
+    models, sizes = [], []
+    for model, own in frame[frame.part == 'whole'].groupby('model', sort=False):
+        models.append(
+            {
+                'model': model,
+                'built as': built_as(model),
+                'learning rate': own.lr.iloc[0],
+                'accuracy': spread(own.accuracy),
+                ' / '.join(SHARES): ' / '.join(number(own[key].mean(), '.2f') for key in SHARES),
+                **speeds.get(model, {}),
+                'state': peer_of(model).state,
+            }
+        )
+        sizes.append({'model': model, **{key: spread(own[key]) for key in SIZES}})
+    return [pd.DataFrame(found) for found in (models, sizes) if found] + [frame[list(COLUMNS)]]
+
+
+def built_as(model: str) -> str:
+    peer = peer_of(model)
+    args = ', '.join(f'{name}={value}' for name, value in peer.args.items())
+    return f'`{peer.name}({args})`' if args else f'`{peer.name}`'
 
 
 def spread(accuracies: pd.Series) -> str:
@@ -236,43 +341,21 @@ def spread(accuracies: pd.Series) -> str:
     return (f'{values.mean():.2f}{deviation}' if len(values) else '-') + missing
 
 
-def report_of(rows: Sequence[Row], config: Config, args: argparse.Namespace, runs: int, command: str) -> Report:
-    tasks = '\n'.join(TASKS[task] for task in args.tasks if task in TASKS)
-    facts = {
-        'machine': device_name(args.device),
-        'versions': versions(),
-        'command': command,
-        'runs done': f'{_done(rows)} of {runs}',
-    }
-    return Report(
-        'compare_training',
-        'Training from scratch',
-        facts,
-        [summary(rows), pd.DataFrame(rows)[list(COLUMNS)]],
-        NOTES.format(**dataclasses.asdict(config), jobs=args.jobs, tasks=tasks),
-        [
-            f'{row["model"]} on {row["task"]}, seed {row["seed"]}: {row["status"]}: {row["message"]}'
-            for row in rows
-            if row['message']
-        ],
-        'training.png',
-    )
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
     parser.add_argument(
         '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
     )
-    parser.add_argument('--tasks', nargs='+', choices=DATASETS, default=['mnist5k', 'clutter'], help='packaged images')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    rates = dict(nargs='+', type=positive_float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument('--rates', **rates, help='learning rates to choose from; without search if it is one')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='the search takes the first one')
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
     add_device_option(parser)
     parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
     parser.add_argument(
         '--output', type=Path, default=Path('runs/compare'), help='folder of the CSV file, the picture and the runs'
     )
-    parser.add_argument('--resume', action='store_true', help='keep the runs in --output that came to their end')
+    parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
     add_options(parser.add_argument_group('keys of the configuration'), without=OWN_KEYS)
     return parser.parse_args(argv)
@@ -283,17 +366,31 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     overrides = {key: value for key, value in vars(args).items() if key in FIELDS and key not in OWN_KEYS}
-    config, runs, console = load_config(RECIPE, overrides), runs_of(args), open_console()
+    total, config, console = check(args), load_config(RECIPE, overrides), open_console()
+    _, validation = load_datasets(config)
     with lock_folder(args.output):
-        rows = earlier_rows(args, config, runs)
-        compare(runs, rows, config, args, console)
+        rows = earlier_rows(args, config)
+        write_images(validation, args.output / 'images')
+        complete = compare(rows, config, args, total, console)
         if not rows:
             return
-        report = report_of(rows, config, args, len(runs), shlex.join(['vmamba', 'compare', 'training', *argv]))
-        trained = [run_of(row) for row in rows]
-        curves = [epochs_of(args.output / run.name).assign(task=run.task, model=run.model) for run in trained]
-        plot_accuracies(pd.concat(curves), args.output / 'training.png')
+        trained = dict.fromkeys(row['model'] for row in rows if complete and row['status'] == 'ok')
+        speeds = {model: speed(model, config, args.device) for model in trained}
+        shown = [run_of(row) for row in rows if row['part'] == 'whole'] or [run_of(row) for row in rows]
+        curves = [epochs_of(args.output / run.name).assign(model=run.model) for run in shown]
+        plot_accuracies(pd.concat(curves), config.data, args.output / 'training.png')
         console.print(f'Wrote {args.output / "training.csv"} and {args.output / "training.png"}')
+        facts = {
+            'machine': device_name(args.device),
+            'versions': versions(),
+            'command': shlex.join(['vmamba', 'compare', 'training', *argv]),
+            'runs done': f'{len(rows)} of {total}',
+        }
+        choice = dict(rates=', '.join(map(str, args.rates)), seed=args.seeds[0], batch=BATCH[args.device.type])
+        notes = NOTES.format(**{**vars(config), **choice})
+        messages = [f'{run_of(row).name}: {row["status"]}: {row["message"]}' for row in rows if row['message']]
+        names = 'compare_training', 'Training from scratch'
+        report = Report(*names, facts, tables(rows, speeds), notes, messages, 'training.png')
         report.publish(console, args.docs, args.output / 'training.png')
 
 

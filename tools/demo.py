@@ -52,9 +52,9 @@ def train_all(args: argparse.Namespace, console: Console) -> Dict[str, float]:
     for name in CONFIGS:
         console.print(f'Training {name}')
         config = load_config(Path(name), {**settings, 'output': str(args.output / name)})
-        found.append(pd.DataFrame(train(config, args.resume)).assign(task=TASK, model=config.model))
+        found.append(pd.DataFrame(train(config, args.resume)).assign(model=config.model))
     frame = pd.concat(found)
-    plot_accuracies(frame, args.output / 'training.png', REQUIRED_ACCURACY)
+    plot_accuracies(frame, TASK, args.output / 'training.png', REQUIRED_ACCURACY)
     return frame.groupby('model', sort=False).val_top1.last().to_dict()
 
 

@@ -1,4 +1,4 @@
-_base_ = './_base_/upernet_vmamba.py'
+_base_ = './_base_/upernet_amp-160k.py'
 
 model = dict(
     backbone=dict(variant='vmamba_t_s2l5', drop_path_rate=0.2),

@@ -1,6 +1,6 @@
 """UPerNet with VMamba-T on Cityscapes by mmseg's 80,000 iterations, as a starting point; no figures are published."""
 
-_base_ = './_base_/upernet_vmamba.py'
+_base_ = './_base_/upernet_amp-160k.py'
 
 crop_size, scale = (512, 1024), (2048, 1024)
 train_pipeline, test_pipeline, tta_pipeline = _base_.train_pipeline, _base_.test_pipeline, _base_.tta_pipeline

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
 def can_run(x: Tensor) -> bool:
-    """Whether `run_chain` runs on a map x: on Triton, in fp32, and nothing is traced, compiled or transformed."""
-    return isinstance(x, Tensor) and x.dtype == torch.float32 and can_replace_modules(x)
+    """Whether `run_chain` runs on a map x: on Triton, in at most fp32, not traced, compiled or transformed."""
+    return isinstance(x, Tensor) and x.dtype in _DTYPES and can_replace_modules(x)

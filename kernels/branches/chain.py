@@ -56,12 +56,12 @@ def run_chain(x: Tensor, links: Sequence[Link], dtype: torch.dtype) -> Tensor:
     tensor but the scales.
 
     Args:
-        x: [B, ..., d] in fp32.
+        x: [B, ..., d] in at most fp32.
         links: One or more.
         dtype: That of the products, and of the maps between them.
 
     Returns:
-        [B, ..., d] in fp32.
+        [B, ..., d] in x's dtype, that of the stream between branches.
     """
     with on_device(x):
         if torch.is_grad_enabled():

@@ -128,12 +128,12 @@ def _mlp_in_slices(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: 
 
 @triton.jit
 def _load_part(pointer, row_offset, channel, mask):
-    return tl.load(pointer + row_offset + channel[None, :], mask=mask, other=0.0)
+    return tl.load(pointer + row_offset + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # maps of any size run on the same kernel
 def mlp_kernel(
-    x,  # [rows, D], fp32
+    x,  # [rows, D]
     y,  # [rows, D] or None: added to x, with y_scale as factor
     y_scale,  # [samples], or None
     norm_weight,  # [D]
@@ -168,8 +168,8 @@ def mlp_kernel(
     x_a = _load_part(x, offset, a, has_row)  # [ROWS, FIRST]
     x_b = _load_part(x, offset, b, has_row)  # [ROWS, SECOND]
     if y is not None:
-        y_a = _load_part(y, offset, a, has_row).to(tl.float32)  # [ROWS, FIRST]
-        y_b = _load_part(y, offset, b, has_row).to(tl.float32)  # [ROWS, SECOND]
+        y_a = _load_part(y, offset, a, has_row)  # [ROWS, FIRST]
+        y_b = _load_part(y, offset, b, has_row)  # [ROWS, SECOND]
         if y_scale is not None:
             factor = load_factors(y_scale, row, rows, rows_per_sample)
             y_a *= factor
@@ -236,7 +236,7 @@ def _run_kernel(
     hidden = weights[0].shape[0]
     out = torch.empty_like(x)
     normal = torch.empty_like(x, dtype=weights[0].dtype) if save else None
-    moments = x.new_empty(1, rows) if save else None
+    moments = x.new_empty((1, rows), dtype=torch.float32) if save else None
     launch = _launch(rows, shape[0], dim, hidden, eps, tile, is_nvidia(x))
     launch(x, y, y_scale, *link.parameters[:2], *weights, link.scale, out, normal, moments)
     return out, normal, moments

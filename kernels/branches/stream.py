@@ -14,7 +14,7 @@ class Stream(NamedTuple):
     """The residual stream x + scale * y. Its sum may still be pending, for the next kernel that reads the stream.
 
     Args:
-        x: [rows, d] in fp32.
+        x: [rows, d].
         shape: Dimensions that the rows are made of: samples B, and places.
         y: [rows, d] in the products' dtype; None where nothing is pending.
         scale: Factor of each sample, [B]; None for 1.
@@ -33,7 +33,7 @@ class StreamGradient(NamedTuple):
     """Gradient of the stream at a place.
 
     Args:
-        x: [rows, d] in fp32.
+        x: [rows, d] in the stream's dtype.
         y: The same times the factor of the branch before that place, in the products' dtype; None where there is no
             such branch, or it is not computed yet.
     """

@@ -114,8 +114,8 @@ def _check(
         initial_states=(initial_states, 'batch H P N'),
     )
     heads, groups = sizes['H'], sizes['G']
-    check_that(heads % groups == 0, f'ssd_scan: groups of B must divide the {heads} heads, got {groups}')
-    check_that(chunk_size >= 1, f'ssd_scan: chunk_size must be at least 1, got {chunk_size}')
+    check_that(heads % groups == 0, 'ssd_scan: groups of B must divide the {} heads, got {}', heads, groups)
+    check_that(chunk_size >= 1, 'ssd_scan: chunk_size must be at least 1, got {}', chunk_size)
     ordered = len(dt_limit) == 2 and dt_limit[0] <= dt_limit[1]
     check_that(ordered, f'ssd_scan: dt_limit must be the smallest and the largest step size, got {dt_limit}')
 

@@ -59,7 +59,7 @@ def non_causal_ssd(
         dt_bias=(dt_bias, 'H'),
     )
     heads, groups = sizes['H'], sizes['G']
-    check_that(heads % groups == 0, f'{function}: groups of B must divide the {heads} heads, got {groups}')
+    check_that(heads % groups == 0, f'{function}: groups of B must divide the {{}} heads, got {{}}', heads, groups)
     wide = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(wide)
     if dt_bias is not None:

@@ -167,19 +167,21 @@ def test_results_and_gradients(chain):
 
 
 @pytest.mark.parametrize('chain', ['block', 'bimamba'])
-def test_products_in_half_precision(chain):
-    """As under autocast: parameters, their gradients and the stream in fp32."""
+@pytest.mark.parametrize('stream', [torch.float32, torch.float16], ids=str)
+def test_products_in_half_precision(chain, stream):
+    """As under autocast: parameters and their gradients in fp32, and the stream in a dtype of its own."""
     shape, make = CHAINS[chain]
     links = make()
-    x = randn(*shape, 6)
-    expected = run(define, x, place(links, torch.float64, 'cpu'))
-    actual = run(fused(torch.float16), x.float().to(DEVICE), place(links))
-    assert all(t.dtype == torch.float32 for t in actual.values())
+    x = randn(*shape, 6).to(stream)
+    expected = run(define, x.double(), place(links, torch.float64, 'cpu'))
+    actual = run(fused(torch.float16), x.to(DEVICE), place(links))
+    assert all(t.dtype == (stream if name in ('out', 'x') else torch.float32) for name, t in actual.items())
     for name in expected:
         assert oracles.relative_error(actual[name], expected[name]) < HALF_ERROR, name
 
 
-def test_a_hidden_map_on_the_chip(monkeypatch):
+@pytest.mark.parametrize('stream', [torch.float32, torch.float16], ids=str)
+def test_a_hidden_map_on_the_chip(stream, monkeypatch):
     """Of few channels in half precision, by a kernel for all of the MLP; with the sum of the branch before."""
     launched = []
     run_kernel = mlp._run_kernel
@@ -189,9 +191,9 @@ def test_a_hidden_map_on_the_chip(monkeypatch):
         Link(MLP, mlp_parameters(48, 64), FACTORS.flip(0)),
         Link(MLP, mlp_parameters(48, 64)),
     ]
-    x = randn(*MAP, 48)
-    expected = run(define, x, place(links, torch.float64, 'cpu'))
-    actual = run(fused(torch.float16), x.float().to(DEVICE), place(links))
+    x = randn(*MAP, 48).to(stream)
+    expected = run(define, x.double(), place(links, torch.float64, 'cpu'))
+    actual = run(fused(torch.float16), x.to(DEVICE), place(links))
     assert launched == [1, 1]
     for name in expected:
         assert oracles.relative_error(actual[name], expected[name]) < HALF_ERROR, name
@@ -260,7 +262,7 @@ def test_gradients_of_gradients_are_an_error():
 def test_where_a_chain_runs():
     x = torch.zeros(2, 3, device=DEVICE)
     assert can_run(x) and can_run(torch.nn.Parameter(x))
-    assert not can_run(x.half())
+    assert can_run(x.half()) and not can_run(x.double())
     assert not can_run(x[:0])
     assert not can_run(x.as_subclass(type('Quantised', (torch.Tensor,), {})))
     with use_triton(False):

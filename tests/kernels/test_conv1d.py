@@ -33,9 +33,9 @@ linear_and_silu = pytest.mark.parametrize('silu', [False, True], ids=['linear', 
 
 @pytest.fixture
 def small_tiles(fresh_launches, monkeypatch):
-    """Several tiles in both dimensions of small maps, and several in a program of the backward pass."""
+    """Several tiles in both dimensions of small maps, several steps of a walk, several tiles of a backward program."""
     for name in ('_FORWARD_TILES', '_BACKWARD_TILES'):
-        tiles = dict(channels_last=conv1d._Tile(4, 4), steps_last=conv1d._Tile(8, 2))
+        tiles = dict(channels_last=conv1d._Tile(4, 4, walk=2), steps_last=conv1d._Tile(8, 2))
         monkeypatch.setattr(conv1d, name, tiles)
     monkeypatch.setattr(conv1d, '_PROGRAMS_PER_PROCESSOR', 8)
 

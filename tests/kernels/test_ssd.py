@@ -37,7 +37,8 @@ def small(**changes):
 
 
 SIZES = {
-    'one-step': dict(seqlen=1, reverse=True),
+    'one-step': dict(seqlen=1),
+    'two-steps-in-reverse': dict(seqlen=2, reverse=True),
     'a-chunk': dict(seqlen=16, heads=1),
     'a-chunk-and-one': dict(seqlen=17, heads=1, dim=17),
     'several-chunks': dict(seqlen=38, heads=1, dstate=18),

@@ -1,11 +1,16 @@
 """Mamba against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
 
+import copy
+
+import oracles
 import pytest
 import torch
+from cases import DEVICE, needs_triton
 from mixer_cases import assert_continues, assert_follows, assert_packs
-from official_language_model import mamba
+from official_language_model import mamba as definition
 
-from vmamba.layers import Mamba
+from vmamba.kernels import block_step, use_triton
+from vmamba.layers import Mamba, mamba
 
 CASES = {
     'default': {},
@@ -25,7 +30,7 @@ def make(**options):
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
-    assert_follows(layer, mamba, (2, 9, 8))
+    assert_follows(layer, definition, (2, 9, 8))
 
 
 @torch.no_grad()
@@ -34,6 +39,38 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 8, dtype=torch.double)
     assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('options', [*CASES.values(), dict(d_model=21, d_state=16, expand=3)], ids=[*CASES, 'wide'])
+def test_steps_in_fused_kernels(options, dtype, monkeypatch):
+    """From states after a prompt, of few sequences, equal those of modules; of many, or with a hook, modules run."""
+    layer = make(**options).to(DEVICE)
+    calls = []
+    fused = mamba.mamba_step
+    monkeypatch.setattr(block_step, '_PROGRAMS', 8)  # several rows for each
+    block_step._product.cache_clear()
+    monkeypatch.setattr(mamba, 'mamba_step', lambda *args: calls.append(args) or fused(*args))
+    x = torch.randn(3, 7, layer.in_proj.in_features, device=DEVICE)
+    wide = copy.deepcopy(layer).double()
+    expected, actual = wide.allocate_cache(3), layer.to(dtype).allocate_cache(3)
+    wide(x[:, :4].double(), cache=expected)
+    for ours, theirs in zip(actual, expected):
+        ours.copy_(theirs)
+    for number, token in enumerate(x[:, 4:].unbind(dim=1)):
+        with use_triton(True):
+            y = layer.step(token.to(dtype), actual)
+        assert y.dtype == dtype and len(calls) == number + 1
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        assert oracles.relative_error(y, wide.step(token.double(), expected)) < tolerance
+        assert all(oracles.relative_error(a, b) < tolerance for a, b in zip(actual, expected))
+    with use_triton(True):
+        layer.step(x.new_zeros(9, x.shape[-1], dtype=dtype), layer.allocate_cache(9))
+        layer.in_proj.register_forward_hook(lambda *args: None)
+        layer.step(x[:, 0].to(dtype), actual)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)

@@ -373,8 +373,9 @@ DTYPES = {
     'bf16-weights': (FP32, BF16, None, BF16),
     'autocast': (FP32, FP32, BF16, BF16),
     'autocast-fp16-weights': (FP32, FP16, BF16, BF16),
-    'fp16': (FP16, FP16, None, None),
-    'bf16': (BF16, BF16, None, None),
+    'fp16': (FP16, FP16, None, FP16),
+    'bf16': (BF16, BF16, None, BF16),
+    'autocast-stream': (BF16, FP32, BF16, BF16),
     'fp64': (torch.float64, torch.float64, None, None),
     'fp64-weights': (FP32, torch.float64, None, None),
 }
@@ -382,13 +383,20 @@ DTYPES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize('stream,weights,autocast,products', DTYPES.values(), ids=DTYPES)
-def test_the_stream_is_fp32_and_the_products_have_the_dtype_of_the_weights_or_autocasts(
+def test_the_stream_keeps_its_dtype_and_the_products_have_that_of_the_weights_or_autocasts(
     block, family, x, would_run, stream, weights, autocast, products
 ):
     with torch.autocast(DEVICE, autocast or BF16, enabled=autocast is not None):
         y = block.to(weights)(x.to(stream))
     assert would_run == ([(products, *BRANCHES[family])] if products else [])
-    assert y.dtype == torch.promote_types(stream, FP32 if products else weights)
+    assert y.dtype == torch.promote_types(stream, products or (FP32 if autocast else weights))
+
+
+@torch.no_grad()
+def test_modules_run_on_a_stream_whose_dtype_they_would_change(block, x):
+    for products in (FP32, BF16):
+        with torch.autocast(DEVICE, BF16, enabled=products == BF16):
+            assert not runs_fused(x.half(), branches_of(block))
 
 
 def test_branches_of_different_dtypes_run_one_by_one(would_run):

@@ -10,16 +10,35 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
+from official import vmamba_maps, vmamba_state
+from official_mambavision import mambavision_maps, mambavision_state
+from official_vssd import vssd_maps, vssd_state
 from torch import nn
 
 import vmamba.mm  # noqa: F401  registers the backbones
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 3
-NANO_VIM = dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16)
+# Options that make the small variant of a family smaller.
+NANO = {
+    'vmamba': dict(embed_dim=8, depths=(1, 1, 1, 1)),
+    'vim': dict(img_size=32, patch_size=16, stride=16, depth=4, embed_dim=16),
+    'mambavision': dict(depths=(1, 1, 2, 2), embed_dim=8, stem_dim=4, num_heads=2, window_size=(4, 3)),
+    'vssd': dict(depths=(1, 1, 1, 1), embed_dim=8, num_heads=(2, 2, 4, 4), d_state=6),
+}
 SMALL = dict(embed_dim=8, depths=(1, 1, 2, 1))
 SMALL_V0 = dict(embed_dim=8, depths=(1, 1, 1, 1))
 SMALL_VIM = dict(img_size=32, patch_size=16, embed_dim=24, expand=2.0, d_state=16)
+# By family: makes official weights with these options; computes the maps [B, h, w, d] of all stages from them.
+STAGES = {
+    'vmamba': (lambda: vmamba_state(depths=(1, 1, 1, 1)), vmamba_maps),
+    'vmamba_v0': (lambda: vmamba_state(depths=(1, 1, 1, 1), v0=True), vmamba_maps),
+    'mambavision': (
+        mambavision_state,
+        lambda state, x: [m.permute(0, 2, 3, 1) for m in mambavision_maps(state, x, windows=(4, 3))],
+    ),
+    'vssd': (vssd_state, lambda state, x: [m.permute(0, 2, 3, 1) for m in vssd_maps(state, x)]),
+}
 
 
 def vmamba_backbone(variant='vmamba_nano', options=SMALL, **kwargs):
@@ -45,6 +64,16 @@ def normalised(backbone, i, x):
     norm = getattr(backbone, f'outnorm{i}')
     out = F.layer_norm(x, x.shape[-1:], norm.weight.double(), norm.bias.double(), 1e-5)
     return out.permute(0, 3, 1, 2)
+
+
+def assert_outputs(backbone, state, family='vmamba'):
+    """The backbone computes the official maps of the state, through its own norms."""
+    backbone.eval()
+    x = torch.randn(1, 3, 72, 104)
+    maps = STAGES[family][1](state, x)
+    with torch.no_grad():
+        for i, out in zip(backbone.out_indices, backbone(x), strict=True):
+            torch.testing.assert_close(out.double(), normalised(backbone, i, maps[i]), rtol=1e-3, atol=1e-3)
 
 
 def config_files(folder):
@@ -81,11 +110,11 @@ def small_model(path):
 
 def _shrink_backbone(model):
     backbone = model.backbone
-    vim = backbone.type == 'VimBackbone'
-    backbone.variant = 'vim_nano' if vim else 'vmamba_nano'
-    backbone.model_options = NANO_VIM if vim else dict(embed_dim=8, depths=(1, 1, 1, 1))
+    family = backbone.variant.partition('_')[0]
+    backbone.variant = f'{family}_nano'
+    backbone.model_options = NANO[family]
     backbone.pretrained = None
-    if vim:
+    if family == 'vim':
         backbone.out_indices = (0, 1, 2, 3)
         return [16] * 4
     return [8 * 2**i for i in backbone.get('out_indices', range(4))]

@@ -2,33 +2,34 @@
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from mm_cases import ROOT, SMALL_V0, normalised, small_model, vim_backbone, vmamba_backbone, with_random_norms
+from mm_cases import (
+    ROOT,
+    SMALL_V0,
+    STAGES,
+    assert_outputs,
+    small_model,
+    vim_backbone,
+    vmamba_backbone,
+    with_random_norms,
+)
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from mmengine.runner import save_checkpoint as save
-from official import vim_state, vmamba_maps, vmamba_state
+from official import vim_state, vmamba_state
 
 import vmamba.mm
+from vmamba.configs import find_config
 from vmamba.models.vmamba import checkpoint_filter_fn
 
 MASK_RCNN = ROOT / 'configs/detection/mask-rcnn_vmamba-t_fpn_amp-1x_coco.py'
 UPERNET = ROOT / 'configs/segmentation/vmamba-t_upernet_8xb2-amp-160k_ade20k-512x512.py'
 DEPTHS = dict(depths=(1, 1, 1, 1))
-
-
-def assert_outputs(backbone, state):
-    """The backbone computes the official maps of the state, through its own norms."""
-    backbone.eval()
-    x = torch.randn(1, 3, 32, 48)
-    maps = vmamba_maps(state, x)
-    with torch.no_grad():
-        for i, out in zip(backbone.out_indices, backbone(x)):
-            torch.testing.assert_close(out.double(), normalised(backbone, i, maps[i]), rtol=1e-3, atol=1e-3)
 
 
 def official_file(path, state):
@@ -202,6 +203,17 @@ def test_a_variant_without_published_weights():
 
 # Checkpoints of whole detectors and segmentors.
 
+CLASSIFIERS = ('classifier.', 'norm.', 'head.')
+WHOLE = {
+    'vmamba': (MASK_RCNN.stem, UPERNET.stem),
+    'vmamba_v0': (MASK_RCNN.stem, UPERNET.stem),
+    'mambavision': (
+        'cascade-mask-rcnn_mambavision-t_fpn_amp-ms-crop-3x_coco',
+        'mambavision-t_upernet_8xb2-amp-160k_ade20k-512x512',
+    ),
+    'vssd': ('mask-rcnn_vssd-t_fpn_amp-1x_coco', 'vssd-t_upernet_4xb4-amp-160k_ade20k-512x512'),
+}
+
 
 def official_weights(model, state):
     """The model's weights with those of its backbone in the official layout, and the norms of its outputs."""
@@ -209,7 +221,7 @@ def official_weights(model, state):
     for i in range(4):
         weights[f'backbone.outnorm{i}.weight'] = torch.rand(8 * 2**i) + 0.5
         weights[f'backbone.outnorm{i}.bias'] = torch.rand(8 * 2**i)
-    weights.update({f'backbone.{key}': value for key, value in state.items() if not key.startswith('classifier')})
+    weights.update({f'backbone.{key}': value for key, value in state.items() if not key.startswith(CLASSIFIERS)})
     return weights
 
 
@@ -218,16 +230,15 @@ def write(path, weights):
     return str(path)
 
 
-@pytest.mark.parametrize('config', [MASK_RCNN, UPERNET], ids=['mask-rcnn', 'upernet'])
-@pytest.mark.parametrize('v0', [False, True], ids=['current', 'v0'])
-def test_official_checkpoints_of_whole_models(tmp_path, config, v0):
-    state = vmamba_state(**DEPTHS, v0=v0)
+@pytest.mark.parametrize('family,name', [(family, name) for family, names in WHOLE.items() for name in names])
+def test_official_checkpoints_of_whole_models(tmp_path, family, name):
+    config, state = find_config(Path(name)), STAGES[family][0]()
     source, model = small_model(config), small_model(config)
-    if v0:
+    if family == 'vmamba_v0':
         model.backbone = vmamba_backbone('vmamba_t_v0', SMALL_V0)
     weights = official_weights(source, state)
     load_checkpoint(model, write(tmp_path / 'whole.pth', weights), map_location='cpu')
-    assert_outputs(model.backbone, state)
+    assert_outputs(model.backbone, state, family)
     own = model.state_dict()
     for key, value in weights.items():
         if key in own:  # the heads', and the norms of the outputs
@@ -278,7 +289,7 @@ def with_state(weights, state):
 def test_whole_models_whose_backbone_does_not_fit(tmp_path, change, message):
     model = small_model(MASK_RCNN)
     path = write(tmp_path / 'whole.pth', change(official_weights(model, vmamba_state(**DEPTHS))))
-    with pytest.raises(RuntimeError, match=rf'backbone\.\*.* does not fit VMambaBackbone: .*{message}'):
+    with pytest.raises(RuntimeError, match=rf'backbone\.\*.* does not fit StageBackbone: .*{message}'):
         load_checkpoint(model, path, map_location='cpu')
 
 

@@ -1,4 +1,4 @@
-"""Streams and their loading processes, as train.py reads them."""
+"""Streams and their loading processes, and images that are cached on the device, as train.py reads them."""
 
 import io
 import random
@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, get_worker_info
 from training_runs import ROOT, SMALL, assert_same, newest, rows, signals_kept
 
 from vmamba.tools import train
+from vmamba.tools.images.packaged_data import create_packaged_dataset
 from vmamba.tools.training.config import Config
-from vmamba.tools.training.data import IndexedData, StreamedData, create_validation
+from vmamba.tools.training.data import IndexedData, StreamedData, create_data, create_validation, random_crops
 from vmamba.tools.training.runtime import Runtime
 from vmamba.tools.user_errors import UserError
 
@@ -67,6 +68,52 @@ def test_what_streams_cannot_do_is_an_error():
         stream(aug_repeats=3)
     with pytest.raises(UserError, match='can skip no images'):
         stream(skip_bad_images=True)
+    config, dataset = Config(data='wds/', cache=True), IterableImageDataset(None, reader=Shuffled())
+    with pytest.raises(UserError, match='wds/ is read as a stream, which cannot be cached'):
+        create_data(config, DATA_CONFIG, [dataset], 2, Runtime(torch.device('cpu')))
+
+
+def test_cached_images_are_those_of_the_loader_in_its_order():
+    config, runtime = Config(batch_size=50, workers=0, augment=False, drop_last=False), Runtime(torch.device('cpu'))
+    datasets = [create_packaged_dataset('packaged/lfw', split) for split in ('train', 'validation')]
+    loaded, cached = (
+        create_data(replace(config, cache=cache), DATA_CONFIG, datasets, 2, runtime) for cache in (False, True)
+    )
+    for epoch, update in ((0, 0), (1, 2)):
+        ours, theirs = ([list(batch) for batch in data[0].batches(epoch, update)] for data in (cached, loaded))
+        assert len(ours) == 4 - update
+        assert_same(ours, theirs)
+    for _ in range(2):
+        assert_same(*([list(batch) for batch in data[1]] for data in (cached, loaded)))
+    augmented = create_data(replace(config, cache=True, augment=True), DATA_CONFIG, datasets, 2, runtime)[0]
+    first, second = (list(augmented.batches(epoch, 0)) for epoch in (0, 1))
+    assert_same([list(batch) for batch in augmented.batches(0, 1)], [list(batch) for batch in first[1:]])
+    assert not torch.equal(first[0].images, second[0].images)
+
+
+def test_crops_have_the_areas_shapes_and_places_of_the_configuration():
+    count, height, width = 400, 24, 32
+    y, x = torch.meshgrid(
+        *((2 * torch.arange(side) + 1) / side - 1 for side in (height, width)), indexing='ij'
+    )  # coordinates as an image: a crop shows where each of its pixels comes from
+    images = torch.stack([x, y]).expand(count, 2, height, width)
+    config = Config(scale=[0.3, 0.6], ratio=[0.8, 1.25], hflip=0.25, vflip=0.0)
+    crops = random_crops(images, config, torch.Generator().manual_seed(0))
+    inner = crops[..., 2:-2, 2:-2]  # the outermost pixels may lie beyond the image's centres
+    steps = inner[:, 0, 0, 1:] - inner[:, 0, 0, :-1], inner[:, 1, 1:, 0] - inner[:, 1, :-1, 0]
+    for step in steps:
+        torch.testing.assert_close(step, step[:, :1].expand_as(step), atol=1e-5, rtol=0)
+    sides = steps[0][:, 0] * width / 2, steps[1][:, 0] * height / 2
+    assert 0.15 < (sides[0] < 0).float().mean() < 0.35 and (sides[1] > 0).all()
+    areas, ratios = sides[0].abs() * sides[1], sides[0].abs() / sides[1]
+    for found, (least, most) in ((areas, config.scale), (ratios, config.ratio)):
+        assert least - 1e-4 < found.min() < least + 0.05 and most - 0.05 < found.max() < most + 1e-4
+    for axis, side in enumerate(sides):
+        places = inner[:, axis].mean(dim=(1, 2))
+        assert (places.abs() <= 1 - side.abs() + 1e-4).all() and places.min() < -0.3 and places.max() > 0.3
+    whole = Config(scale=[1.0, 1.0], ratio=[1.0, 1.0], hflip=0.0, vflip=1.0)
+    flipped = random_crops(images, whole, torch.Generator())
+    torch.testing.assert_close(flipped, images.flip(-2))
 
 
 class SomeBroken(Dataset):

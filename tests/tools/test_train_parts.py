@@ -118,6 +118,11 @@ def test_packaged_images_come_as_a_dataset_of_timm(name, count, classes):
     assert [round(5 * len(part) / count) for part in parts] == [4, 1, 5]
     assert len(parts[0]) + len(parts[1]) == count
     assert not set(parts[0].filenames()) & set(parts[1].filenames())
+    search = [create_packaged_dataset(f'packaged/{name}', split) for split in ('search', 'search_validation')]
+    names = [set(part.filenames()) for part in (*search, parts[0])]
+    assert not names[0] & names[1] and names[0] | names[1] < names[2]
+    assert [round(6 * len(part) / len(parts[0]), 1) for part in search] == [2, 1]
+    assert all(len(np.unique(part.reader.labels)) == classes for part in search)
     assert len(parts[0].reader.class_to_idx) == classes
     parts[2].transform = create_transform(28, is_training=False, mean=(0, 0, 0), std=(1, 1, 1))
     image, label = parts[2][count - 1]

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own: what their folders and logs say."""
+"""Runs of train.py and validate.py in processes of their own: what their folders and logs say."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
-_ERROR = re.compile(r'^\S*train(?:\.py)?: error: ')
+_ERROR = re.compile(r'^\S*(?:train|validate)(?:\.py)?: error: ')
 
 
 def epochs_of(folder: Path) -> pd.DataFrame:
@@ -16,7 +16,7 @@ def epochs_of(folder: Path) -> pd.DataFrame:
 
 
 def last_error(log: str) -> str:
-    """The message of train.py, or the last line of a traceback."""
+    """The message of the tool, or the last line of a traceback."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [_ERROR.sub('', line) for line in lines if _ERROR.match(line)]
     return (errors or lines or [''])[-1]

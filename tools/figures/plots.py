@@ -88,30 +88,30 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_accuracies(epochs: pd.DataFrame, path: Path, required: Optional[float] = None) -> None:
+def plot_accuracies(epochs: pd.DataFrame, title: str, path: Path, required: Optional[float] = None) -> None:
     """Validation accuracy against epoch: the mean over the runs of a model, and a band from the worst to the best.
 
     Args:
-        epochs: With the columns task, model, epoch and val_top1, of all runs.
+        epochs: With the columns model, epoch and val_top1, of all runs.
+        title: Of the panel.
         path: Of the picture.
         required: Accuracy to mark.
     """
-    tasks = list(epochs.groupby('task', sort=False))
-    figure = Figure(figsize=(5.5 * max(len(tasks), 1), 4.6), layout='constrained')
-    for panel, (task, own) in zip(figure.subplots(1, max(len(tasks), 1), squeeze=False)[0], tasks):
-        for i, (model, runs) in enumerate(own.groupby('model', sort=False)):
-            found = runs.groupby('epoch').val_top1.agg(['mean', 'min', 'max'])
-            style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(len(found) // 8, 1), color=f'C{i % 10}')
-            panel.plot(found['mean'], label=model, markersize=4, **style)
-            panel.fill_between(found.index, found['min'], found['max'], color=f'C{i % 10}', alpha=0.2)
-        if required is not None:
-            panel.axhline(required, linestyle='--', color='grey', label=f'required: {required:g} %')
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_title(task, fontsize=11)
-        panel.set_xlabel('epoch')
-        panel.set_ylabel('validation accuracy, %')
-        panel.grid(alpha=0.3)
-        panel.legend()
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    panel = figure.subplots()
+    for i, (model, runs) in enumerate(epochs.groupby('model', sort=False)):
+        found = runs.groupby('epoch').val_top1.agg(['mean', 'min', 'max'])
+        style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(len(found) // 8, 1), color=f'C{i % 10}')
+        panel.plot(found['mean'], label=model, markersize=4, **style)
+        panel.fill_between(found.index, found['min'], found['max'], color=f'C{i % 10}', alpha=0.2)
+    if required is not None:
+        panel.axhline(required, linestyle='--', color='grey', label=f'required: {required:g} %')
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_title(title, fontsize=11)
+    panel.set_xlabel('epoch')
+    panel.set_ylabel('validation accuracy, %')
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -40,12 +40,19 @@ class Arrays(NamedTuple):
     held_out: Optional[np.ndarray] = None
 
     def splits(self) -> Dict[str, np.ndarray]:
-        """Indices of the images of each split."""
-        everything = np.arange(len(self.labels))
-        if self.held_out is not None:
-            return {'train': np.setdiff1d(everything, self.held_out), 'validation': self.held_out, 'all': everything}
-        train, held_out = stratified_split(torch.from_numpy(self.labels), HELD_OUT, seed=0)
-        return {'train': train.numpy(), 'validation': held_out.numpy(), 'all': everything}
+        """Indices of the images of each split.
+
+        Of 'train', a third is 'search', to choose settings by, and another sixth 'search_validation', to compare them.
+        """
+        everything, labels = np.arange(len(self.labels)), torch.from_numpy(self.labels)
+        if self.held_out is None:
+            train, held_out = (part.numpy() for part in stratified_split(labels, HELD_OUT, seed=0))
+        else:
+            train, held_out = np.setdiff1d(everything, self.held_out), self.held_out
+        rest, search = stratified_split(labels[train], 1 / 3, seed=1)
+        compared = rest[stratified_split(labels[train][rest], 1 / 4, seed=2)[1]]
+        parts = {'search': train[search], 'search_validation': train[compared]}
+        return {'train': train, 'validation': held_out, 'all': everything, **parts}
 
 
 @functools.cache
@@ -114,7 +121,8 @@ class PackagedReader(Reader):
 
     Args:
         name: Key of DATASETS.
-        split: 'train', 'validation' (always the same images) or 'all'.
+        split: Of `Arrays.splits`: 'train', 'validation', 'all', 'search' or 'search_validation', always the same
+            images.
 
     Raises:
         ValueError: If there is no such dataset or split.

@@ -90,6 +90,9 @@ class Config:
     val_batch_size: Optional[int] = _key(None, 'default: batch_size', POSITIVE)
     workers: int = _key(4, 'loading processes of each process', NOT_NEGATIVE)
     drop_last: bool = _key(True, 'leave out the last, smaller batch of an epoch')
+    cache: bool = _key(
+        False, 'hold all images on the device and augment them there, by crops and flips: for small data'
+    )
     skip_bad_images: bool = _key(False, 'skip unreadable images instead of stopping')
     synthetic_images: int = _key(1_281_167, 'images per epoch of synthetic data', POSITIVE)
     # Augmentation
@@ -290,6 +293,8 @@ def _check(config: Config) -> None:
         )
     if mixes and not config.drop_last:
         raise UserError('mixup and cutmix need whole batches: set drop_last to true, or mixup and cutmix to 0')
+    if config.cache and (config.skip_bad_images or (config.augment and (config.auto_augment or config.color_jitter))):
+        raise UserError('cache allows neither skip_bad_images nor auto_augment nor color_jitter: unset these, or cache')
     if config.shard and config.clip_grad is not None and config.clip_mode == 'agc':
         raise UserError('clip_mode agc takes norms of whole rows, which shard divides: choose norm or value')
     if config.ema_warmup and config.ema_decay is None:

@@ -1,9 +1,11 @@
 """Training and validation data: timm's datasets and transforms, in an order that a run can continue."""
 
 import itertools
+import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -77,7 +79,11 @@ class IndexedData:
         )
         self.updates_per_epoch = self.order.updates_per_epoch
         workers = useful_workers(config.workers)
-        self.loader = prefetch(self.samples, data_config, runtime.device, workers, batch_sampler=self.order)
+        if config.cache:
+            images = Images(dataset, data_config, config.batch_size, workers, runtime.device, config.skip_bad_images)
+            self.loader = CachedBatches(images, self.order, config)
+        else:
+            self.loader = prefetch(self.samples, data_config, runtime.device, workers, batch_sampler=self.order)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,6 +94,40 @@ class IndexedData:
         for (images, targets), (count, weight) in zip(self.loader, self.order.counts()):
             self.samples.check()
             yield Batch(images, targets, count, weight)
+
+
+class CachedBatches:
+    """Batches, in an order, of images that are all on the device, preprocessed as for validation; augmented there."""
+
+    def __init__(self, images: Images, order: BatchOrder, config: Config) -> None:
+        self.images, self.targets = (torch.cat(parts) for parts in zip(*images.loader))
+        images.samples.check()
+        self.order, self.config = order, config
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        for keys in self.order:
+            seeds, indices = zip(*keys)
+            chosen = torch.tensor(indices).to(self.targets.device, non_blocking=True)  # does not wait for the GPU
+            images = self.images[chosen]
+            if self.config.augment:
+                images = random_crops(images, self.config, torch.Generator().manual_seed(seeds[0]))
+            yield images, self.targets[chosen]
+
+
+def random_crops(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Crops of random area, aspect ratio and place, flipped at random, at the size of the images [B, C, H, W]."""
+
+    def draw(least: float, most: float) -> Tensor:
+        return torch.empty(len(images)).uniform_(least, most, generator=generator)
+
+    areas, ratios = draw(*config.scale), draw(*map(math.log, config.ratio)).exp()
+    theta = torch.zeros(len(images), 2, 3)  # maps the crop to its place, both with coordinates from -1 to 1
+    for axis, squares, flip in ((0, areas * ratios, config.hflip), (1, areas / ratios, config.vflip)):
+        sides = squares.sqrt().clamp(max=1)
+        theta[:, axis, axis] = sides.where(draw(0, 1) >= flip, -sides)
+        theta[:, axis, 2] = (1 - sides) * draw(-1, 1)
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode='border', align_corners=False)
 
 
 class Stream(IterableDataset):
@@ -199,7 +239,10 @@ def create_validation(dataset: Dataset, config: Config, data_config: Dict[str, A
         return StreamedImages(dataset, config, data_config, runtime)
     indices = range(runtime.rank, len(dataset), runtime.world)
     sizes = config.val_batch_size or config.batch_size, config.workers
-    return Images(dataset, data_config, *sizes, runtime.device, config.skip_bad_images, indices)
+    images = Images(dataset, data_config, *sizes, runtime.device, config.skip_bad_images, indices)
+    if config.cache:
+        images.loader = list(images.loader)
+    return images
 
 
 def create_data(
@@ -210,6 +253,8 @@ def create_data(
         train, validation = SyntheticData(config, data_config, num_classes, runtime), None
     else:
         kind = StreamedData if isinstance(datasets[0], IterableDataset) else IndexedData
+        if config.cache and kind is StreamedData:
+            raise UserError(f'{config.data} is read as a stream, which cannot be cached: set cache to false')
         train = kind(datasets[0], config, data_config, runtime)
         validation = create_validation(datasets[1], config, data_config, runtime)
     if train.updates_per_epoch == 0:

@@ -20,7 +20,6 @@ VAL_FRACTION = 0.2
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # timm takes any other name for a folder's
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))  # in timm's order
-_ALL = 'all'  # split of the packaged images
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
 
 
@@ -41,7 +40,7 @@ def load_datasets(config: Config) -> List[Dataset]:
             "--train-split 'train[:80%]' --val-split 'train[80%:]'"
         )
     if config.data.startswith(PREFIX):
-        datasets = [_packaged(config, split) for split in (config.train_split, config.val_split)]
+        datasets = _packaged(config)
     elif config.data in ('', *_TORCH_FOLDERS):
         datasets = _files(config)
     else:
@@ -68,13 +67,16 @@ def _check_name(config: Config) -> None:
     )
 
 
-def _packaged(config: Config, split: str) -> Dataset:
-    if split == _ALL:
-        raise UserError(f'{config.data} has the images of both other splits in {_ALL!r}: choose train or validation')
+def _packaged(config: Config) -> List[Dataset]:
+    names = config.train_split, config.val_split
     try:
-        return create_packaged_dataset(config.data, split, image_mode(config.in_chans))
+        datasets = [create_packaged_dataset(config.data, name, image_mode(config.in_chans)) for name in names]
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+    if {*datasets[0].reader.indices} & {*datasets[1].reader.indices}:
+        shared = '{!r} and {!r} of {} share images'.format(*names, config.data)
+        raise UserError(f'images to validate on must not be trained on: {shared}; choose train and validation')
+    return datasets
 
 
 def _files(config: Config) -> List[Dataset]:

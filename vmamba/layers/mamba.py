@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import selective_scan, selective_state_update
+from ..kernels import MambaWeights, can_step_mamba, mamba_step, selective_scan, selective_state_update
 from .depthwise import CausalConv1d
 from .norm import widen
 from .options import check_choice, check_counts, scaled_channels
+from .plain import has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
 
 
@@ -162,12 +163,35 @@ class Mamba(nn.Module):
         Returns:
             [B, d].
         """
+        weights = self._plain_weights() if can_step_mamba(x) else None
+        if weights is not None and all(state.is_contiguous() for state in cache):
+            return mamba_step(x, *cache, weights)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(x, cache.conv)
         dt, B, C = self._project(u)
         options = dict(dt_bias=self.dt_proj.bias, dt_softplus=True)
         y = selective_state_update(cache.ssm, u, dt, negative_exp(self.A_log), B, C, self.D, z, **options)
         return self.out_proj(y)
+
+    def _plain_weights(self) -> Optional[MambaWeights]:
+        """The weights for a step in fused kernels, None if modules must be called, as adapters and quantised ones."""
+        layers = self.in_proj, self.x_proj, self.dt_proj, self.out_proj
+        if has_global_hooks() or not all(is_plain(layer, nn.Linear) for layer in layers):
+            return None
+        weights = MambaWeights(
+            in_proj=self.in_proj.weight,
+            conv=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            x_proj=self.x_proj.weight,
+            dt_proj=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A_log=self.A_log,
+            D=self.D,
+            out_proj=self.out_proj.weight,
+            in_proj_bias=self.in_proj.bias,
+            out_proj_bias=self.out_proj.bias,
+        )
+        return weights if all(weight is None or is_plain_tensor(self.D, weight) for weight in weights) else None
 
     def _project(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """[..., D] -> step sizes before their bias [..., D], B and C [..., N]"""

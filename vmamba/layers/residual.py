@@ -34,9 +34,10 @@ def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
 def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether fused kernels may replace the modules of the branches.
 
-    This needs Triton, an fp32 map, weights of at most fp32, and no tracing, compilation or transform. Every module must
-    be exactly of the class that the kernels implement, without hooks or a replaced `forward`, with plain weight
-    tensors. So adapters and quantised, pruned or parametrised layers are called as modules.
+    This needs Triton, a map in fp32 or in the dtype of the products, weights of at most fp32, and no tracing,
+    compilation or transform. Every module must be exactly of the class that the kernels implement, without hooks or a
+    replaced `forward`, with plain weight tensors. So adapters and quantised, pruned or parametrised layers are called
+    as modules.
     """
     if not kernels.can_run(x) or has_global_hooks():
         return False
@@ -51,7 +52,9 @@ def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
         ):
             return False
     dtypes = {_first_weight(module).dtype for _, module, _ in branches}
-    return len(dtypes) == 1 and torch.float64 not in dtypes
+    if len(dtypes) != 1 or torch.float64 in dtypes:
+        return False
+    return x.dtype in (torch.float32, _products_dtype(x, branches))  # others would be promoted by the sum
 
 
 def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:

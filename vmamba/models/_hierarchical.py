@@ -27,19 +27,25 @@ def check_heads(dim: int, num_heads: int) -> None:
 class Stage(nn.Module):
     """Optional downsampling, then blocks: [B, d, H, W] -> [B, d', H', W'], in channels-last memory throughout.
 
-    The blocks are given maps [B, H, W, d] in at least fp32; the result is cast back.
+    Args:
+        downsample: [B, d, H, W] -> [B, d', H', W'].
+        blocks: [B, H, W, d'] -> [B, H, W, d'].
+        wide: Give the blocks maps in at least fp32, as LayerNorms leave them under autocast; the result is cast back.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], wide: bool = True) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        self.wide = wide
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         dtype = x.dtype
-        x = widen(x.permute(0, 2, 3, 1))  # [B, d, H, W] -> [B, H, W, d]
+        x = x.permute(0, 2, 3, 1)  # [B, d, H, W] -> [B, H, W, d]
+        if self.wide:
+            x = widen(x)
         for run in self._block_calls():
             x = run(x)
         return x.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, d] -> [B, d, H, W]

@@ -171,7 +171,7 @@ class VSSD(HierarchicalModel):
                 else:
                     mixer = NonCausalSSD(dim, num_heads[i], expand, d_state, norm_eps=NORM_EPS, **dd)
                 blocks.append(VSSDBlock(dim, mixer, mlp_ratio, rate, **dd))
-            stages.append(Stage(between, blocks))
+            stages.append(Stage(between, blocks, wide=False))  # convolutions and BatchNorm keep autocast's dtype
         norm = LayerNorm2d(dims[-1], eps=NORM_EPS, **dd)
         super().__init__(stem, stages, dims, norm, in_chans, num_classes, global_pool, drop_rate, **dd)
 

@@ -3,9 +3,10 @@
 import hashlib
 import math
 from bisect import bisect_right
+from collections import defaultdict
 from itertools import accumulate
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -71,17 +72,17 @@ class ByteFiles:
             middle = stop - round(fraction * (stop - start))
             kept, held = [Part(path, start, middle)], [Part(path, middle, stop)]
         else:
-            keys = [hashlib.blake2b(self._bytes(p), digest_size=8, salt=seed.to_bytes(16, 'big')) for p in self.parts]
-            drawn = {key.digest(): 0 for key in keys}
+            keys = [self._key(part, seed) for part in self.parts]
+            sizes: Dict[bytes, int] = defaultdict(int)
             for key, part in zip(keys, self.parts):
-                drawn[key.digest()] += part.stop - part.start
-            held_keys, size = set(), 0
-            for digest in sorted(drawn):
-                if size + drawn[digest] / 2 <= fraction * len(self):
-                    held_keys.add(digest)
-                    size += drawn[digest]
-            held = [part for key, part in zip(keys, self.parts) if key.digest() in held_keys]
-            kept = [part for key, part in zip(keys, self.parts) if key.digest() not in held_keys]
+                sizes[key] += part.stop - part.start
+            drawn, size = set(), 0
+            for key in sorted(sizes):
+                if size + sizes[key] / 2 <= fraction * len(self):
+                    drawn.add(key)
+                    size += sizes[key]
+            kept = [part for key, part in zip(keys, self.parts) if key not in drawn]
+            held = [part for key, part in zip(keys, self.parts) if key in drawn]
         if not (kept and held and all(part.start < part.stop for part in (*kept, *held))):
             raise ValueError(f'{len(self.parts)} file(s) of {len(self)} bytes cannot be divided by {fraction}')
         return ByteFiles(kept), ByteFiles(held)
@@ -103,6 +104,11 @@ class ByteFiles:
             start, number = end, number + 1
         joined = [np.concatenate([np.empty(0, np.int64), *arrays], dtype=np.int64) for arrays in (ids, numbers)]
         return torch.from_numpy(joined[0]), torch.from_numpy(joined[1])
+
+    def _key(self, part: Part, seed: int) -> bytes:
+        """Random by the seed, and the same for equal content."""
+        salt = seed.to_bytes(16, 'big')
+        return hashlib.blake2b(self._bytes(part).tobytes(), digest_size=8, salt=salt).digest()
 
     @staticmethod
     def _bytes(part: Part) -> np.ndarray:

@@ -57,12 +57,12 @@ def sample(
         seen: Whether a token is in the sequence [B, V], for the repetition penalty.
         generator: Of random numbers; PyTorch's own by default.
     """
-    logits = logits.float()
     if seen is not None:
-        penalty = sampling.repetition_penalty
+        penalty, logits = sampling.repetition_penalty, logits.float()
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.is_greedy:
         return logits.argmax(dim=-1)
+    logits = logits.float()
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
     p = torch.softmax(logits / sampling.temperature, dim=-1)
@@ -127,9 +127,10 @@ def generate(
     batch, longest = ids.shape
     if not max_new_tokens:
         return ids.long()
-    order = sorted(range(batch), key=lambda row: -lengths[row])  # rows of the caches, longest first
-    back = torch.tensor(order, device=ids.device).argsort()
-    prompts = [ids[row, longest - lengths[row] :] for row in order]
+    rows = sorted(range(batch), key=lambda row: -lengths[row])  # of the caches, longest first
+    order = torch.tensor(rows, device=ids.device)
+    back, in_order = order.argsort(), rows == list(range(batch))
+    prompts = [ids[row, longest - lengths[row] :] for row in rows]
     out, cache = _allocate(model, ids, max_new_tokens)
     decoder = _Decoder(model, cache, batch, cuda_graph and max_new_tokens > _MIN_GRAPH_STEPS)
     logits = prefill(model, prompts, cache)[back]
@@ -149,7 +150,7 @@ def generate(
             break
         if eos_token_id is not None and (n + 1) % _STEPS_BETWEEN_CHECKS == 0 and ended.all():
             break
-        logits = decoder(token[order] if batch > 1 else token)[back]
+        logits = decoder(token) if in_order else decoder(token[order])[back]
     return out if eos_token_id is None else _trim(out, longest, n + 1, eos_token_id)
 
 
@@ -200,27 +201,48 @@ class _Decoder:
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self.graph is None:
-            return self.model.step(ids, self.cache)
+            return self._step(ids)
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits
 
+    def _step(self, ids: Tensor) -> Tensor:
+        return self.model.step_embedded(self.model.backbone.embedding(ids), self.cache)
+
     def _capture(self, device: torch.device) -> None:
-        """Warms the kernels up on another stream, captures, and takes the caches back to what they were."""
+        """Warms the kernels up on another stream, captures, and takes the caches back to what they were.
+
+        A step that waits for the GPU, as that of some mixtures of experts, cannot be captured and runs as it is.
+        """
         tensors = [tensor for own in self.cache for tensor in own if tensor is not None]
         before = [tensor.clone() for tensor in tensors]
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.model.step(self.ids, self.cache)
-                    _restore(tensors, before)
+                self._step(self.ids)  # compiles kernels
+                waits = self._waits()
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.model.step(self.ids, self.cache)
-        _restore(tensors, before)
+            _restore(tensors, before)
+            if not waits:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.logits = self._step(self.ids)
+                _restore(tensors, before)
+
+    def _waits(self) -> bool:
+        """Whether the step makes the host wait for the GPU."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            self._step(self.ids)
+        except RuntimeError as error:
+            if 'synchronizing' not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return False
 
 
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -286,7 +286,12 @@ class LanguageModel(nn.Module):
             ids: Tokens [B].
             cache: What precedes them, of `allocate_cache`; updated.
         """
-        hidden, residual = self._embed(ids), None
+        return self.step_embedded(self._embed(ids), cache)
+
+    @torch.no_grad()
+    def step_embedded(self, hidden: Tensor, cache: Sequence[Any]) -> Tensor:
+        """`step` from embeddings [B, d], for callers whose ids need no check."""
+        residual = None
         for block, own in zip(self.backbone.layers, cache):
             hidden, residual = block.step(hidden, residual, own)
         return self.lm_head(normalise(self.backbone.norm_f, hidden, residual)[0])

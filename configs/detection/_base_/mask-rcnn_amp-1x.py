@@ -9,7 +9,7 @@ _base_ = [
 custom_imports = dict(imports=['vmamba.mm', 'vmamba.mm.roi_extractor'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type='VMambaBackbone', pretrained=True),
+    backbone=dict(_delete_=True, type='StageBackbone', pretrained=True),
     roi_head=dict(
         bbox_roi_extractor=dict(type='Fp32RoIExtractor'),
         mask_roi_extractor=dict(type='Fp32RoIExtractor'),

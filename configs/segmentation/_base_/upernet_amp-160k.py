@@ -1,8 +1,8 @@
-"""UPerNet with VMamba: AdamW 6e-5, 160,000 iterations, batch size 8 x 2, bf16."""
+"""UPerNet on ADE20K: AdamW 6e-5, 160,000 iterations, batch size 8 x 2, bf16."""
 
 _base_ = './upernet.py'
 
-model = dict(backbone=dict(type='VMambaBackbone', pretrained=True))
+model = dict(backbone=dict(type='StageBackbone', pretrained=True))
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
 optim_wrapper = dict(

@@ -1,0 +1,6 @@
+_base_ = './_base_/mask-rcnn_amp-ms-crop-3x.py'
+
+model = dict(
+    backbone=dict(variant='vssd_s', drop_path_rate=0.4),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
