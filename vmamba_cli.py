@@ -24,6 +24,7 @@ COMMANDS = {
     'mm-test': ('mm_test', 'test a detector or segmentor'),
     'mm-infer': ('mm_infer', 'predict and draw boxes, masks or segmentation'),
     'make-scenes': ('make_scenes', 'compose a small data set for detection and segmentation'),
+    'validate-sequences': ('validate_sequences', 'accuracy on long-range tasks, at several lengths'),
     'make-sequences': ('make_sequences', 'make the data of a long-range task'),
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
@@ -47,7 +48,7 @@ On several GPUs: torchrun --nproc-per-node 8 -m vmamba.tools.train CONFIG"""
 def usage(group: str = '') -> str:
     """The help of the command itself, or of the commands that begin with a word."""
     shown = {name: summary for name, (_, summary) in COMMANDS.items() if f'{name} '.startswith(group)}
-    return USAGE.format('\n'.join(f'  {name:<18}{summary}' for name, summary in shown.items()))
+    return USAGE.format('\n'.join(f'  {name:<20}{summary}' for name, summary in shown.items()))
 
 
 def split(argv: List[str]) -> Tuple[Optional[str], List[str]]:

@@ -1,7 +1,7 @@
 """Makes the data of a long-range task by its published rules.
 
-    vmamba make-sequences listops --output data/listops
-    vmamba make-sequences pathfinder32 --output data/pathfinder32 --workers 2
+    vmamba make-sequences listops
+    vmamba make-sequences pathfinder32 --workers 2
 
 The folder gets train.npz, validation.npz and test.npz, with the arrays `inputs` [n, length] of uint8 and `targets` [n];
 those of Pathfinder also have the centres of the markers and the points of both curves. sequences.json has the
@@ -23,12 +23,14 @@ RECORD = 'sequences.json'  # in the folder, of what it was made with
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('task', choices=COUNTS)
-    parser.add_argument('--output', type=Path, required=True, help='folder to make')
+    parser.add_argument('--output', type=Path, help='folder to make; default: data/TASK')
     for split in SPLITS:
         parser.add_argument(f'--{split}', type=positive, help='examples; default: as many as were published')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=positive, default=1, help='processes that draw images')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or Path('data', args.task)
+    return args
 
 
 @one_line_errors('make_sequences.py')

@@ -4,12 +4,10 @@ import re
 import signal
 
 import pytest
-import torch
 from forked import Forked
 from training_runs import ROOT, assert_same, finish, newest, rows, wait_for
 
-from vmamba.sequence import SequenceClassifier
-from vmamba.tools import make_sequences, train
+from vmamba.tools import make_sequences, train, validate_sequences
 from vmamba.tools.sequences import tasks
 from vmamba.tools.training import sequences
 from vmamba.tools.training.config import load_config
@@ -21,15 +19,29 @@ SMALL = (
 TASKS = sorted(path.stem for path in (ROOT / 'configs/sequence').glob('[!_]*.yaml'))
 
 
-def test_a_run_learns_and_leaves_a_model(run_alone, tmp_path):
+def test_a_run_learns_and_leaves_a_model(run_alone, tmp_path, capsys):
     args = *SMALL, '--data', 'sequences/digits', '--data-args', '{}', '--batch-size', 64, '--epochs', 6, '--lr', 0.01
     run_alone(*args, '--model', 's4d', '--output', tmp_path)
     table = rows(tmp_path)
     assert table[-1]['val_top1'] > 60 > 2 * table[0]['val_top1'] - 60 and 'sequences_per_second' in table[0]
-    best = torch.load(tmp_path / 'best.pt', weights_only=True)
-    facts = best['config']
-    model = SequenceClassifier(facts['num_classes'], **facts['model_args'])
-    model.load_state_dict(best['state_dict'])
+    validate_sequences.main([str(tmp_path / 'best.pt'), '--device', 'cpu', '--output', str(tmp_path / 'scores.csv')])
+    best = max(row['val_top1'] for row in table)
+    assert f'length 64: {best:.2f} % of 359 answers' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        validate_sequences.main([str(tmp_path / 'best.pt'), '--device', 'cpu', '--lengths', '32'])
+    assert 'sequences/digits has sequences of one length' in capsys.readouterr().err
+
+
+def test_fresh_sequences_of_several_lengths(run_alone, tmp_path, capsys):
+    run_alone(*SMALL, '--epochs', 1, '--output', tmp_path)
+    options = '--lengths', '5', '30', '--count', '9', '--positions', '40', '--device', 'cpu'
+    validate_sequences.main([str(tmp_path / 'best.pt'), *options])
+    assert re.findall(r'length (\d+): .* of (\d+) answers', capsys.readouterr().out)[-2:] == [('5', '9'), ('30', '9')]
+    (tmp_path / 'other.pt').write_bytes(b'nothing')
+    for name, message in (('other.pt', 'cannot read .*other.pt'), ('absent.pt', 'cannot read .*absent.pt')):
+        with pytest.raises(SystemExit):
+            validate_sequences.main([str(tmp_path / name), '--device', 'cpu'])
+        assert re.search(message, capsys.readouterr().err)
 
 
 LAYER_CFG = {'mamba2': 'mamba2: {headdim: 8}', 'attention': 'attention: {num_heads: 2, rotary_emb_dim: 8}'}

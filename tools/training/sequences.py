@@ -1,6 +1,7 @@
 """Training of classifiers of sequences: the parts that differ from those for images."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
 import torch
@@ -9,6 +10,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vmamba.models._pretrained import read_file
 from vmamba.sequence.classifier import CAUSAL, SequenceClassifier
 from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
 from vmamba.tools.user_errors import UserError
@@ -79,9 +81,30 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
         model_args=_model_args(config, train.task),
         num_classes=train.task.num_classes,
         class_names=None,
+        data=config.data,
+        data_dir=config.data_dir,
+        data_args=config.data_args,
     )
     summary = f'{len(train)} sequences to train on, {len(held_out)} to validate on'
     return Parts(model, data, SequenceValidation(held_out, config, runtime), facts, summary)
+
+
+def load_classifier(path: Path) -> Tuple[SequenceClassifier, Dict[str, Any]]:
+    """The best model of a run, and the run's facts.
+
+    Raises:
+        UserError: If the file is of another kind.
+    """
+    try:
+        state = read_file(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'cannot read {path}: {" ".join(str(error).split())}') from error
+    facts = state.get('config', {})
+    if not str(facts.get('data', '')).startswith(PREFIX):
+        raise UserError(f'{path} is not best.pt of a run with task: sequence')
+    model = SequenceClassifier(facts['num_classes'], **facts['model_args'])
+    model.load_state_dict(state['state_dict'])
+    return model, facts
 
 
 def create_task(config: Config, model: nn.Module, device: torch.device) -> ClassificationTask:
