@@ -132,7 +132,7 @@ def generate(
     back, in_order = order.argsort(), rows == list(range(batch))
     prompts = [ids[row, longest - lengths[row] :] for row in rows]
     out, cache = _allocate(model, ids, max_new_tokens)
-    decoder = _Decoder(model, cache, batch, cuda_graph and max_new_tokens > _MIN_GRAPH_STEPS)
+    decoder = Decoder(model, cache, batch, cuda_graph and max_new_tokens > _MIN_GRAPH_STEPS)
     logits = prefill(model, prompts, cache)[back]
     seen = _seen(ids, lengths, model.vocab_size) if repetition_penalty != 1 else None
     ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
@@ -181,7 +181,7 @@ def _rows_of(cache: Any, rows: int) -> Any:
     return type(cache)(*(t if t is None or t.ndim == 0 else t[:rows] for t in cache))
 
 
-class _Decoder:
+class Decoder:
     """The model's step: ids [B] -> logits [B, V], which the next call overwrites if it is a CUDA graph.
 
     Args:
