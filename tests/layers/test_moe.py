@@ -25,7 +25,7 @@ def reference(p, x, capacity=None, aux_weight=0.01, z_weight=0.0):
     tokens = x.reshape(-1, DIM)
     taken, probabilities, logs, rows = [0] * EXPERTS, [], [], []
     for token in tokens:
-        logits = p['router.weight'] @ token
+        logits = p['router_weight'] @ token
         probability = torch.exp(logits) / torch.exp(logits).sum()
         expert = int(probability.argmax())
         row = probability[expert] * (torch.clamp(token @ p['fc1'][expert], min=0) @ p['fc2'][expert])
@@ -67,7 +67,7 @@ def test_output_loss_and_gradients_follow_the_definition(factor, capacity, weigh
     x = torch.randn(3, 7, DIM, dtype=dtype, requires_grad=True)
     compare(layer, x, 1e-5, capacity, **weights)
     load = layer.expert_load
-    assert load.sum() == 1 and (capacity is None or load.max() > capacity / 21)  # tokens were dropped
+    assert abs(load.sum() - 1) < 1e-6 and (capacity is None or load.max() > capacity / 21)  # tokens were dropped
 
 
 @pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='needs a PyTorch with grouped products')
@@ -77,7 +77,7 @@ def test_grouped_products_follow_the_definition(monkeypatch):
     monkeypatch.setattr(F, 'grouped_mm', lambda *args, **options: calls.append(1) or grouped(*args, **options))
     layer = make(torch.bfloat16)
     x = torch.randn(3, 7, DIM).bfloat16().requires_grad_()
-    layer.router.weight.data *= 4  # far from ties
+    layer.router_weight.data *= 4  # far from ties
     compare(layer, x, 3e-2, 5)
     assert len(calls) == 6  # two, and twice as many in the backward pass
 
@@ -86,7 +86,7 @@ def test_the_layer_is_one_graph():
     compiled = torch.compile(make(torch.bfloat16), backend='aot_eager', fullgraph=True)
     x = torch.randn(5, 6, DIM).bfloat16().requires_grad_()
     (compiled(x).sum() + auxiliary_loss(compiled)).backward()
-    assert x.grad.isfinite().all() and compiled.router.weight.grad.abs().max() > 0
+    assert x.grad.isfinite().all() and compiled.router_weight.grad.abs().max() > 0
 
 
 def test_autocast_keeps_the_router_in_fp32():
@@ -127,15 +127,15 @@ def test_losses_are_summed_over_layers_and_read_once():
 
 def test_balanced_experts_have_the_least_loss():
     layer = make(capacity_factor=None)
-    torch.nn.init.zeros_(layer.router.weight)
+    torch.nn.init.zeros_(layer.router_weight)
     layer(torch.randn(40, DIM))
     torch.testing.assert_close(auxiliary_loss(layer), torch.tensor(0.01))
 
 
 def test_initial_weights():
     layer = SwitchMoE(64, 8)
-    assert layer.fc1.shape == (8, 64, 192) and layer.fc2.shape == (8, 192, 64) and layer.router.weight.shape == (8, 64)
-    for weight, fan_in in ((layer.router.weight, 64), (layer.fc1, 64), (layer.fc2, 8 * 192)):
+    assert layer.fc1.shape == (8, 64, 192) and layer.fc2.shape == (8, 192, 64) and layer.router_weight.shape == (8, 64)
+    for weight, fan_in in ((layer.router_weight, 64), (layer.fc1, 64), (layer.fc2, 8 * 192)):
         assert abs(weight.std() / (0.1 / fan_in) ** 0.5 - 1) < 0.1 and weight.abs().max() <= 0.2
     assert SwitchMoE(1, 8).fc1.abs().max() <= 0.2 < (0.1 / 1) ** 0.5
 
@@ -143,8 +143,8 @@ def test_initial_weights():
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float32), ids=str)
 def test_experts_without_tokens_have_no_gradient(dtype):
     layer = make(dtype, capacity_factor=None)
-    layer.router.weight.data[1:] = 0
-    layer.router.weight.data[0] = 1
+    layer.router_weight.data[1:] = 0
+    layer.router_weight.data[0] = 1
     layer(torch.rand(10, DIM, dtype=dtype)).sum().backward()
     assert layer.expert_load.tolist() == [1, 0, 0, 0]
     assert layer.fc1.grad[0].abs().max() > 0 and (layer.fc1.grad[1:] == 0).all()

@@ -19,7 +19,7 @@ INIT_SCALE = 0.1  # initial weights have this variance / fan-in, and are cut at 
 class SwitchMoE(nn.Module):
     """Feed-forward networks ("experts") of which a router chooses one per token.
 
-    p = softmax(router(x));  e = argmax(p);  out = p_e * fc2_e(relu(fc1_e(x)))
+    p = softmax(router(x));  e = argmax(p);  out = p_e * fc2_e(relu(fc1_e(x))),  all without biases
 
     The router runs in at least fp32. In training an expert takes int(capacity_factor * T / E) of the T tokens of a
     batch, the first ones; the output of all others is 0. In evaluation no token is dropped. A training step leaves its
@@ -66,7 +66,7 @@ class SwitchMoE(nn.Module):
                 raise ValueError(f'{name} must be at least 0, got {weight!r}')
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         self.aux_weight, self.z_weight = aux_weight, z_weight
-        self.router = nn.Linear(d_model, num_experts, bias=False, **dd)
+        self.router_weight = nn.Parameter(torch.empty(num_experts, d_model, **dd))
         self.fc1 = nn.Parameter(torch.empty(num_experts, d_model, d_hidden, **dd))
         self.fc2 = nn.Parameter(torch.empty(num_experts, d_hidden, d_model, **dd))
         self.loss: Optional[Tensor] = None
@@ -76,7 +76,7 @@ class SwitchMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises router and experts by truncated normals; fc2 counts the hidden channels of all experts."""
         experts, dim, hidden = self.fc1.shape
-        for weight, fan_in in ((self.router.weight, dim), (self.fc1, dim), (self.fc2, experts * hidden)):
+        for weight, fan_in in ((self.router_weight, dim), (self.fc1, dim), (self.fc2, experts * hidden)):
             nn.init.trunc_normal_(weight, std=(INIT_SCALE / fan_in) ** 0.5, a=-2 * INIT_SCALE, b=2 * INIT_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class SwitchMoE(nn.Module):
         tokens = x.flatten(0, -2)
         capacity = self._capacity(tokens.shape[0]) if self.training else None
         dtype = _products_dtype(tokens, self.fc1)
-        result = switch_mlp(tokens, self.router.weight, self.fc1, self.fc2, capacity, dtype)
+        result = switch_mlp(tokens, self.router_weight, self.fc1, self.fc2, capacity, dtype)
         self.loss = None
         if self.training:
             self.expert_load = result.counts / tokens.shape[0]

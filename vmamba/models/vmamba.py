@@ -172,7 +172,7 @@ class VMamba(HierarchicalModel):
         capacity_factor: Capacity of an expert in training, relative to an equal share of the tokens; None for no limit.
     """
 
-    self_initialised = ('x_proj', 'router')
+    self_initialised = ('x_proj',)
 
     def __init__(
         self,

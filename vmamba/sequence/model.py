@@ -37,7 +37,7 @@ OFFICIAL_NAMES = {'Mamba1': 'mamba', 'Mamba2': 'mamba2'}  # of ssm_cfg
 N_LAYER = 64  # official default
 
 # A_log, D and dt's bias stay in fp32, as do the kernels of S4D and H3 and the router of experts.
-_FP32 = re.compile(r'(^|\.)(A_log|D|ssm_k_D|dt_bias|dt_proj\.bias|router\.weight)$|(^|\.)kernel\.')
+_FP32 = re.compile(r'(^|\.)(A_log|D|ssm_k_D|dt_bias|dt_proj\.bias|router_weight)$|(^|\.)kernel\.')
 _NO_DECAY = re.compile(r'(^|\.)(A_log|D|ssm_k_D|dt_bias|bias)$|(^|\.)norm\w*\.weight$')
 
 Layer = Union[str, Sequence[str]]
