@@ -31,6 +31,7 @@ from ._operator import Operator
 _MAX_EXPERTS = 128  # of the Triton kernels, whose programs hold all logits of their tokens
 _FEW_EXPERTS = 64
 _STAGES = 2  # of the router's loops, so that their tiles fit into shared memory
+_BLOCK_PLACES = 512  # tokens that a program places
 _ROW_ELEMENTS = 4096  # numbers of the rows that a program permutes
 _PROGRAMS_PER_PROCESSOR = 4  # of the gradient of the router's weight, each of which leaves a partial sum
 
@@ -90,7 +91,8 @@ def switch_mlp(
     grouped = hasattr(F, 'grouped_mm') and dtype == torch.bfloat16 and aligned
     fused = runs_on_triton(x) and sizes['E'] <= _MAX_EXPERTS
     limit = -1 if capacity is None else capacity
-    return SwitchOutput(*_operator(x, router_weight, fc1.to(dtype), fc2.to(dtype), limit, grouped, fused))
+    out, means, counts = _operator(x, router_weight, fc1.to(dtype), fc2.to(dtype), limit, grouped, fused)
+    return SwitchOutput(out, means[:-1], means[-1], counts)
 
 
 def _forward(
@@ -103,32 +105,26 @@ def _forward(
     fused: bool,
     save: bool,
 ) -> Tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # four results, and what is saved
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # three results, and what is saved
     x = x.contiguous()
     with _without_autocast(x):
-        p, logsumexp, gate, expert = (_route_fused if fused else _route)(x, router_weight)
+        p, logsumexp, gate, expert, means = (_route_fused if fused else _route)(x, router_weight)
         ascending, order = torch.sort(expert, stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         following = torch.arange(1, p.shape[1] + 1, device=x.device, dtype=expert.dtype)
         ends = torch.searchsorted(ascending, following, out_int32=True)
-        counts = torch.diff(ends, prepend=ends.new_zeros(1))
-        if capacity >= 0:
-            starts = ends - counts
-            gate = gate * (inverse - starts[expert.to(torch.int32)] < capacity)
+        gate, inverse, counts = (_place_fused if fused else _place)(gate, ascending, order, ends, capacity)
         product = _Products(ends, grouped)
         hidden = product.rows(_permute(x, order, fc1.dtype, fused), fc1).relu_()
         y = product.rows(hidden, fc2)
         out = _permute(y, inverse, y.dtype, fused, gate)
-        mean_p, z = (total / max(len(p), 1) for total in (p.sum(dim=0), logsumexp.square().sum()))
-        results = out, mean_p, z, counts
     if not save:
-        return *results, *_nothing(x)
-    return *results, p, logsumexp, ends, gate, expert, order, inverse, hidden, y
+        return out, means, counts, *_nothing(x)
+    return out, means, counts, p, logsumexp, ends, gate, expert, order, inverse, hidden, y
 
 
 def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
-    grad, grad_mean_p, grad_z, _ = grads
+    grad, grad_means, _ = grads
     x, router_weight, fc1, fc2, _, grouped, fused = inputs
     p, logsumexp, ends, gate, expert, order, inverse, hidden, y = saved
     x = x.contiguous()
@@ -140,7 +136,7 @@ def _backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Te
         grad_hidden = torch.ops.aten.threshold_backward(product.rows(grad, fc2.mT), hidden, 0)
         grad_fc1 = product.weights(_permute(x, order, fc1.dtype, fused), grad_hidden)
         grad_x = product.rows(grad_hidden, fc1.mT)
-        arguments = p, logsumexp, expert, grad_gate, grad_mean_p, grad_z, x, router_weight, grad_x, inverse
+        arguments = p, logsumexp, expert, grad_gate, grad_means, x, router_weight, grad_x, inverse
         grad_x, grad_router = (_router_gradient_fused if fused else _router_gradient)(*arguments)
     return grad_x, grad_router.to(router_weight.dtype), grad_fc1, grad_fc2
 
@@ -159,8 +155,7 @@ def _like(
     wide = torch.promote_types(x.dtype, torch.float32)
     results = (
         fc1.new_empty(tokens, dim),
-        x.new_empty(experts, dtype=wide),
-        x.new_empty((), dtype=wide),
+        x.new_empty(experts + 1, dtype=wide),
         x.new_empty(experts, dtype=torch.int32),
     )
     if not save:
@@ -212,11 +207,25 @@ def _wide(x: Tensor) -> Tensor:
 # In plain PyTorch
 
 
-def _route(x: Tensor, router_weight: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+def _route(x: Tensor, router_weight: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p [T, E], logsumexp, gate and expert [T], and the means of p and of logsumexp^2, [E + 1]."""
     logits = F.linear(_wide(x), router_weight.to(_wide(x).dtype))
-    p = torch.softmax(logits, dim=-1)
+    p, logsumexp = torch.softmax(logits, dim=-1), torch.logsumexp(logits, dim=-1)
     gate, expert = p.max(dim=-1)
-    return p, torch.logsumexp(logits, dim=-1), gate, expert.to(_key_dtype(p.shape[1]))
+    sums = torch.cat([p, logsumexp.square().unsqueeze(-1)], dim=-1).sum(dim=0)
+    return p, logsumexp, gate, expert.to(_key_dtype(p.shape[1])), sums / max(len(p), 1)
+
+
+def _place(
+    gate: Tensor, ascending: Tensor, order: Tensor, ends: Tensor, capacity: int
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gates [T], 0 beyond the capacity; the inverse of the order [T]; tokens of each expert [E]."""
+    place, counts = torch.arange(len(order), device=order.device), torch.diff(ends, prepend=ends.new_zeros(1))
+    inverse = torch.empty_like(order).scatter_(0, order, place)
+    if capacity >= 0:
+        kept = place - (ends - counts)[ascending.long()] < capacity
+        gate = gate * kept.index_select(0, inverse)
+    return gate, inverse, counts
 
 
 def _permute(x: Tensor, index: Tensor, dtype: torch.dtype, fused: bool, gate: Optional[Tensor] = None) -> Tensor:
@@ -239,8 +248,7 @@ def _router_gradient(
     logsumexp: Tensor,
     expert: Tensor,
     grad_gate: Tensor,
-    grad_mean_p: Optional[Tensor],
-    grad_z: Optional[Tensor],
+    grad_means: Optional[Tensor],
     x: Tensor,
     router_weight: Tensor,
     grad_x: Tensor,
@@ -248,11 +256,12 @@ def _router_gradient(
 ) -> Tuple[Tensor, Tensor]:
     """Gradients of x and of the router's weight; that of x through the experts is given, in their order."""
     grad = F.one_hot(expert.long(), p.shape[1]) * grad_gate.unsqueeze(-1)
-    if grad_mean_p is not None:
-        grad = grad + grad_mean_p / max(len(p), 1)
+    if grad_means is not None:
+        grad_means = grad_means / max(len(p), 1)
+        grad = grad + grad_means[:-1]
     grad = p * (grad - (p * grad).sum(dim=-1, keepdim=True))
-    if grad_z is not None:
-        grad = grad + p * (2 / max(len(p), 1) * grad_z * logsumexp).unsqueeze(-1)
+    if grad_means is not None:
+        grad = grad + p * (2 * grad_means[-1] * logsumexp).unsqueeze(-1)
     through_experts = grad_x.index_select(0, inverse)
     return (through_experts + grad @ router_weight.to(grad.dtype)).to(x.dtype), grad.mT @ _wide(x)
 
@@ -260,13 +269,22 @@ def _router_gradient(
 # On Triton
 
 
-def _route_fused(x: Tensor, router_weight: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+def _route_fused(x: Tensor, router_weight: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, dim), experts = x.shape, router_weight.shape[0]
     p, logsumexp, gate = (x.new_empty(shape, dtype=torch.float32) for shape in ((tokens, experts), tokens, tokens))
     expert = x.new_empty(tokens, dtype=_key_dtype(experts))
     launch = _router_launch(tokens, dim, experts, dot_precision(logsumexp))
-    launch(x, router_weight.contiguous(), p, logsumexp, gate, expert)
-    return p, logsumexp, gate, expert
+    parts = p.new_empty(launch.grid[0], experts + 1)
+    launch(x, router_weight.contiguous(), p, logsumexp, gate, expert, parts)
+    return p, logsumexp, gate, expert, parts.sum(dim=0)
+
+
+def _place_fused(
+    gate: Tensor, ascending: Tensor, order: Tensor, ends: Tensor, capacity: int
+) -> Tuple[Tensor, Tensor, Tensor]:
+    inverse, counts = torch.empty_like(order), torch.empty_like(ends)
+    _place_launch(len(order), len(ends), capacity)(ascending, order, ends, gate, inverse, counts)
+    return gate, inverse, counts
 
 
 def _permute_fused(x: Tensor, index: Tensor, dtype: torch.dtype, gate: Optional[Tensor]) -> Tensor:
@@ -286,8 +304,7 @@ def _router_gradient_fused(
     logsumexp: Tensor,
     expert: Tensor,
     grad_gate: Tensor,
-    grad_mean_p: Optional[Tensor],
-    grad_z: Optional[Tensor],
+    grad_means: Optional[Tensor],
     x: Tensor,
     router_weight: Tensor,
     grad_x: Tensor,
@@ -295,9 +312,9 @@ def _router_gradient_fused(
 ) -> Tuple[Tensor, Tensor]:
     (tokens, dim), experts = x.shape, router_weight.shape[0]
     precision = dot_precision(p)
-    grad_mean_p = None if grad_mean_p is None else grad_mean_p.contiguous()
+    grad_means = None if grad_means is None else grad_means.contiguous()
     total, grad_logits = torch.empty_like(x), torch.empty_like(p)
-    arguments = p, logsumexp, expert, grad_gate, grad_mean_p, grad_z, router_weight.contiguous(), grad_x, inverse
+    arguments = p, logsumexp, expert, grad_gate, grad_means, router_weight.contiguous(), grad_x, inverse
     _input_gradient_launch(tokens, dim, experts, precision)(*arguments, total, grad_logits)
     launch = _weight_gradient_launch(tokens, dim, experts, precision, num_processors(x))
     parts = p.new_empty(launch.grid[0], experts, dim)
@@ -313,6 +330,7 @@ def router_kernel(
     logsumexp,  # [tokens]: written
     gate,  # [tokens]: written, the largest probability
     expert,  # [tokens]: written, its index
+    parts,  # [programs, experts + 1]: written, parts of the means of p and of logsumexp^2
     tokens,
     dim,
     experts,
@@ -338,10 +356,45 @@ def router_kernel(
     power = tl.exp(logits - largest[:, None])
     total = tl.sum(power, axis=1)
     mask = has_row[:, None] & has_column[None, :]
-    tl.store(p + row[:, None] * experts + column[None, :], power / total[:, None], mask)
-    tl.store(logsumexp + row, largest + tl.log(total), has_row)
+    probability, log_total = power / total[:, None], largest + tl.log(total)
+    tl.store(p + row[:, None] * experts + column[None, :], probability, mask)
+    tl.store(logsumexp + row, log_total, has_row)
+    part = parts + tl.program_id(0).to(tl.int64) * (experts + 1)
+    tl.store(part + column, tl.sum(tl.where(mask, probability, 0.0), axis=0) / tokens, has_column)
+    tl.store(part + experts, tl.sum(tl.where(has_row, log_total * log_total, 0.0), axis=0) / tokens)
     tl.store(gate + row, 1.0 / total, has_row)
     tl.store(expert + row, tl.argmax(logits, axis=1).to(expert.dtype.element_ty), has_row)
+
+
+@triton.jit(do_not_specialize_on_alignment=['tokens'])
+def place_kernel(
+    ascending,  # [tokens], experts of the tokens in `order`
+    order,  # [tokens]
+    ends,  # [experts]
+    gate,  # [tokens]: set to 0 beyond the capacity
+    inverse,  # [tokens]: written
+    counts,  # [experts]: written, by the first program
+    tokens,
+    experts,
+    capacity,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """One program places BLOCK_T tokens."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    has_place = place < tokens
+    token = tl.load(order + place, has_place, other=0)
+    tl.store(inverse + token, place, has_place)
+    if LIMITED:
+        expert = tl.load(ascending + place, has_place, other=0).to(tl.int32)
+        start = tl.load(ends + expert - 1, has_place & (expert > 0), other=0)
+        tl.store(gate + token, 0.0, has_place & (place - start >= capacity))
+    if tl.program_id(0) == 0:
+        column = tl.arange(0, BLOCK_E)
+        end = tl.load(ends + column, column < experts, other=0)
+        before = tl.load(ends + column - 1, (column > 0) & (column < experts), other=0)
+        tl.store(counts + column, end - before, column < experts)
 
 
 @triton.jit(do_not_specialize_on_alignment=['tokens'])
@@ -398,8 +451,7 @@ def router_input_gradient_kernel(
     logsumexp,  # [tokens]
     expert,  # [tokens], chosen
     grad_gate,  # [tokens]
-    grad_mean_p,  # [experts] or None
-    grad_z,  # [] or None
+    grad_means,  # [experts + 1] or None
     weight,  # [experts, dim]
     grad_x,  # [tokens, dim], through the experts, in their order
     inverse,  # [tokens]
@@ -422,11 +474,12 @@ def router_input_gradient_kernel(
     probability = tl.load(p + place, mask, other=0.0)  # [BLOCK_T, BLOCK_E]
     chosen = column[None, :] == tl.load(expert + row, has_row, other=0).to(tl.int32)[:, None]
     grad = tl.where(chosen, tl.load(grad_gate + row, has_row, other=0.0)[:, None], 0.0)
-    if grad_mean_p is not None:
-        grad += tl.load(grad_mean_p + column, has_column, other=0.0)[None, :] / tokens
+    if grad_means is not None:
+        grad += tl.load(grad_means + column, has_column, other=0.0)[None, :] / tokens
     grad = grad - tl.sum(probability * grad, axis=1)[:, None]
-    if grad_z is not None:
-        grad += (2.0 * tl.load(grad_z) / tokens * tl.load(logsumexp + row, has_row, other=0.0))[:, None]
+    if grad_means is not None:
+        factor = 2.0 * tl.load(grad_means + experts) / tokens
+        grad += (factor * tl.load(logsumexp + row, has_row, other=0.0))[:, None]
     grad *= probability
     tl.store(grad_logits + place, grad, mask)
     source = tl.load(inverse + row, has_row, other=0)
@@ -509,6 +562,13 @@ def _weight_gradient_launch(tokens: int, dim: int, experts: int, precision: str,
     return Launch(router_weight_gradient_kernel, (programs, columns), sizes, (*block, precision), stages=_STAGES)
 
 
+@lru_cache(maxsize=MAX_PLANS)
+def _place_launch(tokens: int, experts: int, capacity: int) -> Launch:
+    grid = max(cdiv(tokens, _BLOCK_PLACES), 1)  # the first writes the counts
+    constants = _BLOCK_PLACES, next_power_of_2(experts), capacity >= 0
+    return Launch(place_kernel, grid, (tokens, experts, max(capacity, 0)), constants)
+
+
 def _rows(tokens: int, dim: int) -> Tuple[int, Tuple[int, int]]:
     """Programs that permute rows, and the rows and channels of each."""
     block_d = next_power_of_2(dim)
@@ -533,6 +593,6 @@ _operator = Operator(
     _forward,
     _backward,
     _like,
-    results=4,
+    results=3,
     macs=lambda x, router_weight, fc1, *_: x[0] * x[1] * router_weight[0] + 2 * x[0] * fc1[1] * fc1[2],
 )
