@@ -58,7 +58,7 @@ def depthwise_conv2d(
         weight: [D, k, k].
         bias: [D].
         silu: Return silu(out).
-        residual: Return x + out; not together with silu. On Triton the tap in the middle is 1 larger, in fp32.
+        residual: Return x + out; not together with silu. In fp32, as on Triton, the tap in the middle is 1 larger.
 
     Returns:
         out [B, H, W, D] in x's dtype, contiguous.
@@ -73,11 +73,14 @@ def depthwise_conv2d(
     if runs_on_triton(x) and kernel <= MAX_WINDOW:
         return _conv2d(x, weight, bias, silu, residual)
     weight, bias = weight.unsqueeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+    in_tap = residual and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    if in_tap:
+        weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), [kernel // 2] * 4)
     view = x.permute(0, 3, 1, 2)  # [B, H, W, D] -> [B, D, H, W]
     out = F.conv2d(view, weight, bias, padding='same', groups=x.shape[-1])
     out = out.permute(0, 2, 3, 1).to(x.dtype).contiguous()  # both copy under autocast and in odd layouts only
     out = F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out
-    return out.add_(x) if residual else out
+    return out.add_(x) if residual and not in_tap else out
 
 
 def _forward(

@@ -27,6 +27,15 @@ def test_the_most_probable_tokens(kind):
     assert torch.equal(model.generate(ids, 0), ids)
 
 
+def test_a_model_in_training_generates_in_evaluation_mode():
+    model, modes = make().train(), []
+    model.register_forward_hook(lambda *args: modes.append(model.training))
+    model.generate(draw(1, 2), 2)
+    with pytest.raises(ValueError, match='max_new_tokens'):
+        model.generate(draw(1, 2), -1)
+    assert modes == [False] and model.training and all(module.training for module in model.modules())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('kind', KINDS)
 def test_padding_on_the_left_changes_nothing(kind):

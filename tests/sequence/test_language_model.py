@@ -143,6 +143,15 @@ def test_half_precision_keeps_the_parameters_of_the_recurrence():
     assert oracles.relative_error(step.float(), expected[:, -1]) < 0.05
 
 
+def test_the_residual_may_have_the_dtype_of_activations():
+    ids, dtypes = draw(2, 5), []
+    for in_fp32 in (True, False):
+        model = make(residual_in_fp32=in_fp32).cast(torch.bfloat16)
+        model.backbone.layers[1].register_forward_hook(lambda *args: dtypes.append(args[2][1].dtype))  # noqa: B023
+        assert model(ids).isfinite().all()
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
 def test_recomputed_activations_give_the_same_gradients():
     model, ids = make('mlp').double(), draw(2, 5)
     grads = []

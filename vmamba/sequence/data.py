@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..layers.options import check_counts
+from .generation import in_evaluation
 from .model import IGNORED
 
 
@@ -154,7 +155,7 @@ class ByteWindows(Dataset):
         )
 
 
-@torch.no_grad()
+@in_evaluation
 def bits_per_byte(
     model: nn.Module,
     ids: Tensor,
@@ -166,7 +167,7 @@ def bits_per_byte(
     """Mean -log2 p(byte) of a sequence under a model, of all bytes except the first.
 
     Args:
-        model: A `LanguageModel`, in evaluation mode.
+        model: A `LanguageModel`.
         ids: Bytes [L], on the model's device.
         window: Bytes that pass the model at a time.
         stride: Distance of windows, at most their length, which is the default. Only bytes that no earlier window has

@@ -1,6 +1,7 @@
 """Generation: a parallel pass over the prompts, then one step per token with caches of constant size."""
 
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+import functools
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,29 @@ def sample(
     return torch.multinomial(p, 1, generator=generator).squeeze(-1)
 
 
-@torch.no_grad()
+Function = TypeVar('Function', bound=Callable[..., Any])
+
+
+def in_evaluation(function: Function) -> Function:
+    """Runs a function without gradients and with the models among its arguments in evaluation mode."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        modes = [model.training for model in models]
+        try:
+            for model in models:
+                model.eval()
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        finally:
+            for model, mode in zip(models, modes):
+                model.train(mode)
+
+    return call  # type: ignore[return-value]
+
+
+@in_evaluation
 def generate(
     model: nn.Module,
     ids: Tensor,
@@ -98,7 +121,7 @@ def generate(
     of attention have room for all tokens). On a GPU the step is a CUDA graph.
 
     Args:
-        model: A `LanguageModel`, in evaluation mode.
+        model: A `LanguageModel`; it generates in evaluation mode.
         ids: Prompts [B, L].
         max_new_tokens: Most tokens to add.
         temperature: See `Sampling`, also for the next four. 0, or top_k=1, always takes the most probable token.

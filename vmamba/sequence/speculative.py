@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.options import check_counts
-from .generation import check_ids, prefill
+from .generation import check_ids, in_evaluation, prefill
 
 # Tokens that passed the verifier, but are not in its saved state yet, pass it again with every draft: at most so many.
 _MOST_PENDING = 64
@@ -60,7 +60,7 @@ class _Drafter:
         return drafted if self.tokenizer is None else list(self.tokenizer.decode(drafted).encode())
 
 
-@torch.no_grad()
+@in_evaluation
 def speculative_generate(
     model: nn.Module,
     drafter: nn.Module,
@@ -79,7 +79,7 @@ def speculative_generate(
     the result is that of `generate` with top_k=1.
 
     Args:
-        model: A `LanguageModel`, in evaluation mode.
+        model: A `LanguageModel`.
         drafter: Another, of the same vocabulary; or of any with a tokenizer, where model's are bytes.
         ids: Prompt [1, L].
         max_new_tokens: Tokens to add.
