@@ -132,4 +132,4 @@ def test_sizes_of_presets(name):
 def test_unknown_presets():
     with pytest.raises(ValueError, match="no language model 'mamba_130'; did you mean mamba_130m"):
         create_language_model('mamba_130')
-    assert create_language_model('mambabyte_nano', n_layer=1).config['n_layer'] == 1 and len(PRESETS) == 16
+    assert create_language_model('mambabyte_nano', n_layer=1).config['n_layer'] == 1 and len(PRESETS) == 18

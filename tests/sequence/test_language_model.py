@@ -10,7 +10,7 @@ from models import KINDS, VOCAB, draw, make
 from official_language_model import language_model
 
 from vmamba.kernels import use_triton
-from vmamba.sequence import LanguageModel, next_token_loss
+from vmamba.sequence import LanguageModel, create_language_model, next_token_loss
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -121,6 +121,16 @@ def test_published_numbers_of_parameters(name):
     d_model, n_layer, ssm_cfg, multiple, expected = SIZES[name]
     model = LanguageModel(d_model, n_layer=n_layer, ssm_cfg=ssm_cfg, pad_vocab_size_multiple=multiple, device='meta')
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+@pytest.mark.parametrize(('name', 'total', 'active'), [('moe_mamba_25m', 542, 26), ('moe_mamba_100m', 2439, 117)])
+def test_published_numbers_of_parameters_with_experts(name, total, active):
+    """In millions, without embeddings."""
+    model = create_language_model(name, device='meta')
+    numbers = {key: parameter.numel() for key, parameter in model.backbone.layers.named_parameters()}
+    assert abs(sum(numbers.values()) / 1e6 - total) < 1
+    used = sum(number / (42 if '.fc' in key else 1) for key, number in numbers.items())
+    assert abs(used / 1e6 - active) < 1.5
 
 
 def test_what_is_not_decayed():

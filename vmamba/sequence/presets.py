@@ -1,6 +1,7 @@
 """Sizes of published models, and small ones for bytes.
 
 Mamba: https://arxiv.org/abs/2312.00752, Mamba-2: https://arxiv.org/abs/2405.21060
+MoE-Mamba: https://arxiv.org/abs/2401.04081
 MambaByte: Token-free Selective State Space Model, https://arxiv.org/abs/2401.13660
 """
 
@@ -25,6 +26,12 @@ def _byte(d_model: int, n_layer: int) -> Options:
     return dict(d_model=d_model, n_layer=n_layer, vocab_size=256, rms_norm=False, tie_embeddings=False)
 
 
+def _moe_mamba(d_model: int, n_layer: int) -> Options:
+    """GPT-2's vocabulary, and 42 experts after each mixer."""
+    layers = [['mamba', 'moe']] * n_layer
+    return dict(d_model=d_model, vocab_size=50257, layers=layers, layer_cfg={'moe': {'num_experts': 42}})
+
+
 PRESETS: Dict[str, Options] = {
     'mamba_130m': _mamba(768, 24),
     'mamba_370m': _mamba(1024, 48),
@@ -36,6 +43,8 @@ PRESETS: Dict[str, Options] = {
     'mamba2_780m': _mamba2(1536, 48),
     'mamba2_1.3b': _mamba2(2048, 48),
     'mamba2_2.7b': _mamba2(2560, 64),
+    'moe_mamba_25m': _moe_mamba(512, 8),
+    'moe_mamba_100m': _moe_mamba(768, 16),
     'mambabyte_nano': _byte(64, 4),
     'mambabyte_tiny': _byte(256, 8),
     'mambabyte_small': _byte(512, 12),
