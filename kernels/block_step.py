@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from ._check import check, check_that
-from ._device import LN2, LOG2_E, sigmoid, softplus_log2
-from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_device, tl, triton
+from ._device import LN2, LOG2_E, sigmoid, softplus_log2, wait_for_kernel_ahead
+from ._launch import (
+    MAX_PLANS,
+    Launch,
+    can_launch_early,
+    cdiv,
+    is_nvidia,
+    next_power_of_2,
+    on_device,
+    tl,
+    triton,
+)
 from ._operator import can_replace_modules
 
 MAX_BATCH = 8  # a product with more rows runs faster as a matrix product
@@ -100,13 +110,15 @@ def _run(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaWeights
     batch, dim = x.shape
     (inner, states), rank, taps = weights.A_log.shape, weights.dt_proj.shape[1], weights.conv.shape[1]
     xz, x_dbl, y, out = (x.new_empty(batch, size) for size in (2 * inner, rank + 2 * states, inner, dim))
-    launch = _product(batch, 2 * inner, dim, dim, inner, taps)
+    early = can_launch_early(x)
+    # The first is not launched early: what is ahead of it may write weights.
+    launch = _product(batch, 2 * inner, dim, dim, inner, taps, early, False)
     launch(x, weights.in_proj, weights.in_proj_bias, conv_state, weights.conv, weights.conv_bias, xz)
-    launch = _product(batch, rank + 2 * states, inner, 2 * inner, 0, 1)  # reads the first half of xz
+    launch = _product(batch, rank + 2 * states, inner, 2 * inner, 0, 1, early, early)  # reads the first half of xz
     launch(xz, weights.x_proj, None, None, None, None, x_dbl)
-    launch = _recurrence(batch, inner, states, rank, is_nvidia(x))
+    launch = _recurrence(batch, inner, states, rank, is_nvidia(x), early)
     launch(ssm_state, xz, x_dbl, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D, y)
-    launch = _product(batch, dim, inner, inner, 0, 1)
+    launch = _product(batch, dim, inner, inner, 0, 1, early, early)
     launch(y, weights.out_proj, weights.out_proj_bias, None, None, None, out)
     for state in (conv_state, ssm_state):
         torch.autograd.graph.increment_version(state)
@@ -114,18 +126,20 @@ def _run(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaWeights
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _product(batch: int, rows: int, dim: int, x_batch: int, convolved: int, taps: int) -> Launch:
+def _product(
+    batch: int, rows: int, dim: int, x_batch: int, convolved: int, taps: int, early: bool, launched_early: bool
+) -> Launch:
     block_n = min(next_power_of_2(max(rows // _PROGRAMS, 1) + 1) // 2, _MAX_ROWS)
     block_k = min(next_power_of_2(dim), _WEIGHTS // block_n)
-    constants = dim, convolved, taps, block_n, block_k
-    return Launch(product_kernel, (cdiv(rows, block_n), batch), (rows, x_batch), constants)
+    constants = dim, convolved, taps, early, block_n, block_k
+    return Launch(product_kernel, (cdiv(rows, block_n), batch), (rows, x_batch), constants, early=launched_early)
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _recurrence(batch: int, inner: int, states: int, rank: int, nvidia: bool) -> Launch:
+def _recurrence(batch: int, inner: int, states: int, rank: int, nvidia: bool, early: bool) -> Launch:
     block_d = min(_CHANNELS, next_power_of_2(inner))
-    constants = states, rank, nvidia, block_d, next_power_of_2(states), next_power_of_2(rank)
-    return Launch(recurrence_kernel, (cdiv(inner, block_d), batch), (inner,), constants)
+    constants = states, rank, nvidia, early, block_d, next_power_of_2(states), next_power_of_2(rank)
+    return Launch(recurrence_kernel, (cdiv(inner, block_d), batch), (inner,), constants, early=early)
 
 
 @triton.jit
@@ -142,6 +156,7 @@ def product_kernel(
     dim: tl.constexpr,
     CONVOLVED: tl.constexpr,
     TAPS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -149,14 +164,18 @@ def product_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.program_id(1).to(tl.int64)
     has_row = row < rows
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, dim, BLOCK_K):
+    rows_of_weight = weight + row.to(tl.int64)[:, None] * dim
+    x += batch * x_batch
+    k = tl.arange(0, BLOCK_K)
+    w = tl.load(
+        rows_of_weight + k[None, :], mask=has_row[:, None] & (k < dim)[None, :], other=0.0
+    )  # [BLOCK_N, BLOCK_K]
+    wait_for_kernel_ahead(EARLY)
+    total = w.to(tl.float32) * tl.load(x + k, mask=k < dim, other=0.0).to(tl.float32)[None, :]
+    for start in range(BLOCK_K, dim, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        has_k = k < dim
-        mask = has_row[:, None] & has_k[None, :]
-        w = tl.load(weight + row.to(tl.int64)[:, None] * dim + k[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-        part = tl.load(x + batch * x_batch + k, mask=has_k, other=0.0).to(tl.float32)  # [BLOCK_K]
-        total += w.to(tl.float32) * part[None, :]
+        w = tl.load(rows_of_weight + k[None, :], mask=has_row[:, None] & (k < dim)[None, :], other=0.0)
+        total += w.to(tl.float32) * tl.load(x + k, mask=k < dim, other=0.0).to(tl.float32)[None, :]
     y = tl.sum(total, axis=1)
     if bias is not None:
         y += tl.load(bias + row, mask=has_row, other=0.0).to(tl.float32)
@@ -191,6 +210,7 @@ def recurrence_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
     NVIDIA: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -203,21 +223,21 @@ def recurrence_kernel(
     r = tl.arange(0, BLOCK_R)
     mask = has_channel[:, None] & (n < N)[None, :]
     x_dbl += batch * (R + 2 * N)
-    low = tl.load(x_dbl + r, mask=r < R, other=0.0).to(tl.float32)  # [BLOCK_R]
     has_weight = has_channel[:, None] & (r < R)[None, :]
     w = tl.load(dt_weight + channel[:, None] * R + r[None, :], mask=has_weight, other=0.0)  # [BLOCK_D, BLOCK_R]
-    dt = tl.sum(w.to(tl.float32) * low[None, :], axis=1)
-    dt += tl.load(dt_bias + channel, mask=has_channel, other=0.0).to(tl.float32)
-    dt = softplus_log2(dt * LOG2_E, True, NVIDIA)
+    bias = tl.load(dt_bias + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
+    skip = tl.load(D + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
     rate = -tl.exp2(tl.load(A_log + channel[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32) * LOG2_E)
+    states = state + (batch * dim + channel)[:, None] * N + n[None, :]
+    h = tl.load(states, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_D, BLOCK_N]
+    wait_for_kernel_ahead(EARLY)
+    low = tl.load(x_dbl + r, mask=r < R, other=0.0).to(tl.float32)  # [BLOCK_R]
+    dt = softplus_log2((tl.sum(w.to(tl.float32) * low[None, :], axis=1) + bias) * LOG2_E, True, NVIDIA)
     b = tl.load(x_dbl + R + n, mask=n < N, other=0.0).to(tl.float32)  # [BLOCK_N]
     c = tl.load(x_dbl + R + N + n, mask=n < N, other=0.0).to(tl.float32)  # [BLOCK_N]
     u = tl.load(xz + batch * 2 * dim + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
     z = tl.load(xz + (batch * 2 + 1) * dim + channel, mask=has_channel, other=0.0).to(tl.float32)  # [BLOCK_D]
-    states = state + (batch * dim + channel)[:, None] * N + n[None, :]
-    h = tl.load(states, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_D, BLOCK_N]
     h = tl.exp2(dt[:, None] * rate) * h + (dt * LN2 * u)[:, None] * b[None, :]
     tl.store(states, h.to(state.dtype.element_ty), mask=mask)
-    y = tl.sum(h * c[None, :], axis=1)
-    y += tl.load(D + channel, mask=has_channel, other=0.0).to(tl.float32) * u
+    y = tl.sum(h * c[None, :], axis=1) + skip * u
     tl.store(out + batch * dim + channel, (y * z * sigmoid(z)).to(out.dtype.element_ty), mask=has_channel)
