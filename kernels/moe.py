@@ -363,7 +363,8 @@ def router_kernel(
     tl.store(part + column, tl.sum(tl.where(mask, probability, 0.0), axis=0) / tokens, has_column)
     tl.store(part + experts, tl.sum(tl.where(has_row, log_total * log_total, 0.0), axis=0) / tokens)
     tl.store(gate + row, 1.0 / total, has_row)
-    tl.store(expert + row, tl.argmax(logits, axis=1).to(expert.dtype.element_ty), has_row)
+    chosen = tl.minimum(tl.argmax(logits, axis=1), experts - 1)  # an expert even where logits are NaN
+    tl.store(expert + row, chosen.to(expert.dtype.element_ty), has_row)
 
 
 @triton.jit(do_not_specialize_on_alignment=['tokens'])
