@@ -13,6 +13,7 @@ setup(
         'vmamba': ['py.typed'],
         'vmamba.configs': ['model-index.yml'],
         'vmamba.configs.classification': ['*.yaml'],
+        'vmamba.configs.sequence': ['*.yaml'],
         'vmamba.configs.detection': ['metafile.yml'],
         'vmamba.configs.segmentation': ['metafile.yml'],
     },

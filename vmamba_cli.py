@@ -10,7 +10,9 @@ from typing import List, Optional, Tuple
 
 # Name of a command, one or two words: its module in vmamba.tools, and what it does.
 COMMANDS = {
-    'train': ('train', 'train or fine-tune a classifier'),
+    'train': ('train', 'train or fine-tune a classifier or a language model'),
+    'generate': ('generate', 'continue a text by a language model'),
+    'bits-per-byte': ('evaluate_bytes', 'bits per byte of files under a byte model'),
     'validate': ('validate', 'accuracy on folders of images'),
     'predict': ('predict', 'classify images'),
     'extract': ('extract_features', 'write the features of images'),
@@ -24,6 +26,7 @@ COMMANDS = {
     'make-scenes': ('make_scenes', 'compose a small data set for detection and segmentation'),
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
+    'bench generation': ('bench_generation', 'speed and memory of generation by language models'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),
     'compare highres': ('compare_highres', 'time and memory of feature extraction by image size'),
     'compare training': ('compare_training', 'accuracy of models trained with the same recipe'),
@@ -33,7 +36,7 @@ COMMANDS = {
 HELP = '-h', '--help'
 USAGE = """usage: vmamba COMMAND ...
 
-Vision state-space models: training, evaluation, features.
+State-space models for images and sequences: training, evaluation, features, generation.
 
 {}
 

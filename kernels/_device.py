@@ -15,6 +15,19 @@ def load_rows(pointer, row, stride, channel, mask):
 
 
 @triton.jit
+def wait_for_kernel_ahead(EARLY: tl.constexpr):
+    """Waits until the kernel ahead has ended, whose results can be read then, and lets the next one start.
+
+    Where `EARLY`, a kernel may be launched while the one ahead runs; up to here it reads only what that does not write.
+    """
+    if EARLY:
+        tl.inline_asm_elementwise('griddepcontrol.wait; // dummy $0', '=r', [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            'griddepcontrol.launch_dependents; // dummy $0', '=r', [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 

@@ -128,6 +128,11 @@ def is_nvidia(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and not INTERPRETED
 
 
+def can_launch_early(tensor: Tensor) -> bool:
+    """Whether a kernel on this tensor can be launched before the one ahead of it has ended: from Hopper on."""
+    return is_nvidia(tensor) and TRITON_VERSION >= (3, 6) and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
 def dot_precision(tensor: Tensor) -> str:
     """`input_precision` of tl.dot that keeps the precision of a main input like `tensor`."""
     if not is_nvidia(tensor):
@@ -153,6 +158,7 @@ class Launch:
         warps: Warps of a program.
         registers: Most registers of a thread, for NVIDIA GPUs.
         stages: Stages of pipelined loops.
+        early: Launch before the kernel ahead has ended, once all its programs allow it: see `wait_for_kernel_ahead`.
     """
 
     def __init__(
@@ -164,6 +170,7 @@ class Launch:
         warps: int = 4,
         registers: Optional[int] = None,
         stages: Optional[int] = None,
+        early: bool = False,
     ) -> None:
         self.kernel = kernel
         self.grid = grid if isinstance(grid, tuple) else (grid, 1)
@@ -173,6 +180,8 @@ class Launch:
             self.options.update(maxnreg=registers)
         if stages is not None:
             self.options.update(num_stages=stages)
+        if early:
+            self.options.update(launch_pdl=True)
         self._compiled: Dict[tuple, Tuple[Any, Any, Any, Any]] = {}
 
     def __call__(self, *tensors: Optional[Tensor]) -> None:

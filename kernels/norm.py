@@ -1,4 +1,4 @@
-"""Norms over channels; within the branches, of a residual connection's sum, in one pass each way."""
+"""Norms over channels, and of a residual connection's sum, in one pass each way."""
 
 from functools import lru_cache
 from typing import NamedTuple, Optional, Sequence, Tuple
@@ -69,15 +69,68 @@ def layer_norm(
     return _norm('layer_norm', x, weight, bias, eps, out_dtype or weight.dtype)
 
 
+def add_norm(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    out_dtype: Optional[torch.dtype] = None,
+) -> Tuple[Tensor, Tensor]:
+    """The norm of residual + x, and that sum: `layer_norm` with a bias, otherwise `rms_norm`.
+
+    Like `rms_norm` in all else; residual is differentiable too.
+
+    Args:
+        x: [B, ..., d], in any floating dtype.
+        residual: [B, ..., d], in any floating dtype; None for 0.
+        weight: [d].
+        bias: [d], or None.
+        eps: Added to the mean square or the variance.
+        out_dtype: Dtype of the norm, the weight's by default.
+
+    Returns:
+        The norm [B, ..., d] in out_dtype, and the sum [B, ..., d] in at least fp32.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
+    """
+    out_dtype = out_dtype or weight.dtype
+    _check_norm('add_norm', x, weight, bias, out_dtype, residual)
+    if _has_kernel(x):
+        return _add_operator(x, residual, weight, bias, eps, out_dtype)
+    summed = x.to(torch.promote_types(x.dtype, torch.float32))
+    summed = summed if residual is None else residual + summed
+    return _plain_norm(summed, weight, bias, eps, out_dtype), summed
+
+
 def _norm(
     function: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype
 ) -> Tensor:
+    _check_norm(function, x, weight, bias, out_dtype)
+    return (_operator if _has_kernel(x) else _plain_norm)(x, weight, bias, eps, out_dtype)
+
+
+def _check_norm(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    out_dtype: torch.dtype,
+    residual: Optional[Tensor] = None,
+) -> None:
     is_matrix = x.ndim >= 2 and x.shape[-1] > 0
     check_that(is_matrix, f'{function}: x must be [B, ..., d] with d > 0, got {tuple(x.shape)}')
-    check(function, x=(x, '... d'), weight=(weight, 'd'), bias=(bias, 'd'))
+    sizes = '...' if residual is None else ' '.join(f'size_{i}' for i in range(x.ndim - 1))
+    check(function, x=(x, f'{sizes} d'), weight=(weight, 'd'), bias=(bias, 'd'), residual=(residual, f'{sizes} d'))
     check_that(out_dtype.is_floating_point, f'{function}: out_dtype must be floating, got {out_dtype}')
-    if runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not torch.jit.is_tracing():
-        return _operator(x, weight, bias, eps, out_dtype)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return runs_on_triton(x) and x.shape[-1] <= _MAX_CHANNELS and not torch.jit.is_tracing()
+
+
+def _plain_norm(x: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float, out_dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(wide), weight.to(wide)
     if bias is not None:
@@ -110,6 +163,53 @@ def _like(
 
 
 _operator = Operator('norm', _forward, _backward, _like)
+
+
+def _add_forward(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm, the sum, and for the backward pass the sum normalised before weight and bias, and its deviations."""
+    x, residual, weight, bias = (None if t is None else t.contiguous() for t in (x, residual, weight, bias))
+    summed = torch.empty_like(x, dtype=torch.float32)
+    out, normal, moments = norm_forward(x, weight, bias, eps, out_dtype, save, residual, None, summed, save_normal=save)
+    return out, summed, *(x.new_empty(0, dtype=torch.float32) if t is None else t for t in (normal, moments))
+
+
+def _add_backward(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Optional[Tensor]]:
+    (grad_out, grad_summed), (x, residual, weight, bias, _, _), (normal, moments) = grads, inputs, saved
+    grad_out = torch.zeros_like(normal) if grad_out is None else grad_out.contiguous()
+    grad_summed = None if grad_summed is None else grad_summed.contiguous()
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_residual = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    sums = norm_backward(
+        *(grad_out, normal, weight.contiguous(), moments, bias is not None, grad_x, grad_summed, grad_residual),
+        is_normal=True,
+    )
+    total = sums.sum(dim=0)
+    return grad_x, grad_residual, total[0], None if bias is None else total[1]
+
+
+def _add_like(
+    x: Tensor,
+    residual: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    eps: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    normal = x.new_empty(x.shape if save else 0, dtype=out_dtype if save else torch.float32)
+    moments = x.new_empty((1, x.shape[:-1].numel()) if save else 0, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape, dtype=torch.float32), normal, moments
+
+
+_add_operator = Operator('add_norm', _add_forward, _add_backward, _add_like, results=2)
 
 
 @triton.jit(do_not_specialize_on_alignment=['rows', 'rows_per_sample'])  # images of any size run on the same kernel

@@ -1,4 +1,4 @@
-"""One step of the selective scan of Mamba (S6), for inputs that arrive one at a time.
+"""One step of Mamba's causal convolution and of its selective scan (S6), for inputs that arrive one at a time.
 
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces, https://arxiv.org/abs/2312.00752
 """
@@ -16,6 +16,7 @@ from ._launch import MAX_PLANS, Launch, cdiv, is_nvidia, next_power_of_2, on_dev
 from ._operator import is_watched
 
 _BLOCK_ELEMENTS = 512  # of the state, in a program
+_CONV_CHANNELS = 128  # of a program
 
 
 def selective_state_update(
@@ -294,3 +295,115 @@ def _is_tied(tensor: Tensor, dims: int) -> bool:
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    activation: Optional[str] = None,
+) -> Tensor:
+    """One step of `causal_conv1d`, with the signature and layouts of causal_conv1d's `causal_conv1d_update`.
+
+    Shifts x into the state, the newest column last, and returns activation(bias + sum_t weight[:, t] * state[..., t]).
+    Computed in at least fp32. For inference: it has no gradients.
+
+    Args:
+        x: Input [batch, dim], in any floating dtype.
+        conv_state: The last w inputs before x, [batch, dim, w], in any floating dtype; overwritten.
+        weight: [dim, w].
+        bias: [dim].
+        activation: None, 'silu' or 'swish', which is the same.
+
+    Returns:
+        [batch, dim] in x's dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or options do not fit together.
+        RuntimeError: If gradients are wanted.
+    """
+    check(
+        'causal_conv1d_update',
+        x=(x, 'batch dim'),
+        conv_state=(conv_state, 'batch dim w>0'),
+        weight=(weight, 'dim w'),
+        bias=(bias, 'dim'),
+    )
+    check_that(activation in (None, 'silu', 'swish'), f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    tensors = x, conv_state, weight, bias
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError('causal_conv1d_update has no gradients; call it within torch.no_grad()')
+    silu = activation is not None
+    if runs_on_triton(x):
+        if is_watched():
+            return _conv_operator(conv_state, x, weight, bias, silu)
+        out = _run_conv(conv_state, x, weight, bias, silu)
+        torch.autograd.graph.increment_version(conv_state)
+        return out
+    wide = torch.promote_types(x.dtype, torch.float32)
+    conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
+    out = (conv_state.to(wide) * weight.to(wide)).sum(dim=-1)
+    out = out if bias is None else out + bias.to(wide)
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+@triton.jit
+def conv_update_kernel(
+    state,  # [batch, dim, TAPS]: updated
+    x,  # [batch, dim]
+    weight,  # [dim, TAPS]
+    bias,  # [dim], or None
+    out,  # [batch, dim]: written
+    dim,
+    x_batch,  # stride of x; within an entry of the batch all is contiguous
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program updates BLOCK_D channels of an entry of the batch."""
+    blocks = tl.cdiv(dim, BLOCK_D)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = channel < dim
+    columns = state + (batch * dim + channel) * TAPS
+    newest = tl.load(x + batch * x_batch + channel, mask=mask, other=0.0).to(state.dtype.element_ty)  # [BLOCK_D]
+    y = tl.zeros([BLOCK_D], tl.float32)
+    if bias is not None:
+        y += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+    for tap in tl.static_range(TAPS):
+        column = newest
+        if tap < TAPS - 1:
+            column = tl.load(columns + tap + 1, mask=mask, other=0.0)  # [BLOCK_D]
+        tl.store(columns + tap, column, mask=mask)
+        y += column.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        y *= sigmoid(y)
+    tl.store(out + batch * dim + channel, y.to(out.dtype.element_ty), mask=mask)
+
+
+def _run_conv(state: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool) -> Tensor:
+    """Updates state [batch, dim, w] and returns [batch, dim]; see `causal_conv1d_update`."""
+    out = x.new_empty(x.shape)
+    with on_device(x):
+        x, weight, bias = _unit_stride(x), weight.contiguous(), None if bias is None else bias.contiguous()
+        updated = state.contiguous()
+        launch = _conv_launch_of(*state.shape, x.stride(0), silu)
+        launch(updated, x, weight, bias, out)
+        if updated is not state:
+            state.copy_(updated)
+    return out
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _conv_launch_of(batch: int, dim: int, taps: int, x_batch: int, silu: bool) -> Launch:
+    block_d = min(_CONV_CHANNELS, next_power_of_2(dim))
+    return Launch(conv_update_kernel, batch * cdiv(dim, block_d), (dim, x_batch), (taps, silu, block_d))
+
+
+_conv_operator = torch.library.custom_op('vmamba::causal_conv1d_update', _run_conv, mutates_args=('state',))
+
+
+@_conv_operator.register_fake
+def _(state, x, weight, bias, silu):
+    return x.new_empty(x.shape)

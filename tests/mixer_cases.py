@@ -25,3 +25,17 @@ def assert_continues(layer, cache, x, *ends):
     parts = [layer(part, cache=cache) for part in x[:, : ends[-1]].tensor_split(ends[:-1], dim=1)]
     parts += [layer.step(token, cache).unsqueeze(1) for token in x[:, ends[-1] :].unbind(dim=1)]
     assert oracles.relative_error(torch.cat(parts, dim=1), layer(x)) < 1e-10
+
+
+def assert_packs(layer, x, sizes, tolerance=1e-10):
+    """Sequences of these sizes, packed into one x [1, L, d], against each alone: output and gradient of x."""
+    seq_idx = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).unsqueeze(0)
+    packed = x.clone().requires_grad_()
+    alone = x.clone().requires_grad_()
+    y = layer(packed, seq_idx=seq_idx)
+    expected = torch.cat([layer(part) for part in alone.split(sizes, dim=1)], dim=1)
+    assert oracles.relative_error(y, expected) < tolerance
+    grad = torch.randn_like(y)
+    actual = torch.autograd.grad(y, [packed, *layer.parameters()], grad)
+    wanted = torch.autograd.grad(expected, [alone, *layer.parameters()], grad)
+    assert all(oracles.relative_error(a, b) < tolerance for a, b in zip(actual, wanted))

@@ -236,6 +236,12 @@ def layer_norm(x, weight, bias, eps=1e-5):
     return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
 
 
+def add_norm(x, residual, weight, bias=None, eps=1e-5):
+    """The norm of residual + x, and that sum."""
+    summed = x if residual is None else residual + x
+    return rms_norm(summed, weight, eps) if bias is None else layer_norm(summed, weight, bias, eps), summed
+
+
 def rms_norm(x, weight, eps=1e-5):
     """Over the last dimension."""
     return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight

@@ -1,4 +1,4 @@
-"""Imports go one way: tests -> vmamba.tools, configs -> vmamba.mm -> models -> layers -> kernels -> torch, triton"""
+"""Imports go one way: tests -> vmamba.tools, configs -> mm -> sequence -> models -> layers -> kernels -> torch"""
 
 import ast
 import sys
@@ -13,6 +13,7 @@ LAYERS = {
     'vmamba/layers': 'vmamba.layers',
     'vmamba/models': 'vmamba.models',
     'vmamba': 'vmamba',
+    'vmamba/sequence': 'vmamba.sequence',
     'vmamba/mm': 'vmamba.mm',
     'configs': 'vmamba.configs',
     'tools': 'vmamba.tools',

@@ -1,6 +1,7 @@
-"""Trains a classifier as a configuration says, on one device or, under torchrun, on many.
+"""Trains a classifier or a language model as a configuration says, on one device or, under torchrun, on many.
 
 vmamba train mnist5k_vmamba_nano
+vmamba train mambabyte_nano --data my_texts
 vmamba train finetune --model vmamba_t --data my_photos
 torchrun --nproc-per-node 8 -m vmamba.tools.train configs/classification/vmamba_t.yaml --data-dir imagenet --resume
 """

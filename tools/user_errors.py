@@ -41,7 +41,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, ImportError):
         package = missing_package(error)
         what = f'the package {package} is missing' if package else ' '.join(str(error).split())
-        extras = 'mm,tools' if package in _MM_PACKAGES else 'tools'
+        extras = 'text' if package == 'transformers' else 'mm,tools' if package in _MM_PACKAGES else 'tools'
         return f"{what}; install it by `pip install 'vmamba[{extras}]'`"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith('Caught '):  # a DataLoader's worker sends its whole traceback as the message

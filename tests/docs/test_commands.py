@@ -26,6 +26,7 @@ RUN = (
     'README.md',
     'docs/index.md',
     'docs/migration.md',
+    'docs/sequence.md',
     'docs/tutorials/classification.md',
     'docs/tutorials/compile.md',
 )

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / 'docs/quickstart.ipynb'
-CONSTANTS = '__version__', 'NUM_DIRECTIONS', 'NUM_ROUTES', 'OPERATORS'
+CONSTANTS = '__version__', 'NUM_DIRECTIONS', 'NUM_ROUTES', 'OPERATORS', 'FEED_FORWARDS', 'MIXERS', 'PRESETS'
 EXTERNAL = re.compile(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+stylesheet[^>]+href="(?:https?:)?//')
 
 
@@ -35,7 +35,10 @@ def test_nothing_is_fetched_from_other_servers(site):
     assert pages and [page for page, text in pages.items() if EXTERNAL.search(text)] == []
 
 
-@pytest.mark.parametrize('page, package', [('kernels', 'kernels'), ('layers', 'layers'), ('mm', 'mm'), ('models', '')])
+@pytest.mark.parametrize(
+    'page, package',
+    [('kernels', 'kernels'), ('layers', 'layers'), ('mm', 'mm'), ('models', ''), ('sequence', 'sequence')],
+)
 def test_the_reference_shows_every_public_function_and_class(site, page, package):
     source = ROOT / ('kernels' if package == 'kernels' else f'vmamba/{package}') / '__init__.py'
     listed = re.search(r'__all__ = \[(.*?)\]', source.read_text(), re.DOTALL)[1]

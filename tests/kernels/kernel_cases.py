@@ -176,6 +176,16 @@ def layer_norm(shape=(3, 5, 13), dtype=torch.float32):
     return place({'x': 3 + randn(*shape)}, {'weight': 1 + 0.3 * randn(shape[-1]), 'bias': randn(shape[-1])}, dtype)
 
 
+def add_norm(shape=(3, 5, 13), optional='rb', dtype=torch.float32):
+    """Arguments of `add_norm`; r and b are residual, which has at least fp32, and bias."""
+    parameters = {
+        'residual': randn(*shape) if 'r' in optional else None,
+        'weight': 1 + 0.3 * randn(shape[-1]),
+        'bias': randn(shape[-1]) if 'b' in optional else None,
+    }
+    return place({'x': 3 + randn(*shape)}, parameters, dtype)
+
+
 def _first(function):
     return lambda **arguments: function(**arguments)[0]
 
@@ -212,6 +222,7 @@ CASES = {
     'rms_norm': Case(kernels.rms_norm, rms_norm, oracles.rms_norm, dict(eps=1e-3)),
     'gated_rms_norm': Case(kernels.gated_rms_norm, gated_rms_norm, oracles.gated_rms_norm, dict(eps=1e-3)),
     'layer_norm': Case(kernels.layer_norm, layer_norm, oracles.layer_norm, dict(eps=1e-3)),
+    'add_norm': Case(kernels.add_norm, add_norm, oracles.add_norm, dict(eps=1e-3)),
 }
 
 
@@ -230,7 +241,9 @@ def run(function, tensors, wanted=None, grad_scale=1.0, **options):
     # Rounded as both sides round them, so that they leave nothing for a comparison to differ in.
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().to(y) for y in results]
     weights = [weight * grad_scale for weight in weights]
-    grads = torch.autograd.grad(results, [leaves[k] for k in wanted], weights, materialize_grads=True)
+    reached = [(y, weight) for y, weight in zip(results, weights) if y.requires_grad]
+    outputs, weights = zip(*reached)
+    grads = torch.autograd.grad(outputs, [leaves[k] for k in wanted], weights, materialize_grads=True)
     named = {f'result_{i}': y.detach() for i, y in enumerate(results)}
     return {k: t.cpu() for k, t in {**named, **{f'grad_{k}': g for k, g in zip(wanted, grads)}}.items()}
 

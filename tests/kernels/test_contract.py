@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings('error:invalid value:RuntimeWarning')
 PLAIN_ONLY = ('bidirectional_scan',)
 OF_PYTORCH = (
     'depthwise_conv2d',
+    'add_norm',
     'rms_norm',
     'layer_norm',
     'gated_rms_norm',
@@ -57,7 +58,7 @@ def test_gradients_have_the_dtypes_of_their_tensors(case):
     tensors = case.arguments(dtype=torch.float16)
     actual = run(case.function, tensors, **case.options)
     assert actual['result_0'].dtype == (
-        torch.float32 if case.arguments.__name__ in ('rms_norm', 'layer_norm') else torch.float16
+        torch.float32 if case.arguments.__name__ in ('rms_norm', 'layer_norm', 'add_norm') else torch.float16
     )
     assert all(t is None or actual[f'grad_{k}'].dtype == t.dtype for k, t in tensors.items())
 

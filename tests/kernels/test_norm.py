@@ -73,6 +73,14 @@ def test_rows_that_are_too_long_for_the_kernels(case, dim, names, triton_kernels
         compare(case, tensors, torch.float32)
 
 
+@pytest.mark.parametrize('optional', ['rb', 'r', 'b', ''], ids=['layer', 'rms', 'layer-first', 'rms-first'])
+def test_the_norm_of_a_sum_and_the_sum(optional, backend, dtype):
+    tensors = kernel_cases.add_norm(optional=optional, dtype=dtype)
+    compare(CASES['add_norm'], tensors, dtype)
+    out, summed = CASES['add_norm'].function(**tensors, out_dtype=torch.bfloat16)
+    assert out.dtype == torch.bfloat16 and summed.dtype == torch.promote_types(dtype, torch.float32)
+
+
 @pytest.mark.parametrize('eps', [1e-6, 0.1])
 def test_eps(case, eps, dtype):
     """Of numbers so small that it counts."""

@@ -5,14 +5,12 @@ from itertools import product
 import oracles
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, needs_gpu
 from kernel_cases import place, randn
 from kernel_cases import selective_scan as scan_arguments
 from recorder import Recorder
 
-from vmamba.kernels import selective_scan, selective_state_update, use_triton
-
-needs_gpu = pytest.mark.skipif(DEVICE != 'cuda', reason='needs a CUDA device')
+from vmamba.kernels import causal_conv1d_update, selective_scan, selective_state_update, use_triton
 
 
 def arguments(batch=2, dim=5, dstate=3, heads=None, groups=None, tied=False, optional='Dzb', dtype=torch.float32):
@@ -390,3 +388,38 @@ def test_cases_of_mamba_ssm(dim, heads, groups, tied, dstate, dtype):
         y = selective_state_update(**fused, dt_softplus=True)
         oracles.assert_matches(y, expected.double(), dtype, 'y')
         oracles.assert_matches(fused['state'], plain['state'].double(), dtype, 'state')
+
+
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no-bias'])
+@pytest.mark.parametrize('width,silu', [(4, True), (1, True), (6, False)])
+def test_steps_of_the_convolution_equal_the_whole_sequence(bias, width, silu, backend, dtype):
+    batch, dim, seqlen = 2, 133, 5
+    x = randn(batch, dim, seqlen).to(DEVICE, dtype)
+    parameters = place({}, {'weight': randn(dim, width), 'bias': randn(dim) if bias else None}, dtype)
+    state = torch.zeros(batch, dim, width, device=DEVICE, dtype=dtype)
+    activation = 'silu' if silu else None
+    steps = [causal_conv1d_update(t, state, **parameters, activation=activation) for t in x.unbind(-1)]
+    wide = (None if t is None else t.double().cpu() for t in parameters.values())
+    expected, _ = oracles.causal_conv1d(x.double().cpu(), *wide, activation=activation)
+    oracles.assert_matches(torch.stack(steps, dim=-1).cpu(), expected, dtype, 'y')
+    newest = torch.cat([torch.zeros_like(state), x], dim=-1)[..., -width:]
+    assert steps[0].dtype == dtype and torch.equal(state, newest)
+
+
+def test_a_state_of_the_convolution_in_another_order_is_updated(backend):
+    state = torch.randn(4, 3, 2, device=DEVICE).permute(2, 1, 0)  # [2, 3, 4]
+    x, weight = torch.randn(2, 6, device=DEVICE)[:, ::2], torch.randn(3, 4, device=DEVICE)
+    expected = torch.cat([state[..., 1:], x.unsqueeze(-1)], dim=-1)
+    y = causal_conv1d_update(x, state, weight)
+    assert torch.equal(state, expected)
+    torch.testing.assert_close(y, (expected * weight).sum(-1))
+
+
+def test_wrong_arguments_of_the_step_of_the_convolution():
+    x, state, weight = torch.randn(2, 3), torch.zeros(2, 3, 4), torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r'weight must be a floating tensor \[3, 4\], got \(3, 5\)'):
+        causal_conv1d_update(x, state, torch.randn(3, 5))
+    with pytest.raises(ValueError, match="activation must be None, 'silu' or 'swish', got 'gelu'"):
+        causal_conv1d_update(x, state, weight, activation='gelu')
+    with pytest.raises(RuntimeError, match='causal_conv1d_update has no gradients'):
+        causal_conv1d_update(x.requires_grad_(), state, weight)

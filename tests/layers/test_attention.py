@@ -5,7 +5,7 @@ import math
 import oracles
 import pytest
 import torch
-from mixer_cases import assert_continues, assert_follows
+from mixer_cases import assert_continues, assert_follows, assert_packs
 
 from vmamba.layers import Attention
 
@@ -78,6 +78,31 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     assert_continues(layer, cache, x, 2, 6)
     with pytest.raises(ValueError, match='the cache has room for 9 tokens, got 10'):
         layer.step(x[:, 0], cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', CAUSAL.values(), ids=CAUSAL)
+def test_steps_of_sequences_that_are_of_different_lengths(options):
+    layer = make(causal=True, **options).double()
+    x, ends = torch.randn(2, 9, 8, dtype=torch.double), (6, 2)
+    cache = layer.allocate_cache(2, max_seqlen=9)
+    for row, end in enumerate(ends):  # the cache of a row, longest first
+        part = [t[row : row + 1] if t is not None and t.ndim else t for t in cache]
+        layer(x[row : row + 1, :end], cache=type(cache)(*part)._replace(length=torch.zeros((), dtype=torch.long)))
+    cache.length.fill_(max(ends))
+    for step in range(3):
+        y = layer.step(torch.stack([x[row, end + step] for row, end in enumerate(ends)]), cache)
+        for row, end in enumerate(ends):
+            expected = layer(x[row : row + 1, : end + step + 1])[0, -1]
+            assert oracles.relative_error(y[row], expected) < 1e-10
+
+
+@pytest.mark.parametrize('options', [*CAUSAL.values(), NARROW], ids=[*CAUSAL, 'narrow-window'])
+def test_packed_sequences_do_not_see_each_other(options):
+    layer = make(causal=options is not NARROW, **options).double()
+    assert_packs(layer, torch.randn(1, 9, 8, dtype=torch.double), [4, 1, 4])
+    with pytest.raises(ValueError, match='give seq_idx or a cache, not both'):
+        make(causal=True)(torch.randn(1, 1, 8), make(causal=True).allocate_cache(1, 1), torch.zeros(1, 1))
 
 
 def test_official_names():

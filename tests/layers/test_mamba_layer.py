@@ -1,11 +1,16 @@
 """Mamba against the definition, computed in float64 from its parameters, and its steps against whole sequences."""
 
+import copy
+
 import oracles
 import pytest
 import torch
-from mixer_cases import assert_continues, assert_follows
+from cases import DEVICE, needs_triton
+from mixer_cases import assert_continues, assert_follows, assert_packs
+from official_language_model import mamba as definition
 
-from vmamba.layers import Mamba
+from vmamba.kernels import block_step, use_triton
+from vmamba.layers import Mamba, mamba
 
 CASES = {
     'default': {},
@@ -22,26 +27,10 @@ def make(**options):
     return layer
 
 
-def reference(p, h):
-    """One token at a time; p has the official names. [B, L, d] -> [B, L, d]"""
-    x, z = (h @ p['in_proj.weight'].T + p.get('in_proj.bias', 0)).chunk(2, dim=-1)
-    u = oracles.silu(oracles.causal_conv1d(x.mT, p['conv1d.weight'][:, 0], p.get('conv1d.bias'), None)[0].mT)
-    rank, states = p['dt_proj.weight'].shape[1], p['A_log'].shape[1]
-    dt, B, C = (u @ p['x_proj.weight'].T).split([rank, states, states], dim=-1)
-    dt = oracles.softplus(dt @ p['dt_proj.weight'].T + p['dt_proj.bias'])
-    state, rows = h.new_zeros(h.shape[0], *p['A_log'].shape), []
-    for t in range(h.shape[1]):
-        decay = torch.exp(-dt[:, t, :, None] * torch.exp(p['A_log']))
-        state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        rows.append((state * C[:, t, None]).sum(-1) + p['D'] * u[:, t])
-    y = torch.stack(rows, dim=1) * oracles.silu(z)
-    return y @ p['out_proj.weight'].T + p.get('out_proj.bias', 0)
-
-
 @pytest.mark.parametrize('options', CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_definition(options):
     layer = make(**options)
-    assert_follows(layer, reference, (2, 9, 8))
+    assert_follows(layer, definition, (2, 9, 8))
 
 
 @torch.no_grad()
@@ -50,6 +39,46 @@ def test_prompts_and_steps_equal_the_whole_sequence(options):
     layer = make(**options).double()
     x = torch.randn(2, 11, 8, dtype=torch.double)
     assert_continues(layer, layer.allocate_cache(2), x, 2, 6)
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('options', [*CASES.values(), dict(d_model=21, d_state=16, expand=3)], ids=[*CASES, 'wide'])
+def test_steps_in_fused_kernels(options, dtype, monkeypatch):
+    """From states after a prompt, of few sequences, equal those of modules; of many, or with a hook, modules run."""
+    layer = make(**options).to(DEVICE)
+    calls = []
+    fused = mamba.mamba_step
+    monkeypatch.setattr(block_step, '_PROGRAMS', 8)  # several rows for each
+    block_step._product.cache_clear()
+    monkeypatch.setattr(mamba, 'mamba_step', lambda *args: calls.append(args) or fused(*args))
+    x = torch.randn(3, 7, layer.in_proj.in_features, device=DEVICE)
+    wide = copy.deepcopy(layer).double()
+    expected, actual = wide.allocate_cache(3), layer.to(dtype).allocate_cache(3)
+    wide(x[:, :4].double(), cache=expected)
+    for ours, theirs in zip(actual, expected):
+        ours.copy_(theirs)
+    for number, token in enumerate(x[:, 4:].unbind(dim=1)):
+        with use_triton(True):
+            y = layer.step(token.to(dtype), actual)
+        assert y.dtype == dtype and len(calls) == number + 1
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        assert oracles.relative_error(y, wide.step(token.double(), expected)) < tolerance
+        assert all(oracles.relative_error(a, b) < tolerance for a, b in zip(actual, expected))
+    with use_triton(True):
+        layer.step(x.new_zeros(9, x.shape[-1], dtype=dtype), layer.allocate_cache(9))
+        layer.in_proj.register_forward_hook(lambda *args: None)
+        layer.step(x[:, 0].to(dtype), actual)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize('options', CASES.values(), ids=CASES)
+def test_packed_sequences_do_not_see_each_other(options):
+    layer = make(**options).double()
+    assert_packs(layer, torch.randn(1, 11, 8, dtype=torch.double), [4, 1, 6], tolerance=1e-9)
+    with pytest.raises(ValueError, match='give seq_idx or a cache, not both'):
+        layer(torch.randn(1, 1, 8).double(), layer.allocate_cache(1), torch.zeros(1, 1))
 
 
 def test_official_names_and_initialisation():

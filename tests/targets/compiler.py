@@ -95,6 +95,7 @@ def recording(device, fused=True):
         'runs_on_triton': lambda tensor: True,
         'is_watched': lambda: False,
         'is_nvidia': lambda tensor: nvidia,
+        'can_launch_early': lambda tensor: nvidia and device.target.arch >= 90,
         'num_processors': lambda tensor: device.processors,
         'shared_memory': lambda tensor: device.shared_memory,
         'can_run': lambda tensor: fused,

@@ -11,7 +11,16 @@ import pytest
 import torch
 from compiler import DEVICES, compile_for, record_calls, record_models
 
-from vmamba.kernels import causal_conv1d, selective_scan, selective_state_update, ssd_scan
+from vmamba.kernels import (
+    MambaWeights,
+    add_norm,
+    causal_conv1d,
+    causal_conv1d_update,
+    mamba_step,
+    selective_scan,
+    selective_state_update,
+    ssd_scan,
+)
 
 MODELS = 'vmamba_t', 'vmamba_t_v0', 'vim_t', 'mambavision_t', 'vssd_micro', 'adventurer_t', 'vmamba_t_m2', 'vim2_t'
 DTYPES = torch.float32, torch.bfloat16
@@ -27,6 +36,21 @@ def mamba(dtype, batch=8, dim=1536, seqlen=2048, dstate=16):
     selective_scan(u, u, A, B, C, D, z=x, delta_bias=bias, delta_softplus=True).sum().backward()
     state, step = torch.empty(batch, dim, dstate), torch.empty(batch, dim, dtype=dtype)
     selective_state_update(state, step, step, A, B[..., 0], C[..., 0], D, step, bias, dt_softplus=True)
+
+
+@torch.no_grad()
+def step(dtype, dim=768, inner=1536, dstate=16, rank=48):
+    """The kernels of a language model's step, and the norm between its blocks with gradients."""
+    empty = partial(torch.empty, dtype=dtype)
+    conv_state, state = empty(1, inner, 4), torch.empty(1, inner, dstate)
+    causal_conv1d_update(empty(1, inner), conv_state, empty(inner, 4), empty(inner), 'silu')
+    narrow = empty(2 * inner, dim), empty(inner, 4), empty(inner), empty(rank + 2 * dstate, inner), empty(inner, rank)
+    wide = torch.empty(inner), torch.empty(inner, dstate), torch.empty(inner)
+    mamba_step(empty(1, dim), conv_state, state, MambaWeights(*narrow, *wide, empty(dim, inner)))
+    for bias in (None, empty(dim)):
+        x = empty(8, 64, dim).requires_grad_()
+        with torch.enable_grad():
+            sum(y.float().sum() for y in add_norm(x, x.float(), empty(dim), bias)).backward()
 
 
 SSD = (24, 64, 128), (12, 32, 48), (2, 128, 128)  # heads, channels and states of a head
@@ -49,9 +73,10 @@ def launches_on(name):
     """Launches of models and operators on a device, by what decides what is compiled."""
     device = DEVICES[name]
     launches = record_models(device, MODELS, DTYPES)
-    launches.update(record_calls(device, [partial(call, dtype) for call in (mamba, ssd) for dtype in DTYPES]))
+    launches.update(record_calls(device, [partial(call, dtype) for call in (mamba, step, ssd) for dtype in DTYPES]))
     kernels = {recorded.kernel for recorded in launches.values()}
     expected = {'scan_backward_kernel', 'join_kernel', 'state_update_kernel', 'projection_gradient_kernel'}
+    expected |= {'product_kernel', 'recurrence_kernel', 'conv_update_kernel'}
     assert len(launches) > 150 and expected <= kernels
     return launches
 

@@ -48,14 +48,19 @@ def _key(default: Any, text: str, allowed: Union[Range, Sequence[Any], None] = N
 class Config:
     """Every key of a configuration; each is also an option of the command line."""
 
+    task: str = _key(
+        'classification',
+        'classification of images, or language: predict the next byte; keys that are about images then have no effect',
+        ('classification', 'language'),
+    )
     # Model
-    model: str = _key('', 'name of any timm model')
+    model: str = _key('', 'name of any timm model; a preset of vmamba.sequence, such as mambabyte_nano')
     model_args: Dict[str, Any] = _key({}, 'arguments of the model')
     num_classes: Optional[int] = _key(None, 'default: those of the data', POSITIVE)
     in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey', (1, 3))
     drop_path: Optional[float] = _key(None, 'rate of stochastic depth', SHARE)
     pretrained: bool = _key(False, 'start from published weights; a checkpoint takes precedence')
-    checkpoint: Optional[str] = _key(None, 'start from the weights in this file')
+    checkpoint: Optional[str] = _key(None, 'start from the weights in this file; language: the folder of a model')
     new_head: bool = _key(False, 're-initialise the classifier if the weights have another number of classes')
     teacher: Optional[str] = _key(None, 'timm model to distil from')
     teacher_checkpoint: Optional[str] = _key(None, "file of the teacher's weights; default: the published ones")
@@ -67,10 +72,15 @@ class Config:
     )
     data_dir: Optional[str] = _key(None, 'folder or CSV file of the data; for named datasets, their folder')
     data_args: Dict[str, Any] = _key({}, "arguments of timm's create_dataset")
+    seq_len: int = _key(1024, 'language: bytes of a window', POSITIVE)
+    pack_documents: bool = _key(False, 'language: files are separate sequences, each from an empty state')
+    carry_state: bool = _key(False, 'language: a window continues from the state after the one before it')
     train_split: str = _key('train', 'split to learn from')
     val_split: str = _key('validation', 'split to validate on')
     val_fraction: Optional[float] = _key(
-        None, 'share of each class to validate on, if the data has no validation split; default: 0.2', FRACTION
+        None,
+        'share of each class to validate on, if the data has no validation split; default: 0.2; of the bytes: 0.05',
+        FRACTION,
     )
     img_size: Optional[int] = _key(None, "side of the images, default: the model's", POSITIVE)
     batch_size: int = _key(128, 'images per process and step', POSITIVE)

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch, useful_workers
@@ -28,6 +28,24 @@ class Batch(NamedTuple):
     targets: Tensor
     count: int
     weight: float
+
+
+class Parts(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        model: On its device.
+        data: Training batches.
+        validation: Batches to validate on, or None.
+        facts: What it takes to evaluate the weights.
+        summary: One line about the data.
+    """
+
+    model: nn.Module
+    data: Any
+    validation: Any
+    facts: Dict[str, Any]
+    summary: str
 
 
 class IndexedData:

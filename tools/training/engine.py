@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vmamba.sequence.checkpoint import write_pretrained
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
@@ -61,10 +62,14 @@ class Trainer:
         self.data, self.validation, self.facts, self.report = data, validation, facts, report
         self.num_classes = facts['num_classes']
         self.update_size = config.batch_size * config.accumulate * runtime.world
+        self.unit, self.rate_factor = ('bytes', config.seq_len) if config.task == 'language' else ('images', 1)
         self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, self.num_classes)
-        self.erase = RandomErasing(config.reprob if config.augment else 0, mode=config.remode, device=runtime.device)
+        erases = config.augment and config.reprob > 0
+        self.erase = (
+            RandomErasing(config.reprob, mode=config.remode, device=runtime.device) if erases else nn.Identity()
+        )
         self.checkpoints = Checkpoints(Path(config.output), config.keep_checkpoints)
         self.last_saved: Optional[Path] = None
         self.stop = StopRequest()
@@ -81,10 +86,11 @@ class Trainer:
             self._train_epoch()
             loss = self._mean_loss()  # waits for the GPU
             seconds = time.perf_counter() - start
-            rate = (self.update - done) * self.update_size / seconds
+            rate = (self.update - done) * self.update_size * self.rate_factor / seconds
             row = dict(epoch=self.epoch + 1, updates=self.update, lr=self._lr(), train_loss=loss)
             row.update(self._validate())
-            row.update(images_per_second=round(rate, 1), memory_mib=round(peak_memory_mib(self.runtime.device), 1))
+            row[f'{self.unit}_per_second'] = round(rate, 1)
+            row.update(memory_mib=round(peak_memory_mib(self.runtime.device), 1))
             self._end_epoch(row)
         self.report.finish(self.history)
 
@@ -99,7 +105,7 @@ class Trainer:
             if self.update % self.config.log_every == 0:
                 loss = self._mean_loss(logged[1])
                 seconds, start = time.perf_counter() - start, time.perf_counter()
-                rate = (self.update - logged[0]) * self.update_size / seconds
+                rate = (self.update - logged[0]) * self.update_size * self.rate_factor / seconds
                 logged = self.update, self.sums.clone()
                 memory = peak_memory_mib(self.runtime.device)
                 self.report.progress(self.update, self.position, loss, self._lr(), rate, memory)
@@ -149,7 +155,7 @@ class Trainer:
         precision = self.config.precision
         return torch.autocast(self.runtime.device.type, DTYPES[precision], enabled=precision != 'fp32')
 
-    def _laid_out(self, images: Tensor) -> Tensor:
+    def _laid_out(self, images: Any) -> Any:
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
 
     def _clip(self) -> Tensor:
@@ -204,18 +210,21 @@ class Trainer:
         if not count:
             raise UserError('none of the images to validate on can be read; repair them')
         row = dict(val_loss=loss / count, val_top1=top1 / count, val_top5=top5 / count)
+        if self.config.task == 'language':
+            row['val_bits_per_byte'] = row['val_loss'] / math.log(2)
         for _, top1, top5, _ in averaged:
             row.update(ema_top1=top1 / count, ema_top5=top5 / count)
         return row
 
     @torch.inference_mode()
     def _score(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Sums of loss, percentages of right answers, and the number of images."""
+        """Sums of loss, percentages of right answers, and their number."""
         with self._autocast():
-            logits = model(images).float()
+            logits = model(images) if isinstance(images, Tensor) else model(*images)
+        logits, targets = logits.flatten(0, -2).float(), targets.flatten()
         loss = nn.functional.cross_entropy(logits, targets, reduction='sum').double()
         top1, top5 = 100 * hits(logits, targets).double().sum(dim=0)
-        return torch.stack([loss, top1, top5, torch.ones_like(loss) * len(targets)])
+        return torch.stack([loss, top1, top5, (targets >= 0).sum().double()])
 
     def _end_epoch(self, row: Dict[str, float]) -> None:
         """Goes to the start of the next epoch, reports this one and saves."""
@@ -228,6 +237,7 @@ class Trainer:
                 self.report.warn(note)
         averaged = row.get('ema_top1', -math.inf) >= row.get('val_top1', math.inf)
         score = row['ema_top1'] if averaged else row.get('val_top1', -row['train_loss'])
+        score = -row['val_loss'] if self.config.task == 'language' else score
         improved = score > self.best
         self.best = max(score, self.best)
         self.report.end_epoch(self.history)
@@ -254,6 +264,8 @@ class Trainer:
         state = weights['state_dict_ema' if averaged else 'state_dict']
         if self.runtime.is_primary:
             self.checkpoints.save_best({'state_dict': state, 'averaged': averaged, 'config': self.facts, **row})
+            if self.config.task == 'language':
+                write_pretrained(self.checkpoints.folder / 'best', self.facts['model_args'], state)
             if self.task.has_ema():
                 self.report.say(f'best.pt has {"the moving average" if averaged else "the weights themselves"}')
 
@@ -281,6 +293,7 @@ class Trainer:
             data=self._data_facts(),
             update_size=self.update_size,
             sums=sums,
+            carried=self._carried(),
             **{key: getattr(self, key) for key in ('update', 'epoch', 'position', 'history', 'best')},
         )
         self.last_saved = self.checkpoints.save(state, self.update)
@@ -301,11 +314,17 @@ class Trainer:
         self.parallel.load(state, self.optimizer)
         self.scaler.load_state_dict(state['scaler'])
         self.sums.copy_(state['sums'] * self.runtime.is_primary)  # they are those of all processes
+        for tensor, saved in zip(self._carried(), state.get('carried', [])):
+            tensor.copy_(saved)
         for key in ('update', 'epoch', 'position', 'history', 'best'):
             setattr(self, key, state[key])
         self.last_saved = path
         self.report.say(f'resumed from {path}: epoch {self.epoch + 1}, update {self.update}')
         return True
+
+    def _carried(self) -> List[Tensor]:
+        """The state that a language model carries to the next window."""
+        return self.data.carried() if self.config.task == 'language' else []
 
     def _data_facts(self) -> Dict[str, Any]:
         """What identifies the data of the run."""

@@ -72,6 +72,7 @@ class Report:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.output, self.runtime = config, Path(config.output), runtime
+        self.unit = 'bytes' if config.task == 'language' else 'images'
         self.console = Console(quiet=not runtime.is_primary, highlight=False, soft_wrap=True)
         self.modules = {name: _import(name) for name in config.log} if runtime.is_primary else {}
         self.logs: List[Any] = []
@@ -109,12 +110,12 @@ class Report:
 
     def progress(self, update: int, position: int, loss: float, lr: float, rate: float, memory: float) -> None:
         """Reports the updates since the last call: mean loss, learning rate, images per second and peak memory."""
-        status = f'loss {loss:.4f}, lr {lr:.3g}, {rate:.0f} images/s, {memory:.0f} MiB'
+        status = f'loss {loss:.4f}, lr {lr:.3g}, {rate:.0f} {self.unit}/s, {memory:.0f} MiB'
         if self.bar:
             self.bar.update(self.task, completed=position, status=status)
         else:
             self.say(f'epoch {self.epoch + 1} update {position}/{self.updates}: {status}')
-        values = {'loss': loss, 'lr': lr, 'images_per_second': rate, 'memory_mib': memory}
+        values = {'loss': loss, 'lr': lr, f'{self.unit}_per_second': rate, 'memory_mib': memory}
         for log in self.logs:
             log.add('update', values, update)
 

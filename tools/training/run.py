@@ -12,9 +12,10 @@ import vmamba  # noqa: F401
 from vmamba.tools.output_files import lock_folder, write_text, writing
 from vmamba.tools.user_errors import UserError
 
+from . import language
 from .checkpoint import Checkpoints
 from .config import Config
-from .data import create_data
+from .data import Parts, create_data
 from .engine import Trainer
 from .parallel import check_sharding, distribute
 from .report import Report
@@ -70,12 +71,9 @@ def count_classes(config: Config, datasets: List[Any]) -> int:
     return config.num_classes
 
 
-def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
-    """Model, data and optimizer of a run at its start."""
-    config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
+def create_image_parts(config: Config, runtime: Runtime) -> Parts:
+    """Model, data and facts of a run on images."""
     datasets = load_datasets(config)
-    if datasets:
-        report.say('{} images to train on, {} to validate on'.format(*map(len, datasets)))
     num_classes = count_classes(config, datasets)
     seed_all(config.seed)
     model = create_model(config, num_classes).to(runtime.device)
@@ -84,12 +82,24 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
     data_config = data_config_of(config, model)
     train, validation = create_data(config, data_config, datasets, num_classes, runtime)
     facts = describe(config, data_config, num_classes, class_names(datasets[0]) if datasets else None)
+    counts = [len(dataset) for dataset in datasets] or [len(train), 0]
+    return Parts(model, train, validation, facts, '{} images to train on, {} to validate on'.format(*counts))
+
+
+def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
+    """Model, data and optimizer of a run at its start."""
+    config.precision = config.precision or ('bf16' if runtime.device.type == 'cuda' else 'fp32')
+    is_language = config.task == 'language'
+    parts = language.create_parts(config, runtime) if is_language else create_image_parts(config, runtime)
+    model, train, validation, facts, summary = parts
+    report.say(summary)
+    task = language.LanguageTask(model, runtime.device) if is_language else create_task(config, model, runtime.device)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    task = create_task(config, model, runtime.device)
     parallel = distribute(config, task, runtime)
     optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
     processes = f'{runtime.world} process(es) on {runtime.device.type}'
-    report.say(f'{config.model}: {params:.2f} M parameters, {num_classes} classes, {processes}, {config.precision}')
+    classes = f'{facts["num_classes"]} classes'
+    report.say(f'{config.model}: {params:.2f} M parameters, {classes}, {processes}, {config.precision}')
     return Trainer(config, runtime, task, parallel, optimizer, train, validation, facts, report)
 
 

@@ -19,15 +19,17 @@ class AttentionCache(NamedTuple):
     """What attention remembers of a sequence; updated in place.
 
     Attributes:
-        keys: [B, heads, longest, head_dim], of which the first `length` positions are filled.
+        keys: [B, heads, longest, head_dim], of which the first `position` are filled.
         values: The same.
-        length: Positions so far, an integer tensor [] on the CPU.
+        length: Positions so far of the longest sequence, an integer tensor [] on the CPU.
+        position: Positions so far of each sequence, an integer tensor [B] on the parameters' device.
         conv: The last inputs of the convolution, the newest last, [B, channels, d_conv]; None without one.
     """
 
     keys: Tensor
     values: Tensor
     length: Tensor
+    position: Tensor
     conv: Optional[Tensor]
 
 
@@ -99,23 +101,38 @@ class Attention(nn.Module):
         self.conv1d = CausalConv1d(channels, d_conv, silu=False, **dd) if d_conv else None
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_proj_bias, **dd)
 
-    def forward(self, x: Tensor, cache: Optional[AttentionCache] = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[AttentionCache] = None, seq_idx: Optional[Tensor] = None) -> Tensor:
         """[B, L, d] -> [B, L, d]
 
         Args:
             x: Tokens [B, L, d].
-            cache: What precedes x; updated to what precedes the next token. Carries no gradients.
+            cache: What precedes x, as much of each sequence; updated to what precedes the next token. Carries no
+                gradients.
+            seq_idx: Integers [B, L], the number of the packed sequence of each token, which sees no others; not
+                together with a cache.
 
         Raises:
-            ValueError: If the cache has no room for the tokens.
+            ValueError: If both seq_idx and a cache are given, or the cache has no room for the tokens.
         """
+        if seq_idx is not None and cache is not None:
+            raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         qkv = self.in_proj(x)
         if self.conv1d is not None:
-            qkv = self.conv1d(qkv, state=None if cache is None else cache.conv)
-        return self._attend(qkv, cache)
+            qkv = self.conv1d(qkv, seq_idx=seq_idx, state=None if cache is None else cache.conv)
+        first = 0 if cache is None else int(cache.length)
+        position = torch.arange(first, first + x.shape[1], device=x.device)
+        q, k, v = self._heads(qkv, position)
+        if cache is not None:
+            k, v = self._append(cache, k, v, first)
+        mask, causal = self._mask(position, k.shape[2])
+        if seq_idx is not None:
+            same = (seq_idx[:, :, None] == seq_idx[:, None, :]).unsqueeze(1)  # [B, 1, L, L]
+            mask = torch.ones_like(same).tril() if causal else mask
+            mask, causal = same if mask is None else same & mask, False
+        return self._attend(q, k, v, mask, causal)
 
     def allocate_cache(self, batch_size: int, max_seqlen: int) -> AttentionCache:
-        """The cache of a sequence that has not begun, with room for `max_seqlen` tokens, on the parameters' device.
+        """The cache of sequences that have not begun, with room for `max_seqlen` tokens, on the parameters' device.
 
         Raises:
             ValueError: If the attention is not causal.
@@ -124,12 +141,16 @@ class Attention(nn.Module):
             raise ValueError('attention has steps only with causal=True')
         shape = batch_size, self.heads[1], max_seqlen, self.head_dim
         conv = None if self.conv1d is None else self.conv1d.allocate_state(batch_size)
-        weight = self.in_proj.weight
-        return AttentionCache(weight.new_zeros(shape), weight.new_zeros(shape), torch.zeros((), dtype=torch.long), conv)
+        weight, integer = self.in_proj.weight, torch.long
+        position = weight.new_zeros(batch_size, dtype=integer)
+        keys, values = weight.new_zeros(shape), weight.new_zeros(shape)
+        return AttentionCache(keys, values, torch.zeros((), dtype=integer), position, conv)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: AttentionCache) -> Tensor:
         """The output for one more token, equal to that of the whole sequence; without gradients.
+
+        Sequences may be of different lengths so far. Takes as long as a sequence that fills the cache.
 
         Args:
             x: Token [B, d].
@@ -144,32 +165,46 @@ class Attention(nn.Module):
         qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv = self.conv1d.step(qkv, cache.conv)
-        return self._attend(qkv.unsqueeze(1), cache).squeeze(1)
+        self._grow(cache, 1)
+        position = cache.position.unsqueeze(1)  # [B, 1]
+        q, k, v = self._heads(qkv.unsqueeze(1), position)
+        place = position[:, None, :, None].expand(k.shape)
+        for stored, new in ((cache.keys, k), (cache.values, v)):
+            stored.scatter_(2, place, new.to(stored.dtype))
+        distance = position - torch.arange(cache.keys.shape[2], device=x.device)  # [B, longest]
+        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        y = self._attend(q, cache.keys.to(k.dtype), cache.values.to(v.dtype), seen[:, None, None], False)
+        cache.position.add_(1)
+        return y.squeeze(1)
 
-    def _attend(self, qkv: Tensor, cache: Optional[AttentionCache]) -> Tensor:
-        """[B, L, (q, k, v)] -> [B, L, d]"""
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, L, head_dim]
+    def _heads(self, qkv: Tensor, position: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """[B, L, (q, k, v)] -> q, k, v [B, heads, L, head_dim], rotated by the positions [L] or [B, L]"""
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.heads, dim=1)
-        first, seqlen = 0 if cache is None else int(cache.length), q.shape[2]
-        position = torch.arange(first, first + seqlen, device=q.device)
-        q, k = self._rotate(q, position), self._rotate(k, position)
-        if cache is not None:
-            k, v = self._append(cache, k, v, first)
-        mask, causal = self._mask(position, k.shape[2])
+        return self._rotate(q, position), self._rotate(k, position), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], causal: bool) -> Tensor:
+        """[B, heads, L, head_dim] -> [B, L, d]"""
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.softmax_scale)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def _append(self, cache: AttentionCache, k: Tensor, v: Tensor, first: int) -> Tuple[Tensor, Tensor]:
-        """All keys and values up to the new ones, which the cache gets."""
-        end, room = first + k.shape[2], cache.keys.shape[2]
+    def _grow(self, cache: AttentionCache, tokens: int) -> int:
+        """Counts tokens, for which there must be room; returns the length."""
+        end, room = int(cache.length) + tokens, cache.keys.shape[2]
         if end > room:
             raise ValueError(f'the cache has room for {room} tokens, got {end}: allocate it with a larger max_seqlen')
+        cache.length.fill_(end)
+        return end
+
+    def _append(self, cache: AttentionCache, k: Tensor, v: Tensor, first: int) -> Tuple[Tensor, Tensor]:
+        """All keys and values up to the new ones, which the cache gets."""
+        end = self._grow(cache, k.shape[2])
         for stored, new in ((cache.keys, k), (cache.values, v)):
             stored[:, :, first:end] = new.detach()
-        cache.length.fill_(end)
+        cache.position.add_(k.shape[2])
         return cache.keys[:, :, :end].to(k.dtype), cache.values[:, :, :end].to(v.dtype)
 
     def _mask(self, position: Tensor, keys: int) -> Tuple[Optional[Tensor], bool]:
@@ -185,15 +220,18 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotary position embedding of [B, heads, L, head_dim]: pairs of channels turn by position * base^(-2i / dim).
 
+        Positions are [L] or [B, L].
+
         RoFormer, https://arxiv.org/abs/2104.09864
         """
         dim, base, interleaved = self.rotary
         if dim == 0:
             return x
         speed = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float64) / dim)
-        angle = position[:, None] * speed
+        angle = position[..., None] * speed
+        angle = angle if angle.ndim == 2 else angle.unsqueeze(1)  # [L, dim / 2] or [B, 1, L, dim / 2]
         turned, rest = widen(x[..., :dim]), x[..., dim:]
-        cos, sin = angle.cos().to(turned.dtype), angle.sin().to(turned.dtype)  # [L, dim / 2]
+        cos, sin = angle.cos().to(turned.dtype), angle.sin().to(turned.dtype)
         a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
         pair = a * cos - b * sin, a * sin + b * cos
         turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)

@@ -3,12 +3,10 @@
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import causal_conv1d, depthwise_conv2d
-from .norm import widen
+from ..kernels import causal_conv1d, causal_conv1d_update, depthwise_conv2d
 from .options import check_counts
 
 
@@ -88,9 +86,8 @@ class CausalConv1d(nn.Conv1d):
         """The state before the first input, on the parameters' device."""
         return self.weight.new_zeros(batch_size, self.weight.shape[0], self.weight.shape[-1])
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """The output for one more input, [B, d] -> [B, d]; updates the state."""
-        state.copy_(torch.cat([state[..., 1:], x.unsqueeze(-1).to(state.dtype)], dim=-1))
-        out = (widen(state) * widen(self.weight.squeeze(1))).sum(dim=-1)
-        out = out if self.bias is None else out + self.bias
-        return (F.silu(out) if self.silu else out).to(x.dtype)
+        """The output for one more input, [B, d] -> [B, d]; updates the state, without gradients."""
+        activation = 'silu' if self.silu else None
+        return causal_conv1d_update(x, state, self.weight.squeeze(1), self.bias, activation)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import selective_scan, selective_state_update
+from ..kernels import MambaWeights, can_step_mamba, mamba_step, selective_scan, selective_state_update
 from .depthwise import CausalConv1d
+from .norm import widen
 from .options import check_choice, check_counts, scaled_channels
+from .plain import has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
 
 
@@ -27,6 +29,11 @@ class MambaCache(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+
+# A step of this size makes the state forget all before it: exp(dt * A) is 0 for |A| > 1e-10. A power of 2, so that what
+# is divided by it stays exact.
+_FORGETTING_STEP = 2.0**40
 
 
 @register_notrace_module
@@ -97,16 +104,24 @@ class Mamba(nn.Module):
         init_A_log_(self.A_log)
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor, cache: Optional[MambaCache] = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[MambaCache] = None, seq_idx: Optional[Tensor] = None) -> Tensor:
         """[B, L, d] -> [B, L, d]
 
         Args:
             x: Tokens [B, L, d].
             cache: What precedes x; updated to what precedes the next token. Carries no gradients.
+            seq_idx: Integers [B, L], the number of the packed sequence of each token; not together with a cache.
+
+        Raises:
+            ValueError: If both seq_idx and a cache are given.
         """
+        if seq_idx is not None and cache is not None:
+            raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.conv1d(x, state=None if cache is None else cache.conv)
+        u = self.conv1d(x, seq_idx=seq_idx, state=None if cache is None else cache.conv)
         dt, B, C = self._project(u)
+        if seq_idx is not None:
+            return self.out_proj(self._packed_scan(u, dt, B, C, z, seq_idx))
         y = selective_scan(
             *(u.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT, self.D, z.mT),
             delta_bias=self.dt_proj.bias,
@@ -118,6 +133,18 @@ class Mamba(nn.Module):
             y, last = y
             cache.ssm.copy_(last.detach())
         return self.out_proj(y.mT)
+
+    def _packed_scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, seq_idx: Tensor) -> Tensor:
+        """The scan of packed sequences, [B, L, D]: where a sequence begins, a step forgets the state before it.
+
+        There dt is replaced by a large one and u by u * dt / that, so that dt * B * u stays the same.
+        """
+        dt, wide = F.softplus(widen(dt) + self.dt_proj.bias), widen(u)
+        begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).unsqueeze(-1)
+        driven = torch.where(begins, wide * dt / _FORGETTING_STEP, wide)
+        dt = torch.where(begins, _FORGETTING_STEP, dt)
+        y = selective_scan(driven.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT).mT
+        return ((y + self.D * wide) * F.silu(widen(z))).to(u.dtype)
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """The cache of a sequence that has not begun, on the parameters' device."""
@@ -136,12 +163,35 @@ class Mamba(nn.Module):
         Returns:
             [B, d].
         """
+        weights = self._plain_weights() if can_step_mamba(x) else None
+        if weights is not None and all(state.is_contiguous() for state in cache):
+            return mamba_step(x, *cache, weights)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(x, cache.conv)
         dt, B, C = self._project(u)
         options = dict(dt_bias=self.dt_proj.bias, dt_softplus=True)
         y = selective_state_update(cache.ssm, u, dt, negative_exp(self.A_log), B, C, self.D, z, **options)
         return self.out_proj(y)
+
+    def _plain_weights(self) -> Optional[MambaWeights]:
+        """The weights for a step in fused kernels, None if modules must be called, as adapters and quantised ones."""
+        layers = self.in_proj, self.x_proj, self.dt_proj, self.out_proj
+        if has_global_hooks() or not all(is_plain(layer, nn.Linear) for layer in layers):
+            return None
+        weights = MambaWeights(
+            in_proj=self.in_proj.weight,
+            conv=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            x_proj=self.x_proj.weight,
+            dt_proj=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A_log=self.A_log,
+            D=self.D,
+            out_proj=self.out_proj.weight,
+            in_proj_bias=self.in_proj.bias,
+            out_proj_bias=self.out_proj.bias,
+        )
+        return weights if all(weight is None or is_plain_tensor(self.D, weight) for weight in weights) else None
 
     def _project(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """[..., D] -> step sizes before their bias [..., D], B and C [..., N]"""

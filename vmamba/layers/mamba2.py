@@ -105,7 +105,7 @@ class Mamba2(nn.Module):
             raise ValueError(f'A_init_range must be positive and ascending, got {A_init_range}')
         self.d_state, self.headdim, self.ngroups, self.d_ssm = d_state, headdim, ngroups, d_ssm
         self.conv_init, self.A_init_range = conv_init, A_init_range
-        self.dt_init, self.dt_limit = (dt_min, dt_max, dt_init_floor), dt_limit
+        self.dt_init, self.dt_limit = (dt_min, dt_max, dt_init_floor), tuple(dt_limit)
         self.chunk_size, self.layer_idx = chunk_size, layer_idx
         channels = d_ssm + 2 * ngroups * d_state
         self.splits = inner - d_ssm, inner - d_ssm, d_ssm, channels, heads  # z0, x0, z, xBC, dt
@@ -173,9 +173,13 @@ class Mamba2(nn.Module):
         Returns:
             [B, d].
         """
-        z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
+        z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
         x, B, C = self._split_heads(self.conv1d.step(xBC, cache.conv))
-        dt = F.softplus(widen(dt) + self.dt_bias).clamp(*self.dt_limit)
+        dt_bias: Optional[Tensor] = None
+        if self.dt_limit == (0.0, inf):
+            dt_bias = self.dt_bias.unsqueeze(-1).expand(x.shape[1:])  # the kernel adds it and applies softplus
+        else:
+            dt = F.softplus(widen(dt) + self.dt_bias).clamp(*self.dt_limit)
         D = self._skip()
         y = selective_state_update(
             cache.ssm,
@@ -186,6 +190,8 @@ class Mamba2(nn.Module):
             C,
             D if D.ndim == 2 else D.unsqueeze(-1).expand(x.shape[1:]),
             z.unflatten(-1, (-1, self.headdim)) if self.norm is None else None,
+            dt_bias=dt_bias,
+            dt_softplus=dt_bias is not None,
         )
         return self._project(y.flatten(-2), z0, x0, z)
 

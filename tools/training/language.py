@@ -1,0 +1,194 @@
+"""Training of language models on bytes: the parts that differ from those for images."""
+
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from vmamba.layers import Attention
+from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, create_language_model, next_token_loss
+from vmamba.tools.images.batches import useful_workers
+from vmamba.tools.user_errors import UserError, nearest
+
+from .config import Config
+from .data import Batch, Parts
+from .order import BatchOrder
+from .runtime import Runtime, leave_stopping_to_main
+from .seeding import seed_all
+
+VAL_FRACTION = 0.05
+Inputs = Tuple[Tensor, Optional[Tensor], Optional[List[Any]]]  # ids, seq_idx and cache: arguments of the model
+
+
+class LanguageTask(ClassificationTask):
+    """A language model with its loss; an input is a tuple of the model's arguments."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__(model, next_token_loss, device=device, verbose=False)
+
+    def forward(self, input: Inputs, target: Tensor) -> Dict[str, Tensor]:
+        output = self.trainable_module(*input)
+        return {'loss': self.criterion(output, target), 'output': output}
+
+
+class StreamOrder(Sampler):
+    """Batch sampler whose rows each walk a part of the windows in order: row r takes r * updates + update.
+
+    Args:
+        windows: Number of windows.
+        batch_size: Rows.
+    """
+
+    def __init__(self, windows: int, batch_size: int) -> None:
+        self.batch_size, self.updates_per_epoch = batch_size, windows // batch_size
+        self.go_to(0, 0)
+
+    def go_to(self, epoch: int, update: int) -> None:
+        """The next iteration begins at this update, in any epoch."""
+        self.update = update
+
+    def __len__(self) -> int:
+        return self.updates_per_epoch - self.update
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for update in range(self.update, self.updates_per_epoch):
+            yield [row * self.updates_per_epoch + update for row in range(self.batch_size)]
+
+    def counts(self) -> Iterator[Tuple[int, float]]:
+        """As `BatchOrder.counts`."""
+        for _ in range(len(self)):
+            yield self.batch_size, 1.0
+
+
+class ByteBatches:
+    """Training batches of windows, in an order that a run can continue.
+
+    Args:
+        windows: Of the bytes.
+        config: Settings.
+        runtime: Device and place among the processes.
+        model: Whose state is carried from window to window, if the configuration says so.
+    """
+
+    def __init__(self, windows: ByteWindows, config: Config, runtime: Runtime, model: LanguageModel) -> None:
+        self.samples, self.windows, self.device = None, windows, runtime.device
+        self.cache = model.allocate_cache(config.batch_size) if config.carry_state else None
+        places = config.accumulate, runtime.world, runtime.rank
+        self.order = (
+            StreamOrder(len(windows), config.batch_size)
+            if config.carry_state
+            else BatchOrder(windows, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
+        )
+        self.updates_per_epoch = self.order.updates_per_epoch
+        self.loader = _loader(windows, config, runtime, batch_sampler=self.order)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        """The rest of an epoch, from an update on; the state that is carried starts at 0 with the epoch."""
+        self.order.go_to(epoch, update)
+        if update == 0:
+            for tensor in self.carried():
+                tensor.zero_()
+        for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
+            inputs = *_place(inputs, self.windows.packed, self.device), self.cache
+            yield Batch(inputs, targets.to(self.device, non_blocking=True), count, weight)
+
+    def carried(self) -> List[Tensor]:
+        """The state that the next window continues from, for checkpoints."""
+        return [tensor for own in self.cache or () for tensor in own]
+
+
+class ByteValidation:
+    """Windows to validate on, each from an empty state."""
+
+    def __init__(self, windows: ByteWindows, config: Config, runtime: Runtime) -> None:
+        self.samples, self.windows, self.device = None, windows, runtime.device
+        rows = range(runtime.rank, len(windows), runtime.world)
+        size = config.val_batch_size or config.batch_size
+        self.loader = _loader(windows, config, runtime, batch_size=size, sampler=rows)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[Tuple[None, Inputs, Tensor]]:
+        for inputs, targets in self.loader:
+            yield None, (*_place(inputs, self.windows.packed, self.device), None), targets.to(self.device)
+
+
+def create_parts(config: Config, runtime: Runtime) -> Parts:
+    """Model, data and facts of a run at its start.
+
+    Raises:
+        UserError: If a setting does not fit the model or the data.
+    """
+    _check(config, runtime)
+    try:
+        files = ByteFiles.find(config.data_dir or config.data, **config.data_args)
+        kept, held = files.hold_out(config.val_fraction or VAL_FRACTION, config.seed)
+        windows = [ByteWindows(part, config.seq_len, config.pack_documents) for part in (kept, held)]
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f'data {config.data_dir or config.data}: {error}') from error
+    seed_all(config.seed)
+    model = _create_model(config).to(runtime.device)
+    if config.carry_state and any(isinstance(module, Attention) for module in model.modules()):
+        raise UserError('carry_state is for state-space mixers, but the model has attention, whose keys would grow')
+    data = ByteBatches(windows[0], config, runtime, model)
+    if data.updates_per_epoch == 0:
+        size = config.batch_size * config.accumulate * runtime.world
+        raise UserError(f'an epoch has fewer windows than an update of {size}: lower batch_size or seq_len')
+    facts = dict(
+        model=config.model,
+        model_args=model.config,
+        num_classes=model.vocab_size,
+        class_names=None,
+        seq_len=config.seq_len,
+    )
+    summary = f'{len(kept)} bytes of {len(kept.parts)} file(s) to train on, {len(held)} to validate on'
+    return Parts(model, data, ByteValidation(windows[1], config, runtime), facts, summary)
+
+
+def _check(config: Config, runtime: Runtime) -> None:
+    if not (config.data_dir or config.data):
+        raise UserError('no data: give --data FILE or --data FOLDER, whose bytes are learned')
+    for key in ('shard', 'channels_last', 'teacher', 'ema_decay', 'mixup', 'cutmix'):
+        if getattr(config, key):
+            raise UserError(f'{key} is for images: leave it out of the configuration of a language model')
+    if config.carry_state and (config.accumulate > 1 or runtime.world > 1 or config.pack_documents):
+        raise UserError('carry_state needs one process, accumulate: 1 and pack_documents: false')
+
+
+def _create_model(config: Config) -> LanguageModel:
+    if config.checkpoint is None and config.model not in PRESETS:
+        raise UserError(f'there is no language model {config.model!r}{nearest(config.model, PRESETS)}')
+    try:
+        if config.checkpoint is not None:
+            model = LanguageModel.from_pretrained(config.checkpoint).train()
+        else:
+            model = create_language_model(config.model, **config.model_args)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error
+    if model.vocab_size < 256:
+        raise UserError(f'bytes need a vocabulary of 256, {config.model} has one of {model.vocab_size}')
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    return model
+
+
+def _loader(windows: ByteWindows, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
+    workers = useful_workers(config.workers)
+    return DataLoader(
+        windows,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=runtime.device.type == 'cuda',
+        worker_init_fn=leave_stopping_to_main,
+        **order,
+    )
+
+
+def _place(inputs: List[Tensor], packed: bool, device: torch.device) -> Tuple[Tensor, Optional[Tensor]]:
+    ids, seq_idx = (tensor.to(device, non_blocking=True) for tensor in inputs)
+    return ids, seq_idx if packed else None
