@@ -119,28 +119,33 @@ def test_the_mixer_follows_the_definition():
 
 
 @needs_triton
-@torch.no_grad()
 @pytest.mark.parametrize('size,dtype', [((3, 5), torch.float32), ((11, 13), torch.float32), ((7, 6), torch.float16)])
-def test_in_inference_two_kernels_give_what_the_operators_give(size, dtype, monkeypatch):
-    """Of one part of the pixels, of several, and in half precision."""
+def test_one_operator_gives_what_the_modules_give(size, dtype, monkeypatch):
+    """Of one part of the pixels, of several, and in half precision; unless somebody watches the norm."""
     monkeypatch.setattr(gated, '_MIN_STEPS', 64)
     monkeypatch.setattr(gated, 'num_processors', lambda tensor: 5)
     layer = NonCausalSSD(9, 3, d_state=5).to(DEVICE, dtype)
-    for parameter in layer.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     x, calls = torch.randn(2, *size, 9, device=DEVICE, dtype=dtype), []
-    run = non_causal.gated_non_causal_ssd
+    run, grad = non_causal.gated_non_causal_ssd, torch.randn_like(x)
     monkeypatch.setattr(non_causal, 'gated_non_causal_ssd', lambda *args: calls.append(args) or run(*args))
-    with use_triton(False):
-        expected = layer(x)
-    with use_triton(True):
-        assert oracles.relative_error(layer(x), expected) < (1e-5 if dtype == torch.float32 else 3e-2)
-        assert len(calls) == 1
-        with torch.enable_grad():
-            assert layer(x).requires_grad
-        layer.out_norm.register_forward_hook(lambda *args: calls.append(args))
-        assert oracles.relative_error(layer(x), expected) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+    def results(triton):
+        leaf = x.clone().requires_grad_()
+        with use_triton(triton):
+            y = layer(leaf)
+            return y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)
+
+    expected, actual = results(False), results(True)
+    assert len(calls) == 1
+    layer.out_norm.register_forward_hook(lambda *args: calls.append(args))
+    watched = results(True)
     assert len(calls) == 2 and len(calls[1]) == 3
+    for a, b, c in zip(actual, expected, watched):
+        bound = 1e-5 if dtype == torch.float32 else 3e-2
+        assert oracles.relative_error(a, b) < bound and oracles.relative_error(c, b) < bound
 
 
 def test_initial_weights():

@@ -69,28 +69,27 @@ class NonCausalSSD(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
         z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
-        inner, states, heads = self.splits[0], self.d_state, self.splits[2]
-        xBC = self.conv2d(xBC).flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
-        x, B, C = xBC.split([inner, states, states], dim=-1)
-        x, dt, A = x.unflatten(-1, (heads, -1)), dt.flatten(1, 2), negative_exp(self.A_log)
-        if self._runs_fused(x, z):
+        xBC, dt = self.conv2d(xBC).flatten(1, 2), dt.flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
+        A = negative_exp(self.A_log)
+        if self._runs_fused(xBC, z):
             norm = self.out_norm
-            options = self.D, self.dt_bias, z.flatten(1, 2), norm.weight, norm.bias, norm.eps
-            return self.out_proj(gated_non_causal_ssd(x, dt, A, B, C, *options).view(z.shape))
-        y = non_causal_ssd(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), self.D, self.dt_bias, dt_softplus=True)
+            parameters = A, self.D, self.dt_bias, norm.weight, norm.bias
+            return self.out_proj(gated_non_causal_ssd(xBC, dt, z.flatten(1, 2), *parameters, norm.eps).view(z.shape))
+        x, B, C = xBC.split([self.splits[0], self.d_state, self.d_state], dim=-1)
+        x, B, C = x.unflatten(-1, (self.splits[2], -1)), B.unsqueeze(2), C.unsqueeze(2)
+        y = non_causal_ssd(x, dt, A, B, C, self.D, self.dt_bias, dt_softplus=True)
         y = y.flatten(2).view(z.shape)  # [B, L, heads, P] -> [B, H, W, D]
         return self.out_proj(self.out_norm(y) * z)
 
-    def _runs_fused(self, x: Tensor, z: Tensor) -> bool:
-        """Whether, in inference, one function may compute all from x to the gate."""
-        if torch.is_grad_enabled() or not can_replace_modules(x) or has_global_hooks():
+    def _runs_fused(self, xBC: Tensor, z: Tensor) -> bool:
+        """Whether one function may compute all from x to the gate."""
+        if not can_replace_modules(xBC) or has_global_hooks():
             return False
         norm = self.out_norm
         tensors = self.A_log, self.D, self.dt_bias, norm.weight, norm.bias
         return (
             is_plain(norm, LayerNorm)
-            and all(is_plain_tensor(x, tensor) for tensor in tensors)
-            and (x.dtype == z.dtype == norm.out_dtype(x.device.type))
-            and (x.stride(-1) == z.stride(-1) == 1)
-            and fits(x, self.d_state)
+            and all(is_plain_tensor(xBC, tensor) for tensor in tensors)
+            and (xBC.dtype == z.dtype == norm.out_dtype(xBC.device.type))
+            and fits(z, self.splits[2], self.d_state)
         )
