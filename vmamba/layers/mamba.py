@@ -58,6 +58,8 @@ class Mamba(nn.Module):
         bias: Whether the projections have biases.
         use_fast_path: Unused: there is one path.
         layer_idx: Stored for callers.
+        fp32_scan: Whether step sizes, convolution and scan are in at least fp32 under autocast and in layers of half
+            precision; the other projections stay in the lower dtype.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Mamba(nn.Module):
         layer_idx: Optional[int] = None,
         device=None,
         dtype=None,
+        *,
+        fp32_scan: bool = False,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -85,7 +89,7 @@ class Mamba(nn.Module):
         check_counts(d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=rank)
         check_choice(('random', 'constant'), dt_init=dt_init)
         inner = scaled_channels(d_model, expand=expand)
-        self.d_state, self.dt_rank, self.layer_idx = d_state, rank, layer_idx
+        self.d_state, self.dt_rank, self.layer_idx, self.fp32_scan = d_state, rank, layer_idx, fp32_scan
         self.dt_init, self.dt_scale, self.dt_range = dt_init, dt_scale, (dt_min, dt_max, dt_init_floor)
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **dd)
         self.conv1d = CausalConv1d(inner, d_conv, bias=conv_bias, **dd)
@@ -118,8 +122,9 @@ class Mamba(nn.Module):
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = widen(x) if self.fp32_scan else x
         u = self.conv1d(x, seq_idx=seq_idx, state=None if cache is None else cache.conv)
-        dt, B, C = self._project(u)
+        dt, B, C = self._project(u, z.dtype)
         if seq_idx is not None:
             return self.out_proj(self._packed_scan(u, dt, B, C, z, seq_idx))
         y = selective_scan(
@@ -128,6 +133,7 @@ class Mamba(nn.Module):
             delta_softplus=True,
             return_last_state=cache is not None,
             initial_state=None if cache is None else cache.ssm.clone(),
+            out_dtype=z.dtype,
         )
         if cache is not None:
             y, last = y
@@ -144,7 +150,7 @@ class Mamba(nn.Module):
         driven = torch.where(begins, wide * dt / _FORGETTING_STEP, wide)
         dt = torch.where(begins, _FORGETTING_STEP, dt)
         y = selective_scan(driven.mT, dt.mT, negative_exp(self.A_log), B.mT, C.mT).mT
-        return ((y + self.D * wide) * F.silu(widen(z))).to(u.dtype)
+        return ((y + self.D * wide) * F.silu(widen(z))).to(z.dtype)
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """The cache of a sequence that has not begun, on the parameters' device."""
@@ -167,11 +173,11 @@ class Mamba(nn.Module):
         if weights is not None and all(state.is_contiguous() for state in cache):
             return mamba_step(x, *cache, weights)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.conv1d.step(x, cache.conv)
-        dt, B, C = self._project(u)
+        u = self.conv1d.step(widen(x) if self.fp32_scan else x, cache.conv)
+        dt, B, C = self._project(u, z.dtype)
         options = dict(dt_bias=self.dt_proj.bias, dt_softplus=True)
         y = selective_state_update(cache.ssm, u, dt, negative_exp(self.A_log), B, C, self.D, z, **options)
-        return self.out_proj(y)
+        return self.out_proj(y.to(z.dtype))
 
     def _plain_weights(self) -> Optional[MambaWeights]:
         """The weights for a step in fused kernels, None if modules must be called, as adapters and quantised ones."""
@@ -193,7 +199,10 @@ class Mamba(nn.Module):
         )
         return weights if all(weight is None or is_plain_tensor(self.D, weight) for weight in weights) else None
 
-    def _project(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """[..., D] -> step sizes before their bias [..., D], B and C [..., N]"""
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C  # the scan adds the bias in fp32
+    def _project(self, u: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
+        """[..., D], projected in dtype -> step sizes before their bias [..., D], B and C [..., N]"""
+        dt, B, C = self.x_proj(u.to(dtype)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if not self.fp32_scan or dt.is_meta:
+            return F.linear(dt, self.dt_proj.weight), B, C  # the scan adds the bias in fp32
+        with torch.autocast(dt.device.type, enabled=False):
+            return F.linear(widen(dt), widen(self.dt_proj.weight)), B, C

@@ -61,6 +61,8 @@ class Mamba2(nn.Module):
         chunk_size: Without effect: the result does not depend on it.
         use_mem_eff_path: Without effect: there is one path.
         layer_idx: Stored for callers.
+        fp32_scan: Whether step sizes, convolution and scan are in at least fp32 under autocast and in layers of half
+            precision; the projections stay in the lower dtype.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Mamba2(nn.Module):
         layer_idx: Optional[int] = None,
         device=None,
         dtype=None,
+        *,
+        fp32_scan: bool = False,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -106,7 +110,7 @@ class Mamba2(nn.Module):
         self.d_state, self.headdim, self.ngroups, self.d_ssm = d_state, headdim, ngroups, d_ssm
         self.conv_init, self.A_init_range = conv_init, A_init_range
         self.dt_init, self.dt_limit = (dt_min, dt_max, dt_init_floor), tuple(dt_limit)
-        self.chunk_size, self.layer_idx = chunk_size, layer_idx
+        self.chunk_size, self.layer_idx, self.fp32_scan = chunk_size, layer_idx, fp32_scan
         channels = d_ssm + 2 * ngroups * d_state
         self.splits = inner - d_ssm, inner - d_ssm, d_ssm, channels, heads  # z0, x0, z, xBC, dt
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=bias, **dd)
@@ -140,6 +144,7 @@ class Mamba2(nn.Module):
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
         z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
+        xBC, dt = (widen(xBC), widen(dt)) if self.fp32_scan else (xBC, dt)
         x, B, C = self._split_heads(self.conv1d(xBC, seq_idx=seq_idx, state=None if cache is None else cache.conv))
         y = ssd_scan(
             *(x, dt, negative_exp(self.A_log), B, C, self.chunk_size, self._skip()),
@@ -174,6 +179,7 @@ class Mamba2(nn.Module):
             [B, d].
         """
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        xBC, dt = (widen(xBC), widen(dt)) if self.fp32_scan else (xBC, dt)
         x, B, C = self._split_heads(self.conv1d.step(xBC, cache.conv))
         dt_bias: Optional[Tensor] = None
         if self.dt_limit == (0.0, inf):
@@ -213,4 +219,4 @@ class Mamba2(nn.Module):
             y = self.norm(y, z)
         if x0.shape[-1]:
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-        return self.out_proj(y)
+        return self.out_proj(y.to(z.dtype))

@@ -129,7 +129,7 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = False) -> StateDict:
 
     PyTorch files are read with `weights_only`, and their checksums are verified if present. A PyTorch file holds the
     weights or a training checkpoint; of the latter, the first present of `state_dict_ema`, `state_dict` (timm), `model`
-    and `model_ema` (official) is used.
+    and `model_ema` (official) and `network_weights` (nnU-Net) is used.
 
     Args:
         path: File.
@@ -191,7 +191,7 @@ def _refusal(path: Path) -> str:
 
 
 def _select_weights(checkpoint: Any, path: Path, use_ema: bool) -> StateDict:
-    keys = ('state_dict_ema', 'state_dict', 'model', 'model_ema')
+    keys = ('state_dict_ema', 'state_dict', 'model', 'model_ema', 'network_weights')
     if isinstance(checkpoint, dict):
         for key in ('model_ema', *keys) if use_ema else keys:
             if isinstance(checkpoint.get(key), dict):
