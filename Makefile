@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test test-fast test-targets test-timm lint docs clean
+.PHONY: demo demo-mm test test-fast test-medical test-targets test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -21,6 +21,12 @@ test: .venv/.dev
 test-fast: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not triton" \
 		tests/kernels tests/layers tests/models
+
+# What needs nnU-Net and MONAI, and layers and models with the version of timm that these need, in an environment of its
+# own.
+test-medical: .venv-medical/.done
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-medical/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
+		-k "not triton" tests/medical tests/layers tests/models
 
 # Compiles every kernel of the models for each GPU architecture, without a GPU. Takes an hour on two cores.
 test-targets: .venv/.dev
@@ -46,6 +52,11 @@ docs: .venv/.dev
 clean:
 	rm -rf demo demo-mm data/scenes build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv-medical/.done: $(PACKAGING) | $(BIN)/pip
+	$(PYTHON) -m venv --without-pip .venv-medical
+	$(BIN)/python -m pip --python .venv-medical/bin/python install -e '.[medical]' 'pytest>=8' pytest-xdist
+	touch $@
 
 # Some systems ship Python without ensurepip: there, pip installs itself into the environment.
 $(BIN)/pip:

@@ -23,6 +23,7 @@ COMMANDS = {
     'mm-train': ('mm_train', 'train a detector of mmdet or a segmentor of mmseg'),
     'mm-test': ('mm_test', 'test a detector or segmentor'),
     'mm-infer': ('mm_infer', 'predict and draw boxes, masks or segmentation'),
+    'nnunet-trainers': ('nnunet_trainers', 'folder of the trainers for nnU-Net'),
     'make-scenes': ('make_scenes', 'compose a small data set for detection and segmentation'),
     'validate-sequences': ('validate_sequences', 'accuracy on long-range tasks, at several lengths'),
     'make-sequences': ('make_sequences', 'make the data of a long-range task'),

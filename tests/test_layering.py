@@ -15,6 +15,7 @@ LAYERS = {
     'vmamba': 'vmamba',
     'vmamba/sequence': 'vmamba.sequence',
     'vmamba/mm': 'vmamba.mm',
+    'vmamba/nnunet': 'vmamba.nnunet',
     'configs': 'vmamba.configs',
     'tools': 'vmamba.tools',
     'tests': 'tests',
@@ -50,5 +51,5 @@ def test_imports_go_one_way(folder):
             if folder == 'kernels':
                 assert target or top in ('torch', 'triton') or top in sys.stdlib_module_names, where
             if layer < PACKAGES.index('vmamba.mm'):
-                assert top not in ('mmengine', 'mmcv', 'mmdet', 'mmseg'), where
+                assert top not in ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'monai', 'nnunetv2'), where
             assert top != 'kernels' and not (folder == 'tests' and top.startswith('test_')), where

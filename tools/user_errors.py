@@ -9,7 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-_MM_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables')
+# Packages of each extra, other than `tools`.
+_EXTRAS = {
+    'mm,tools': ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables'),
+    'medical': ('monai', 'nibabel', 'nnunetv2'),
+    'text': ('transformers',),
+}
 
 
 class UserError(Exception):
@@ -41,7 +46,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, ImportError):
         package = missing_package(error)
         what = f'the package {package} is missing' if package else ' '.join(str(error).split())
-        extras = 'text' if package == 'transformers' else 'mm,tools' if package in _MM_PACKAGES else 'tools'
+        extras = next((extra for extra, packages in _EXTRAS.items() if package in packages), 'tools')
         return f"{what}; install it by `pip install 'vmamba[{extras}]'`"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith('Caught '):  # a DataLoader's worker sends its whole traceback as the message
