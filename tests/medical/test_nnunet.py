@@ -59,7 +59,7 @@ def trained(tmp_path_factory):
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    trainer, cpu = ('-tr', 'nnUNetTrainerShort'), ('-device', 'cpu')
+    cpu = ('-device', 'cpu')
     run('nnUNetv2_plan_and_preprocess', '-d', '1', '-c', '2d', '-np', '1', '-npfp', '1')
     run('nnUNetv2_train', '1', '2d', 'all', '-tr', 'nnUNetTrainerShort', *cpu)
     chosen = (
