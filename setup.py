@@ -12,6 +12,7 @@ setup(
     package_data={
         'vmamba': ['py.typed'],
         'vmamba.configs': ['model-index.yml'],
+        'vmamba.configs.biomedical': ['*.yaml'],
         'vmamba.configs.classification': ['*.yaml'],
         'vmamba.configs.sequence': ['*.yaml'],
         'vmamba.configs.detection': ['metafile.yml'],

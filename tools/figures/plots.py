@@ -68,11 +68,12 @@ def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
 
 
 def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
-    """Losses and accuracies of a training run after each epoch; what a run has not measured is left out."""
-    panels_of = {
-        'loss': {'train_loss': 'training', 'val_loss': 'validation'},
-        'validation accuracy, %': {'val_top1': 'top-1', 'val_top5': 'top-5', 'ema_top1': 'top-1, average of weights'},
-    }
+    """Losses and scores of a training run after each epoch; what a run has not measured is left out."""
+    accuracies = {'val_top1': 'top-1', 'val_top5': 'top-5', 'ema_top1': 'top-1, average of weights'}
+    scores = {'validation accuracy, %': accuracies}
+    if any('val_dice' in row for row in history):
+        scores = {'validation Dice': {'val_dice': 'mean over classes'}}
+    panels_of = {'loss': {'train_loss': 'training', 'val_loss': 'validation'}, **scores}
     figure = Figure(figsize=(9, 3.8), layout='constrained')
     for panel, (ylabel, curves) in zip(figure.subplots(1, 2), panels_of.items()):
         for key, label in curves.items():

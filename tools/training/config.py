@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Type, TypeVar, Union
 
 import yaml
 
@@ -14,6 +14,7 @@ from vmamba.configs import find_config
 from vmamba.tools.user_errors import UserError, nearest
 
 BASE_KEY = '_base_'
+ConfigT = TypeVar('ConfigT')
 
 
 class Range(NamedTuple):
@@ -163,36 +164,70 @@ class Config:
     )
     keep_checkpoints: int = _key(2, 'newest checkpoints to keep', POSITIVE)
 
+    def settle(self) -> None:
+        """Fills in what follows from other keys, and checks the values.
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-_HINTS = typing.get_type_hints(Config)
+        Raises:
+            UserError: If a value is wrong.
+        """
+        self.pretrained &= self.checkpoint is None
+        if self.data and Path(self.data).exists():
+            if self.data_dir is not None:
+                raise UserError(f'data {self.data} and data_dir {self.data_dir} both name the data; leave one out')
+            self.data, self.data_dir = '', self.data
+        _check(self)
 
 
-def load_config(path: Path, overrides: Dict[str, Any]) -> Config:
+def fields_of(kind: type) -> Dict[str, dataclasses.Field]:
+    """The keys of a class of configurations."""
+    return {field.name: field for field in dataclasses.fields(kind)}
+
+
+FIELDS = fields_of(Config)
+
+
+def load_config(path: Path, overrides: Dict[str, Any], kind: Type[ConfigT] = Config) -> ConfigT:
     """Reads a file and the files that it builds on, then applies what the command line gives.
 
     Args:
         path: YAML file; its key `_base_` names a file, relative to it, whose keys it replaces.
         overrides: Values by key.
+        kind: Class of the configuration, a dataclass of keys with `output` and a method `settle`.
 
     Raises:
         FileNotFoundError: If a file is missing; the message names the nearest.
         UserError: If a file is broken, or a key or value is wrong.
     """
     path = find_config(path)
-    values = {key: _convert(key, value, 'the command line') for key, value in overrides.items()}
-    config = Config(**{**_read(path, []), **values})
+    hints = typing.get_type_hints(kind)
+    values = {key: _convert(key, value, hints[key], 'the command line') for key, value in overrides.items()}
+    config = kind(**{**_read(path, [], hints), **values})
     config.output = config.output or f'runs/{path.stem}'
-    config.pretrained &= config.checkpoint is None
-    if config.data and Path(config.data).exists():
-        if config.data_dir is not None:
-            raise UserError(f'data {config.data} and data_dir {config.data_dir} both name the data; leave one out')
-        config.data, config.data_dir = '', config.data
-    _check(config)
+    config.settle()
     return config
 
 
-def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
+def task_of(path: Path) -> Optional[str]:
+    """The key `task` of a file or of those that it builds on; None without one, and for files that cannot be read.
+
+    `load_config` names the errors of such files.
+    """
+    seen = []
+    while path not in seen:
+        seen.append(path)
+        try:
+            path = find_config(path)
+            content = read_yaml(path)
+        except (FileNotFoundError, UserError):
+            return None
+        if not isinstance(content, dict) or 'task' in content or not isinstance(content.get(BASE_KEY), str):
+            return content.get('task') if isinstance(content, dict) else None
+        path = path.parent / content[BASE_KEY]
+    return None
+
+
+def _read(path: Path, seen: List[Path], hints: Dict[str, Any]) -> Dict[str, Any]:
+    """Keys and values of a file and of those that it builds on, for a class with these keys and types."""
     if path.resolve() in seen:
         raise UserError(f'{path} builds on itself; change its {BASE_KEY}')
     content = read_yaml(path) or {}
@@ -201,11 +236,11 @@ def _read(path: Path, seen: List[Path]) -> Dict[str, Any]:
     base = content.pop(BASE_KEY, None)
     if not isinstance(base, (str, type(None))):
         raise UserError(f'{path}: {BASE_KEY} must name a file, got {base!r}')
-    values = _read(find_config(path.parent / base), [*seen, path.resolve()]) if base else {}
+    values = _read(find_config(path.parent / base), [*seen, path.resolve()], hints) if base else {}
     for key, value in content.items():
-        if key not in FIELDS:
-            raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), FIELDS)}')
-        values[key] = _convert(key, value, path)
+        if key not in hints:
+            raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), hints)}')
+        values[key] = _convert(key, value, hints[key], path)
     return values
 
 
@@ -253,9 +288,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
+def _convert(key: str, value: Any, kind: Any, source: Union[str, Path]) -> Any:
     """The value as the key's type; YAML takes 1e-3 for a text, and 1 is a number of any kind."""
-    kind = _HINTS[key]
     arguments = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
     if value is None and type(None) in arguments:
         return None
@@ -266,10 +300,12 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
         except ValueError:
             pass
     if kind is list and isinstance(value, list):
-        kinds = (int, float) if typing.get_args(arguments[0]) == (float,) else str
-        if not all(isinstance(item, kinds) for item in value):
-            raise UserError(f'{key} must be a list of {"texts" if kinds is str else "numbers"}, {source} gives {value}')
-        value = value if kinds is str else [float(item) for item in value]
+        (item_kind,) = typing.get_args(arguments[0])
+        kinds = (int, float) if item_kind is float else item_kind
+        if item_kind is not Any and not all(isinstance(item, kinds) for item in value):
+            what = {str: 'texts', int: 'whole numbers', float: 'numbers'}[item_kind]
+            raise UserError(f'{key} must be a list of {what}, {source} gives {value}')
+        value = [float(item) for item in value] if item_kind is float else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f'{key} must be of type {kind.__name__}, {source} gives {value!r}')
     return value
@@ -278,8 +314,7 @@ def _convert(key: str, value: Any, source: Union[str, Path]) -> Any:
 def _check(config: Config) -> None:
     if not config.model:
         raise UserError("the configuration names no model; add 'model: vmamba_t'")
-    for key, field in FIELDS.items():
-        _check_value(key, getattr(config, key), field.metadata['allowed'])
+    check_values(config)
     for key in ('scale', 'ratio'):
         pair = getattr(config, key)
         if len(pair) != 2 or pair[0] > pair[1]:
@@ -301,6 +336,12 @@ def _check(config: Config) -> None:
         raise UserError('ema_warmup is of a moving average, but there is none: set ema_decay, such as 0.999')
 
 
+def check_values(config: Any) -> None:
+    """Raises UserError for a value that its key does not allow."""
+    for key, field in fields_of(type(config)).items():
+        _check_value(key, getattr(config, key), field.metadata['allowed'])
+
+
 def _check_value(key: str, value: Any, allowed: Union[Range, Sequence[Any], None]) -> None:
     for item in value if isinstance(value, list) else [value]:
         if allowed is None or item is None or item in allowed:
@@ -316,9 +357,9 @@ def option_of(key: str) -> str:
     return f'--{key.replace("_", "-")}'
 
 
-def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = ()) -> None:
+def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = (), kind: type = Config) -> None:
     """Makes an option of every key, except some; one that is not given is absent from the result."""
-    for name, field in FIELDS.items():
+    for name, field in fields_of(kind).items():
         if name in without:
             continue
         option, help_text = option_of(name), field.metadata['help']
@@ -328,11 +369,12 @@ def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = ())
         elif field.type == List[str]:
             parser.add_argument(option, nargs='*', default=argparse.SUPPRESS, help=help_text, metavar='NAME')
         else:
-            kind = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
-            parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
-    parser.add_argument(
-        '--from-scratch', dest='pretrained', action='store_false', default=argparse.SUPPRESS, help='--no-pretrained'
-    )
+            parse = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
+            parser.add_argument(option, type=parse, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
+    if kind is Config:
+        parser.add_argument(
+            '--from-scratch', dest='pretrained', action='store_false', default=argparse.SUPPRESS, help='--no-pretrained'
+        )
 
 
 def _parse_text(text: str) -> Optional[str]:

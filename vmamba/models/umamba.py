@@ -359,6 +359,7 @@ class UMamba(nn.Module):
             ValueError: If the images have another number of axes or channels, or a size that the network does not take.
         """
         self._check(x)
+        x = x.as_tensor() if hasattr(x, 'as_tensor') else x  # MONAI's MetaTensor, which the kernels do not take
         skips = self.encoder(x)
         skips[-1] = self.mamba_layer(skips[-1])
         return self.decoder(skips)

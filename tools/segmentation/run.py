@@ -1,0 +1,259 @@
+"""A training of U-Mamba, from its configuration to its scores and pictures."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from torch import Tensor, nn
+
+from vmamba.models import UMamba
+from vmamba.models._pretrained import read_file
+from vmamba.tools.output_files import lock_folder, write_csv, write_text, writing
+from vmamba.tools.training.checkpoint import Checkpoints
+from vmamba.tools.training.report import Report
+from vmamba.tools.training.runtime import Runtime, StopRequest, peak_memory_mib, start
+from vmamba.tools.training.seeding import derive_seed, seed_all
+from vmamba.tools.user_errors import UserError, changes
+
+from .config import Config
+from .data import Patches, split, whole_cases
+from .evaluation import Evaluator
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+SCORES = {'dice': 'Dice', 'surface_dice': 'surface Dice'}
+# Keys that may change when a run is resumed.
+FREE_KEYS = {'output', 'workers', 'cache', 'log', 'device', 'compile', 'checkpoint', 'data', 'val_data', 'draw'}
+
+
+def train(config: Config, resume: bool) -> List[Dict[str, float]]:
+    """Trains as configured; returns the metrics of each epoch.
+
+    Raises:
+        UserError: If a setting does not fit the network, the data or the machine, the loss is no finite number, or the
+            output folder holds a run that is not to be resumed.
+    """
+    runtime = start(config.device)
+    if runtime.world > 1:
+        raise UserError('networks for segmentation train in one process; nnU-Net trains them in several')
+    output = Path(config.output)
+    if Checkpoints(output, 1).paths() and not resume:
+        raise UserError(f'{output} holds a run already: --resume continues it, another --output starts a new one')
+    with lock_folder(output):
+        trainer = Trainer(config, runtime)
+        try:
+            trainer.run(resume)
+        finally:
+            trainer.stop.restore()
+            trainer.report.close()
+    return trainer.history
+
+
+def create_network(config: Config) -> UMamba:
+    """The network of a configuration, with the weights to start from.
+
+    Raises:
+        UserError: If the sizes do not fit each other, or the weights do not fit the network.
+    """
+    keys = ('kind', 'in_chans', 'num_classes', 'patch_size', 'features', 'kernel_sizes', 'strides')
+    options = ('encoder_blocks', 'decoder_blocks', 'deep_supervision', 'mixer')
+    try:
+        network = UMamba(**{key: getattr(config, key) for key in (*keys, *options)})
+        if config.checkpoint:
+            network.load_pretrained(config.checkpoint)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f'cannot build the network: {error}') from error
+    return network
+
+
+def load_network(path: Union[str, Path]) -> UMamba:
+    """The network of a best.pt that `train` wrote, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: If the file is of another kind.
+    """
+    content = read_file(path)
+    config = content.get('config') if isinstance(content, dict) else None
+    if not isinstance(config, dict) or config.get('task') != 'segmentation':
+        raise UserError(f'{path} is no checkpoint of a training for segmentation by `vmamba train`')
+    network = create_network(Config(**{**config, 'checkpoint': None, 'deep_supervision': False}))
+    network.load_state_dict(content['state_dict'])
+    return network.eval()
+
+
+def loss_function(config: Config) -> nn.Module:
+    """Soft Dice without the background and cross-entropy, 1:1.
+
+    With deep supervision the sum over the resolutions by nnU-Net's weights: 1/2^i, 0 for the lowest, normalised.
+    """
+    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    steps = len(config.features) - 1
+    weights = np.array([0.5**i for i in range(steps)])
+    if steps > 1:
+        weights[-1] = 0
+    return DeepSupervisionLoss(loss, weights=(weights / weights.sum()).tolist())
+
+
+class Trainer:
+    """A run and its position."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.device, self.report = config, runtime.device, Report(config, runtime)
+        config.precision = config.precision or ('bf16' if self.device.type == 'cuda' else 'fp32')
+        cases, held_out = split(config)
+        self.report.say(f'{len(cases)} images to train on, {len(held_out)} to validate on')
+        seed_all(config.seed)
+        self.network = create_network(config).to(self.device)
+        count = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        self.report.say(f'U-Mamba {config.kind}, mixer {config.mixer}: {count:.2f} M parameters, {config.precision}')
+        self.forward = torch.compile(self.network) if config.compile else self.network
+        self.patches = Patches(config, cases)
+        self.evaluator = Evaluator(config, self.device, whole_cases(config, held_out))
+        self.loss = loss_function(config)
+        rates = dict(momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), config.lr, **rates)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == 'fp16')
+        self.checkpoints, self.stop = Checkpoints(Path(config.output), 2), StopRequest()
+        self.epoch, self.best = 0, -math.inf
+        self.history: List[Dict[str, float]] = []
+
+    def run(self, resume: bool) -> None:
+        """Trains to the last epoch, then evaluates the best weights."""
+        config, output = self.config, Path(self.config.output)
+        if resume:
+            self._resume()
+        with writing(output):
+            self.checkpoints.remove_parts()
+        write_text(output / 'config.yaml', yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        self.report.open_records(self.epoch * config.iterations, self.epoch)
+        while self.epoch < config.epochs:
+            self._train_epoch()
+            self._stop_if_asked()
+        self._evaluate_best()
+        self.report.finish(self.history)
+
+    def _train_epoch(self) -> None:
+        config, begin = self.config, time.perf_counter()
+        rate = config.lr * (1 - self.epoch / config.epochs) ** 0.9
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        seed_all(derive_seed(config.seed, self.epoch))
+        self.network.train()
+        self.network.decoder.deep_supervision = config.deep_supervision
+        self.report.start_epoch(self.epoch, config.epochs, 0, config.iterations)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.patches.epoch(self.epoch):
+            total += self._update(*(batch[key].to(self.device, non_blocking=True) for key in ('image', 'label')))
+        loss = total.item() / config.iterations
+        self._check_finite(loss)
+        self.epoch += 1
+        updates = self.epoch * config.iterations
+        row = dict(epoch=self.epoch, updates=updates, lr=rate, train_loss=loss)
+        if self.epoch % config.val_every == 0 or self.epoch == config.epochs:
+            row['val_dice'] = self._validate()
+        images = config.iterations * config.batch_size / (time.perf_counter() - begin)
+        row.update(images_per_second=round(images, 2), memory_mib=round(peak_memory_mib(self.device), 1))
+        self.history.append(row)
+        self.report.end_epoch(self.history)
+        # Before the checkpoint, which marks the epoch as done.
+        if 'val_dice' in row and not row['val_dice'] <= self.best:  # the first is saved even without any label
+            self.best = row['val_dice']
+            self.checkpoints.save_best({'state_dict': self.network.state_dict(), **self._facts(), **row})
+        self._save()
+
+    def _update(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update; returns its loss."""
+        self.optimizer.zero_grad()
+        with self._autocast():
+            outputs = self.forward(images)
+        loss = self.loss(outputs, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.precision
+        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != 'fp32')
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        saved = (
+            f'the last good checkpoint is that of epoch {self.epoch}' if self.epoch else 'there is no checkpoint yet'
+        )
+        others = {'fp16': ' or choose precision bf16 or fp32', 'bf16': ' or choose precision fp32', 'fp32': ''}
+        raise UserError(
+            f'the loss is not a finite number in epoch {self.epoch + 1}; {saved}; lower lr ({self.config.lr:g})'
+            f'{others[self.config.precision]}'
+        )
+
+    def _validate(self) -> float:
+        """Mean Dice of the validation cases over classes."""
+        self.report.say_status('validating')
+        return self._mean(self._evaluate(self.network), 'dice')
+
+    def _evaluate(self, network: UMamba, **options: Any) -> List[Dict[str, Any]]:
+        network.eval()
+        network.decoder.deep_supervision = False
+        with self._autocast():
+            return self.evaluator.evaluate(network, **options)
+
+    def _mean(self, rows: List[Dict[str, Any]], key: str) -> float:
+        return float(pd.DataFrame(rows).groupby('label')[key].mean().mean())
+
+    def _evaluate_best(self) -> None:
+        """Writes scores.csv with the scores of each case and class, and the pictures in drawn/."""
+        output = Path(self.config.output)
+        network = load_network(output / 'best.pt').to(self.device)
+        with writing(output / 'drawn'):
+            (output / 'drawn').mkdir(exist_ok=True)
+        rows = self._evaluate(network, surface=True, folder=output / 'drawn')
+        write_csv(output / 'scores.csv', rows)
+        found = ', '.join(f'{name} {self._mean(rows, key):.4f}' for key, name in SCORES.items())
+        self.report.say(f'best weights: {found} (tolerance {self.config.surface_tolerance:g})')
+
+    def _facts(self) -> Dict[str, Any]:
+        return {'config': dataclasses.asdict(self.config)}
+
+    def _save(self) -> None:
+        parts = dict(state_dict=self.network, optimizer=self.optimizer, scaler=self.scaler)
+        state = {key: part.state_dict() for key, part in parts.items()}
+        state.update(self._facts(), epoch=self.epoch, history=self.history, best=self.best)
+        self.checkpoints.save(state, self.epoch * self.config.iterations)
+
+    def _resume(self) -> None:
+        """Loads the newest readable checkpoint, if there is one.
+
+        Raises:
+            UserError: If the checkpoint belongs to another run.
+        """
+        found = self.checkpoints.load_newest(self.report.warn)
+        if found is None:
+            self.report.say(f'nothing to resume in {self.config.output}: starting a new run')
+            return
+        state, path = found
+        was, now = state['config'], dataclasses.asdict(self.config)
+        differences = changes(*({key: of[key] for key in of if key not in FREE_KEYS} for of in (was, now)))
+        if differences:
+            raise UserError(f'{path} is of a run with {differences}; give what it had, or another --output')
+        self.network.load_state_dict(state['state_dict'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.epoch, self.history, self.best = state['epoch'], state['history'], state['best']
+        self.report.say(f'resumed from {path}: epoch {self.epoch + 1}')
+
+    def _stop_if_asked(self) -> None:
+        number: Optional[int] = self.stop.signal
+        if number:
+            self.report.say(f'stopped by signal {number} after epoch {self.epoch}; --resume continues the run')
+            self.report.close()
+            self.stop.exit(number)
