@@ -5,13 +5,18 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-mm test test-fast test-medical test-targets test-timm lint docs clean
+.PHONY: demo demo-medical demo-mm test test-fast test-medical test-targets test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
 
 demo-mm: .venv/.mm
 	$(BIN)/python tools/demo_mm.py --output demo-mm
+
+# The images of the demo are files of stardist, which is not imported.
+demo-medical: .venv-medical/.done
+	$(BIN)/python -m pip --python .venv-medical/bin/python install --no-deps stardist
+	.venv-medical/bin/python tools/demo_medical.py --output demo-medical
 
 # One thread per worker: more would compete for the cores.
 test: .venv/.dev
@@ -50,7 +55,7 @@ docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf demo demo-mm data/scenes build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf demo demo-medical demo-mm data/scenes build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv-medical/.done: $(PACKAGING) | $(BIN)/pip

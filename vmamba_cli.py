@@ -30,6 +30,7 @@ COMMANDS = {
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
     'bench generation': ('bench_generation', 'speed and memory of generation by language models'),
+    'bench medical': ('bench_medical', 'time and memory of U-Mamba'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),
     'compare highres': ('compare_highres', 'time and memory of feature extraction by image size'),
     'compare training': ('compare_training', 'accuracy of models trained with the same recipe'),

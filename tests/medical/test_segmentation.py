@@ -123,7 +123,7 @@ ERRORS = {
     'split': (['--val-fraction', '0.9'], 'has 4 images, too few to validate on 4'),
     'nan': (
         ['--lr', '1e30', '--clip-grad', '1e30'],
-        'the loss is not a finite number in epoch 1; there is no checkpoint',
+        r'the loss is not a finite number in epoch 1; lower lr \(1e\+30\)',
     ),
 }
 

@@ -2,10 +2,10 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
-from monai.data import CacheDataset, DataLoader, NibabelReader, PILReader
+from monai.data import CacheDataset, DataLoader, NibabelReader, PILReader, set_track_meta
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
@@ -23,6 +23,7 @@ from monai.transforms import (
     Transform,
 )
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from vmamba.tools.images.decoding import to_mode
@@ -129,7 +130,7 @@ def augmenting(config: Config) -> List[Transform]:
     """Cuts a patch, and changes it at random."""
     size, share = config.patch_size, config.foreground
     steps = [
-        EnsureTyped(BOTH, track_meta=False),  # random steps take half the time
+        EnsureTyped(BOTH, track_meta=False),
         SpatialPadd(BOTH, size),
         RandCropByPosNegLabeld(BOTH, 'label', size, pos=share, neg=1 - share),
     ]
@@ -150,14 +151,18 @@ class Patches:
         self.config = config
         self.dataset = _cached(config, cases, [*loading(config), *augmenting(config)])
 
-    def epoch(self, number: int) -> DataLoader:
+    def epoch(self, number: int) -> Iterator[Dict[str, Tensor]]:
         """Dictionaries with `image` [B, C, ...] and `label` [B, 1, ...]."""
         config = self.config
         generator = torch.Generator().manual_seed(derive_seed(config.seed, number))
         count = config.iterations * config.batch_size
         sampler = RandomSampler(self.dataset, replacement=True, num_samples=count, generator=generator)
         options = dict(num_workers=config.workers, pin_memory=torch.cuda.is_available(), generator=generator)
-        return DataLoader(self.dataset, batch_size=config.batch_size, sampler=sampler, **options)
+        set_track_meta(False)  # random transforms take half the time
+        try:
+            yield from DataLoader(self.dataset, batch_size=config.batch_size, sampler=sampler, **options)
+        finally:
+            set_track_meta(True)
 
 
 def whole_cases(config: Config, cases: List[Case]) -> DataLoader:

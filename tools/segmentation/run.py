@@ -6,12 +6,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-import numpy as np
 import pandas as pd
-import torch
 import yaml
-from monai.losses import DeepSupervisionLoss, DiceCELoss
-from torch import Tensor, nn
 
 from vmamba.models import UMamba
 from vmamba.models._pretrained import read_file
@@ -19,14 +15,14 @@ from vmamba.tools.output_files import lock_folder, write_csv, write_text, writin
 from vmamba.tools.training.checkpoint import Checkpoints
 from vmamba.tools.training.report import Report
 from vmamba.tools.training.runtime import Runtime, StopRequest, peak_memory_mib, start
-from vmamba.tools.training.seeding import derive_seed, seed_all
+from vmamba.tools.training.seeding import seed_all
 from vmamba.tools.user_errors import UserError, changes
 
 from .config import Config
 from .data import Patches, split, whole_cases
+from .engine import Engine
 from .evaluation import Evaluator
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 SCORES = {'dice': 'Dice', 'surface_dice': 'surface Dice'}
 # Keys that may change when a run is resumed.
 FREE_KEYS = {'output', 'workers', 'cache', 'log', 'device', 'compile', 'checkpoint', 'data', 'val_data', 'draw'}
@@ -87,19 +83,6 @@ def load_network(path: Union[str, Path]) -> UMamba:
     return network.eval()
 
 
-def loss_function(config: Config) -> nn.Module:
-    """Soft Dice without the background and cross-entropy, 1:1.
-
-    With deep supervision the sum over the resolutions by nnU-Net's weights: 1/2^i, 0 for the lowest, normalised.
-    """
-    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    steps = len(config.features) - 1
-    weights = np.array([0.5**i for i in range(steps)])
-    if steps > 1:
-        weights[-1] = 0
-    return DeepSupervisionLoss(loss, weights=(weights / weights.sum()).tolist())
-
-
 class Trainer:
     """A run and its position."""
 
@@ -109,16 +92,11 @@ class Trainer:
         cases, held_out = split(config)
         self.report.say(f'{len(cases)} images to train on, {len(held_out)} to validate on')
         seed_all(config.seed)
-        self.network = create_network(config).to(self.device)
+        self.network = create_network(config)
         count = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         self.report.say(f'U-Mamba {config.kind}, mixer {config.mixer}: {count:.2f} M parameters, {config.precision}')
-        self.forward = torch.compile(self.network) if config.compile else self.network
-        self.patches = Patches(config, cases)
+        self.engine = Engine(config, self.network, Patches(config, cases), self.device)
         self.evaluator = Evaluator(config, self.device, whole_cases(config, held_out))
-        self.loss = loss_function(config)
-        rates = dict(momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), config.lr, **rates)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == 'fp16')
         self.checkpoints, self.stop = Checkpoints(Path(config.output), 2), StopRequest()
         self.epoch, self.best = 0, -math.inf
         self.history: List[Dict[str, float]] = []
@@ -140,25 +118,14 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         config, begin = self.config, time.perf_counter()
-        rate = config.lr * (1 - self.epoch / config.epochs) ** 0.9
-        for group in self.optimizer.param_groups:
-            group['lr'] = rate
-        seed_all(derive_seed(config.seed, self.epoch))
-        self.network.train()
-        self.network.decoder.deep_supervision = config.deep_supervision
         self.report.start_epoch(self.epoch, config.epochs, 0, config.iterations)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.patches.epoch(self.epoch):
-            total += self._update(*(batch[key].to(self.device, non_blocking=True) for key in ('image', 'label')))
-        loss = total.item() / config.iterations
-        self._check_finite(loss)
+        loss, rate = self.engine.train_epoch(self.epoch), self.engine.rate(self.epoch)
+        speed = config.iterations * config.batch_size / (time.perf_counter() - begin)
         self.epoch += 1
-        updates = self.epoch * config.iterations
-        row = dict(epoch=self.epoch, updates=updates, lr=rate, train_loss=loss)
+        row = dict(epoch=self.epoch, updates=self.epoch * config.iterations, lr=rate, train_loss=loss)
         if self.epoch % config.val_every == 0 or self.epoch == config.epochs:
             row['val_dice'] = self._validate()
-        images = config.iterations * config.batch_size / (time.perf_counter() - begin)
-        row.update(images_per_second=round(images, 2), memory_mib=round(peak_memory_mib(self.device), 1))
+        row.update(images_per_second=round(speed, 2), memory_mib=round(peak_memory_mib(self.device), 1))
         self.history.append(row)
         self.report.end_epoch(self.history)
         # Before the checkpoint, which marks the epoch as done.
@@ -166,35 +133,6 @@ class Trainer:
             self.best = row['val_dice']
             self.checkpoints.save_best({'state_dict': self.network.state_dict(), **self._facts(), **row})
         self._save()
-
-    def _update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update; returns its loss."""
-        self.optimizer.zero_grad()
-        with self._autocast():
-            outputs = self.forward(images)
-        loss = self.loss(outputs, labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
-
-    def _autocast(self) -> torch.autocast:
-        precision = self.config.precision
-        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != 'fp32')
-
-    def _check_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
-        saved = (
-            f'the last good checkpoint is that of epoch {self.epoch}' if self.epoch else 'there is no checkpoint yet'
-        )
-        others = {'fp16': ' or choose precision bf16 or fp32', 'bf16': ' or choose precision fp32', 'fp32': ''}
-        raise UserError(
-            f'the loss is not a finite number in epoch {self.epoch + 1}; {saved}; lower lr ({self.config.lr:g})'
-            f'{others[self.config.precision]}'
-        )
 
     def _validate(self) -> float:
         """Mean Dice of the validation cases over classes."""
@@ -204,7 +142,7 @@ class Trainer:
     def _evaluate(self, network: UMamba, **options: Any) -> List[Dict[str, Any]]:
         network.eval()
         network.decoder.deep_supervision = False
-        with self._autocast():
+        with self.engine.autocast():
             return self.evaluator.evaluate(network, **options)
 
     def _mean(self, rows: List[Dict[str, Any]], key: str) -> float:
@@ -225,7 +163,7 @@ class Trainer:
         return {'config': dataclasses.asdict(self.config)}
 
     def _save(self) -> None:
-        parts = dict(state_dict=self.network, optimizer=self.optimizer, scaler=self.scaler)
+        parts = dict(state_dict=self.network, optimizer=self.engine.optimizer, scaler=self.engine.scaler)
         state = {key: part.state_dict() for key, part in parts.items()}
         state.update(self._facts(), epoch=self.epoch, history=self.history, best=self.best)
         self.checkpoints.save(state, self.epoch * self.config.iterations)
@@ -246,8 +184,8 @@ class Trainer:
         if differences:
             raise UserError(f'{path} is of a run with {differences}; give what it had, or another --output')
         self.network.load_state_dict(state['state_dict'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.scaler.load_state_dict(state['scaler'])
+        self.engine.optimizer.load_state_dict(state['optimizer'])
+        self.engine.scaler.load_state_dict(state['scaler'])
         self.epoch, self.history, self.best = state['epoch'], state['history'], state['best']
         self.report.say(f'resumed from {path}: epoch {self.epoch + 1}')
 
