@@ -72,12 +72,14 @@ def shown_commands():
             yield f'tools/{tool.name}', command
 
 
+# Names of commands in the text; this one has no options.
+BARE = {f'vmamba {name}' for name in vmamba_cli.COMMANDS if name != 'nnunet-trainers'}
 COMMANDS = sorted(
     {
         (page, command)
         for page, command in shown_commands()
         if re.match(r'(vmamba|torchrun|make|pip|python|find) ', command) and 'COMMAND' not in command
-        if command not in map('vmamba {}'.format, vmamba_cli.COMMANDS) and not command.endswith('--help')
+        if command not in BARE and not command.endswith('--help')
     }
 )
 

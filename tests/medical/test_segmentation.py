@@ -172,3 +172,12 @@ def test_the_configurations_have_the_sizes_of_the_plans():
         with torch.device('meta'):
             network = create_network(config)
         assert sum(parameter.numel() for parameter in network.parameters()) == dict(zip(('bot', 'enc'), counts))[kind]
+
+
+def test_the_examples_of_the_page_run():
+    page = (Path(__file__).parents[2] / 'docs/medical.md').read_text()
+    examples = re.findall(r'^```python\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    runnable = [text for text in examples if '.pt' not in text]  # others load files
+    assert len(runnable) == 2
+    for text in runnable:
+        exec(text, {})
