@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
     cpu = ('-device', 'cpu')
     run('nnUNetv2_plan_and_preprocess', *'-d 1 -c 2d -np 1 -npfp 1'.split())
     run('nnUNetv2_train', '1', '2d', 'all', '-tr', 'nnUNetTrainerShort', *cpu)
-    chosen = '-d 1 -c 2d -f all --disable_tta -npp 1 -nps 1'.split()
+    chosen = '-d 1 -c 2d -f all -tr nnUNetTrainerShort --disable_tta -npp 1 -nps 1'.split()
     run('nnUNetv2_predict', '-i', str(raw / 'imagesTs'), '-o', 'predicted', *chosen, *cpu)
     return folder
 

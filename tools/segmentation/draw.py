@@ -7,6 +7,7 @@ import numpy as np
 
 from vmamba.tools.figures.plots import save_figure
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,10 +26,10 @@ def draw_case(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, title
         path: Of the picture.
     """
     planes = _planes(label if label.any() else predicted)
-    figure = Figure(figsize=(5 * len(planes), 5.6), layout='constrained')
+    figure = Figure(figsize=(8, 8.6) if len(planes) == 1 else (5 * len(planes), 5.6), layout='constrained')
     for panel, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes):
         _draw_plane(panel, image[(slice(None), *plane)], label[plane], predicted[plane])
-    styles = dict(mask='solid', prediction='dashed')
+    styles = {'mask (dark)': 'solid', 'prediction (light)': 'dashed'}
     lines = [Line2D([], [], color='black', linestyle=style, label=name) for name, style in styles.items()]
     figure.legend(handles=lines, loc='outside lower center', ncols=2, frameon=False)
     figure.suptitle(title.replace('$', r'\$'), fontsize=11)
@@ -48,8 +49,8 @@ def _draw_plane(panel: Axes, image: np.ndarray, label: np.ndarray, predicted: np
     low, high = np.percentile(image, [1, 99])
     pixels = ((image - low) / max(high - low, 1e-6)).clip(0, 1)
     panel.imshow(pixels[0] if len(image) < 3 else np.moveaxis(pixels[:3], 0, -1), cmap='gray')
-    for mask, style in ((label, 'solid'), (predicted, 'dashed')):
+    for light, (mask, style) in enumerate(((label, 'solid'), (predicted, 'dashed'))):
         for number in np.unique(mask[mask > 0]):
-            color = f'C{(int(number) - 1) % 10}'
-            panel.contour(mask == number, levels=[0.5], colors=color, linestyles=style, linewidths=1)
+            color = colormaps['tab20'](2 * (int(number) - 1) % 20 + light)  # pairs of a dark and a light colour
+            panel.contour(mask == number, levels=[0.5], colors=[color], linestyles=style, linewidths=1.2)
     panel.set_axis_off()
