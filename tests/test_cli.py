@@ -115,3 +115,14 @@ def test_errors_name_the_command(run):
 def test_earlier_names_of_options_stay_known(tool, earlier, now):
     parse = import_module(f'vmamba.tools.{tool}').parse_args
     assert parse([*earlier]) == parse([*now])
+
+
+def test_the_folder_of_trainers_is_printed_if_nnunet_is_installed(run, monkeypatch):
+    from vmamba.nnunet import FOLDER
+    from vmamba.tools import nnunet_trainers
+
+    monkeypatch.setattr(nnunet_trainers, 'find_spec', lambda name: name)
+    assert run('nnunet-trainers') == (0, f'{FOLDER}\n', '')
+    monkeypatch.setattr(nnunet_trainers, 'find_spec', lambda name: None)
+    code, _, err = run('nnunet-trainers')
+    assert code == 2 and "the package nnunetv2 is missing; install it by `pip install 'vmamba[medical]'`" in err

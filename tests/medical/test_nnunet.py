@@ -32,10 +32,10 @@ FOLDERS = {'nnUNet_raw': 'raw', 'nnUNet_preprocessed': 'preprocessed', 'nnUNet_r
 RUN = 'results/Dataset001_Discs/nnUNetTrainerShort__nnUNetPlans__2d'
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+@pytest.fixture
+def trained(tmp_path):
     """The folder of a data set that nnU-Net has planned, trained on and predicted."""
-    folder = tmp_path_factory.mktemp('nnunet')
+    folder = tmp_path
     raw = folder / 'raw/Dataset001_Discs'
     for name in ('imagesTr', 'labelsTr', 'imagesTs'):
         (raw / name).mkdir(parents=True)
@@ -67,37 +67,37 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_two_epochs_and_a_prediction(trained):
-    checkpoint = torch.load(trained / RUN / 'fold_all/checkpoint_final.pth', weights_only=False)
+# One test, so that several workers do not train twice.
+def test_two_epochs_and_a_prediction_and_the_checkpoint_without_nnunet(trained):
+    path = trained / RUN / 'fold_all/checkpoint_final.pth'
+    checkpoint = torch.load(path, weights_only=False)
     assert checkpoint['current_epoch'] == 2
     assert np.isfinite(checkpoint['logging']['train_losses']).all()
     predicted = imread(trained / 'predicted/disc.png')
     assert predicted.shape == (32, 48) and set(np.unique(predicted)) <= {0, 1}
-
-
-def test_the_checkpoint_loads_without_nnunet(trained):
     plans = json.loads((trained / RUN / 'plans.json').read_text())['configurations']['2d']
     network = plans['architecture']['arch_kwargs']
     blocks = network['n_conv_per_stage'], network['n_conv_per_stage_decoder']
     sizes = network['features_per_stage'], network['kernel_sizes'], network['strides']
-    model = UMamba('enc', 1, 2, plans['patch_size'], *sizes, *blocks)
-    model.load_pretrained(trained / RUN / 'fold_all/checkpoint_final.pth')
-    assert network['n_conv_per_stage'] == [2] * len(network['strides'])
+    UMamba('enc', 1, 2, plans['patch_size'], *sizes, *blocks).load_pretrained(path)
+    assert network['n_conv_per_stage'] == [2] * len(network['strides'])  # the plans are not edited
+
+
+NETWORK = dict(features_per_stage=[8, 16], kernel_sizes=[[3, 3]] * 2, strides=[[1, 1], [2, 2]])
+BLOCKS = dict(n_conv_per_stage=[2, 2], n_conv_per_stage_decoder=[2])
 
 
 @pytest.mark.parametrize('name', TRAINERS)
-def test_nnunet_finds_the_trainers_and_builds_their_networks(name, trained, monkeypatch):
+def test_nnunet_finds_the_trainers_and_builds_their_networks(name, monkeypatch):
     monkeypatch.setenv('nnUNet_extTrainer', str(FOLDER))
     trainer = recursive_find_trainer_class_by_name(name)
-    plans = PlansManager(str(trained / RUN / 'plans.json'))
+    architecture = dict(network_class_name='', arch_kwargs={**NETWORK, **BLOCKS}, _kw_requires_import=[])
+    plans = PlansManager(dict(configurations={'2d': dict(patch_size=[32, 48], architecture=architecture)}))
     model = trainer.build_network_architecture(plans, plans.get_configuration('2d'), 1, 2, False)
     kind, mixer = TRAINERS[name]
     expected = UMamba(kind, 1, 2, mixer=mixer, **plan_arguments(plans.get_configuration('2d')), device='meta')
     assert list(model.state_dict()) == list(expected.state_dict())
     assert not model.decoder.deep_supervision
-
-
-NETWORK = dict(features_per_stage=[8, 16], kernel_sizes=[[3, 3]] * 2, strides=[[1, 1], [2, 2]])
 
 
 def test_plans_of_residual_encoders_are_read():
