@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .config import Config
 from .runtime import Runtime
 
-UNITS = {'classification': 'images', 'language': 'bytes', 'sequence': 'sequences'}  # of the speed, by task
+# Of the speed, by task.
+UNITS = {'classification': 'images', 'language': 'bytes', 'segmentation': 'images', 'sequence': 'sequences'}
 LOGS = {'tensorboard': 'torch.utils.tensorboard', 'wandb': 'wandb'}  # modules, which take seconds to import
 
 
