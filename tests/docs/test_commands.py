@@ -183,7 +183,7 @@ def test_the_published_figures_of_the_page_are_those_of_the_tool():
     assert found == {name: (figures.top1, figures.top5) for name, figures in PUBLISHED.items()}
 
 
-def test_model_tables_show_every_model_with_its_size_and_published_accuracy():
+def test_the_model_zoo_shows_every_model_with_its_size_and_published_accuracy():
     import timm
 
     from vmamba.tools.published import PUBLISHED
@@ -192,11 +192,26 @@ def test_model_tables_show_every_model_with_its_size_and_published_accuracy():
         name: f'{sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) / 1e6:.1f}'
         for name in PUBLISHED
     }
-    for page in ('README.md', 'docs/model_zoo.md'):
-        rows = re.findall(r'^\| `([\w.]+)` \|(.*)\|$', (ROOT / page).read_text(), re.MULTILINE)
-        cells = {name: [cell.strip() for cell in row.split('|')] for name, row in rows}
-        for name, (top1, *_) in PUBLISHED.items():
-            if page == 'README.md' and '.' in name:
-                continue  # the model zoo lists the other weights
-            assert sizes[name] in cells[name], (page, name)
-            assert {f'{top1:.1f}', f'{top1:.3f}'} & set(cells[name]), (page, name)
+    rows = re.findall(r'^\| `([\w.]+)` \|(.*)\|$', (ROOT / 'docs/model_zoo.md').read_text(), re.MULTILINE)
+    cells = {name: [cell.strip() for cell in row.split('|')] for name, row in rows}
+    for name, (top1, *_) in PUBLISHED.items():
+        assert sizes[name] in cells[name], name
+        assert {f'{top1:.1f}', f'{top1:.3f}'} & set(cells[name]), name
+
+
+def test_the_table_of_families_has_every_model_and_the_ranges_of_its_figures():
+    import timm
+
+    from vmamba.tools.published import PUBLISHED
+
+    listed = set()
+    for row in re.findall(r'^\|.*` \|.*\|$', (ROOT / 'README.md').read_text(), re.MULTILINE):
+        _, _, models, params, top1, *_ = (cell.strip() for cell in row.split('|'))
+        names = re.findall(r'`(\w+)`', models)
+        sizes = [sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) / 1e6 for name in names]
+        assert params == f'{min(sizes):.1f} to {max(sizes):.1f}', names
+        published = [figures.top1 for name, figures in PUBLISHED.items() if name.split('.')[0] in names]
+        assert top1 == (f'{min(published):.1f} to {max(published):.1f}' if published else ''), names
+        listed.update(names)
+    modules = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
+    assert listed == {name for name, module in modules.items() if module.startswith('vmamba.')}
