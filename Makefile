@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-medical demo-mm test test-fast test-medical test-targets test-timm lint docs clean
+.PHONY: demo demo-medical demo-mm test test-fast test-medical test-targets test-export test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -36,6 +36,10 @@ test-medical: .venv-medical/.done
 # Compiles every kernel of the models for each GPU architecture, without a GPU. Takes an hour on two cores.
 test-targets: .venv/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -rP --confcutdir tests/targets tests/targets
+
+# Exports every registered variant to ONNX and compares it with PyTorch. Takes hours on two cores.
+test-export: .venv/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -rP -p no:logging --confcutdir tests/exports tests/exports
 
 # timm's own model tests on the models of this library (see tests/timm_plugin.py). They come from timm's source
 # distribution, which is downloaded in the installed version. Takes 40 minutes on two cores.

@@ -19,6 +19,8 @@ COMMANDS = {
     'knn': ('evaluate_features', 'k-NN and a linear probe on extracted features'),
     'visualize': ('visualize', 'effective receptive fields and scan attention'),
     'convert': ('convert', 'convert a checkpoint to safetensors'),
+    'export onnx': ('export_onnx', 'write a model as ONNX'),
+    'export pt2': ('export_pt2', 'compile a model ahead of time'),
     'configs': ('configurations', 'list, show and copy the installed configurations'),
     'mm-train': ('mm_train', 'train a detector of mmdet or a segmentor of mmseg'),
     'mm-test': ('mm_test', 'test a detector or segmentor'),

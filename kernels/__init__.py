@@ -11,6 +11,7 @@ from .gated_norm import gated_rms_norm
 from .moe import SwitchOutput, switch_mlp
 from .naive import cross_merge, cross_scan
 from .norm import add_norm, layer_norm, rms_norm
+from .portable import decompositions
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
 from .ssd import non_causal_ssd, ssd_scan
@@ -31,6 +32,7 @@ __all__ = [
     'causal_conv1d_update',
     'cross_merge',
     'cross_scan',
+    'decompositions',
     'depthwise_conv2d',
     'diagonal_kernel',
     'diagonal_state',

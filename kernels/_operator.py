@@ -95,6 +95,11 @@ class Operator:
             outputs = self.forward(*inputs, save=False)
         return outputs[0] if self.results == 1 else tuple(outputs[: self.results])
 
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered operator, as graphs name it."""
+        return getattr(torch.ops.vmamba, self.name).default
+
     def forward(self, *inputs: Any, save: bool) -> Tuple[Tensor, ...]:
         """(*results, *saved), without autograd."""
         with on_device(inputs[0]):

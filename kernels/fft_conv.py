@@ -18,7 +18,7 @@ from ._launch import cdiv
 
 
 def long_conv(u: Tensor, kernel: Tensor, kernel_ahead: Optional[Tensor] = None) -> Tensor:
-    """Convolution with kernels as long as the sequence, by FFT.
+    """Convolution with kernels as long as the sequence, by FFT; directly where a model is exported.
 
         out_l = sum_{j >= 0} kernel_j * u_{l - j} + sum_{j >= 0} kernel_ahead_j * u_{l + 1 + j}
 
@@ -44,12 +44,26 @@ def long_conv(u: Tensor, kernel: Tensor, kernel_ahead: Optional[Tensor] = None) 
     if kernel_ahead is not None:
         kernel_ahead = kernel_ahead[..., : max(seqlen - 1, 1)].to(wide)
         taps = max(taps, kernel_ahead.shape[-1] + 1)
+    if torch.compiler.is_exporting() and kernel.ndim < u.ndim:
+        return _direct_conv(u.to(wide), kernel, kernel_ahead)
     size = _fft_size(seqlen + taps - 1)
     spectrum = torch.fft.rfft(kernel, size)
     if kernel_ahead is not None:  # position -1 - j of a circle
         ahead = F.pad(kernel_ahead.flip(-1), (size - kernel_ahead.shape[-1], 0))
         spectrum = spectrum + torch.fft.rfft(ahead, size)
     return torch.fft.irfft(torch.fft.rfft(u.to(wide), size) * spectrum, size)[..., :seqlen]
+
+
+def _direct_conv(u: Tensor, kernel: Tensor, kernel_ahead: Optional[Tensor]) -> Tensor:
+    """`long_conv` as a depthwise convolution, because formats such as ONNX have no fast FFT."""
+    taps, before = kernel.flip(-1), kernel.shape[-1] - 1
+    after = 0
+    if kernel_ahead is not None:
+        taps, after = torch.cat([taps, kernel_ahead], dim=-1), kernel_ahead.shape[-1]
+    shape = torch.broadcast_shapes(u.shape[:-1], kernel.shape[:-1])
+    u = F.pad(u.expand(*shape, -1).flatten(1, -2), (before, after))
+    taps = taps.expand(*shape[1:], -1).reshape(-1, 1, taps.shape[-1])
+    return F.conv1d(u, taps, groups=taps.shape[0]).unflatten(1, shape[1:])
 
 
 def diagonal_kernel(log_decay: Tensor, coefficient: Tensor, length: int) -> Tensor:

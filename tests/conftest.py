@@ -22,7 +22,8 @@ from vmamba.kernels import chunked, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
 
-collect_ignore = ['targets']  # kernels that are compiled cannot be interpreted; see `make test-targets`
+# Kernels that are compiled cannot be interpreted, see `make test-targets`; `make test-export` takes hours.
+collect_ignore = ['targets', 'exports']
 
 
 def pytest_collection_modifyitems(items):

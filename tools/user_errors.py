@@ -14,6 +14,7 @@ _EXTRAS = {
     'mm,tools': ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables'),
     'medical': ('monai', 'nibabel', 'nnunetv2'),
     'text': ('transformers',),
+    'export,tools': ('onnx', 'onnxruntime', 'onnxscript'),
 }
 
 

@@ -80,7 +80,7 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is needed to build a model and to preprocess its images."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model-args', type=_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
+    group.add_argument('--model-args', type=parse_model_args, default={}, metavar='YAML', help="such as '{stride: 6}'")
     group.add_argument('--seed', type=int, default=0, help='of random weights')
     group.add_argument('--mean', type=float, nargs='+', help="of the images' channels; default: the model's own")
     group.add_argument('--std', type=positive_float, nargs='+', help="default: the model's own")
@@ -147,7 +147,7 @@ def training_of(spec: Spec) -> Dict[str, Any]:
     return facts
 
 
-def _model_args(text: str) -> Dict[str, Any]:
+def parse_model_args(text: str) -> Dict[str, Any]:
     try:
         found, why = parse_yaml(text), ''
     except ValueError as error:

@@ -1,0 +1,124 @@
+"""Exported files compute the same as the models, in runtimes that know neither PyTorch's modules nor this library."""
+
+import shutil
+import subprocess
+import sys
+
+import model_cases
+import oracles
+import pytest
+import torch
+from model_cases import CLASS_TOKENS, SMALL, images
+
+from vmamba import export
+from vmamba.export import ExportError, FeatureMaps, export_onnx, export_pt2
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+# One block of every kind of mixer; MambaVision and VSSD have two.
+TOKENS, STAGES = dict(depth=1, img_size=16), dict(depths=(0, 1))
+SHALLOW = {family: TOKENS if family in CLASS_TOKENS else STAGES for family in SMALL}
+SHALLOW['mambavision'], SHALLOW['vssd'] = dict(depths=(0, 0, 2)), dict(depths=(0, 0, 1, 1))
+MIXERS = {'mamba2': dict(d_state=4), 's4d': dict(d_state=4), 'h3': dict(d_state=4), 'attention': dict(d_state=None)}
+LOOPS = {'Loop', 'Scan', 'If', 'SequenceAt'}
+
+
+def small(family, **kwargs):
+    return model_cases.small(family, **{**SHALLOW[family], **kwargs}).eval()
+
+
+def images_of(family, batch=1):
+    return images(batch, 3, *([16, 16] if family in CLASS_TOKENS else [32, 32]))
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(output) for output in session.run(None, {'images': x.numpy()})]
+
+
+@pytest.mark.parametrize('family', SMALL)
+def test_every_family_runs_as_onnx_for_any_batch(family, tmp_path):
+    model, path = small(family), tmp_path / 'model.onnx'
+    facts = export_onnx(model, images_of(family), path, dynamic_batch=True)
+    graph = onnx.load(path).graph
+    assert {node.domain for node in graph.node} == {''} and not LOOPS & {node.op_type for node in graph.node}
+    assert facts.nodes == len(graph.node) and facts.size == path.stat().st_size and facts.error < 1e-4
+    for batch in (1, 2, 5):
+        x = images_of(family, batch)
+        (logits,) = run(path, x)
+        assert oracles.relative_error(logits, model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_every_mixer_of_vim_runs_as_onnx(mixer, tmp_path):
+    model, x = small('vim', mixer=mixer, headdim=8, **MIXERS[mixer]), images_of('vim', 2)
+    export_onnx(model, x, tmp_path / 'model.onnx')
+    assert oracles.relative_error(run(tmp_path / 'model.onnx', x)[0], model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('family', ['vmamba', 'vim'])
+def test_feature_maps_run_as_onnx(family, tmp_path):
+    model, x = small(family), images_of(family)
+    export_onnx(FeatureMaps(model).eval(), x, tmp_path / 'maps.onnx')
+    maps = run(tmp_path / 'maps.onnx', x)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert all(oracles.relative_error(ours, theirs) < 1e-5 for ours, theirs in zip(maps, expected, strict=True))
+
+
+def test_half_precision_and_metadata(tmp_path):
+    model, x, path = small('vmamba'), images_of('vmamba'), tmp_path / 'model.onnx'
+    expected = model(x)
+    export_onnx(model.half(), x.half(), path, metadata={'mean': '[0.5]'})
+    (logits,) = run(path, x.half())
+    assert logits.dtype == torch.float16 and oracles.relative_error(logits.float(), expected) < 0.02
+    session = onnxruntime.InferenceSession(str(path))
+    assert session.get_modelmeta().custom_metadata_map == {'mean': '[0.5]'}
+
+
+def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
+    """With a wrong form of an operator."""
+
+    def wrong():
+        return {key: lambda u, *others: u.sum(dim=2) for key in right() if 'bidirectional' in str(key)} | {
+            key: form for key, form in right().items() if 'bidirectional' not in str(key)
+        }
+
+    right = export.decompositions
+    monkeypatch.setattr(export, 'decompositions', wrong)
+    with pytest.raises(ExportError, match='output 0 differs from PyTorch by .* of its largest value, over 1e-04'):
+        export_onnx(small('vim'), images_of('vim'), tmp_path / 'model.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('opset', [17, 99])
+def test_an_opset_that_is_not_supported(opset, tmp_path):
+    with pytest.raises(ExportError, match=f'opset must be from 18 to .*, got {opset}'):
+        export_onnx(small('vim'), images_of('vim'), tmp_path / 'model.onnx', opset=opset)
+
+
+def test_models_that_a_graph_cannot_hold():
+    model, x = small('vim'), images_of('vim')
+    with pytest.raises(ExportError, match=r'training mode; call model.eval\(\)'):
+        export.capture(model.train(), x)
+    handle = model.eval().blocks[0].mixer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ExportError, match='blocks.0.mixer has hooks.*remove them'):
+        export.capture(model, x)
+    handle.remove()
+    export.capture(model, x)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_a_compiled_package_runs_without_the_library(tmp_path):
+    model, path = small('vim', d_state=1), tmp_path / 'model.pt2'
+    assert export_pt2(model, images_of('vim'), path, dynamic_batch=True) < 1e-4
+    x = images_of('vim', 3)
+    torch.save({'x': x, 'expected': model(x).detach()}, tmp_path / 'case.pt')
+    code = (
+        'import sys, torch; case = torch.load("case.pt"); '
+        'y = torch._inductor.aoti_load_package("model.pt2")(case["x"]); '
+        'assert "vmamba" not in sys.modules; torch.testing.assert_close(y, case["expected"], atol=1e-4, rtol=1e-4)'
+    )
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)

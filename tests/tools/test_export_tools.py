@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import timm
+import torch
+
+import vmamba  # noqa: F401
+from vmamba.tools import export_onnx, export_pt2
+
+onnxruntime = pytest.importorskip('onnxruntime')
+SMALL = '{depth: 1, embed_dim: 16, d_state: 2}'
+
+
+def run(tool, *arguments):
+    tool.main([str(argument) for argument in arguments])
+
+
+def error_of(capsys, tool, *arguments):
+    with pytest.raises(SystemExit) as end:
+        run(tool, *arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_checkpoint_becomes_a_file_with_its_preprocessing(tmp_path, capsys):
+    model = timm.create_model('vim_nano', depth=1, embed_dim=16, d_state=2, img_size=16, num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    path = tmp_path / 'model.onnx'
+    run(export_onnx, 'vim_nano', path, '--checkpoint', tmp_path / 'weights.pth', '--model-args', SMALL)
+    out = capsys.readouterr().out
+    assert f'Wrote {path}: ' in out and ' nodes, loaded in ' in out
+    session = onnxruntime.InferenceSession(str(path))
+    x = torch.randn(1, 3, 16, 16)
+    (logits,) = session.run(None, {'images': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-4)
+    mean = json.loads(session.get_modelmeta().custom_metadata_map['mean'])
+    assert mean == pytest.approx(model.pretrained_cfg['mean'])
+
+
+def test_an_output_is_overwritten_only_by_force(tmp_path, capsys):
+    path = tmp_path / 'model.onnx'
+    path.write_text('precious')
+    assert '--force overwrites it' in error_of(capsys, export_onnx, 'vim_nano=untrained', path)
+    assert path.read_text() == 'precious'
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('vim_nano=untrained', '--img-size', 33), '--img-size 33: image size 33x33 is not covered by patches'),
+        (('vim_nano=untrained', '--opset', 17), 'opset must be from 18 to'),
+        (('vim_nano',), 'vim_nano has no published weights'),
+        (('vim_nan=untrained',), 'did you mean vim_nano'),
+    ],
+)
+def test_what_a_file_cannot_hold_is_one_line(arguments, message, tmp_path, capsys):
+    name, *options = arguments
+    error = error_of(capsys, export_onnx, name, tmp_path / 'model.onnx', '--model-args', SMALL, *options)
+    assert message in error and error.count('\n') == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_needs_a_compiler(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_pt2.shutil, 'which', lambda _: None)
+    assert 'install g++ or clang++' in error_of(capsys, export_pt2, 'vim_nano=untrained', tmp_path / 'model.pt2')

@@ -1,0 +1,259 @@
+"""Models as files for other runtimes: ONNX, and packages compiled ahead of time (AOTInductor)."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from .kernels import decompositions, use_triton
+from .layers.plain import has_global_hooks
+
+__all__ = ['ExportError', 'FeatureMaps', 'OnnxFile', 'capture', 'export_onnx', 'export_pt2']
+
+MIN_OPSET = 18
+_ONE_FILE = 2**31 - 2**20  # bytes; ONNX keeps larger weights in a second file
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
+
+
+class ExportError(ValueError):
+    """A model cannot be exported, or the file computes something else than the model."""
+
+
+class OnnxFile(NamedTuple):
+    """Facts about a checked file.
+
+    Attributes:
+        nodes: Nodes of its graph.
+        size: Bytes, with those of a second file of weights.
+        weights: Bytes of the model's parameters and buffers.
+        load_s: Seconds in which ONNX Runtime loads it.
+        error: Largest difference from PyTorch, relative to the largest output.
+    """
+
+    nodes: int
+    size: int
+    weights: int
+    load_s: float
+    error: float
+
+
+class FeatureMaps(nn.Module):
+    """The feature maps of a model's stages, as `forward_intermediates` returns them.
+
+    Args:
+        model: Model of this library.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        """[B, C, H, W] -> a map [B, d, H', W'] per stage"""
+        return self.model.forward_intermediates(x, intermediates_only=True)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, x: Tensor, dynamic_batch: bool = False, portable: bool = True) -> ExportedProgram:
+    """The graph of a model in evaluation mode, for images of one size.
+
+    Args:
+        model: Model, or a wrapper such as `FeatureMaps`.
+        x: Images [B, C, H, W] of the size to export for.
+        dynamic_batch: Whether the graph takes batches of any size.
+        portable: Only ordinary operators of PyTorch. Otherwise the library's operators are in the graph, which needs
+            `import vmamba` where it runs.
+
+    Raises:
+        ExportError: If the model is in training mode or has hooks, which a graph cannot hold.
+    """
+    _check(model)
+    # A batch of 1 would be taken for a constant.
+    shapes: Any = ({0: Dim('batch', min=1, max=2**16)},) if dynamic_batch else None
+    example = torch.cat([x, x]) if dynamic_batch and x.shape[0] == 1 else x
+    if not portable:
+        return torch.export.export(model, (example,), dynamic_shapes=shapes)
+    with use_triton(False):
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+        if _fold_complex(folded := program.module()):
+            program = torch.export.export(folded, (example,), dynamic_shapes=shapes)
+        return program.run_decompositions(decompositions())
+
+
+def export_onnx(
+    model: nn.Module,
+    x: Tensor,
+    path: Union[str, Path],
+    dynamic_batch: bool = False,
+    opset: int = MIN_OPSET,
+    metadata: Optional[Mapping[str, str]] = None,
+) -> OnnxFile:
+    """Writes a model as ONNX, in ordinary operators without loops, once ONNX Runtime computes the same as PyTorch.
+
+    The file has an input `images` and the output `logits`, or `features_0`, `features_1`, ... if the model returns
+    several. It is checked by onnx and run by ONNX Runtime on the CPU, whose outputs may differ from the model's by 1e-4
+    of the largest (2e-2 in fp16). Otherwise nothing is written.
+
+    Args:
+        model: In evaluation mode, on the CPU, in fp32 or fp16.
+        x: Images [B, C, H, W] in the model's dtype; the file takes this size, and this batch without `dynamic_batch`.
+        path: The .onnx file; weights above 2 GiB are in a second file, PATH.data.
+        dynamic_batch: Whether the file takes batches of any size.
+        opset: Version of ONNX's operators, at least 18.
+        metadata: Texts by name that the file holds.
+
+    Raises:
+        ExportError: If the opset is not supported, the model is in training mode or has hooks, or the file's outputs
+            differ from the model's.
+    """
+    import onnx
+    import onnxscript  # noqa: F401, torch's exporter needs it
+
+    newest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= newest:
+        raise ExportError(f'opset must be from {MIN_OPSET} to {newest}, the newest of the installed onnx, got {opset}')
+    program = capture(model, x, dynamic_batch)
+    with torch.no_grad():
+        number = len(program.graph_signature.user_outputs)
+        names = ['logits'] if number == 1 else [f'features_{i}' for i in range(number)]
+        written = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, input_names=['images'], output_names=names, verbose=False
+        )
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, which would be a third of a small file
+    written.model.metadata_props.update(metadata or {})
+    path, weights = Path(path), sum(tensor.nbytes for tensor in model.state_dict().values())
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export') as folder:
+        file = Path(folder) / path.name
+        written.save(file, external_data=weights > _ONE_FILE)
+        onnx.checker.check_model(str(file), full_check=True)
+        session, load_s = _load(file)
+        error = max(
+            _compare(model, x, lambda images: session.run(None, {'images': images.numpy()}))
+            for x in _batches(x, dynamic_batch)
+        )
+        files = list(Path(folder).iterdir())
+        size = sum(file.stat().st_size for file in files)
+        for file in sorted(files, reverse=True):  # the weights first
+            file.replace(path.parent / file.name)
+    return OnnxFile(len(written.model.graph), size, weights, load_s, error)
+
+
+def export_pt2(
+    model: nn.Module, x: Tensor, path: Union[str, Path], dynamic_batch: bool = False, portable: bool = True
+) -> float:
+    """Writes a model as a package that AOTInductor compiled, once it computes the same as PyTorch.
+
+    `torch._inductor.aoti_load_package(path)` loads it, on the kind of device and processor that it was written on.
+
+    Args:
+        model: In evaluation mode.
+        x: Images [B, C, H, W] on the model's device and in its dtype, of the size that the package takes.
+        path: The .pt2 file.
+        dynamic_batch: Whether the package takes batches of any size.
+        portable: See `capture`.
+
+    Returns:
+        Largest difference from PyTorch, relative to the largest output.
+
+    Raises:
+        ExportError: If the model is in training mode or has hooks, or the package's outputs differ from the model's.
+    """
+    program, path = capture(model, x, dynamic_batch, portable), Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export') as folder:
+        file = Path(folder) / path.name
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        package = torch._inductor.aoti_load_package(str(file))
+        error = max(_compare(model, x, lambda images: _arrays(package(images))) for x in _batches(x, dynamic_batch))
+        file.replace(path)
+    return error
+
+
+def _load(file: Path) -> Any:
+    """A session of ONNX Runtime, and the seconds in which it was made."""
+    import onnxruntime
+
+    start = time.perf_counter()
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    except Exception as error:  # onnxruntime's have no common class
+        raise ExportError(f'ONNX Runtime {onnxruntime.__version__} does not load the file: {error}') from error
+    return session, time.perf_counter() - start
+
+
+def _batches(x: Tensor, dynamic_batch: bool) -> List[Tensor]:
+    return [x, torch.cat([x, x.flip(-1), x.flip(-2)])] if dynamic_batch else [x]
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, x: Tensor, run: Callable[[Tensor], Sequence[np.ndarray]]) -> float:
+    """The largest difference of the outputs, relative to the largest of each.
+
+    Raises:
+        ExportError: If it is too large.
+    """
+    most, largest = _TOLERANCES[x.dtype], 0.0
+    for name, (actual, expected) in enumerate(zip(run(x), _arrays(model(x)), strict=True)):
+        error = float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
+        if not error <= most:  # NaN too
+            raise ExportError(
+                f'output {name} differs from PyTorch by {error:.1e} of its largest value, over {most:.0e}'
+            )
+        largest = max(largest, error)
+    return largest
+
+
+def _arrays(outputs: Union[Tensor, Sequence[Tensor]]) -> List[np.ndarray]:
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [output.double().cpu().numpy() for output in outputs]
+
+
+def _check(model: nn.Module) -> None:
+    if model.training:
+        raise ExportError('the model is in training mode; call model.eval() before the export')
+    hooks = ('_forward_hooks', '_forward_pre_hooks')
+    hooked = [name or 'the model' for name, module in model.named_modules() if any(getattr(module, h) for h in hooks)]
+    if hooked or has_global_hooks():
+        where = hooked[0] if hooked else 'all modules'
+        raise ExportError(f'{where} has hooks, which a graph cannot hold; remove them before the export')
+
+
+def _fold_complex(module: fx.GraphModule) -> bool:
+    """Computes what depends on parameters alone through complex numbers, such as the kernels of S4D and H3, and puts
+    the results in its place. Returns whether there is any."""
+    known: Dict[fx.Node, Any] = {}
+    derived = set()  # from complex numbers
+    for node in module.graph.nodes:
+        if node.op == 'get_attr':
+            known[node] = _attribute(module, node.target)
+        elif node.op == 'call_function' and all(source in known for source in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.get)
+            known[node] = node.target(*args, **kwargs)
+            is_complex = isinstance(known[node], Tensor) and known[node].is_complex()
+            if is_complex or any(source in derived for source in node.all_input_nodes):
+                derived.add(node)
+    ends = [
+        node for node in derived if isinstance(known[node], Tensor) and any(user not in known for user in node.users)
+    ]
+    for number, node in enumerate(ends):
+        module.register_buffer(f'folded_{number}', known[node])
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(f'folded_{number}')
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+    for node in reversed(module.graph.nodes):
+        if node in known and not node.users:  # assertions too, which eliminate_dead_code() keeps
+            module.graph.erase_node(node)
+    module.recompile()
+    return bool(ends)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    for part in name.split('.'):
+        module = getattr(module, part)
+    return module
