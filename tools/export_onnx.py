@@ -21,13 +21,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = exporting.make_parser(__doc__, '.onnx')
     parser.add_argument('--opset', type=positive, default=MIN_OPSET, help=f"of ONNX's operators, {MIN_OPSET} or later")
     parser.add_argument('--fp16', action='store_true', help='weights, images and outputs in fp16; scans stay in fp32')
+    parser.add_argument(
+        '--int8', action='store_true', help='int8 weights of linear layers, whose inputs are quantised as they run'
+    )
     args = exporting.parse(parser, argv)
     model, x = exporting.load(args)
     facts = exporting.metadata(model)
     if args.fp16:
         model, x = model.half(), x.half()
     try:
-        file = export_onnx(model, x, args.output, args.dynamic_batch, args.opset, facts)
+        file = export_onnx(model, x, args.output, args.dynamic_batch, args.opset, args.int8, facts)
     except ValueError as error:
         raise UserError(f'{args.model}: {error}') from error
     print(f'Wrote {args.output}: {file.size / 2**20:.1f} MiB, {file.size / file.weights:.2f} times the weights')
