@@ -36,6 +36,7 @@ def decompositions() -> Dict[Any, Callable[..., Any]]:
         ss2d_scan=_ss2d_scan,
         bidirectional_scan=_bidirectional_scan,
         ssd_scan=_ssd_scan,
+        switch_mlp=_switch_mlp,
     )
     return {OPERATORS[name].overload: form for name, form in forms.items()}
 
@@ -260,3 +261,27 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor], silu: bool
         outputs.append(F.conv1d(F.pad(x.to(wide).mT, padding), taps, own, groups=dim).mT)
     u = torch.stack(outputs, dim=2)
     return (F.silu(u) if silu else u).to(x.dtype)
+
+
+def _switch_mlp(
+    x: Tensor,
+    router_weight: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    capacity: int,
+    grouped: bool,
+    fused: bool,
+    save: bool,
+) -> Tuple[Tensor, ...]:
+    """All experts compute all tokens, because groups of rows are not an ordinary operator."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = x.to(wide) @ router_weight.to(wide).mT  # [T, E]
+    p, logsumexp = logits.softmax(dim=-1), logits.logsumexp(dim=-1)
+    chosen = logits.argmax(dim=-1, keepdim=True) == torch.arange(logits.shape[1], device=x.device)
+    weight = torch.where(chosen, p, 0)
+    if capacity >= 0:
+        weight = torch.where(chosen.long().cumsum(dim=0) <= capacity, weight, 0)
+    y = torch.relu(x.to(fc1.dtype) @ fc1) @ fc2  # [E, T, d]
+    out = (y * weight.mT.unsqueeze(2)).sum(dim=0).to(fc1.dtype)
+    means = torch.cat([p.mean(dim=0), logsumexp.square().mean(dim=0, keepdim=True)])
+    return out, means, chosen.sum(dim=0, dtype=torch.int32), *(x.new_empty(0) for _ in range(9))

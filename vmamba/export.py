@@ -19,7 +19,7 @@ __all__ = ['ExportError', 'FeatureMaps', 'OnnxFile', 'capture', 'export_onnx', '
 MIN_OPSET = 18
 _ONE_FILE = 2**31 - 2**20  # bytes; ONNX keeps larger weights in a second file
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
-_SCAN_PROJECTION = re.compile(r'\b(x|dt)_proj\.weight$')
+_SCAN_PROJECTION = re.compile(r'\b(x|dt)_proj[._]weight$')
 _INT8_TOLERANCE = 0.2  # finds wrong graphs; how accurate a quantised model is takes a data set to say
 
 
@@ -201,18 +201,16 @@ def _quantise(file: Path, model: nn.Module, external: bool) -> None:
     projections = [p.detach() for name, p in model.named_parameters() if _SCAN_PROJECTION.search(name)]
     kept = {array.contiguous().numpy().tobytes() for p in projections for array in (p, p.mT)}
     graph = onnx.load(file).graph
-    matrices = {
+    of_scans = {
         tensor.name
         for tensor in graph.initializer
-        if len(tensor.dims) == 2 and onnx.numpy_helper.to_array(tensor).tobytes() not in kept
+        if len(tensor.dims) != 2 or onnx.numpy_helper.to_array(tensor).tobytes() in kept
     }
-    kinds = ['MatMul', 'Gemm']
-    linear = [node.name for node in graph.node if node.op_type in kinds and node.input[1] in matrices]
     quantize_dynamic(
         file,
         file,
-        op_types_to_quantize=kinds,
-        nodes_to_quantize=linear,
+        op_types_to_quantize=['MatMul', 'Gemm'],
+        nodes_to_exclude=[node.name for node in graph.node if len(node.input) > 1 and node.input[1] in of_scans],
         per_channel=True,
         weight_type=QuantType.QInt8,
         use_external_data_format=external,

@@ -109,3 +109,13 @@ def test_states_before_the_sequence_are_refused():
             form_of('ssd_scan')(
                 *(x, x[..., 0], x[0, 0, 0], x, x, None, None, None), *given, *(True, 0.0, inf, False, False, False)
             )
+
+
+@pytest.mark.parametrize('capacity', [-1, 3])
+def test_switch_mlp(capacity):
+    arguments = randn(11, 6), randn(4, 6), randn(4, 6, 5), randn(4, 5, 6), capacity, False, False
+    out, means, counts, *_ = form_of('switch_mlp')(*arguments, False)
+    out_expected, means_expected, counts_expected = OPERATORS['switch_mlp'](*arguments)
+    assert_close(out, out_expected)
+    assert_close(means, means_expected)
+    assert torch.equal(counts, counts_expected) and counts.dtype == torch.int32

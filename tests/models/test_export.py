@@ -85,12 +85,12 @@ def test_int8_leaves_the_projections_of_the_scans(family, tmp_path):
     graph = onnx.load(path).graph
     kept = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == 1]
     quantised = [tensor for tensor in graph.initializer if tensor.data_type == 3 and len(tensor.dims) == 2]
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    projections = [p for name, p in model.named_parameters() if name.endswith(('x_proj.weight', 'dt_proj.weight'))]
-    assert projections and len(quantised) == len(linear) - len(projections)
-    for weight in projections:
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(quantised) == len([name for name in linear if not name.endswith('x_proj')]) < len(linear)
+    projections = 'x_proj.weight', 'dt_proj_weight'
+    for weight in (parameter for name, parameter in model.named_parameters() if name.endswith(projections)):
         found = [array for array in kept if array.shape == weight.mT.shape]
-        assert any(torch.equal(torch.from_numpy(array), weight.mT) for array in found)
+        assert any(torch.equal(torch.tensor(array), weight.mT) for array in found)
 
 
 def test_int8_is_of_models_in_fp32(tmp_path):
