@@ -50,36 +50,41 @@ def diagonal_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> 
         B, C: [batch, G, L, N].
 
     Returns:
-        y [batch, G, L, D] and the states [batch, G, L, N, D].
+        y [batch, G, L, D] and the last state [batch, G, N, D].
     """
-    decay = torch.exp(delta.unsqueeze(3) * A.unsqueeze(1))
-    value = B.unsqueeze(4) * (delta * u).unsqueeze(3)
-    states = _recurrence(decay, value)
-    if A.shape[1] == 1:
-        return C * states.squeeze(3), states
-    return (C.unsqueeze(3) @ states).squeeze(3), states
+    seqlen, (chunks, steps) = u.shape[2], _cut(u.shape[2])
+    padding = chunks * steps - seqlen
+    if padding:  # steps of size 0 keep the state
+        u, delta, B, C = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (u, delta, B, C))
+    log_decay = delta.unsqueeze(3) * A.unsqueeze(1)
+    states = _recurrence(log_decay, B.unsqueeze(4) * (delta * u).unsqueeze(3))
+    y = C * states.squeeze(3) if A.shape[1] == 1 else (C.unsqueeze(3) @ states).squeeze(3)
+    return (y[:, :, :seqlen] if padding else y), states[:, :, -1]
 
 
-def _recurrence(decay: Tensor, value: Tensor) -> Tensor:
-    """h_l = decay_l * h_{l-1} + value_l along dimension 2 of [batch, G, L, N, D]"""
-    seqlen = value.shape[2]
-    if seqlen <= _MAX_STEPS:
-        return torch.cat(_walk(decay.split(1, 2), value.split(1, 2)), dim=2)
-    steps = _steps(seqlen)
-    chunks = cdiv(seqlen, steps)
-    if chunks * steps != seqlen:
-        decay, value = (F.pad(tensor, (0, 0, 0, 0, 0, chunks * steps - seqlen)) for tensor in (decay, value))
-    decay, value = (tensor.unflatten(2, (chunks, steps)) for tensor in (decay, value))
-    decays, values = decay.split(1, 3), value.split(1, 3)
+def _recurrence(log_decay: Tensor, value: Tensor) -> Tensor:
+    """h_l = exp(log_decay_l) * h_{l-1} + value_l along dimension 2 of [batch, G, L, N, D]"""
+    seqlen, (chunks, steps) = value.shape[2], _cut(value.shape[2])
+    if chunks == 1:
+        return torch.cat(_walk(log_decay.exp().split(1, 2), value.split(1, 2)), dim=2)
+    padding = chunks * steps - seqlen
+    if padding:
+        log_decay, value = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (log_decay, value))
+    log_decay, value = (tensor.unflatten(2, (chunks, steps)) for tensor in (log_decay, value))
+    decays, values = log_decay.exp().split(1, 3), value.split(1, 3)
     added = _walk(decays, values)[-1].squeeze(3)
-    carried = _recurrence(decay.prod(dim=3), added)
+    carried = _recurrence(log_decay.sum(dim=3), added)
     before = F.pad(carried[:, :, :-1], (0, 0, 0, 0, 1, 0)).unsqueeze(3)  # the state before each chunk
-    states = torch.cat(_walk(decays, values, before), dim=3)
-    return states.flatten(2, 3)[:, :, :seqlen]
+    states = torch.cat(_walk(decays, values, before), dim=3).flatten(2, 3)
+    return states[:, :, :seqlen] if padding else states
 
 
-def _steps(seqlen: int) -> int:
-    return min(isqrt(seqlen - 1) + 1, _MAX_STEPS)
+def _cut(seqlen: int) -> Tuple[int, int]:
+    """Chunks, and steps of each."""
+    if seqlen <= _MAX_STEPS:
+        return 1, seqlen
+    steps = min(isqrt(seqlen - 1) + 1, _MAX_STEPS)
+    return cdiv(seqlen, steps), steps
 
 
 def _walk(decays: Sequence[Tensor], values: Sequence[Tensor], before: Optional[Tensor] = None) -> List[Tensor]:
@@ -113,21 +118,20 @@ def _selective_scan(
     u_wide, delta, A = u.to(wide), delta.to(wide), A.to(wide)
     if delta_bias is not None:
         delta = delta + delta_bias.to(wide).unsqueeze(1)
-    delta = F.softplus(delta) if delta_softplus else delta
+    delta = _softplus(delta) if delta_softplus else delta
     # [batch, G * D, L] -> [batch, G, L, D]
     grouped = [tensor.unflatten(1, (groups, -1)).transpose(2, 3) for tensor in (u_wide, delta)]
     sequences = [*grouped, *(tensor.to(wide).transpose(2, 3) for tensor in (B, C))]
     if reverse:
         sequences = [tensor.flip(2) for tensor in sequences]
     u, delta, B, C = sequences
-    y, states = diagonal_scan(u, delta, A.unflatten(0, (groups, -1)).mT, B, C)
+    y, last_state = diagonal_scan(u, delta, A.unflatten(0, (groups, -1)).mT, B, C)
     y = (y.flip(2) if reverse else y).transpose(2, 3).flatten(1, 2)
     if D is not None:
         y = y + u_wide * D.to(wide).unsqueeze(1)
     if z is not None:
         y = y * F.silu(z.to(wide))
-    last_state = states[:, :, -1].mT.flatten(1, 2)
-    return y.to(out_dtype), last_state, y.new_empty(0, dtype=torch.float32)
+    return y.to(out_dtype), last_state.mT.flatten(1, 2), y.new_empty(0, dtype=torch.float32)
 
 
 def _ss2d_scan(
@@ -174,7 +178,7 @@ def _routed_scan(
     routes, _, dt_rank = dt_weight.shape
     dstate = A.shape[-1]
     dt, B, C = _route(x_dbl.to(u.dtype), order).split([dt_rank, dstate, dstate], dim=-1)
-    delta = F.softplus(dt @ dt_weight.to(u.dtype).mT + dt_bias.to(u.dtype).unsqueeze(1))
+    delta = _softplus(dt @ dt_weight.to(u.dtype).mT + dt_bias.to(u.dtype).unsqueeze(1))
     y, _ = diagonal_scan(u, delta, A.to(u.dtype).mT, B, C)
     places = steps + torch.arange(routes, device=u.device).unsqueeze(1) * u.shape[2]
     return y.flatten(1, 2).index_select(1, places.flatten()).unflatten(1, places.shape).sum(dim=1)
@@ -185,6 +189,11 @@ def _route(x: Tensor, order: Tensor) -> Tensor:
     routes = order.shape[0]
     places = order * routes + torch.arange(routes, device=x.device).unsqueeze(1)
     return x.flatten(1, 2).index_select(1, places.flatten()).unflatten(1, order.shape)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """softplus(x); ONNX Runtime has vectorised exp and log, but no vectorised softplus."""
+    return torch.relu(x) + torch.log(1 + torch.exp(-x.abs()))
 
 
 def _ssd_scan(
@@ -209,7 +218,7 @@ def _ssd_scan(
     check_that(sequence is None, 'ssd_scan cannot be exported with packed sequences')
     wide, groups, seqlen = torch.promote_types(x.dtype, torch.float32), B.shape[2], x.shape[1]
     step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
-    step = F.softplus(step) if dt_softplus else step
+    step = _softplus(step) if dt_softplus else step
     if (dt_min, dt_max) != (0.0, inf) or not dt_softplus:
         step = step.clamp(dt_min, dt_max)
     chunks = cdiv(seqlen, _SSD_CHUNK)
