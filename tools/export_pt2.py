@@ -7,6 +7,7 @@ the outputs differ, no file is left and the exit code is 2. Needs a C++ compiler
     python -c "import torch; model = torch._inductor.aoti_load_package('vmamba_t.pt2')"
 """
 
+import argparse
 import shutil
 from typing import Optional, Sequence
 
@@ -18,14 +19,7 @@ from vmamba.tools.user_errors import UserError, one_line_errors
 
 @one_line_errors('export_pt2.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = exporting.make_parser(__doc__, '.pt2')
-    parser.add_argument(
-        '--kernels',
-        action='store_true',
-        help="keep the library's operators, and so its Triton kernels on a GPU: loading needs `import vmamba`",
-    )
-    add_device_option(parser)
-    args = exporting.parse(parser, argv)
+    args = parse_args(argv)
     if not shutil.which('g++') and not shutil.which('clang++'):
         raise UserError('there is no C++ compiler, which AOTInductor needs: install g++ or clang++')
     model, x = exporting.load(args)
@@ -34,6 +28,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except ValueError as problem:
         raise UserError(f'{args.model}: {problem}') from problem
     print(f'Wrote {args.output}: {args.output.stat().st_size / 2**20:.1f} MiB, differs from PyTorch by {error:.1e}')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = exporting.make_parser(__doc__, '.pt2')
+    parser.add_argument(
+        '--kernels',
+        action='store_true',
+        help="keep the library's operators, and so its Triton kernels on a GPU: loading needs `import vmamba`",
+    )
+    add_device_option(parser)
+    return exporting.parse(parser, argv)
 
 
 if __name__ == '__main__':
