@@ -149,12 +149,15 @@ def export_onnx(
             _compare(model, x, lambda images: session.run(None, {'images': images.numpy()}), tolerance)
             for x in _batches(x, dynamic_batch)
         )
-        nodes = len(onnx.load(file, load_external_data=False).graph.node)
+        read = onnx.load(file, load_external_data=False)
+        found = next(entry.version for entry in read.opset_import if not entry.domain)
+        if found != opset:
+            raise ExportError(f'torch cannot convert this model to opset {opset}; opset {found} works')
         files = list(Path(folder).iterdir())
         size = sum(file.stat().st_size for file in files)
         for file in sorted(files, reverse=True):  # the weights first
             file.replace(path.parent / file.name)
-    return OnnxFile(nodes, size, weights, load_s, error)
+    return OnnxFile(len(read.graph.node), size, weights, load_s, error)
 
 
 def export_pt2(
