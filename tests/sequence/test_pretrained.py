@@ -39,9 +39,10 @@ def official(folder, model, config, names=('pytorch_model.bin',)):
 
 @pytest.mark.parametrize('names', [['pytorch_model.bin'], ['a.bin', 'b.bin']], ids=['one-file', 'parts'])
 def test_official_files(names, tmp_path):
-    """Keys that are missing have the official defaults."""
+    """Keys that are missing or null have the official defaults."""
     model, ids = make(ssm_cfg={}), draw(2, 7)
-    official(tmp_path, model, dict(d_model=16, n_layer=2, vocab_size=VOCAB, ssm_cfg={}, rms_norm=True), names)
+    config = dict(d_model=16, n_layer=2, vocab_size=VOCAB, ssm_cfg={}, rms_norm=True, attn_layer_idx=None)
+    official(tmp_path, model, config, names)
     loaded = LanguageModel.from_pretrained(str(tmp_path))
     assert torch.equal(loaded(ids), model(ids))
     assert loaded.config['pad_vocab_size_multiple'] == 8 and loaded.config['tie_embeddings']

@@ -62,10 +62,13 @@ def _decode(value: Dict[str, Any]) -> Any:
 def options_of(config: Config) -> Config:
     """Options of `LanguageModel` from a configuration of mamba_ssm, of transformers (by model_type), or our own.
 
+    A key of null takes its default, as one that is missing.
+
     Raises:
         ValueError: If a key is unknown, or transformers' model is one that `LanguageModel` does not have.
     """
-    if config.get('model_type') is not None:
+    config = {key: value for key, value in config.items() if value is not None}
+    if 'model_type' in config:
         return _from_transformers(config)
     for key in config:
         if key not in KEYS:
@@ -73,7 +76,7 @@ def options_of(config: Config) -> Config:
             raise ValueError(
                 f'the configuration has an unknown key {key!r}' + (f'; did you mean {near[0]}?' if near else '')
             )
-    return dict(config)
+    return config
 
 
 def _from_transformers(config: Config) -> Config:
