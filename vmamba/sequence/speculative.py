@@ -98,10 +98,11 @@ def speculative_generate(
     check_counts(0, max_new_tokens=max_new_tokens)
     check_ids(model, ids)
     expected = 256 if tokenizer is not None else drafter.vocab_size
-    if len(ids) != 1 or model.vocab_size != expected:
-        raise ValueError(
-            f'one prompt of a vocabulary of {expected} tokens is needed, got {len(ids)} of {model.vocab_size}'
-        )
+    if len(ids) != 1:
+        raise ValueError(f'one prompt is needed, got {len(ids)}')
+    if model.vocab_size != expected:
+        what = "the drafter's" if tokenizer is None else 'that of bytes'
+        raise ValueError(f'the vocabulary must be {what}, {expected} tokens, got {model.vocab_size}')
     end = ids.shape[1] + max_new_tokens
     longest = end + draft_tokens + _MOST_PENDING
     cache, reader = model.allocate_cache(1, longest), _Drafter(drafter, tokenizer, longest)
@@ -111,7 +112,7 @@ def speculative_generate(
     while len(text) < end:
         reader.read(text[read:])
         read = len(text)
-        draft = reader.draft(draft_tokens)
+        draft = reader.draft(draft_tokens)[: end - len(text)]  # a token of a drafter's own may be many bytes
         accepted, work = _verify(model, cache, text[saved:], draft, accept_top)
         if len(accepted) > len(draft):  # the whole draft: its state is that of the text before the last token
             cache, saved = work, len(text) + len(draft)
