@@ -34,6 +34,9 @@ def test_a_model_in_training_generates_in_evaluation_mode():
     with pytest.raises(ValueError, match='max_new_tokens'):
         model.generate(draw(1, 2), -1)
     assert modes == [False] and model.training and all(module.training for module in model.modules())
+    part = model.backbone.layers[0].eval()
+    model.generate(draw(1, 2), 2)
+    assert model.training and not part.training
 
 
 @torch.no_grad()

@@ -86,15 +86,15 @@ def in_evaluation(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
-        modes = [model.training for model in models]
+        modes = [(module, module.training) for model in models for module in model.modules()]
         try:
             for model in models:
                 model.eval()
             with torch.no_grad():
                 return function(*args, **kwargs)
         finally:
-            for model, mode in zip(models, modes):
-                model.train(mode)
+            for module, mode in modes:  # a part of a model may have another mode than the rest
+                module.training = mode
 
     return call  # type: ignore[return-value]
 
