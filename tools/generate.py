@@ -16,7 +16,7 @@ from typing import Any, List, Optional, Sequence
 import torch
 from torch import Tensor
 
-from vmamba.sequence import LanguageModel, generate, speculative_generate
+from vmamba.sequence import LanguageModel, Sampling, generate, speculative_generate
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 
@@ -106,10 +106,27 @@ def prompt_of(args: argparse.Namespace) -> bytes:
     return text
 
 
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The options of sampling.
+
+    Raises:
+        UserError: If one is out of range, or of no effect on a draft.
+    """
+    sampling = Sampling(*(getattr(args, key) for key in Sampling._fields))
+    try:
+        sampling.check()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    greedy = Sampling(), Sampling(top_k=1), Sampling(temperature=0.0)
+    if args.draft and sampling not in greedy:
+        raise UserError('--draft always takes the most probable token: leave out the options of sampling')
+    return sampling
+
+
 @one_line_errors('generate.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    text, device = prompt_of(args), args.device
+    text, sampling, device = prompt_of(args), sampling_of(args), args.device
     model = load(args.model, device, args.precision)
     coder = coding(args, model)
     ids = torch.tensor([coder.encode(text)], device=device)
@@ -125,12 +142,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             drafter = load(args.draft, device, args.precision)
             speculative_generate(model, drafter, ids, args.max_new_tokens, args.draft_tokens, callback=show)
         else:
-            sampling = {key: getattr(args, key) for key in ('temperature', 'top_k', 'top_p', 'min_p')}
-            sampling['repetition_penalty'] = args.repetition_penalty
             generator = torch.Generator(device).manual_seed(args.seed)
             generate(
                 *(model, ids, args.max_new_tokens),
-                **sampling,
+                **sampling._asdict(),
                 eos_token_id=coder.eos_token_id,
                 callback=show,
                 generator=generator,

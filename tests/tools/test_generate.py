@@ -91,6 +91,10 @@ def test_errors_are_one_line(model, run, tmp_path):
         (('--model', model[1], '--prompt-file', tmp_path / 'no'), f'there is no {tmp_path / "no"}'),
         (('--model', model[1], '--prompt', 'a', '--top-p', 2), 'top_p must be between 0 and 1, got 2.0'),
         (('--model', model[1], '--prompt', 'a', '--max-new-tokens', 0), 'must be a whole number above 0'),
+        (
+            ('--model', model[1], '--prompt', 'a', '--draft', model[1], '--temperature', 0.5),
+            '--draft always takes the most probable token: leave out the options of sampling',
+        ),
     ):
-        code, _, err = run(*options)
-        assert code == 2 and message in err.splitlines()[-1]
+        code, out, err = run(*options)
+        assert code == 2 and not out and message in err.splitlines()[-1]
