@@ -178,8 +178,35 @@ def test_ids_out_of_range():
         model(torch.tensor([[1, 54]]))  # of the padding
     with pytest.raises(ValueError, match='got -1'):
         model.step(torch.tensor([-1]), model.allocate_cache(1))
-    with pytest.raises(ValueError, match=r'ids must be integers \[B, L\], got \(3,\)'):
+    with pytest.raises(ValueError, match=r'ids must be integers \[B, L\] with at least one token, got \(3,\)'):
         model(draw(3))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_too_few_tokens(kind):
+    model = make(kind)
+    with pytest.raises(ValueError, match=r'with at least one token, got \(2, 0\)'):
+        model(draw(2, 0))
+    with pytest.raises(ValueError, match=r'a loss needs at least two tokens \[B, L\], got \(2, 1\)'):
+        model.loss(draw(2, 1))
+
+
+def test_mixers_that_cannot_tell_packed_sequences_apart():
+    ids = draw(1, 4)
+    with pytest.raises(ValueError, match='seq_idx is for Mamba, Mamba2 and Attention, but the model has H3, S4D'):
+        make('s4d-h3')(ids, seq_idx=torch.zeros_like(ids))
+
+
+def test_a_step_of_training_drops_no_token():
+    """A batch may be smaller than the number of experts."""
+    model = make('experts')
+    ids, stepped = draw(2, 5), []
+    expected = model(ids)
+    model.train()
+    cache = model.allocate_cache(2)
+    for token in ids.unbind(1):
+        stepped.append(model.step(token, cache))
+    torch.testing.assert_close(torch.stack(stepped, dim=1), expected)
 
 
 @pytest.mark.gpu
@@ -202,6 +229,9 @@ def test_ids_out_of_range_on_a_gpu_leave_no_number():
         (dict(layer_cfg={'h3': {}}), ValueError, "layer_cfg has arguments of 'h3'"),
         (dict(layers=['mamba', 's4d'], layer_cfg={'s4d': {'bidirectional': True}}), ValueError, 'later tokens'),
         (dict(attn_layer_idx=[0], attn_cfg={'num_heads': 2, 'causal': False}), ValueError, 'later tokens'),
+        (dict(attn_layer_idx=[0]), ValueError, 'attention needs num_heads: give it in attn_cfg'),
+        (dict(layers=[['mamba', 'mlp']] * 2), ValueError, 'mlp needs d_hidden: give it in layer_cfg'),
+        (dict(layers=[['mamba', 'moe']] * 2), ValueError, 'moe needs num_experts: give it in layer_cfg'),
         (dict(vocab_size=0), ValueError, 'vocab_size must be an integer of at least 1, got 0'),
     ],
 )

@@ -35,6 +35,7 @@ MIXERS: Dict[str, Type[nn.Module]] = {
 }
 OFFICIAL_NAMES = {'Mamba1': 'mamba', 'Mamba2': 'mamba2'}  # of ssm_cfg
 N_LAYER = 64  # official default
+NEEDED = {'attention': 'num_heads', 'mlp': 'd_hidden', 'moe': 'num_experts'}  # arguments without a default
 
 # A_log, D and dt's bias stay in fp32, as do the kernels of S4D and H3 and the router of experts.
 _FP32 = re.compile(r'(^|\.)(A_log|D|ssm_k_D|dt_bias|dt_proj\.bias|router_weight)$|(^|\.)kernel\.')
@@ -94,20 +95,25 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Optional[Tensor], **mixer_args: Any) -> Tuple[Tensor, Tensor]:
         """[B, L, d] -> [B, L, d], with the residual"""
-        return self._run(hidden, residual, lambda x: self.mixer(x, **mixer_args))
+        return self._run(hidden, residual, lambda x: self.mixer(x, **mixer_args), self.mlp)
 
     def step(self, hidden: Tensor, residual: Optional[Tensor], cache: Any) -> Tuple[Tensor, Tensor]:
         """The same for one more token: [B, d] -> [B, d]"""
-        return self._run(hidden, residual, lambda x: self.mixer.step(x, cache))
+        # Experts have a step of their own, which drops no token.
+        return self._run(hidden, residual, lambda x: self.mixer.step(x, cache), getattr(self.mlp, 'step', self.mlp))
 
     def _run(
-        self, hidden: Tensor, residual: Optional[Tensor], mix: Callable[[Tensor], Tensor]
+        self,
+        hidden: Tensor,
+        residual: Optional[Tensor],
+        mix: Callable[[Tensor], Tensor],
+        mlp: Optional[Callable[[Tensor], Tensor]],
     ) -> Tuple[Tensor, Tensor]:
         normal, residual = self._add_norm(self.norm, hidden, residual)
         hidden = mix(normal)
-        if self.mlp is not None:
+        if mlp is not None:
             normal, residual = self._add_norm(self.norm2, hidden, residual)
-            hidden = self.mlp(normal)
+            hidden = mlp(normal)
         return hidden, residual
 
     def _add_norm(self, norm: nn.Module, hidden: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -260,10 +266,13 @@ class LanguageModel(nn.Module):
             num_last_tokens: Return the logits of this many last positions only; 0 for all.
 
         Raises:
-            ValueError: If ids are out of range, or a mixer does not take seq_idx.
+            ValueError: If ids are empty or out of range, or a mixer does not take seq_idx.
         """
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f'ids must be integers [B, L], got {tuple(ids.shape)} {ids.dtype}')
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+            found = f'{tuple(ids.shape)} {ids.dtype}'
+            raise ValueError(f'ids must be integers [B, L] with at least one token, got {found}')
+        if seq_idx is not None:
+            self._check_packable()
         hidden = self._embed(ids)
         residual: Any = None
         shared = {} if seq_idx is None else {'seq_idx': seq_idx}
@@ -317,7 +326,12 @@ class LanguageModel(nn.Module):
         Args:
             ids: Tokens [B, L].
             seq_idx: As for `forward`; first tokens of packed sequences are not predicted.
+
+        Raises:
+            ValueError: If there are fewer than two tokens, or as for `forward`.
         """
+        if ids.ndim == 2 and ids.shape[1] < 2:
+            raise ValueError(f'a loss needs at least two tokens [B, L], got {tuple(ids.shape)}')
         targets = ids[:, 1:].long()
         if seq_idx is not None:
             targets = targets.masked_fill(seq_idx[:, 1:] != seq_idx[:, :-1], IGNORED)
@@ -367,6 +381,12 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, folder: Union[str, Path]) -> None:
         """Writes config.json and model.safetensors, with official names, for `from_pretrained`."""
         write_pretrained(Path(folder), self.config, self.state_dict())
+
+    def _check_packable(self) -> None:
+        mixers = (type(block.mixer) for block in self.backbone.layers)
+        unpacked = sorted({mixer.__name__ for mixer in mixers if mixer not in (Mamba, Mamba2, Attention)})
+        if unpacked:
+            raise ValueError(f'seq_idx is for Mamba, Mamba2 and Attention, but the model has {", ".join(unpacked)}')
 
     def _embed(self, ids: Tensor) -> Tensor:
         """[...] -> [..., d]"""
@@ -459,6 +479,10 @@ def _arguments(
         arguments['attention'] = {'causal': True, **attn_cfg, **arguments['attention']}
     if 'mlp' in used and d_intermediate:
         arguments['mlp'] = {'d_hidden': d_intermediate, **arguments['mlp']}
+    for name, needed in NEEDED.items():
+        if name in used and needed not in arguments[name]:
+            option = 'attn_cfg' if name == 'attention' else 'layer_cfg'
+            raise ValueError(f'{name} needs {needed}: give it in {option}, got {arguments[name]}')
     for name, given in arguments.items():
         if given.get('bidirectional') or not given.get('causal', True):
             raise ValueError(f'a language model must not see later tokens, got arguments of {name}: {given}')
