@@ -253,6 +253,10 @@ def test_bad_images_are_refused():
         bot(torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r'takes images of \(16, 24\) only, got \(32, 48\)'):
         enc(torch.randn(1, 2, 32, 48))
+    for size in ((8, 8), (0, 8)):
+        with pytest.raises(ValueError, match=r'larger than the product of the strides \(8, 8\), got'):
+            bot(torch.randn(1, 2, *size))
+    assert bot(torch.randn(1, 2, 8, 16)).shape == (1, 3, 8, 16)
 
 
 @pytest.mark.gpu

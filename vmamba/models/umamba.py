@@ -266,7 +266,8 @@ class UMamba(nn.Module):
     counted back from the last.
 
     In 'enc', a stage whose map has no more positions than channels takes the channels as tokens. Such a network takes
-    images of `patch_size` only. All others take sizes that the product of the strides divides.
+    images of `patch_size` only. All others take sizes that the product of the strides divides, if the deepest map has more
+    than one position.
 
     Args:
         kind: 'bot' or 'enc'.
@@ -374,6 +375,11 @@ class UMamba(nn.Module):
                 f'its map as tokens, whose size depends on that of the image'
             )
         _check_divisible('size of the images', size, self.divisors)
+        if math.prod(side // divisor for side, divisor in zip(size, self.divisors)) < 2:
+            raise ValueError(
+                f'images must be larger than the product of the strides {self.divisors}, got {size}: the norm of the '
+                f'deepest stage needs more than one position'
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch; also takes the content of an nnU-Net checkpoint, whose weights are `network_weights`."""
