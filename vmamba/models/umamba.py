@@ -368,9 +368,13 @@ class UMamba(nn.Module):
         return self.decoder(skips)
 
     def _check(self, x: Tensor) -> None:
-        size, ndim = tuple(x.shape[2:]), len(self.patch_size)
+        ndim = len(self.patch_size)
         if x.ndim != ndim + 2 or x.shape[1] != self.in_chans:
             raise ValueError(f'images must be [B, {self.in_chans}] with {ndim} axes of positions, got {tuple(x.shape)}')
+        self.check_size(tuple(x.shape[2:]))
+
+    def check_size(self, size: Size) -> None:
+        """Raises ValueError unless the network takes images of this size."""
         if self.fixed_size and size != self.patch_size:
             raise ValueError(
                 f'this network takes images of {self.patch_size} only, got {size}: a Mamba layer has the channels of '
