@@ -126,3 +126,10 @@ def test_the_folder_of_trainers_is_printed_if_nnunet_is_installed(run, monkeypat
     monkeypatch.setattr(nnunet_trainers, 'find_spec', lambda name: None)
     code, _, err = run('nnunet-trainers')
     assert code == 2 and "the package nnunetv2 is missing; install it by `pip install 'vmamba[medical]'`" in err
+
+
+def test_the_trainers_name_the_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'nnunetv2', None)
+    monkeypatch.delitem(sys.modules, 'vmamba.nnunet.umamba_trainers', raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"nnunetv2.*: pip install 'vmamba\[medical\]'"):
+        import_module('vmamba.nnunet.umamba_trainers')

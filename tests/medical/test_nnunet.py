@@ -12,7 +12,7 @@ import pytest
 import torch
 from medical_cases import discs
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from vmamba.models import UMamba
 from vmamba.nnunet import FOLDER
@@ -109,6 +109,15 @@ def test_plans_of_residual_encoders_are_read():
 def test_plans_without_the_needed_keys_are_refused():
     with pytest.raises(ValueError, match='no n_conv_per_stage or n_blocks_per_stage, n_conv_per_stage_decoder for'):
         plan_arguments(SimpleNamespace(network_arch_init_kwargs=NETWORK, patch_size=[32, 48]))
+
+
+@pytest.mark.parametrize('missing', ['arch_kwargs', 'patch_size'])
+def test_plans_without_a_network_or_a_size_are_refused(missing):
+    configuration = dict(patch_size=[32, 48], architecture=dict(arch_kwargs={**NETWORK, **BLOCKS}))
+    configuration.pop(missing, None)
+    configuration['architecture'].pop(missing, None)
+    with pytest.raises(ValueError, match=f'the plans have no {missing}: U-Mamba needs the plans of a convolutional'):
+        plan_arguments(ConfigurationManager(configuration))
 
 
 def test_a_loss_that_is_nan_stops_the_training(monkeypatch):

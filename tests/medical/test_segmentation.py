@@ -114,6 +114,7 @@ def test_volumes_are_segmented_scored_and_drawn_in_three_planes(run, volumes, tm
 ERRORS = {
     'no-data': (['--data', 'nowhere'], 'there is no folder nowhere/images'),
     'patch': (['--patch-size', '[15,24]'], r'patch_size must be divisible by .*\(2, 2\), got \(15, 24\)'),
+    'small-patch': (['--patch-size', '[2,2]'], r'larger than the product of the strides \(2, 2\), got \(2, 2\)'),
     'rank': (['--patch-size', '[16]'], 'patch_size must have 2 or 3 numbers'),
     'volumes': (['--patch-size', '[8,8,8]'], 'has no files with .nii, .nii.gz for patches in 3-D'),
     'classes': (['--num-classes', '1'], 'has the label 1, but num_classes is 1'),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BACKENDS, DEVICE
 from official_umamba import umamba_logits, umamba_state
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from umamba_cases import ABDOMEN_3D, FLAT, PUBLISHED, SOLID, build, train
 
@@ -211,6 +212,34 @@ def test_checkpoints_of_nnunet_load(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.'])
+def test_weights_of_compiled_and_parallel_networks_load(prefix, tmp_path):
+    state = umamba_state('bot', FLAT, 2, 3)
+    wrapped = {prefix + key: value for key, value in state.items()}
+    torch.save(wrapped, tmp_path / 'weights.pth')
+    models = [build('bot', FLAT) for _ in range(3)]
+    models[0].load_state_dict(wrapped)
+    models[1].load_state_dict(dict(network_weights=wrapped))
+    models[2].load_pretrained(tmp_path / 'weights.pth')
+    for model in models:
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('kind, plan', [('bot', FLAT), ('enc', SOLID)], ids=['bot', 'enc'])
+def test_files_with_one_name_of_each_weight_load(kind, plan, tmp_path):
+    source, path = build(kind, plan), tmp_path / 'weights.safetensors'
+    save_model(source, path)
+    models = [build(kind, plan) for _ in range(2)]
+    models[0].load_pretrained(path)
+    load_model(models[1], path)
+    for model in models:
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+    weights = load_file(path)
+    save_file({key: value for key, value in weights.items() if 'stem.1.conv2' not in key}, path)
+    with pytest.raises(RuntimeError, match=r'missing: encoder\.stem\.1\.conv2'):
+        models[0].load_pretrained(path)
+
+
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     torch.save(umamba_state('bot', FLAT, 2, 5), tmp_path / 'weights.pth')
     message = r'decoder.seg_layers.0.weight \(5, .*\) instead of \(3, .*Build the network from the plans'
@@ -253,6 +282,10 @@ def test_bad_images_are_refused():
         bot(torch.randn(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r'takes images of \(16, 24\) only, got \(32, 48\)'):
         enc(torch.randn(1, 2, 32, 48))
+    for size in ((8, 8), (0, 8)):
+        with pytest.raises(ValueError, match=r'larger than the product of the strides \(8, 8\), got'):
+            bot(torch.randn(1, 2, *size))
+    assert bot(torch.randn(1, 2, 8, 16)).shape == (1, 3, 8, 16)
 
 
 @pytest.mark.gpu

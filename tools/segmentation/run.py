@@ -61,6 +61,7 @@ def create_network(config: Config) -> UMamba:
     options = ('encoder_blocks', 'decoder_blocks', 'deep_supervision', 'mixer')
     try:
         network = UMamba(**{key: getattr(config, key) for key in (*keys, *options)})
+        network.check_size(network.patch_size)
         if config.checkpoint:
             network.load_pretrained(config.checkpoint)
     except (ValueError, RuntimeError) as error:

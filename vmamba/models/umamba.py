@@ -6,12 +6,14 @@ Modules, parameters and their names are those of the official networks, whose ch
 """
 
 import math
+from collections import defaultdict
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -266,7 +268,8 @@ class UMamba(nn.Module):
     counted back from the last.
 
     In 'enc', a stage whose map has no more positions than channels takes the channels as tokens. Such a network takes
-    images of `patch_size` only. All others take sizes that the product of the strides divides.
+    images of `patch_size` only. All others take sizes that the product of the strides divides, if the deepest map has
+    more than one position.
 
     Args:
         kind: 'bot' or 'enc'.
@@ -365,31 +368,55 @@ class UMamba(nn.Module):
         return self.decoder(skips)
 
     def _check(self, x: Tensor) -> None:
-        size, ndim = tuple(x.shape[2:]), len(self.patch_size)
+        ndim = len(self.patch_size)
         if x.ndim != ndim + 2 or x.shape[1] != self.in_chans:
             raise ValueError(f'images must be [B, {self.in_chans}] with {ndim} axes of positions, got {tuple(x.shape)}')
+        self.check_size(tuple(x.shape[2:]))
+
+    def check_size(self, size: Size) -> None:
+        """Raises ValueError unless the network takes images of this size."""
         if self.fixed_size and size != self.patch_size:
             raise ValueError(
                 f'this network takes images of {self.patch_size} only, got {size}: a Mamba layer has the channels of '
                 f'its map as tokens, whose size depends on that of the image'
             )
         _check_divisible('size of the images', size, self.divisors)
+        if math.prod(side // divisor for side, divisor in zip(size, self.divisors)) < 2:
+            raise ValueError(
+                f'images must be larger than the product of the strides {self.divisors}, got {size}: the norm of the '
+                f'deepest stage needs more than one position'
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch; also takes the content of an nnU-Net checkpoint, whose weights are `network_weights`."""
-        return super().load_state_dict(state_dict.get('network_weights', state_dict), strict, assign)
+        """As in PyTorch; also takes weights of compiled and parallel networks, and nnU-Net checkpoints.
+
+        The weights of an nnU-Net checkpoint are its `network_weights`.
+        """
+        weights = clean_state_dict(state_dict.get('network_weights', state_dict))
+        return super().load_state_dict(weights, strict, assign)
 
     def load_pretrained(self, path: Union[str, Path]) -> None:
-        """Loads a file with weights or a checkpoint of nnU-Net; every weight must be present.
+        """Loads a file with weights or a checkpoint of nnU-Net; every weight must be present, under one name at least.
 
         Raises:
             FileNotFoundError: If there is no such file.
             RuntimeError: If the file is corrupt or its weights are those of another network; the message names them.
         """
-        state_dict = read_checkpoint(path)
+        state_dict = self._with_aliases(read_checkpoint(path))
         advice = 'Build the network from the plans with which the checkpoint was trained'
         check_fit(state_dict, self, path, advice=advice)
         self.load_state_dict(state_dict)
+
+    def _with_aliases(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Weights under all their names; safetensors' `save_model` writes one of each."""
+        filled, names = dict(state_dict), defaultdict(list)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names[parameter].append(name)
+        for aliases in names.values():
+            found = next((name for name in aliases if name in state_dict), None)
+            if found is not None:
+                filled.update({name: state_dict.get(name, state_dict[found]) for name in aliases})
+        return filled
 
 
 def _encoder_layers(

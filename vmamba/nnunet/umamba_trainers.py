@@ -7,11 +7,16 @@ https://doi.org/10.1038/s41592-020-01008-z
 from typing import Any, Dict
 
 import numpy as np
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from vmamba.models import UMamba
+
+try:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+except ModuleNotFoundError as error:
+    message = f"the trainers need nnU-Net ({error}): pip install 'vmamba[medical]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 # Arguments of UMamba and their keys in plans; those of residual encoders have another name for the first.
 _KEYS = {
@@ -21,6 +26,7 @@ _KEYS = {
     'kernel_sizes': ('kernel_sizes',),
     'strides': ('strides',),
 }
+_ADVICE = 'U-Mamba needs the plans of a convolutional network, as nnUNetv2_plan_and_preprocess makes them'
 
 
 def plan_arguments(configuration_manager: ConfigurationManager) -> Dict[str, Any]:
@@ -29,15 +35,15 @@ def plan_arguments(configuration_manager: ConfigurationManager) -> Dict[str, Any
     Raises:
         ValueError: If the plans lack one.
     """
-    found = configuration_manager.network_arch_init_kwargs
+    try:
+        found, patch_size = configuration_manager.network_arch_init_kwargs, configuration_manager.patch_size
+    except KeyError as error:
+        raise ValueError(f'the plans have no {error.args[0]}: {_ADVICE}') from error
     arguments = {name: next((found[key] for key in keys if key in found), None) for name, keys in _KEYS.items()}
     missing = [' or '.join(_KEYS[name]) for name, value in arguments.items() if value is None]
     if missing:
-        raise ValueError(
-            f'the plans have no {", ".join(missing)} for the network, only {", ".join(found)}: U-Mamba needs the plans '
-            f'of a convolutional network, as nnUNetv2_plan_and_preprocess makes them'
-        )
-    return dict(arguments, patch_size=list(configuration_manager.patch_size))
+        raise ValueError(f'the plans have no {", ".join(missing)} for the network, only {", ".join(found)}: {_ADVICE}')
+    return dict(arguments, patch_size=list(patch_size))
 
 
 class UMambaTrainer(nnUNetTrainer):
