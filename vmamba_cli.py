@@ -35,6 +35,7 @@ COMMANDS = {
     'bench medical': ('bench_medical', 'time and memory of U-Mamba'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),
     'compare highres': ('compare_highres', 'time and memory of feature extraction by image size'),
+    'compare sequences': ('compare_sequences', 'mixers on long-range tasks and bytes'),
     'compare training': ('compare_training', 'accuracy of models trained with the same recipe'),
 }
 

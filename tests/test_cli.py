@@ -53,7 +53,7 @@ def test_a_group_lists_its_commands(run):
         (('trian', 'x.yaml'), "unknown command 'trian'; did you mean train?"),
         (('qqq',), "unknown command 'qqq'; `vmamba --help` lists them"),
         (('bench',), 'bench is followed by one of kernels, scaling, generation, medical, mm'),
-        (('compare', 'hires'), 'compare is followed by one of highres, training; did you mean highres?'),
+        (('compare', 'hires'), 'compare is followed by one of highres, sequences, training; did you mean highres?'),
     ],
 )
 def test_an_unknown_command_is_one_line(run, arguments, message):

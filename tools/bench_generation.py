@@ -1,29 +1,47 @@
 """Speed and memory of generation by presets with random weights.
 
 Tokens per second beside transformers and the limit of reading the weights once per token; or one step against the
-length of the text before it.
+length of the text before it, also as a picture.
 
 vmamba bench generation --batch 1 64 --peer --output generation.csv
-vmamba bench generation --models mamba_130m mamba2_130m --lengths 1024 16384 262144 --output lengths.csv
+vmamba bench generation --models mamba_130m mamba2_130m --lengths 1024 16384 262144 --docs docs/benchmarks.md
 """
 
 import argparse
 import gc
+import shlex
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import pandas as pd
 import torch
 from torch import nn
 
 from vmamba.sequence import PRESETS, LanguageModel, create_language_model, generate
 from vmamba.sequence.generation import Decoder
+from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.figures.plots import plot_generation
 from vmamba.tools.generate import DTYPES
 from vmamba.tools.output_files import write_csv
+from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, UserError, at_least, file_name, one_line_errors, positive
 
 PROMPT = 64  # tokens
 TRANSFORMER = 'transformer'  # in place of a preset: attention and MLPs of the width and depth of mamba_130m
+NOTES = """\
+{precision} with random weights; greedy, every token one step, a CUDA graph on a GPU. `transformer` has 12 layers of
+attention and MLP, about the parameters of `mamba_130m`."""
+OF_LENGTHS = """\
+One step after a text of each length, whose cache has just the room, and the memory of weights and cache.
+"""
+OF_SPEED = """\
+Tokens per second of all sequences, without prompt and preparation. The limit is to read the weights once per token.
+transformers' models run without their CUDA kernels where those packages are missing.
+"""
 
 
 def create(name: str, args: argparse.Namespace) -> LanguageModel:
@@ -139,6 +157,7 @@ def against_length(name: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 @one_line_errors('bench_generation.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     unknown = [name for name in args.models if name not in (*PRESETS, TRANSFORMER)]
     if unknown:
@@ -152,6 +171,23 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         rows += found
     if args.output:
         write_csv(args.output, rows)
+    if args.docs:
+        publish(rows, args, shlex.join(['vmamba', 'bench', 'generation', *argv]))
+
+
+def publish(rows: List[Dict[str, Any]], args: argparse.Namespace, command: str) -> None:
+    """Writes the section of the documentation, with a picture of steps against lengths."""
+    facts = {'machine': device_name(args.device), 'versions': versions(), 'command': command}
+    notes = (OF_LENGTHS if args.lengths else OF_SPEED) + NOTES.format(precision=args.precision)
+    table = pd.DataFrame(rows)
+    if not args.lengths:
+        report = Report('bench_generation speed', 'Speed of generation', facts, [table], notes)
+        return report.publish(open_console(), args.docs)
+    report = Report('bench_generation lengths', 'Generation by length', facts, [table], notes, (), 'generation.png')
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / report.picture
+        plot_generation(table, picture)
+        report.publish(open_console(), args.docs, picture)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -163,6 +199,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--peer', action='store_true', help="measure transformers' model too")
     parser.add_argument('--precision', choices=tuple(DTYPES), default='bf16')
     parser.add_argument('--output', type=file_name('.csv'), help='CSV file of the results')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the table and the picture')
     add_device_option(parser)
     return parser.parse_args(argv)
 

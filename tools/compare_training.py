@@ -10,19 +10,14 @@ fails is a result, not an error; an interrupt reports what is done, and --resume
 import argparse
 import json
 import math
-import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import pandas as pd
 import timm
@@ -34,10 +29,20 @@ from torch.utils.data import Dataset
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory
-from vmamba.tools.benchmarks.trainings import SCRIPT, epochs_of, last_error
+from vmamba.tools.benchmarks.trainings import (
+    RESULT,
+    SCRIPT,
+    Row,
+    begin,
+    call,
+    drop_weights,
+    epochs_of,
+    run_all,
+    spread,
+)
 from vmamba.tools.devices import add_device_option, device_name
 from vmamba.tools.figures.plots import plot_accuracies
-from vmamba.tools.output_files import lock_folder, write_csv, write_text
+from vmamba.tools.output_files import lock_folder, write_text
 from vmamba.tools.terminal import number, open_console
 from vmamba.tools.training.config import FIELDS, Config, add_options, load_config
 from vmamba.tools.training.runtime import StopRequest
@@ -46,13 +51,10 @@ from vmamba.tools.training.splits import class_names, load_datasets
 from vmamba.tools.user_errors import Parser, UserError, changes, nearest, one_line_errors, positive, positive_float
 
 from rich.console import Console
-from rich.progress import Progress
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
 VALIDATE = SCRIPT.with_name('validate.py')
-POLL_SECONDS = 0.2
 SETTINGS = 'settings.yaml'  # of all runs, in their folder
-RESULT = 'result.json'  # in the folder of a run that came to its end
 OWN_KEYS = ('model', 'model_args', 'lr', 'train_split', 'val_split', 'seed', 'device', 'output')  # which are set here
 SPLITS = {'search': ('search', 'search_validation'), 'whole': ('train', 'validation')}
 SHARES = {f'at {share} %': share / 100 for share in (50, 75, 90)}  # of the epochs
@@ -79,7 +81,6 @@ Swin grow with the image.
 `vim_*` are one Vim block with different mixers, and as many blocks as make about the same parameters. `swin` and
 `convnext` have the stages, strides and channels of `vmamba_nano`; `vit` has the step between tokens of `vim_*`, 4
 pixels (256 tokens, and 225 of overlapping patches). The windows of MambaVision cover its maps, as at 224x224."""
-Row = Dict[str, Any]
 
 
 class Peer(NamedTuple):
@@ -163,7 +164,7 @@ def check(args: argparse.Namespace) -> int:
     return len(args.models) * (len(args.rates) * (len(args.rates) > 1) + len(args.seeds))
 
 
-def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest) -> Optional[Row]:
+def train(run: Run, stop: StopRequest, config: Config, args: argparse.Namespace) -> Optional[Row]:
     """Trains in a process of its own, then validates at all sizes; returns what came of it, nothing if interrupted.
 
     An interrupted run keeps its checkpoints, from which --resume continues it.
@@ -171,26 +172,23 @@ def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest)
     if stop.signal:
         return None
     folder, peer = args.output / run.name, peer_of(run.model)
-    if not any(folder.glob('checkpoint-*.pt')):
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     own = dict(model=peer.name, model_args=peer.args, lr=run.lr, seed=run.seed, device=args.device.type)
     own.update(zip(('train_split', 'val_split'), SPLITS[run.part]))
-    write_text(folder / 'run.yaml', yaml.safe_dump({**vars(config), **own}))
+    begin(folder, {**vars(config), **own})
     output = '--output', folder
-    status, message = call([SCRIPT, folder / 'run.yaml', *output, '--resume'], folder / 'log.txt', args, stop)
+    command = SCRIPT, folder / 'run.yaml', *output, '--resume'
+    status, message = call(command, folder / 'log.txt', args.timeout, stop)
     epochs = epochs_of(folder).val_top1.tolist()
     done, sizes = epochs if status == 'ok' else [], {}
     if done and run.part == 'whole':
         images = args.output / 'images', '--checkpoint', max(folder.glob('checkpoint-*.pt')), '--workers', 0
         how = '--precision', config.precision, '--device', args.device.type, '--img-size', *SIZES.values()
-        _, message = call([VALIDATE, *images, *how, *output], folder / 'validate.txt', args, stop)
+        _, message = call([VALIDATE, *images, *how, *output], folder / 'validate.txt', args.timeout, stop)
         if (folder / 'validate.csv').is_file():  # without the sizes that a model does not take
             sizes = pd.read_csv(folder / 'validate.csv').set_index('img_size').top1.to_dict()
     if stop.signal:
         return None
-    for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
-        path.unlink()
+    drop_weights(folder)
     return dict(
         **run._asdict(),
         status=status,
@@ -200,29 +198,6 @@ def train(run: Run, config: Config, args: argparse.Namespace, stop: StopRequest)
         **{key: sizes.get(size) for key, size in SIZES.items()},
         message=message,
     )
-
-
-def call(command: Sequence[Any], log: Path, args: argparse.Namespace, stop: StopRequest) -> Tuple[str, str]:
-    """Runs a tool in a process of its own; returns 'ok', 'failed' or 'timeout', and a message."""
-    start = time.monotonic()
-    with log.open('w') as file:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={'OMP_NUM_THREADS': '1', **os.environ},  # more threads would compete for the processor
-            start_new_session=True,  # so that its loading processes end with it, and Ctrl-C comes here alone
-        )
-        while process.poll() is None and not stop.signal and time.monotonic() < start + args.timeout:
-            time.sleep(POLL_SECONDS)
-        code = process.poll()
-        with suppress(ProcessLookupError):  # where all have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if code is None:
-        return 'timeout', f'took more than {args.timeout:g} s'
-    return ('failed', last_error(log.read_text(errors='replace')) or f'exit status {code}') if code else ('ok', '')
 
 
 def write_images(dataset: Dataset, folder: Path) -> None:
@@ -259,33 +234,10 @@ def compare(rows: List[Row], config: Config, args: argparse.Namespace, total: in
 
     An interrupt ends all runs.
     """
-    begun, running, stop = {run_of(row) for row in rows}, set(), StopRequest()
-    with ThreadPoolExecutor(args.jobs) as pool, Progress(console=console) as progress:
-        bar = progress.add_task('Training', total=total, completed=len(rows))
-        try:
-            while True:
-                new = [run for run in runs_of(args, rows) if run not in begun]
-                begun.update(new)
-                running |= {pool.submit(train, run, config, args, stop) for run in new}
-                if not running:
-                    break
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for row in filter(None, (future.result() for future in ended)):
-                    rows.append(row)
-                    write_csv(args.output / 'training.csv', rows)
-                    if row['status'] == 'ok':
-                        write_text(args.output / run_of(row).name / RESULT, json.dumps(row))
-                    progress.advance(bar)
-                    shown = [str(row[key]) for key in COLUMNS if row[key] is not None]
-                    console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
-        except BaseException:
-            stop.signal = signal.SIGTERM  # ends the runs
-            raise
-    stop.restore()
+    job, where = partial(train, config=config, args=args), (args.output, 'training.csv', COLUMNS)
+    complete = run_all(Run, lambda: runs_of(args, rows), job, rows, *where, args.jobs, total, console)
     rows.sort(key=lambda row: (args.models.index(row['model']), *run_of(row)))
-    if stop.signal:
-        console.print(f'Interrupted: {len(rows)} of {total} runs are done')
-    return not stop.signal
+    return complete
 
 
 def speed(model: str, config: Config, device: torch.device) -> Row:
@@ -331,14 +283,6 @@ def built_as(model: str) -> str:
     peer = peer_of(model)
     args = ', '.join(f'{name}={value}' for name, value in peer.args.items())
     return f'`{peer.name}({args})`' if args else f'`{peer.name}`'
-
-
-def spread(accuracies: pd.Series) -> str:
-    """Mean and standard deviation of the runs that came to their end, and how many did not."""
-    values = accuracies.dropna()
-    missing = f' ({len(values)} of {len(accuracies)} runs)' if len(values) < len(accuracies) else ''
-    deviation = f' ± {values.std():.2f}' if len(values) > 1 else ''
-    return (f'{values.mean():.2f}{deviation}' if len(values) else '-') + missing
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -10,7 +10,8 @@ from typing import Optional, Sequence
 from vmamba.sequence import ByteFiles, bits_per_byte
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.generate import DTYPES, load
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
 
 @one_line_errors('evaluate_bytes.py')
@@ -25,6 +26,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f'{bits:.4f} bits per byte, {len(files)} bytes of {len(files.parts)} file(s)')
+    if args.output:
+        found = dict(bits_per_byte=bits, bytes=len(files), window=args.window, stride=stride)
+        write_csv(args.output, [dict(model=args.model, data=args.data, **found)])
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -36,6 +40,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--stride', type=positive, help='distance of windows; default: their length')
     parser.add_argument('--carry-state', action='store_true', help='continue from the state after the window before')
     parser.add_argument('--batch-size', type=positive, default=8, help='windows at a time')
+    parser.add_argument('--output', type=file_name('.csv'), help='CSV file to write')
     add_device_option(parser)
     parser.add_argument('--precision', choices=tuple(DTYPES), help='default: bf16 on a GPU, fp32 on a CPU')
     return parser.parse_args(argv)

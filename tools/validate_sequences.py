@@ -72,9 +72,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             data = Subset(data, range(min(args.count, len(data))))
         rows.append(accuracy(model.to(args.device).eval(), data, args.positions, args.device))
         print('length {length}: {accuracy:.2f} % of {answers} answers'.format(**rows[-1]), flush=True)
-    if args.output:
-        facts = dict(checkpoint=str(args.checkpoint), model=facts['model'], data=facts['data'], split=args.split)
-        write_csv(args.output, [{**facts, **row} for row in rows])
+        if args.output:  # now, since a greater length may not fit into the memory
+            what = dict(checkpoint=str(args.checkpoint), model=facts['model'], data=facts['data'], split=args.split)
+            write_csv(args.output, [{**what, **row} for row in rows])
 
 
 if __name__ == '__main__':

@@ -25,7 +25,9 @@ def test_rows_of_every_batch_size(small, tmp_path, capsys):
 
 def test_the_cache_of_attention_grows_and_that_of_mamba_does_not(small, tmp_path):
     models = '--models', 'mamba_130m', 'transformer', '--lengths', '64', '128'
-    bench_generation.main([*OPTIONS, *models, '--output', str(tmp_path / 'out.csv')])
+    output = '--output', str(tmp_path / 'out.csv'), '--docs', str(tmp_path / 'docs.md')
+    bench_generation.main([*OPTIONS, *models, *output])
+    assert '## Generation by length' in (tmp_path / 'docs.md').read_text() and (tmp_path / 'generation.png').is_file()
     memory = pd.read_csv(tmp_path / 'out.csv').cache_mib.tolist()
     assert memory[0] == memory[1] and memory[3] > 1.9 * memory[2]
 

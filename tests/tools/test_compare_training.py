@@ -167,7 +167,7 @@ def test_the_spread_counts_what_is_missing():
 @pytest.mark.parametrize(
     'options, expected',
     [
-        (['--models', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or vmamba_t or"),
+        (['--models', 'vmamba_nan'], "there is no model 'vmamba_nan'; did you mean vmamba_nano or "),
         (['--data', 'packaged/mnist'], "there is no packaged dataset 'mnist'; there are packaged/mnist5k"),
         (['--seeds', '1', '1'], '--seeds names something twice'),
         (['--seed', '1'], "unknown option '--seed'; did you mean --seeds"),

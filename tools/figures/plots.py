@@ -133,6 +133,29 @@ def plot_resolutions(lines: Dict[str, pd.Series], published: Dict[str, pd.Series
     save_figure(figure, path)
 
 
+def plot_generation(rows: pd.DataFrame, path: Path) -> None:
+    """Time of a step and memory of weights and cache against the length of the text before, a line for each model.
+
+    Args:
+        rows: With the columns model, length, ms_per_step, cache_mib and weights_mib.
+        path: Of the picture.
+    """
+    figure = Figure(figsize=(9, 3.8), layout='constrained')
+    panels = figure.subplots(1, 2)
+    for i, (model, own) in enumerate(rows.groupby('model', sort=False)):
+        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=model)
+        panels[0].plot(own.length, own.ms_per_step, **style)
+        panels[1].plot(own.length, own.cache_mib + own.weights_mib, **style)
+    for panel, ylabel in zip(panels, ('ms per step', 'weights and cache, MiB')):
+        panel.set_xscale('log', base=2)
+        panel.set_yscale('log')
+        panel.set_xlabel('tokens before')
+        panel.set_ylabel(ylabel)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    save_figure(figure, path)
+
+
 def plot_predictions(predictions: Sequence[Tuple[Path, List[Tuple[str, float]]]], path: Path) -> None:
     """Every image beside bars of its most probable classes."""
     figure = Figure(figsize=(9, 3 * len(predictions)), layout='constrained')
