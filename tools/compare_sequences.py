@@ -3,7 +3,8 @@
 With --resume, runs that are done stay done, and those that were interrupted continue from their checkpoints. The report
 has all runs in the folder, also those of earlier calls; of a run that is done it needs result.json and run.yaml alone.
 
-    vmamba make-sequences listops && vmamba make-sequences pathfinder32 --workers 16
+    vmamba make-sequences listops
+    vmamba make-sequences pathfinder32 --workers 16
     vmamba compare sequences --jobs 12 --docs docs/benchmarks.md
     vmamba compare sequences --tasks induction_heads --models mamba h3 --seeds 0 --resume
 """

@@ -85,11 +85,11 @@ class SwitchMoE(nn.Module):
         Raises:
             ValueError: In training, if there are fewer tokens than experts, or the capacity is below one token.
         """
-        tokens = x.shape[:-1].numel()
-        result = self._compute(x, self._capacity(tokens) if self.training else None)
+        tokens = x.flatten(0, -2)
+        result = self._compute(tokens, self._capacity(tokens.shape[0]) if self.training else None)
         self.loss = None
         if self.training:
-            self.expert_load = result.counts / tokens
+            self.expert_load = result.counts / tokens.shape[0]
             share = self.expert_load.to(result.mean_p.dtype)
             self.loss = self.aux_weight * self.num_experts * torch.dot(result.mean_p, share)
             if self.z_weight > 0:
@@ -101,8 +101,7 @@ class SwitchMoE(nn.Module):
         """The output for single tokens [B, d] -> [B, d], of which none is dropped, also in training."""
         return self._compute(x, None).out
 
-    def _compute(self, x: Tensor, capacity: Optional[int]) -> Any:
-        tokens = x.flatten(0, -2)
+    def _compute(self, tokens: Tensor, capacity: Optional[int]) -> Any:
         dtype = _products_dtype(tokens, self.fc1)
         return switch_mlp(tokens, self.router_weight, self.fc1, self.fc2, capacity, dtype)
 
