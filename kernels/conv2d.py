@@ -73,7 +73,8 @@ def depthwise_conv2d(
     if runs_on_triton(x) and kernel <= MAX_WINDOW:
         return _conv2d(x, weight, bias, silu, residual)
     weight, bias = weight.unsqueeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
-    in_tap = residual and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # there is no autocast on meta
+    in_tap = residual and x.dtype in (torch.float32, torch.float64) and not is_cast
     if in_tap:
         weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), [kernel // 2] * 4)
     view = x.permute(0, 3, 1, 2)  # [B, H, W, D] -> [B, D, H, W]
