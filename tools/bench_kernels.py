@@ -11,7 +11,7 @@ import argparse
 import shlex
 import statistics
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -231,11 +231,17 @@ def bench(cases: Sequence[Case], device: torch.device, repeats: int, copy: float
 
     Args:
         copy: Bytes per second of a copy on the device.
+
+    Returns:
+        A record for each case; after an interrupt, of those before it.
     """
     alone, in_turn = ([case for case in cases if (case.kind == 'host') == is_host] for is_host in (False, True))
-    shown = track(alone, 'Measuring', disable=not alone)
-    records = [derive(case, measure(case, device, repeats), copy) for case in shown]
-    return records + measure_in_turn(in_turn, device, repeats)
+    records: List[Record] = []
+    with suppress(KeyboardInterrupt):
+        for case in track(alone, 'Measuring', disable=not alone):
+            records.append(derive(case, measure(case, device, repeats), copy))
+        records += measure_in_turn(in_turn, device, repeats)
+    return records
 
 
 def reports_of(records: Sequence[Record], facts: Dict[str, str]) -> List[Report]:
@@ -313,6 +319,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         functorch_config.activation_memory_budget = args.activation_memory_budget
     ceilings = measure_ceilings(args.device, args.repeats)
     records = bench(cases, args.device, args.repeats, ceilings.copy)
+    if len(records) < len(cases):
+        console.print(f'interrupted: {len(records)} of {len(cases)} cases are measured')
     facts = {
         'machine': f'{device_name(args.device)}; measured: {ceilings}',
         'versions': versions(),

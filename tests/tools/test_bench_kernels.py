@@ -40,6 +40,20 @@ def test_each_case_is_a_row(monkeypatch, tmp_path, capsys):
     assert 'scan_tiny' in capsys.readouterr().out
 
 
+def test_an_interrupt_keeps_what_is_measured(monkeypatch, tmp_path, capsys):
+    def measure(case, *others):
+        if case is SSD:
+            raise KeyboardInterrupt
+        return run(case, *others)
+
+    run = bench_kernels.measure
+    monkeypatch.setattr(bench_kernels, 'measure', measure)
+    monkeypatch.setattr(bench_kernels, 'cases_of', lambda args: [SCAN, SSD, SS2D])
+    bench_kernels.main(['--device', 'cpu', '--repeats', '1', '--output', str(tmp_path / 'kernels.csv')])
+    assert [row['case'] for row in csv.DictReader((tmp_path / 'kernels.csv').open())] == ['scan_tiny']
+    assert 'interrupted: 1 of 3 cases are measured' in capsys.readouterr().out
+
+
 def test_models_are_measured(tmp_path):
     output = tmp_path / 'models.csv'
     arguments = [*CPU, '--models', 'vmamba_nano', '--case', 'model_*_inference', 'model_*_training']
