@@ -12,7 +12,6 @@ import gc
 import shlex
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -23,9 +22,9 @@ from torch import nn
 from vmamba.sequence import PRESETS, LanguageModel, create_language_model, generate
 from vmamba.sequence.generation import Decoder
 from vmamba.tools.benchmarks.report import Report, versions
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.benchmarks.timing import wall_ms
+from vmamba.tools.devices import DTYPES, add_device_option, device_name
 from vmamba.tools.figures.plots import plot_generation
-from vmamba.tools.generate import DTYPES
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, UserError, at_least, file_name, one_line_errors, positive
@@ -76,14 +75,8 @@ def peer_of(model: LanguageModel, name: str, args: argparse.Namespace) -> nn.Mod
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Of the fastest of several runs, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    times = [wall_ms(run, device)[0] for _ in range(repeats + 1)]
+    return min(times[1:]) / 1e3
 
 
 def per_token(run: Callable[[int], Any], tokens: int, device: torch.device) -> float:

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from vmamba.models import UMamba
 from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.devices import DTYPES, add_device_option, device_name
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
 from rich.progress import track
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 PEER = 'resenc'
 NETWORKS: Dict[str, Dict[str, str]] = {
     'none': dict(kind='bot', mixer='none'),

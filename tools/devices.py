@@ -1,4 +1,4 @@
-"""The device that a tool runs on."""
+"""The device and the precision that a tool runs with."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from vmamba.tools.user_errors import UserError
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}  # of --precision
 
 
 def pick_device(name: str = '') -> torch.device:

@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 
 from vmamba.sequence import ByteFiles, bits_per_byte
 from vmamba.tools.devices import add_device_option
-from vmamba.tools.generate import DTYPES, load
+from vmamba.tools.language_models import add_precision_option, load
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
 
@@ -42,7 +42,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--batch-size', type=positive, default=8, help='windows at a time')
     parser.add_argument('--output', type=file_name('.csv'), help='CSV file to write')
     add_device_option(parser)
-    parser.add_argument('--precision', choices=tuple(DTYPES), help='default: bf16 on a GPU, fp32 on a CPU')
+    add_precision_option(parser)
     return parser.parse_args(argv)
 
 

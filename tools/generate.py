@@ -18,9 +18,8 @@ from torch import Tensor
 
 from vmamba.sequence import LanguageModel, Sampling, generate, speculative_generate
 from vmamba.tools.devices import add_device_option
+from vmamba.tools.language_models import add_precision_option, load
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
-
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Bytes:
@@ -71,19 +70,6 @@ class Tokens:
             return new
 
         return decode
-
-
-def load(source: str, device: torch.device, precision: Optional[str]) -> LanguageModel:
-    """A model in the precision to generate with.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    precision = precision or ('bf16' if device.type == 'cuda' else 'fp32')
-    try:
-        return LanguageModel.from_pretrained(source, device=device, dtype=DTYPES[precision])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).split())) from error
 
 
 def coding(args: argparse.Namespace, model: LanguageModel) -> Any:
@@ -178,7 +164,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     drafts.add_argument('--draft', help='folder of a smaller model of the same vocabulary')
     drafts.add_argument('--draft-tokens', type=positive, default=3, help='tokens that it drafts at a time')
     add_device_option(parser)
-    parser.add_argument('--precision', choices=tuple(DTYPES), help='default: bf16 on a GPU, fp32 on a CPU')
+    add_precision_option(parser)
     return parser.parse_args(argv)
 
 

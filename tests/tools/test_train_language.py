@@ -94,7 +94,7 @@ def test_documents_are_packed_and_a_model_is_fine_tuned(run_alone, tmp_path):
         (['--model', 'mambabyte_nan'], 'no language model .mambabyte_nan.; did you mean mambabyte_nano'),
         (['--model-args', '{d_modle: 3}'], 'cannot build mambabyte_nano: .*d_modle'),
         (['--model-args', '{vocab_size: 99}'], 'bytes need a vocabulary of 256, mambabyte_nano has one of 99'),
-        (['--batch-size', '1000'], 'an epoch has fewer windows than an update of 1000'),
+        (['--batch-size', '1000'], 'one update takes 1000 windows, but an epoch has fewer'),
         (['--ema-decay', '0.9'], 'ema_decay is for images'),
         (['--carry-state', '--accumulate', '2'], 'carry_state needs one process'),
         (

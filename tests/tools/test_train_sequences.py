@@ -106,7 +106,7 @@ def test_configurations_fit(name):
         (['--model', 'lstm'], 'model must be one of the mixers mamba, .*, got .lstm.'),
         (['--model-args', '{d_modle: 3}'], 'cannot build mamba: .*d_modle'),
         (['--data-args', '{lengt: 3}'], "has no option 'lengt'; did you mean length"),
-        (['--batch-size', '1000'], 'an epoch has fewer sequences than an update of 1000'),
+        (['--batch-size', '1000'], 'one update takes 1000 sequences, but an epoch has fewer'),
         (['--mixup', '0.5'], 'mixup is not for sequences'),
         (['--val-split', 'train'], 'train_split and val_split are both .train.'),
     ],

@@ -7,13 +7,13 @@ import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 
+from vmamba.tools.devices import DTYPES
 from vmamba.tools.training.seeding import derive_seed, seed_all
 from vmamba.tools.user_errors import UserError
 
 from .config import Config
 from .data import Patches
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 POWER = 0.9  # of the schedule
 
 

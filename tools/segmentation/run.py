@@ -12,7 +12,7 @@ import yaml
 from vmamba.models import UMamba
 from vmamba.models._pretrained import read_file
 from vmamba.tools.output_files import lock_folder, write_csv, write_text, writing
-from vmamba.tools.training.checkpoint import Checkpoints
+from vmamba.tools.training.checkpoint import Checkpoints, check_output
 from vmamba.tools.training.report import Report
 from vmamba.tools.training.runtime import Runtime, StopRequest, peak_memory_mib, start
 from vmamba.tools.training.seeding import seed_all
@@ -38,10 +38,8 @@ def train(config: Config, resume: bool) -> List[Dict[str, float]]:
     runtime = start(config.device)
     if runtime.world > 1:
         raise UserError('networks for segmentation train in one process; nnU-Net trains them in several')
-    output = Path(config.output)
-    if Checkpoints(output, 1).paths() and not resume:
-        raise UserError(f'{output} holds a run already: --resume continues it, another --output starts a new one')
-    with lock_folder(output):
+    check_output(config.output, resume)
+    with lock_folder(Path(config.output)):
         trainer = Trainer(config, runtime)
         try:
             trainer.run(resume)

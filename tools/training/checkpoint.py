@@ -85,3 +85,9 @@ def _updates(path: Path) -> int:
     """Number of updates in the name of a checkpoint, 0 if it is none."""
     found = _PATTERN.fullmatch(path.name)
     return int(found[1]) if found else 0
+
+
+def check_output(output: str, resume: bool) -> None:
+    """Raises UserError if the folder holds a run that is not to be resumed."""
+    if Checkpoints(Path(output), 1).paths() and not resume:
+        raise UserError(f'{output} holds a run already: --resume continues it, another --output starts a new one')

@@ -48,7 +48,68 @@ class Parts(NamedTuple):
     summary: str
 
 
-def create_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
+class SequenceBatches:
+    """Training batches of sequences, in an order that a run can continue.
+
+    Args:
+        dataset: Of inputs and targets.
+        config: Settings.
+        runtime: Device and place among the processes.
+        order: Batch sampler; a `BatchOrder` by default.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime, order: Any = None) -> None:
+        self.samples, self.dataset, self.device = None, dataset, runtime.device
+        places = config.accumulate, runtime.world, runtime.rank
+        if order is None:
+            order = BatchOrder(dataset, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
+        self.order = order
+        self.updates_per_epoch = self.order.updates_per_epoch
+        self.loader = _create_loader(dataset, config, runtime, batch_sampler=self.order)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
+        """The batches of an epoch, from the given update to its end."""
+        self.order.go_to(epoch, update)
+        for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
+            yield Batch(self.place(inputs), targets.to(self.device, non_blocking=True), count, weight)
+
+    def place(self, inputs: Any) -> Any:
+        """What the model takes, on the device."""
+        return inputs.to(self.device, non_blocking=True)
+
+
+def check_epoch(data: SequenceBatches, what: str, config: Config, runtime: Runtime, advice: str) -> None:
+    """Raises UserError if an epoch has not enough sequences for one update."""
+    if data.updates_per_epoch == 0:
+        size = config.batch_size * config.accumulate * runtime.world
+        raise UserError(f'one update takes {size} {what}, but an epoch has fewer: {advice}')
+
+
+class SequenceValidation:
+    """Sequences to validate on, each once, shared among the processes."""
+
+    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
+        self.samples, self.dataset, self.device = None, dataset, runtime.device
+        rows = range(runtime.rank, len(dataset), runtime.world)
+        size = config.val_batch_size or config.batch_size
+        self.loader = _create_loader(dataset, config, runtime, batch_size=size, sampler=rows)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tuple[None, Any, Tensor]]:
+        for inputs, targets in self.loader:
+            yield None, self.place(inputs), targets.to(self.device, non_blocking=True)
+
+    def place(self, inputs: Any) -> Any:
+        """What the model takes, on the device."""
+        return inputs.to(self.device, non_blocking=True)
+
+
+def _create_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
     """Batches of sequences, with a sampler and a batch size or a batch sampler."""
     workers = useful_workers(config.workers)
     return DataLoader(
@@ -89,7 +150,7 @@ class IndexedData:
         return len(self.samples)
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        """The rest of an epoch, from an update on."""
+        """The batches of an epoch, from the given update to its end."""
         self.order.go_to(epoch, update)
         for (images, targets), (count, weight) in zip(self.loader, self.order.counts()):
             self.samples.check()

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from vmamba.layers import auxiliary_loss, expert_load
 from vmamba.sequence.checkpoint import write_pretrained
+from vmamba.tools.devices import DTYPES
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
@@ -28,8 +29,6 @@ from .runtime import Runtime, StopRequest, peak_memory_mib
 from .same_run import check_same_run
 from .seeding import derive_seed, seed_all
 from .setup import create_scheduler
-
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Trainer:

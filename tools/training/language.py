@@ -12,8 +12,7 @@ from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, crea
 from vmamba.tools.user_errors import UserError, nearest
 
 from .config import Config
-from .data import Batch, Parts, create_loader
-from .order import BatchOrder
+from .data import Batch, Parts, SequenceBatches, SequenceValidation, check_epoch
 from .runtime import Runtime
 from .seeding import seed_all
 
@@ -66,61 +65,34 @@ class StreamOrder(Sampler):
             yield self.batch_size, 1.0
 
 
-class ByteBatches:
-    """Training batches of windows, in an order that a run can continue.
-
-    Args:
-        windows: Of the bytes.
-        config: Settings.
-        runtime: Device and place among the processes.
-        model: Whose state is carried from window to window, if the configuration says so.
-    """
+class ByteBatches(SequenceBatches):
+    """Training batches of windows; the state is carried from window to window if the configuration says so."""
 
     def __init__(self, windows: ByteWindows, config: Config, runtime: Runtime, model: LanguageModel) -> None:
-        self.samples, self.windows, self.device = None, windows, runtime.device
         self.cache = model.allocate_cache(config.batch_size) if config.carry_state else None
-        places = config.accumulate, runtime.world, runtime.rank
-        self.order = (
-            StreamOrder(len(windows), config.batch_size)
-            if config.carry_state
-            else BatchOrder(windows, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
-        )
-        self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = create_loader(windows, config, runtime, batch_sampler=self.order)
-
-    def __len__(self) -> int:
-        return len(self.windows)
+        order = StreamOrder(len(windows), config.batch_size) if config.carry_state else None
+        super().__init__(windows, config, runtime, order)
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        """The rest of an epoch, from an update on; the state that is carried starts at 0 with the epoch."""
-        self.order.go_to(epoch, update)
+        """The batches of an epoch, from the given update to its end; a carried state starts at 0 in each epoch."""
         if update == 0:
             for tensor in self.carried():
                 tensor.zero_()
-        for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
-            inputs = *_place(inputs, self.windows.packed, self.device), self.cache
-            yield Batch(inputs, targets.to(self.device, non_blocking=True), count, weight)
+        yield from super().batches(epoch, update)
+
+    def place(self, inputs: List[Tensor]) -> Inputs:
+        return *_place(inputs, self.dataset.packed, self.device), self.cache
 
     def carried(self) -> List[Tensor]:
         """The state that the next window continues from, for checkpoints."""
         return [tensor for own in self.cache or () for tensor in own]
 
 
-class ByteValidation:
+class ByteValidation(SequenceValidation):
     """Windows to validate on, each from an empty state."""
 
-    def __init__(self, windows: ByteWindows, config: Config, runtime: Runtime) -> None:
-        self.samples, self.windows, self.device = None, windows, runtime.device
-        rows = range(runtime.rank, len(windows), runtime.world)
-        size = config.val_batch_size or config.batch_size
-        self.loader = create_loader(windows, config, runtime, batch_size=size, sampler=rows)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __iter__(self) -> Iterator[Tuple[None, Inputs, Tensor]]:
-        for inputs, targets in self.loader:
-            yield None, (*_place(inputs, self.windows.packed, self.device), None), targets.to(self.device)
+    def place(self, inputs: List[Tensor]) -> Inputs:
+        return *_place(inputs, self.dataset.packed, self.device), None
 
 
 def create_parts(config: Config, runtime: Runtime) -> Parts:
@@ -141,9 +113,7 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
     if config.carry_state and any(isinstance(module, Attention) for module in model.modules()):
         raise UserError('carry_state is for state-space mixers, but the model has attention, whose keys would grow')
     data = ByteBatches(windows[0], config, runtime, model)
-    if data.updates_per_epoch == 0:
-        size = config.batch_size * config.accumulate * runtime.world
-        raise UserError(f'an epoch has fewer windows than an update of {size}: lower batch_size or seq_len')
+    check_epoch(data, 'windows', config, runtime, 'lower batch_size or seq_len')
     facts = dict(
         model=config.model,
         model_args=model.config,

@@ -13,7 +13,7 @@ from vmamba.tools.output_files import lock_folder, write_text, writing
 from vmamba.tools.user_errors import UserError
 
 from . import language, sequences
-from .checkpoint import Checkpoints
+from .checkpoint import check_output
 from .config import Config
 from .data import Parts, create_data
 from .engine import Trainer
@@ -36,7 +36,7 @@ def train(config: Config, resume: bool) -> List[Dict[str, float]]:
         UserError: If a setting does not fit the model, the data or the machine, or the output folder holds a run that
             is not to be resumed.
     """
-    check_output(config, resume)
+    check_output(config.output, resume)
     runtime = start(config.device)
     check_sharding(config, runtime)
     trainer = create_trainer(config, runtime, Report(config, runtime))
@@ -48,14 +48,6 @@ def train(config: Config, resume: bool) -> List[Dict[str, float]]:
     if dist.is_initialized():
         dist.destroy_process_group()
     return trainer.history
-
-
-def check_output(config: Config, resume: bool) -> None:
-    """Raises UserError if the output folder holds a run that is not to be resumed."""
-    if Checkpoints(Path(config.output), 1).paths() and not resume:
-        raise UserError(
-            f'{config.output} holds a run already: --resume continues it, another --output starts a new one'
-        )
 
 
 def count_classes(config: Config, datasets: List[Any]) -> int:
@@ -110,7 +102,7 @@ def run(trainer: Trainer, resume: bool) -> None:
     """Trains in a locked folder."""
     config, runtime, report = trainer.config, trainer.runtime, trainer.report
     if runtime.is_primary:
-        check_output(config, resume)  # again: another run may have ended in the meantime
+        check_output(config.output, resume)  # again: another run may have ended in the meantime
     resumed = resume and trainer.resume()
     if runtime.is_primary:
         with writing(Path(config.output)):

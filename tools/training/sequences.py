@@ -2,13 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from vmamba.models._pretrained import read_file
 from vmamba.sequence.classifier import CAUSAL, SequenceClassifier
@@ -16,47 +15,9 @@ from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
 from vmamba.tools.user_errors import UserError
 
 from .config import Config
-from .data import Batch, Parts, create_loader
-from .order import BatchOrder
+from .data import Parts, SequenceBatches, SequenceValidation, check_epoch
 from .runtime import Runtime
 from .seeding import seed_all
-
-
-class SequenceBatches:
-    """Training batches in an order that a run can continue; fresh sequences are drawn from their place in it."""
-
-    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
-        self.samples, self.dataset, self.device = None, dataset, runtime.device
-        places = config.accumulate, runtime.world, runtime.rank
-        self.order = BatchOrder(dataset, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
-        self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = create_loader(dataset, config, runtime, batch_sampler=self.order)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        """The rest of an epoch, from an update on."""
-        self.order.go_to(epoch, update)
-        for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
-            yield Batch(*_place(inputs, targets, self.device), count, weight)
-
-
-class SequenceValidation:
-    """Sequences to validate on, each once, shared among the processes."""
-
-    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
-        self.samples, self.dataset, self.device = None, dataset, runtime.device
-        rows = range(runtime.rank, len(dataset), runtime.world)
-        size = config.val_batch_size or config.batch_size
-        self.loader = create_loader(dataset, config, runtime, batch_size=size, sampler=rows)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Tuple[None, Tensor, Tensor]]:
-        for inputs, targets in self.loader:
-            yield None, *_place(inputs, targets, self.device)
 
 
 def create_parts(config: Config, runtime: Runtime) -> Parts:
@@ -73,9 +34,7 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
     seed_all(config.seed)
     model = create_model(config, train.task).to(runtime.device)
     data = SequenceBatches(train, config, runtime)
-    if data.updates_per_epoch == 0:
-        size = config.batch_size * config.accumulate * runtime.world
-        raise UserError(f'an epoch has fewer sequences than an update of {size}: lower batch_size')
+    check_epoch(data, 'sequences', config, runtime, 'lower batch_size')
     facts = dict(
         model=config.model,
         model_args=_model_args(config, train.task),
@@ -151,7 +110,3 @@ def create_model(config: Config, task: Task) -> SequenceClassifier:
         return SequenceClassifier(task.num_classes, **_model_args(config, task))
     except (TypeError, ValueError) as error:
         raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error
-
-
-def _place(inputs: Tensor, targets: Tensor, device: torch.device) -> Tuple[Tensor, Tensor]:
-    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
