@@ -84,6 +84,11 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def product_block(size: int) -> int:
+    """Columns of a tile that holds so many: tensor cores multiply at least 16."""
+    return max(next_power_of_2(size), 16)
+
+
 def share_rows(rows: int, block_rows: int, most: int) -> Tuple[int, int]:
     """Shares rows among at most so many programs, in whole blocks: programs, at least one, and rows of each."""
     programs = max(min(cdiv(rows, block_rows), most), 1)

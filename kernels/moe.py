@@ -21,6 +21,7 @@ from ._launch import (
     dot_precision,
     next_power_of_2,
     num_processors,
+    product_block,
     runs_on_triton,
     share_rows,
     tl,
@@ -537,7 +538,7 @@ class _Block(NamedTuple):
 
 def _block(experts: int) -> _Block:
     side = 64 if experts <= _FEW_EXPERTS else 32
-    return _Block(side, side, max(next_power_of_2(experts), 16))  # the least that tensor cores multiply
+    return _Block(side, side, product_block(experts))
 
 
 @lru_cache(maxsize=MAX_PLANS)

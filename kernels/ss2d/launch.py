@@ -14,6 +14,7 @@ from .._launch import (
     is_nvidia,
     next_power_of_2,
     num_processors,
+    product_block,
     share_rows,
     shared_memory,
 )
@@ -95,7 +96,7 @@ class Sizes(NamedTuple):
     @property
     def block_r(self) -> int:
         """The rank, padded for products."""
-        return max(next_power_of_2(self.dt_rank), 16)
+        return product_block(self.dt_rank)
 
     @property
     def projections(self) -> int:

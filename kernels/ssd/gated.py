@@ -20,6 +20,8 @@ from .._launch import (
     is_nvidia,
     next_power_of_2,
     num_processors,
+    product_block,
+    share_rows,
     shared_memory,
     tl,
     triton,
@@ -95,6 +97,32 @@ def global_state_kernel(
     tl.store(states + state[:, None] * width + channel[None, :], total.to(states.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _normalised(
+    held,
+    C,
+    x,
+    skip,
+    position,
+    channel,
+    state,
+    mask,
+    has_entry,
+    C_step,
+    x_step,
+    width,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x, y of the held states normalised before weight and bias, and reciprocal deviations, at some positions."""
+    read = tl.load(C + position[:, None] * C_step + state[None, :], mask=has_entry, other=0.0)  # [block_l, block_n]
+    given = load_rows(x, position, x_step, channel, mask)  # [block_l, block_d]
+    value = tl.dot(read, held.to(read.dtype), input_precision=PRECISION) + skip * given  # [block_l, block_d]
+    value = tl.where(mask, value - (tl.sum(value, axis=1) / width)[:, None], 0.0)
+    scale = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + EPS))[:, None]
+    return given, value * scale, scale
+
+
 @triton.jit(do_not_specialize_on_alignment=['length', 'blocks'])
 def gated_output_kernel(
     states,  # [B, N, H * P]
@@ -121,18 +149,15 @@ def gated_output_kernel(
     width = sizes.heads * sizes.dim
     channel, state = tl.arange(0, sizes.block_d), tl.arange(0, sizes.block_n)
     has_channel, has_state = channel < width, state < sizes.dstate
-    mask = exists[:, None] & has_channel[None, :]
-    places = C + batch * C_strides[0] + position[:, None] * C_strides[1] + state[None, :]
-    read = tl.load(places, mask=exists[:, None] & has_state[None, :], other=0.0)  # [block_l, block_n]
+    mask, has_entry = exists[:, None] & has_channel[None, :], exists[:, None] & has_state[None, :]
     places = states + batch * (sizes.dstate * width) + state[:, None] * width + channel[None, :]
     held = tl.load(places, mask=has_state[:, None] & has_channel[None, :], other=0.0)  # [block_n, block_d]
-    value = tl.dot(read, held.to(read.dtype), input_precision=PRECISION)  # [block_l, block_d]
-    skip = tl.load(D + channel // sizes.dim, mask=has_channel, other=0.0).to(tl.float32)  # [block_d]
-    places = x + batch * x_strides[0] + position[:, None] * x_strides[1] + channel[None, :]
-    value += skip[None, :] * tl.load(places, mask=mask, other=0.0).to(tl.float32)  # [block_l, block_d]
-    mean = tl.sum(value, axis=1) / width
-    value = tl.where(has_channel[None, :], value - mean[:, None], 0.0)
-    value *= (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + EPS))[:, None]
+    skip = tl.load(D + channel // sizes.dim, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [block_d]
+    C += batch * C_strides[0]
+    x += batch * x_strides[0]
+    _, value, _ = _normalised(
+        held, C, x, skip, position, channel, state, mask, has_entry, C_strides[1], x_strides[1], width, EPS, PRECISION
+    )
     value *= tl.load(weight + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [block_d]
     value += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]  # [block_d]
     places = z + batch * z_strides[0] + position[:, None] * z_strides[1] + channel[None, :]
@@ -197,12 +222,22 @@ def output_backward_kernel(
         exists = position < length
         mask = exists[:, None] & has_channel[None, :]
         has_entry = exists[:, None] & has_state[None, :]
-        read = tl.load(C + position[:, None] * C_strides[1] + state[None, :], mask=has_entry, other=0.0)
-        given = load_rows(x, position, x_strides[1], channel, mask)  # [block_l, block_d]
-        value = tl.dot(read, held.to(read.dtype), input_precision=PRECISION) + skip * given  # [block_l, block_d]
-        value = tl.where(mask, value - (tl.sum(value, axis=1) / width)[:, None], 0.0)
-        scale = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + EPS))[:, None]
-        value *= scale
+        given, value, scale = _normalised(
+            held,
+            C,
+            x,
+            skip,
+            position,
+            channel,
+            state,
+            mask,
+            has_entry,
+            C_strides[1],
+            x_strides[1],
+            width,
+            EPS,
+            PRECISION,
+        )
         grad = load_rows(grad_out, position, width, channel, mask)  # [block_l, block_d]
         place = position[:, None] * width + channel[None, :]
         gate = load_rows(z, position, z_strides[1], channel, mask)  # [block_l, block_d]
@@ -317,10 +352,10 @@ def fits(z: Tensor, heads: int, dstate: int) -> bool:
     """Whether the kernels take so many heads and states of as many channels as z [B, L, H * P] has."""
     channels = z.shape[-1]
     dim = channels // heads
-    columns = max(_block(channels), next_power_of_2(heads) * _block(dim))
+    columns = max(product_block(channels), next_power_of_2(heads) * product_block(dim))
     # The states as both factors of products, which split them in fp32; and tiles of the map.
     copies = 3 if z.element_size() == 2 else 6
-    needed = copies * _block(dstate) * columns * z.element_size() + 2**15
+    needed = copies * product_block(dstate) * columns * z.element_size() + 2**15
     return dim <= MAX_HEAD and channels <= MAX_CHANNELS and dstate <= MAX_STATES and needed <= shared_memory(z)
 
 
@@ -463,8 +498,8 @@ def _state_launch(
 ) -> Tuple[Launch, int]:
     """The launch, and into how many parts it cuts a sequence."""
     wanted = cdiv(_PROGRAMS_PER_PROCESSOR * processors, batch * heads)
-    steps, parts = _share(length, min(wanted, length // _MIN_STEPS), _BLOCK_L)
-    constants = Sizes(heads, dim, dstate, _block(dim), _block(dstate), _BLOCK_L), precision, nvidia
+    parts, steps = share_rows(length, _BLOCK_L, min(wanted, length // _MIN_STEPS))
+    constants = Sizes(heads, dim, dstate, product_block(dim), product_block(dstate), _BLOCK_L), precision, nvidia
     numbers = batch, length, steps, *strides
     return Launch(global_state_kernel, (batch * heads, parts), numbers, constants, warps=4, stages=3), parts
 
@@ -491,9 +526,9 @@ def _output_backward_launch(
     precision: str,
     processors: int,
 ) -> Launch:
-    block_d, block_n = _block(heads * dim), _block(dstate)
+    block_d, block_n = product_block(heads * dim), product_block(dstate)
     block_l = max(_BACKWARD_ELEMENTS // block_d, 16)
-    steps, parts = _share(length, cdiv(_BACKWARD_PROGRAMS * processors, batch), block_l)
+    parts, steps = share_rows(length, block_l, cdiv(_BACKWARD_PROGRAMS * processors, batch))
     constants = Sizes(heads, dim, dstate, block_d, block_n, block_l), eps, precision
     warps = 4 if block_l * block_d <= _BACKWARD_ELEMENTS else 8
     return Launch(output_backward_kernel, batch * parts, (length, steps, parts, *strides), constants, warps, stages=1)
@@ -511,26 +546,15 @@ def _input_backward_launch(
     nvidia: bool,
     processors: int,
 ) -> Launch:
-    block_h, block_d, block_n = next_power_of_2(heads), _block(dim), _block(dstate)
+    block_h, block_d, block_n = next_power_of_2(heads), product_block(dim), product_block(dstate)
     block_l = max(_BACKWARD_ELEMENTS // (block_h * block_d), 16)
-    steps, parts = _share(length, cdiv(_BACKWARD_PROGRAMS * processors, batch), block_l)
+    parts, steps = share_rows(length, block_l, cdiv(_BACKWARD_PROGRAMS * processors, batch))
     constants = Sizes(heads, dim, dstate, block_d, block_n, block_l), block_h, precision, nvidia
     warps = 4 if block_l * block_h * block_d <= _BACKWARD_ELEMENTS else 8
     return Launch(input_backward_kernel, batch * parts, (length, steps, parts, *strides), constants, warps, stages=1)
 
 
-def _share(length: int, wanted: int, block: int) -> Tuple[int, int]:
-    """Steps of each part if a sequence is cut into about as many as wanted, of whole blocks; and how many parts."""
-    steps = cdiv(cdiv(length, max(wanted, 1)), block) * block
-    return steps, cdiv(length, steps)
-
-
-def _block(size: int) -> int:
-    """Columns of a tile that holds so many: products of tiles need 16."""
-    return max(next_power_of_2(size), 16)
-
-
 def _output_block(channels: int, dstate: int) -> Tuple[int, int, int]:
     """Channels, states and positions of a program of the second pass."""
-    block_d = _block(channels)
-    return block_d, _block(dstate), max(min(_TILE_ELEMENTS // block_d, _BLOCK_L), 16)
+    block_d = product_block(channels)
+    return block_d, product_block(dstate), max(min(_TILE_ELEMENTS // block_d, _BLOCK_L), 16)

@@ -14,6 +14,7 @@ from .._launch import (
     is_nvidia,
     next_power_of_2,
     num_processors,
+    product_block,
     shared_memory,
 )
 from .backward import input_gradient_kernel, projection_gradient_kernel
@@ -69,7 +70,7 @@ class Config(NamedTuple):
     def fit(self, dim: int, dstate: int, itemsize: int, shared: int) -> 'Config':
         """With a chunk and stages for which a program's tiles fit into so many bytes of shared memory, and as many
         warps as the gradients of a large state need."""
-        block_p, block_n = _block(dim), _block(dstate)
+        block_p, block_n = product_block(dim), product_block(dstate)
 
         def needed(chunk: int, stages: int, sequences: int = 2, pairs: int = 0) -> int:
             tiles = 2 * chunk * block_n + stages * (sequences * chunk * block_p + block_p * block_n) + pairs
@@ -90,11 +91,6 @@ class Config(NamedTuple):
 
 
 CONFIG = Config()
-
-
-def _block(size: int) -> int:
-    """Columns of a tile that holds so many: products of tiles need 16."""
-    return max(next_power_of_2(size), 16)
 
 
 class Tile(NamedTuple):
@@ -274,7 +270,7 @@ def _walk_launches(
 ) -> Tuple[Launch, Optional[Launch], int]:
     """The walk, the walk before it that finds the states between segments, and the number of segments."""
     block_p, block_n = (
-        min(block, _block(size)) for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
+        min(block, product_block(size)) for block, size in ((config.state_p, sizes.dim), (config.state_n, sizes.dstate))
     )
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     programs = sizes.batch * sizes.heads * cdiv(sizes.dim, block_p) * cdiv(sizes.dstate, block_n)
@@ -303,7 +299,7 @@ def _chunk_launch(
 ) -> Launch:
     """Of a kernel whose programs have a chunk of some heads of a group."""
     splits, split_heads = _splits(sizes, config)
-    block_p, block_n = _block(sizes.dim), _block(sizes.dstate)
+    block_p, block_n = product_block(sizes.dim), product_block(sizes.dstate)
     tile, flags = Tile(config.chunk, block_p, block_n, sizes.dim, sizes.dstate), _widened(flags, strides, config)
     grid = sizes.batch * sizes.groups * splits, cdiv(sizes.length, config.chunk)
     integers = sizes.share, (sizes.length, sizes.heads, split_heads), *strides
