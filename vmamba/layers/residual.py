@@ -54,7 +54,8 @@ def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
     dtypes = {_first_weight(module).dtype for _, module, _ in branches}
     if len(dtypes) != 1 or torch.float64 in dtypes:
         return False
-    return x.dtype in (torch.float32, _products_dtype(x, branches))  # others would be promoted by the sum
+    # The sum would promote others.
+    return x.dtype == torch.float32 or x.dtype == _products_dtype(x, branches)
 
 
 def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:
