@@ -1,5 +1,6 @@
 """Checkpoints of language models: ours, official ones, and those of transformers as the reference."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import oracles
 import pytest
 import torch
 from models import KINDS, VOCAB, draw, make
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from vmamba.sequence import LanguageModel
@@ -129,6 +131,8 @@ def test_models_of_transformers(kind, tmp_path):
     """Logits and greedy continuations equal theirs, computed in a process of its own."""
     if importlib.util.find_spec('transformers') is None:
         pytest.skip('needs the package transformers')
+    if kind == 'mamba2' and Version(importlib.metadata.version('transformers')) < Version('5.23'):
+        pytest.skip('earlier versions normalise all groups together, unlike the official model')
     options = json.dumps({**CONFIGS[kind], 'vocab_size': VOCAB})
     subprocess.run([sys.executable, '-c', THEIRS, kind, options, tmp_path], check=True)
     theirs, model = torch.load(tmp_path / 'results.pt'), LanguageModel.from_pretrained(tmp_path)
