@@ -222,9 +222,9 @@ def own_size(model: nn.Module) -> int:
 
 
 def at_size(model: nn.Module, size: int) -> nn.Module:
-    """The model for square images of this side: itself, or a copy whose position embedding is resized.
+    """The model for square images of this side: itself, or a copy on the CPU whose position embedding is resized.
 
-    A copy, because resizing what was resized before would lose detail.
+    A copy, because resizing what was resized before would lose detail; on the CPU, where timm's Swin makes new masks.
 
     Raises:
         UserError: If the model takes no such images.
@@ -234,7 +234,7 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
         return model
     if not hasattr(model, 'set_input_size'):
         raise UserError(f'{type(model).__name__} takes images of {own_size(model)} pixels only, not {size}')
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).cpu()
     try:
         model.set_input_size(img_size=(size, size))
     except _EXPECTED as error:

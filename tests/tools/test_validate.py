@@ -154,6 +154,15 @@ def test_vim_keeps_the_size_of_its_checkpoint(tmp_path):
     assert weights.own_size(larger) == 96 and weights.own_size(model) == 64
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_a_model_on_a_gpu_is_resized():
+    """timm's Swin makes its new masks on the CPU."""
+    model = timm.create_model('swin_tiny_patch4_window7_224', depths=(2, 2), embed_dim=32, num_heads=(1, 2)).cuda()
+    larger = weights.at_size(model, 448).cuda()
+    assert larger(torch.randn(1, 3, 448, 448, device='cuda')).shape == (1, 1000)
+
+
 def test_published_figures_stand_beside_the_measured(digits, tmp_path, monkeypatch, capsys):
     published = {'vmamba_nano': validate.published('vim_s', 224, 1000)._replace(size=32)}
     monkeypatch.setattr('vmamba.tools.published.PUBLISHED', published)
