@@ -75,8 +75,8 @@ photographs for validation.
 Speed and memory are those of one model alone, eager in bf16 with {batch} random images: forward, or forward and
 backward. Peaks are those of PyTorch's allocator, weights and images included. The state is what all mixers keep of an
 image of 64x64, in numbers: states of scans and convolutions, or keys and values. Accuracy by size is that of the same
-weights on the same images, enlarged (`vmamba validate --img-size`): position embeddings are resized, and the windows of
-Swin grow with the image.
+weights on the same images, enlarged (`--img-size` of `vmamba validate`): position embeddings are resized, and the
+windows of Swin grow with the image.
 
 `vim_*` are one Vim block with different mixers, and as many blocks as make about the same parameters. `swin` and
 `convnext` have the stages, strides and channels of `vmamba_nano`; `vit` has the step between tokens of `vim_*`, 4
