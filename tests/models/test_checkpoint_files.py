@@ -281,6 +281,7 @@ def test_vmamba_without_network_tells_to_pass_a_file(monkeypatch, error):
     [
         huggingface_hub.errors.LocalEntryNotFoundError('offline and not cached'),
         huggingface_hub.errors.OfflineModeIsEnabled('offline'),
+        huggingface_hub.errors.HfHubHTTPError.__bases__[0]('refused by the HTTP client of its version'),
         ConnectionError('no route to host'),
         OSError('no space'),
     ],

@@ -83,9 +83,14 @@ def build_model(
             raise
         raise _download_error(variant, error) from error
     except Exception as error:
-        if pretrained and type(error).__module__.split('.')[0] in ('huggingface_hub', 'httpx', 'requests'):
+        if pretrained and is_download_error(error):
             raise _download_error(variant, error) from error
         raise
+
+
+def is_download_error(error: Exception) -> bool:
+    """Whether the Hub's client raised an error, or the HTTP client that its version uses."""
+    return type(error).__module__.split('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests')
 
 
 def _download_error(variant: str, error: Exception) -> RuntimeError:
