@@ -1,6 +1,7 @@
 """MambaVision: variants, official checkpoints, windows, and the models against the definition in float64."""
 
 import argparse
+import json
 
 import official_mambavision as official
 import oracles
@@ -73,6 +74,15 @@ def test_windows_come_from_the_tag_alone(tmp_path):
     timm.models.save_for_hf(model, tmp_path)
     assert timm.create_model(f'local-dir:{tmp_path}', device='meta').stages[2].window_size == 2
     assert timm.create_model('mambavision_nano', window_size=(4, 3), device='meta').stages[3].window_size == 3
+
+
+def test_windows_of_a_tag_are_saved_for_readers_that_ignore_the_tag(tmp_path):
+    """transformers builds a saved model from its architecture and arguments alone."""
+    model = timm.create_model('mambavision_l2.in21k_ft_in1k_512', depths=(1, 1, 2, 2), embed_dim=32, stem_dim=8)
+    timm.models.save_for_hf(model, tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    rebuilt = timm.create_model(saved['architecture'], device='meta', **saved['model_args'])
+    assert [stage.window_size for stage in rebuilt.stages[2:]] == [32, 16]
 
 
 FILES = ['safetensors', 'pth.tar', 'encoder', 'own']

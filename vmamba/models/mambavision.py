@@ -349,9 +349,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_mambavision(variant: str, pretrained: bool = False, **kwargs: Any) -> MambaVision:
-    kwargs.setdefault('window_size', _windows_of(variant, kwargs.get('pretrained_cfg')))
+    windows = kwargs.setdefault('window_size', _windows_of(variant, kwargs.get('pretrained_cfg')))
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model(MambaVision, variant, pretrained, feature_cfg, **kwargs)
+    model = build_model(MambaVision, variant, pretrained, feature_cfg, **kwargs)
+    model._model_args = dict(window_size=windows)  # timm saves these, for readers that do not know the tag
+    return model
 
 
 def _windows_of(variant: str, pretrained_cfg: Any) -> Tuple[int, int]:
