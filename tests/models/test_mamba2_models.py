@@ -26,6 +26,7 @@ def test_variants(name, count, tensors, official_name):
     assert tensors in (None, len(model.state_dict()))
     cfg = model.pretrained_cfg
     assert not cfg.get('url') and not cfg.get('hf_hub_id') and cfg['tag'] == 'untrained'
+    assert cfg['paper_ids'][1:] == ('arXiv:2405.21060',)
     if official_name:
         with pytest.warns(UserWarning, match=name):
             assert timm.create_model(official_name, depths=(1,), device='meta').pretrained_cfg == cfg

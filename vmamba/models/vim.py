@@ -276,6 +276,7 @@ def _cfg(hf_hub_id: str = '', file: str = '', **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+_MAMBA2_PAPERS = 'arXiv:2401.09417', 'arXiv:2405.21060'
 default_cfgs = generate_default_cfgs(
     {
         'vim_t.in1k': _cfg('hustvl/Vim-tiny-midclstok', 'vim_t_midclstok_76p1acc.pth'),
@@ -285,8 +286,8 @@ default_cfgs = generate_default_cfgs(
         'vim_b.in1k': _cfg('hustvl/Vim-base-midclstok', 'vim_b_midclstok_81p9acc.pth'),
         'vim_nano.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
         'vim_nano_moe.untrained': _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-        'vim2_t.untrained': _cfg(),
-        'vim2_s.untrained': _cfg(),
+        'vim2_t.untrained': _cfg(paper_ids=_MAMBA2_PAPERS),
+        'vim2_s.untrained': _cfg(paper_ids=_MAMBA2_PAPERS),
     }
 )
 _EMA_VARIANTS = ('vim_b',)  # its published accuracy is of the EMA weights

@@ -352,6 +352,7 @@ def _cfg(file: str = '', **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+_MAMBA2_PAPERS = 'arXiv:2401.10166', 'arXiv:2405.21060'
 default_cfgs = generate_default_cfgs(
     {
         'vmamba_t.in1k': _cfg('%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'),
@@ -363,9 +364,9 @@ default_cfgs = generate_default_cfgs(
         'vmamba_t_v0.in1k': _cfg('%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth', first_conv='stem.conv'),
         'vmamba_s_v0.in1k': _cfg('%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth', first_conv='stem.conv'),
         'vmamba_b_v0.in1k': _cfg('%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth', first_conv='stem.conv'),
-        'vmamba_t_m2.untrained': _cfg(),
-        'vmamba_s_m2.untrained': _cfg(),
-        'vmamba_b_m2.untrained': _cfg(),
+        'vmamba_t_m2.untrained': _cfg(paper_ids=_MAMBA2_PAPERS),
+        'vmamba_s_m2.untrained': _cfg(paper_ids=_MAMBA2_PAPERS),
+        'vmamba_b_m2.untrained': _cfg(paper_ids=_MAMBA2_PAPERS),
         'vmamba_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
         'vmamba_nano_moe.untrained': _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
