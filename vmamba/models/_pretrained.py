@@ -371,7 +371,8 @@ def split_backbone(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Di
     """Splits a checkpoint into the classification model's weights and the output norms `outnorm{i}`.
 
     A detector or segmentor has its backbone under `backbone.`. A backbone of this library has its model under `model.`,
-    next to the norms and, for Vim, the pyramid. All other keys of these are dropped. Other checkpoints pass unchanged.
+    next to the norms and, for Vim, the pyramid. All other keys of these are dropped. One of transformers has it under
+    `timm_model.`. Other checkpoints pass unchanged.
 
     Args:
         state_dict: Weights in any layout.
@@ -382,7 +383,8 @@ def split_backbone(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], Di
     if any(key.startswith('backbone.') for key in state_dict):
         state_dict = _below('backbone.', state_dict)
     norms = {key: value for key, value in state_dict.items() if key.startswith('outnorm')}
-    weights = _below('model.', state_dict) or {key: v for key, v in state_dict.items() if key not in norms}
+    weights = _below('model.', state_dict) or _below('timm_model.', state_dict)
+    weights = weights or {key: value for key, value in state_dict.items() if key not in norms}
     return weights, norms
 
 
