@@ -76,6 +76,7 @@ def test_a_run_leaves_its_records_and_learns(run, tmp_path):
     best = torch.load(tmp_path / 'best.pt', weights_only=True)
     assert max(best['val_top1'], best['ema_top1']) == max(max(row['val_top1'], row['ema_top1']) for row in table)
     assert best['averaged'] is (best['ema_top1'] >= best['val_top1'])
+    assert best['recipe'] == yaml.safe_load((tmp_path / 'config.yaml').read_text())
     assert len(list(tmp_path.glob('checkpoint-*.pt'))) == 2
 
 

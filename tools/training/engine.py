@@ -270,7 +270,8 @@ class Trainer:
         weights = whole(self.task.get_checkpoint_state(ema=averaged))
         state = weights['state_dict_ema' if averaged else 'state_dict']
         if self.runtime.is_primary:
-            self.checkpoints.save_best({'state_dict': state, 'averaged': averaged, 'config': self.facts, **row})
+            settings = dict(config=self.facts, recipe=dataclasses.asdict(self.config))
+            self.checkpoints.save_best({'state_dict': state, 'averaged': averaged, **settings, **row})
             if self.config.task == 'language':
                 write_pretrained(self.checkpoints.folder / 'best', self.facts['model_args'], state)
             if self.task.has_ema():
