@@ -57,9 +57,8 @@ class Extraction:
         self.args, self.console = args, console
         args.model = weights.spec_of(args.model, args.checkpoint)
         self.paths = find_images(args.images, ['.npy'] * args.native, without=args.output)
-        anysize = weights.any_size_args(args.model.name) if args.native else {}
-        model = weights.load_model(args.model, args, num_classes=0, **anysize)
-        if args.native and model.pretrained_cfg.get('fixed_input_size', False) and not anysize:
+        model = weights.load_model(args.model, args, num_classes=0)
+        if args.native and not weights.allow_any_size(model):
             raise UserError(
                 f'{args.model.name} takes images of {weights.own_size(model)} pixels only: no --native, no --tile'
             )

@@ -55,8 +55,10 @@ SHOWN = 4  # of Vim's blocks, where none are named
 
 def sized_model(spec: weights.Spec, args: argparse.Namespace, whole: bool = False) -> Tuple[nn.Module, int]:
     """The model and the side of the images for it, or the shorter one of whole images."""
-    model = weights.load_model(spec, args, num_classes=0, **(weights.any_size_args(spec.name) if whole else {}))
+    model = weights.load_model(spec, args, num_classes=0)
     size = args.img_size or weights.own_size(model)
+    if whole:
+        weights.allow_any_size(model)
     return (model if whole else weights.at_size(model, size)).to(args.device), size
 
 

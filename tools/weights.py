@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 import vmamba  # noqa: F401
 from vmamba.models._isotropic import TokenModel
-from vmamba.models._pretrained import read_checkpoint, read_file
+from vmamba.models._pretrained import is_download_error, read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.training.config import parse_yaml
 from vmamba.tools.user_errors import UserError, nearest, positive_float
 
-SPEC_HELP = 'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones'
+SPEC_HELP = (
+    'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones, '
+    'hf-hub:OWNER/NAME for a model of the Hugging Face Hub, local-dir:FOLDER for a copy of one'
+)
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
 _PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+SOURCES = 'hf-hub:', 'local-dir:'
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -29,7 +33,7 @@ class Spec(NamedTuple):
     """A model on the command line.
 
     Attributes:
-        name: timm name.
+        name: timm name, or where timm finds a model with its name: hf-hub:OWNER/NAME or local-dir:FOLDER.
         weights: '' for the published weights, 'untrained', or a file.
         like: Where untrained, a checkpoint: the model is built as for its weights.
     """
@@ -101,7 +105,8 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     """Builds a model with its weights, in evaluation mode on the CPU.
 
     A checkpoint of `vmamba train` holds the model's arguments, class names and preprocessing; the last goes into the
-    model's `pretrained_cfg`. `class_names` is None where the names are not those of the model's classes.
+    model's `pretrained_cfg`. A model of the Hub has them there. `class_names` is None where the names are not those of
+    the model's classes.
 
     Args:
         spec: What to load.
@@ -111,6 +116,8 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     Raises:
         UserError: If the model is unknown, or its weights are missing or do not fit.
     """
+    if spec.name.startswith(SOURCES):
+        return _load_saved(spec, {**args.model_args, **extra})
     if not timm.is_model(spec.name.split('.')[0]):
         raise UserError(f'unknown model {spec.name!r}{nearest(spec.name, timm.list_models())}')
     trained = training_of(spec)
@@ -122,9 +129,27 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
         local = '' if spec.weights else f'; for this tool: {spec}=FILE'
         raise UserError(f'{spec}: {error}{local}') from error
     set_preprocessing(model, trained, arguments.get('in_chans', 3))
-    names = trained.get('class_names')
-    model.class_names = names if names and len(names) == model.num_classes else None
+    return _with_names(model, trained.get('class_names'))
+
+
+def _with_names(model: nn.Module, names: Any) -> nn.Module:
+    model.class_names = list(names) if names and len(names) == model.num_classes else None
     return model
+
+
+def _load_saved(spec: Spec, arguments: Dict[str, Any]) -> nn.Module:
+    """A model of the Hub or of a folder, as `vmamba push` writes it."""
+    if spec.weights:
+        raise UserError(f'{spec}: {spec.name} has its own weights; leave out ={spec.weights}')
+    try:
+        model = timm.create_model(spec.name, pretrained=True, **arguments).eval()
+    except KeyError as error:
+        raise UserError(f'{spec}: its config.json is not of a timm model: it has no {error}') from error
+    except Exception as error:
+        if isinstance(error, _EXPECTED) or is_download_error(error):
+            raise UserError(f'{spec}: {error}') from error
+        raise
+    return _with_names(model, model.pretrained_cfg.get('label_names'))
 
 
 def training_of(spec: Spec) -> Dict[str, Any]:
@@ -242,9 +267,12 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
-def any_size_args(name: str) -> Dict[str, Any]:
-    """Arguments with which a model takes images of any size, at each call another."""
-    return {'dynamic_img_size': True} if is_of_tokens(name) else {}
+def allow_any_size(model: nn.Module) -> bool:
+    """Lets a model take images of any size, at each call another; returns whether it can."""
+    if isinstance(model, TokenModel):
+        model.patch_embed.dynamic_img_size = True
+        return True
+    return not model.pretrained_cfg.get('fixed_input_size', False)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
