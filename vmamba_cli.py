@@ -21,6 +21,7 @@ COMMANDS = {
     'convert': ('convert', 'convert a checkpoint to safetensors'),
     'export onnx': ('export_onnx', 'write a model as ONNX'),
     'export pt2': ('export_pt2', 'compile a model ahead of time'),
+    'push': ('push', 'upload a model to the Hugging Face Hub'),
     'configs': ('configurations', 'list, show and copy the installed configurations'),
     'mm-train': ('mm_train', 'train a detector of mmdet or a segmentor of mmseg'),
     'mm-test': ('mm_test', 'test a detector or segmentor'),
