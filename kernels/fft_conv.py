@@ -110,7 +110,8 @@ def diagonal_state(log_decay: Tensor, u: Tensor) -> Tensor:
     blocks = cdiv(seqlen, block)
     within = _powers(log_decay, block).flip(-1).mT  # [H, block, M]
     after = _powers(log_decay * block, blocks).flip(-1).mT  # [H, blocks, M]
-    u = F.pad(u.to(within.real.dtype), (blocks * block - seqlen, 0)).unflatten(-1, (blocks, block))
+    u = u.to(within.real.dtype).contiguous()  # torch 2.7 traces wrong strides where others are padded by nothing
+    u = F.pad(u, (blocks * block - seqlen, 0)).unflatten(-1, (blocks, block))
     with torch.autocast(log_decay.device.type, enabled=False):
         ends = torch.complex(u @ within.real, u @ within.imag)  # [..., H, blocks, M]
     return (ends * after).sum(dim=-2)
