@@ -1,25 +1,30 @@
 """Features of a folder of images, or of a list of them: pooled vectors and maps of any stage or block.
 
 Images have the size of the model or --img-size, or with --native their own; --tile cuts them into tiles.
-The same command continues after an interruption. `features/store.py` describes the output; `vmamba knn` evaluates it.
+The same command continues after an interruption. Under torchrun the processes of one host share the images.
+`features/store.py` describes the output; `vmamba knn` evaluates it.
 
     vmamba extract images/ --model vmamba_t
     vmamba extract images/ --model vim_s=vim_s.pth --features pooled blocks.11 blocks.23
     vmamba extract images/ --checkpoint runs/finetune/best.pt
     vmamba extract images/ --model vmamba_t --features stages.3 --native --format safetensors
     vmamba extract slides/ --model vmamba_t --features stages.3 --tile 1024 --overlap 256
+    torchrun --nproc-per-node 8 -m vmamba.tools.extract_features images/ --model vmamba_t
 """
 
 import argparse
 import hashlib
 import json
+import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 
 from vmamba.tools import weights
 from vmamba.tools.devices import device_name
@@ -34,11 +39,12 @@ from vmamba.tools.features.maps import (
     patch_layout,
     tiled_maps,
 )
-from vmamba.tools.features.store import FORMATS, Files, Table
+from vmamba.tools.features.store import FORMATS, Files, Store, Table
 from vmamba.tools.images.batches import add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_pixels
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.output_files import write_text
+from vmamba.tools.training.runtime import Runtime
 from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
 
 from rich.console import Console
@@ -50,11 +56,12 @@ class Extraction:
 
     Args:
         args: Of the command line.
+        runtime: Place among the processes.
         console: Where to show progress.
     """
 
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
-        self.args, self.console = args, console
+    def __init__(self, args: argparse.Namespace, runtime: Runtime, console: Console) -> None:
+        self.args, self.runtime, self.console = args, runtime, console
         args.model = weights.spec_of(args.model, args.checkpoint)
         self.paths = find_images(args.images, ['.npy'] * args.native, without=args.output)
         model = weights.load_model(args.model, args, num_classes=0)
@@ -68,10 +75,36 @@ class Extraction:
         if args.tile:
             check_tiles(args.tile, args.overlap, self.wanted)
         self.config = weights.data_config(self.model, args, size)
-        kind = Files if args.native or args.format != 'npy' else Table
-        self.store = kind(args.output, self.paths, self._settings(size), args.overwrite)
         self.samples = load_images(self.paths, self.config, args).samples
         self.pixels = 0
+        self.store = self._open(size)
+
+    def _open(self, size: Optional[int]) -> Store:
+        """The store, which the first of several processes makes, with its arrays, before the others open it."""
+        args, primary = self.args, self.runtime.is_primary
+        if not primary:
+            self._meet()
+        kind = Files if args.native or args.format != 'npy' else Table
+        store = kind(args.output, self.paths, self._settings(size), args.overwrite and primary, lock=primary)
+        if primary and self.runtime.world > 1:
+            if isinstance(store, Table):
+                with torch.inference_mode(), weights.autocast(args):
+                    values = self._arrays(torch.zeros(1, *self.config['input_size'], device=args.device))
+                for name, value in values.items():
+                    store.array(name, value)
+            self._meet()
+        return store
+
+    def _meet(self, values: Sequence[int] = (0,)) -> List[int]:
+        """Waits for all processes; sums of their values.
+
+        Raises:
+            UserError: If one of them ended.
+        """
+        try:
+            return self.runtime.sum(torch.tensor(values))
+        except RuntimeError as error:
+            raise UserError('another process failed, see its error') from error
 
     def _settings(self, size: Optional[int]) -> Dict[str, Any]:
         """What the features are of."""
@@ -99,12 +132,12 @@ class Extraction:
 
     def run(self) -> None:
         """Extracts what is still to do."""
-        todo = self.store.todo()
-        done = len(self.paths) - len(todo)
+        share = range(self.runtime.rank, len(self.paths), self.runtime.world)
+        todo = [row for row in self.store.todo() if row in share]
+        done = len(share) - len(todo)
         if done:
-            self.console.print(f'{done} of {len(self.paths)} images are done already')
-        labels = class_folders(self.paths, self.args.images)
-        self.store.write_index(labels)
+            self.console.print(f'{done} of {len(share)} images are done already')
+        self._write_index()
         columns = TextColumn('Extracting'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         start = time.perf_counter()
         try:
@@ -113,7 +146,7 @@ class Extraction:
                 torch.inference_mode(),
                 weights.autocast(self.args),
             ):
-                task = progress.add_task('', total=len(self.paths), completed=done)
+                task = progress.add_task('', total=len(share), completed=done)
                 for count in self._native(todo) if self.args.native else self._batches(todo):
                     progress.advance(task, count)
         except torch.OutOfMemoryError as error:
@@ -121,8 +154,12 @@ class Extraction:
             way_out = tiles if self.args.native else 'a smaller --batch-size continues with the rest'
             raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
-            self.store.write_index(labels)
-        self._report(len(todo) - int(self.samples.bad.sum()), time.perf_counter() - start)
+            self._write_index()
+        self._report(len(todo) - int(self.samples.bad.sum()), start)
+
+    def _write_index(self) -> None:
+        if self.runtime.is_primary:
+            self.store.write_index(class_folders(self.paths, self.args.images))
 
     def _batches(self, todo: List[int]) -> Iterator[int]:
         """Images of one size, in batches; yields how many of each could be read."""
@@ -173,16 +210,24 @@ class Extraction:
         found = extract(self.model, images, self.wanted)
         return {name: values.float().cpu().numpy().astype(self.args.save_dtype) for name, values in found.items()}
 
-    def _report(self, images: int, seconds: float) -> None:
-        """Prints what was done and writes run.json."""
+    def _report(self, images: int, start: float) -> None:
+        """Waits for all processes; the first prints what was done and writes run.json."""
+        images, pixels, *bad = self._meet([images, self.pixels, *self.samples.bad.tolist()])
+        seconds = time.perf_counter() - start
+        self.samples.bad = torch.tensor(bad, dtype=torch.bool)
+        self.samples.check()
+        if not self.runtime.is_primary:
+            return
         skipped = self.samples.report(absolute=True)
         if skipped:
             self.console.print(skipped, highlight=False, soft_wrap=True)
+        self._write_index()
         figures = {
             'images': images,
             'seconds': seconds,
             'images_per_second': images / seconds,
-            'megapixels_per_second': self.pixels / 1e6 / seconds,
+            'megapixels_per_second': pixels / 1e6 / seconds,
+            'processes': self.runtime.world,
             'device': device_name(self.args.device),
             'torch': torch.__version__,
             'timm': timm.__version__,
@@ -195,6 +240,31 @@ class Extraction:
 def class_folders(paths: Sequence[Path], source: Path) -> List[str]:
     """Names of the images' folders; '' for those directly in the source."""
     return ['' if path.parent == source else path.parent.name for path in paths]
+
+
+def join(device: torch.device) -> Runtime:
+    """The place among the processes that torchrun started, and the device of this one; each has a GPU.
+
+    They meet over gloo, and wait for each other only at the beginning and at the end, which may be days apart.
+
+    Raises:
+        UserError: If they are on several hosts, or more than there are GPUs.
+    """
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world == 1:
+        return Runtime(device)
+    if int(os.environ.get('LOCAL_WORLD_SIZE', world)) < world:
+        raise UserError(
+            'processes on several hosts cannot write into one folder: run torchrun --standalone on every host, with '
+            'a list of images and an --output of its own'
+        )
+    if device.type == 'cuda':
+        if world > torch.cuda.device_count():
+            raise UserError(f'{world} processes need as many GPUs, and there are {torch.cuda.device_count()}')
+        device = torch.device('cuda', rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group('gloo', timeout=timedelta(days=365))
+    return Runtime(device, rank, world)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -225,7 +295,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 @one_line_errors('extract_features.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    extraction = Extraction(parse_args(argv), Console())
+    args = parse_args(argv)
+    runtime = join(args.device)
+    args.device = runtime.device
+    extraction = Extraction(args, runtime, Console(quiet=not runtime.is_primary))
     with extraction.store.lock:
         extraction.run()
 

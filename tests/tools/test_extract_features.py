@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pytest
 import timm
 import torch
 from folders import full_disk, in_use, truncate, write_digits, write_photographs
-from forked import Forked
+from forked import Forked, two_processes
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from training_runs import TORCHRUN
 
 from vmamba.tools import extract_features
 from vmamba.tools.features import store
 from vmamba.tools.features.maps import covering
 from vmamba.tools.features.store import Table, read_features
+from vmamba.tools.user_errors import UserError
 
 TOOL = Path(extract_features.__file__)
 NANO = '--model', 'vmamba_nano=untrained'
@@ -187,6 +190,71 @@ def test_a_killed_run_goes_on(tmp_path):
         np.testing.assert_array_equal(one, other)
     run(*arguments, '--output', tmp_path / 'whole')  # nothing is left to do
     assert json.loads((tmp_path / 'whole' / 'run.json').read_text())['images'] == 0
+
+
+def test_processes_of_torchrun_share_the_images_and_any_number_of_them_continues(tmp_path):
+    images = write_digits(tmp_path / 'images', per_class=10)
+    arguments = [images, *NANO, '--features', 'pooled', 'stages.3', '--batch-size', '1', '--output']
+    command = [*TORCHRUN, '-m', 'vmamba.tools.extract_features', *arguments, tmp_path / 'shared', '--workers', '0']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen([*map(str, command), '--device', 'cpu'], env=env)
+    progress = tmp_path / 'shared' / 'progress.npy'
+    try:
+        while not (progress.is_file() and all((np.load(progress)[rank::2] == 1).sum() > 1 for rank in range(2))):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.terminate()  # torchrun sends the signal on, which ends its processes at once
+        process.wait()
+    written = done_in(progress)
+    assert 4 <= written < 100
+    with two_processes(lambda argv: run(*argv), *arguments, tmp_path / 'shared') as processes:
+        said = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+    figures = json.loads((tmp_path / 'shared' / 'run.json').read_text())
+    assert (figures['images'], figures['processes']) == (100 - written, 2)
+    run(*arguments, tmp_path / 'alone')
+    for name in ('pooled', 'stages.3'):
+        shared, alone = (np.load(tmp_path / folder / f'{name}.npy') for folder in ('shared', 'alone'))
+        np.testing.assert_array_equal(shared, alone)
+    assert read_index(tmp_path / 'shared') == read_index(tmp_path / 'alone')
+    run(*arguments, tmp_path / 'shared')  # one process finds nothing left
+    assert json.loads((tmp_path / 'shared' / 'run.json').read_text())['images'] == 0
+
+
+def test_processes_name_every_skipped_image_and_stop_at_one_that_is_not_skipped(tmp_path):
+    images = write_digits(tmp_path / 'images', per_class=1, classes=4)
+    broken = [truncate(images / name / '00.png') for name in '03']
+    arguments = images, *NANO, '--format', 'npz', '--output', tmp_path / 'f'
+    with two_processes(lambda argv: run(*argv), *arguments) as processes:
+        said = [process.communicate() for process in processes]
+    for process, (_, err), path in zip(processes, said, broken):
+        assert process.returncode and f'cannot read the image {path}' in err
+    with two_processes(lambda argv: run(*argv), *arguments, '--skip-bad-images') as processes:
+        (out, _), _ = [process.communicate() for process in processes]
+    assert f'skipped 2 unreadable image(s): {broken[0]}, {broken[1]}' in out
+    assert [row['state'] for row in read_index(tmp_path / 'f')] == ['unreadable', 'done', 'done', 'unreadable']
+
+
+def test_processes_refuse_what_another_run_writes(photographs, tmp_path):
+    with (
+        in_use(tmp_path / 'f'),
+        two_processes(lambda argv: run(*argv), photographs, *NANO, '--output', tmp_path / 'f') as processes,
+    ):
+        said = [process.communicate()[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+    assert 'error: [process 0] another process is writing into' in said[0] and 'Traceback' not in ''.join(said)
+
+
+def test_processes_are_on_one_host_and_have_a_gpu_each(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='run torchrun --standalone on every host'):
+        extract_features.join(torch.device('cpu'))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match='4 processes need as many GPUs, and there are 2'):
+        extract_features.join(torch.device('cuda'))
 
 
 def done_in(progress):

@@ -12,7 +12,7 @@ A folder of features holds
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Sequence
 
@@ -40,18 +40,21 @@ class Store:
         paths: The images.
         settings: Of the features, as values of JSON.
         overwrite: Discard the features in the folder instead of continuing.
+        lock: Keep other runs out of the folder; False for further processes of a run that has locked it.
 
     Raises:
         UserError: If something else is there.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool, lock: bool = True
+    ) -> None:
         self.folder, self.paths = folder, paths
         record, progress = folder / 'settings.json', folder / 'progress.npy'
         begins = {folder / LOCK, part_of(record)}  # files of a run at its start
         if folder.exists() and not record.is_file() and any(path not in begins for path in folder.iterdir()):
             raise UserError(f'{folder} holds something other than features: give another --output')
-        self.lock = lock_folder(folder)  # of this folder, until it is closed
+        self.lock = lock_folder(folder) if lock else nullcontext()  # of this folder, until it is closed
         if record.is_file() and overwrite:
             _remove(folder)
         if record.is_file():
@@ -95,8 +98,10 @@ class Table(Store):
 class Files(Store):
     """Features of images of various sizes, in files of their own."""
 
-    def __init__(self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool) -> None:
-        super().__init__(folder, paths, settings, overwrite)
+    def __init__(
+        self, folder: Path, paths: Sequence[Path], settings: Dict[str, Any], overwrite: bool, lock: bool = True
+    ) -> None:
+        super().__init__(folder, paths, settings, overwrite, lock)
         self._format = settings['format']
         (folder / 'files').mkdir(exist_ok=True)
 
