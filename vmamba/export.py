@@ -114,8 +114,8 @@ def export_onnx(
         metadata: Texts by name that the file holds.
 
     Raises:
-        ExportError: If the opset is not supported, int8 is combined with fp16, the model is in training mode or has
-            hooks, or the file's outputs differ from the model's.
+        ExportError: If the opset is not supported, int8 is combined with fp16, model and images are not both in fp32 or
+            fp16, the model is in training mode or has hooks, or the file's outputs differ from the model's.
     """
     import onnx
     import onnxscript  # noqa: F401, torch's exporter needs it
@@ -123,8 +123,10 @@ def export_onnx(
     newest = onnx.defs.onnx_opset_version()
     if not MIN_OPSET <= opset <= newest:
         raise ExportError(f'opset must be from {MIN_OPSET} to {newest}, the newest of the installed onnx, got {opset}')
+    tolerance = _tolerance(model, x)
     if int8 and x.dtype != torch.float32:
         raise ExportError(f'int8 weights need a model in fp32, got {x.dtype}')
+    tolerance = _INT8_TOLERANCE if int8 else tolerance
     program = capture(model, x, dynamic_batch)
     with torch.no_grad():
         number = len(program.graph_signature.user_outputs)
@@ -144,7 +146,6 @@ def export_onnx(
             _quantise(file, model, weights > _ONE_FILE)
         onnx.checker.check_model(str(file), full_check=True)
         session, load_s = _load(file)
-        tolerance = _INT8_TOLERANCE if int8 else _TOLERANCES[x.dtype]
         error = max(
             _compare(model, x, lambda images: session.run(None, {'images': images.numpy()}), tolerance)
             for x in _batches(x, dynamic_batch)
@@ -178,14 +179,15 @@ def export_pt2(
         Largest difference from PyTorch, relative to the largest output.
 
     Raises:
-        ExportError: If the model is in training mode or has hooks, or the package's outputs differ from the model's.
+        ExportError: If model and images are not both in fp32 or fp16, the model is in training mode or has hooks, or
+            the package's outputs differ from the model's.
     """
+    tolerance = _tolerance(model, x)
     program, path = capture(model, x, dynamic_batch, portable), Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.export') as folder:
         file = Path(folder) / path.name
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
         package = torch._inductor.aoti_load_package(str(file))
-        tolerance = _TOLERANCES[x.dtype]
         error = max(
             _compare(model, x, lambda images: _arrays(package(images)), tolerance) for x in _batches(x, dynamic_batch)
         )
@@ -264,8 +266,18 @@ def _check(model: nn.Module) -> None:
     hooks = ('_forward_hooks', '_forward_pre_hooks')
     hooked = [name or 'the model' for name, module in model.named_modules() if any(getattr(module, h) for h in hooks)]
     if hooked or has_global_hooks():
-        where = hooked[0] if hooked else 'all modules'
-        raise ExportError(f'{where} has hooks, which a graph cannot hold; remove them before the export')
+        where = f'{hooked[0]} has' if hooked else 'all modules have'
+        raise ExportError(f'{where} hooks, which a graph cannot hold; remove them before the export')
+
+
+def _tolerance(model: nn.Module, x: Tensor) -> float:
+    """The largest difference that is no error in the dtype of model and images."""
+    own = next((parameter.dtype for parameter in model.parameters()), x.dtype)
+    if x.dtype not in _TOLERANCES or own != x.dtype:
+        raise ExportError(f'model and images must both be in fp32 or in fp16, got {own} and {x.dtype}')
+    if not len(x):
+        raise ExportError(f'the images to compare with PyTorch must be one or more, got shape {tuple(x.shape)}')
+    return _TOLERANCES[x.dtype]
 
 
 def _fold_complex(module: fx.GraphModule) -> bool:

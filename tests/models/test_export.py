@@ -115,12 +115,33 @@ def test_an_opset_that_is_not_supported(opset, tmp_path):
         export_onnx(small('vim'), images_of('vim'), tmp_path / 'model.onnx', opset=opset)
 
 
+@pytest.mark.parametrize('write', [export_onnx, export_pt2])
+@pytest.mark.parametrize('own, given', [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
+def test_dtypes_that_are_not_supported(write, own, given, tmp_path):
+    message = f'must both be in fp32 or in fp16, got {own} and {given}'
+    with pytest.raises(ExportError, match=message):
+        write(small('vim').to(own), images_of('vim').to(given), tmp_path / 'model')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_do_not_fit(tmp_path):
+    with pytest.raises(ExportError, match=r'one or more, got shape \(0, 3, 16, 16\)'):
+        export_onnx(small('vim'), images_of('vim')[:0], tmp_path / 'model.onnx')
+    with pytest.raises(ValueError, match=r'takes 16x16 images, got 32x32: create it .* with dynamic_img_size=True'):
+        export_onnx(small('vim'), images(1, 3, 32, 32), tmp_path / 'model.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_that_a_graph_cannot_hold():
     model, x = small('vim'), images_of('vim')
     with pytest.raises(ExportError, match=r'training mode; call model.eval\(\)'):
         export.capture(model.train(), x)
     handle = model.eval().blocks[0].mixer.register_forward_hook(lambda *_: None)
     with pytest.raises(ExportError, match='blocks.0.mixer has hooks.*remove them'):
+        export.capture(model, x)
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with pytest.raises(ExportError, match='all modules have hooks'):
         export.capture(model, x)
     handle.remove()
     export.capture(model, x)
