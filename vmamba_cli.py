@@ -33,6 +33,8 @@ COMMANDS = {
     'bench kernels': ('bench_kernels', 'time and memory of the operators and models, beside peers'),
     'bench scaling': ('bench_scaling', 'training speed on several GPUs'),
     'bench generation': ('bench_generation', 'speed and memory of generation by language models'),
+    'bench export': ('bench_export', 'size and time of models as ONNX files'),
+    'bench plan': ('bench_plan', 'time, storage, network and memory of training on many GPUs'),
     'bench medical': ('bench_medical', 'time and memory of U-Mamba'),
     'bench mm': ('bench_mm', 'time and memory of detectors and segmentors'),
     'compare highres': ('compare_highres', 'time and memory of feature extraction by image size'),

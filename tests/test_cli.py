@@ -52,7 +52,7 @@ def test_a_group_lists_its_commands(run):
     [
         (('trian', 'x.yaml'), "unknown command 'trian'; did you mean train?"),
         (('qqq',), "unknown command 'qqq'; `vmamba --help` lists them"),
-        (('bench',), 'bench is followed by one of kernels, scaling, generation, medical, mm'),
+        (('bench',), 'bench is followed by one of kernels, scaling, generation, export, plan, medical, mm'),
         (('compare', 'hires'), 'compare is followed by one of highres, sequences, training; did you mean highres?'),
     ],
 )

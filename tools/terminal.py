@@ -19,7 +19,7 @@ def open_console(width: int = 120) -> Console:
 
 def number(value: Any, form: Optional[str] = None) -> str:
     """A float by its format, or with three significant digits; '-' for nothing, and anything else as it is."""
-    if value is None or (isinstance(value, float) and value != value):
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return '-'
     if not isinstance(value, float):
         return str(value)

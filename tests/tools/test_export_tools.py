@@ -1,10 +1,16 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from folders import write_photographs
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import vmamba  # noqa: F401
+from vmamba import export
 from vmamba.tools import export_onnx, export_pt2
 
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -57,6 +63,32 @@ def test_what_a_file_cannot_hold_is_one_line(arguments, message, tmp_path, capsy
     name, *options = arguments
     error = error_of(capsys, export_onnx, name, tmp_path / 'model.onnx', '--model-args', SMALL, *options)
     assert message in error and error.count('\n') == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_serving_example_of_the_page_preprocesses_as_timm_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(export_onnx, 'vim_nano=untrained', 'vmamba_t.onnx', '--model-args', SMALL, '--dynamic-batch')
+    page = (Path(__file__).parents[2] / 'docs/deployment.md').read_text()
+    example = next(code for code in re.findall(r'```python\n(.*?)```', page, re.DOTALL) if 'def preprocess' in code)
+    names = {}
+    exec(example, names)
+    root = write_photographs(tmp_path / 'images', 71, 100)
+    files = [root / 'astronaut.png', root / 'deep/coffee.png']
+    torch.manual_seed(0)
+    model = timm.create_model('vim_nano', depth=1, embed_dim=16, d_state=2).eval()
+    transform = create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg))
+    images = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
+    ours = torch.stack([torch.from_numpy(names['preprocess'](file)) for file in files])
+    torch.testing.assert_close(ours, images, rtol=1e-5, atol=1e-5)
+    assert names['classify'](files) == model(images).argmax(dim=1).tolist()
+
+
+def test_a_failed_comparison_ends_with_code_2_and_leaves_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, '_TOLERANCES', {torch.float32: 0})
+    path = tmp_path / 'model.onnx'
+    error = error_of(capsys, export_onnx, 'vim_nano=untrained', path, '--model-args', SMALL, '--img-size', 16)
+    assert 'vim_nano=untrained: output 0 differs from PyTorch by' in error and error.count('\n') == 1
     assert list(tmp_path.iterdir()) == []
 
 
