@@ -36,6 +36,7 @@ from vmamba.tools.training.config import load_config
 from vmamba.tools.training.splits import load_datasets
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 
+import psutil
 from rich.progress import track
 
 CPU = torch.device('cpu')
@@ -169,8 +170,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for item in track(args.runs or args.models, 'Measuring'):
         with tempfile.TemporaryDirectory() as folder:
             rows += accuracy(item, Path(folder)) if args.runs else measure(item, args.repeats, args.wall, Path(folder))
+    load, *_ = psutil.getloadavg()
     facts = {
-        'machine': device_name(CPU).rpartition(',')[0],
+        'machine': f'{device_name(CPU).rpartition(",")[0]}, {psutil.cpu_count()} cores, load average {load:.1f}',
         'versions': f'{versions()}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}',
         'command': shlex.join(['vmamba', 'bench', 'export', *argv]),
     }

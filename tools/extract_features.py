@@ -149,13 +149,22 @@ class Extraction:
                 task = progress.add_task('', total=len(share), completed=done)
                 for count in self._native(todo) if self.args.native else self._batches(todo):
                     progress.advance(task, count)
+            images, pixels = self._totals(len(todo) - int(self.samples.bad.sum()))
         except torch.OutOfMemoryError as error:
             tiles = 'take --tile, or a smaller one, with another --output'
             way_out = tiles if self.args.native else 'a smaller --batch-size continues with the rest'
             raise UserError(f'out of memory on {self.args.device}: {way_out}') from error
         finally:
             self._write_index()
-        self._report(len(todo) - int(self.samples.bad.sum()), start)
+        if self.runtime.is_primary:
+            self._report(images, pixels, time.perf_counter() - start)
+
+    def _totals(self, images: int) -> List[int]:
+        """Images and pixels of all processes, once all are done; unreadable images of all are then in `samples`."""
+        images, pixels, *bad = self._meet([images, self.pixels, *self.samples.bad.tolist()])
+        self.samples.bad = torch.tensor(bad, dtype=torch.bool)
+        self.samples.check()
+        return [images, pixels]
 
     def _write_index(self) -> None:
         if self.runtime.is_primary:
@@ -210,18 +219,11 @@ class Extraction:
         found = extract(self.model, images, self.wanted)
         return {name: values.float().cpu().numpy().astype(self.args.save_dtype) for name, values in found.items()}
 
-    def _report(self, images: int, start: float) -> None:
-        """Waits for all processes; the first prints what was done and writes run.json."""
-        images, pixels, *bad = self._meet([images, self.pixels, *self.samples.bad.tolist()])
-        seconds = time.perf_counter() - start
-        self.samples.bad = torch.tensor(bad, dtype=torch.bool)
-        self.samples.check()
-        if not self.runtime.is_primary:
-            return
+    def _report(self, images: int, pixels: int, seconds: float) -> None:
+        """Prints what was done and writes run.json."""
         skipped = self.samples.report(absolute=True)
         if skipped:
             self.console.print(skipped, highlight=False, soft_wrap=True)
-        self._write_index()
         figures = {
             'images': images,
             'seconds': seconds,

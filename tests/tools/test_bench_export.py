@@ -32,6 +32,7 @@ def test_both_kinds_of_weights_are_measured_and_written_between_own_markers(tmp_
     assert (
         f'`vmamba bench export --models vim_nano --repeats 2 --wall --docs {docs}`' in text
         and 'Wall time is of 2 threads' in text
+        and ' cores, load average ' in text
     )
     fp32, int8 = table_of(text)
     assert (fp32['weights'], int8['weights']) == ('fp32', 'int8') and fp32['model'] == '`vim_nano`'
