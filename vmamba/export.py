@@ -166,7 +166,9 @@ def export_pt2(
 ) -> float:
     """Writes a model as a package that AOTInductor compiled, once it computes the same as PyTorch.
 
-    `torch._inductor.aoti_load_package(path)` loads it, on the kind of device and processor that it was written on.
+    `torch._inductor.aoti_load_package(path)` loads it, on the kind of device and processor that it was written on. Its
+    images must be contiguous: it misreads others, such as those in channels_last, unless AOTI_RUNTIME_CHECK_INPUTS=1
+    is in the environment, which makes them an error.
 
     Args:
         model: In evaluation mode.
