@@ -19,4 +19,4 @@ def test_variant(name, tmp_path):
     model = timm.create_model(name).eval()
     file = export_onnx(model, torch.randn(1, *model.pretrained_cfg['input_size']), tmp_path / f'{name}.onnx')
     print(name, *(f'{key}={value:.4g}' for key, value in file._asdict().items()))
-    assert file.size <= 1.15 * file.weights and file.load_s < 5
+    assert file.size <= 1.15 * file.weights
