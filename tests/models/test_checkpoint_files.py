@@ -205,6 +205,8 @@ def write_bad_file(path, kind):
     state = official.vim_state(1, 16, 4)
     if kind == 'text':
         path.write_text('<html>Not Found</html>\n')
+    elif kind == 'words':
+        path.write_text('hello' * 100)
     elif kind == 'empty-file':
         path.write_bytes(b'')
     elif kind == 'truncated':
@@ -229,7 +231,7 @@ def write_bad_file(path, kind):
         path.write_bytes(pickle.dumps({'model': Malicious(path.parent / 'ran')}))
 
 
-BAD_FILES = ['text', 'empty-file', 'truncated', 'corrupt', 'empty-dict', 'empty-model', 'no-tensors', 'list']
+BAD_FILES = ['text', 'words', 'empty-file', 'truncated', 'corrupt', 'empty-dict', 'empty-model', 'no-tensors', 'list']
 
 
 @pytest.mark.parametrize('variant', ['vmamba_s', 'vim_t'])
@@ -240,6 +242,7 @@ def test_a_file_without_weights_is_an_error_that_names_it(tmp_path, kind, varian
     with pytest.raises(RuntimeError, match=r'weights\.pth') as caught:
         load(path, variant)
     assert 'download' not in str(caught.value)
+    assert not str(caught.value).endswith(': '), 'no reason'
     assert not (tmp_path / 'ran').exists(), 'the file ran code'
 
 

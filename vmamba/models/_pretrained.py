@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 StateDict = Dict[str, Tensor]
 
 _NAMES_SHOWN = 12
+_UNREADABLE = '{} is not a readable checkpoint: it is empty, corrupt or in another format'
 
 
 def build_model(
@@ -165,8 +166,10 @@ def read_file(path: Union[str, Path]) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise RuntimeError(_refusal(path)) from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise RuntimeError(f'{path} is not a readable checkpoint: {error}') from error
+    except Exception as error:  # unpickling a damaged file can raise anything, with a message that says nothing
+        raise RuntimeError(_UNREADABLE.format(path)) from error
 
 
 def check_sums(path: Path) -> None:
@@ -183,11 +186,11 @@ def check_sums(path: Path) -> None:
 def _refusal(path: Path) -> str:
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except Exception:  # a damaged file can raise anything
         found = []
     refused = [name for name in found if name not in ('argparse.Namespace', *_RECORDS)]
     if not refused:
-        return f'{path} is not a readable checkpoint: it is corrupt or in another format'
+        return _UNREADABLE.format(path)
     return (
         f'{path} holds more than weights: {", ".join(refused)}. Such objects could run code and are not loaded. If '
         f"you trust the file, extract its weights: torch.save(torch.load(path, weights_only=False)['model'], "
