@@ -19,23 +19,23 @@ def check(function: str, sizes: Optional[Dict[str, int]] = None, **tensors: Spec
     Args:
         function: Name of the public function.
         sizes: Sizes that are known beforehand, by name.
-        tensors: Pairs of a tensor, or None, and its spec, by argument.
+        tensors: Pairs of a tensor and its spec, by argument; all but the first may be None.
 
     Returns:
         Sizes by name.
 
     Raises:
-        ValueError: If a tensor has another shape, dtype or device, with its name and what it should be.
+        ValueError: If a tensor has another shape, dtype or device, or is none, with its name and what it should be.
         NotImplementedError: If a tensor has a tangent.
     """
     sizes = dict(sizes or {})
     main, (reference, _) = next(iter(tensors.items()))
-    assert reference is not None
     for name, (tensor, spec) in tensors.items():
-        if tensor is None:
+        if tensor is None and reference is not None:
             continue
         if not _fits(tensor, spec, sizes):
             raise ValueError(f'{function}: {name} must be {_expected(spec, sizes)}, got {_found(tensor)}')
+        assert tensor is not None and reference is not None  # they fit
         if tensor.device != reference.device:
             found = f'{main} on {reference.device} and {name} on {tensor.device}'
             raise ValueError(f'{function} needs all tensors on one device, got {found}')
@@ -53,9 +53,9 @@ def check_that(holds: bool, message: str, *sizes: int) -> None:
         raise ValueError(message.format(*sizes) if sizes else message)
 
 
-def _fits(tensor: Tensor, spec: str, sizes: Dict[str, int]) -> bool:
+def _fits(tensor: object, spec: str, sizes: Dict[str, int]) -> bool:
     """Whether a tensor fits a spec; adds to the sizes what the spec names first."""
-    if not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return False
     shape = tensor.shape
     if spec.startswith('... '):
@@ -84,8 +84,8 @@ def _expected(spec: str, sizes: Dict[str, int]) -> str:
     return 'a floating tensor ' + ' or '.join(f'[{shape}]' for shape in shapes)
 
 
-def _found(tensor: Tensor) -> str:
-    return f'{tuple(tensor.shape)} {tensor.dtype}'
+def _found(tensor: object) -> str:
+    return f'{tuple(tensor.shape)} {tensor.dtype}' if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
 def _refuse_tangents(function: str, tensors: Dict[str, Spec]) -> None:

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2405.21060
 """
 
 from math import inf, prod
+from numbers import Integral, Real
 from typing import Any, Optional, Sequence, Tuple, Union
 
 import torch
@@ -115,9 +116,17 @@ def _check(
     )
     heads, groups = sizes['H'], sizes['G']
     check_that(heads % groups == 0, 'ssd_scan: groups of B must divide the {} heads, got {}', heads, groups)
-    check_that(chunk_size >= 1, 'ssd_scan: chunk_size must be at least 1, got {}', chunk_size)
-    ordered = len(dt_limit) == 2 and dt_limit[0] <= dt_limit[1]
-    check_that(ordered, f'ssd_scan: dt_limit must be the smallest and the largest step size, got {dt_limit}')
+    if not (isinstance(chunk_size, Integral) and chunk_size >= 1):
+        raise ValueError(f'ssd_scan: chunk_size must be an integer of at least 1, got {chunk_size!r}')
+    check_dt_limit(dt_limit)
+
+
+def check_dt_limit(dt_limit: Any) -> None:
+    """Raises ValueError unless dt_limit is a pair of ascending numbers."""
+    pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    numbers = pair and all(isinstance(limit, Real) for limit in dt_limit)
+    if not (numbers and dt_limit[0] <= dt_limit[1]):
+        raise ValueError(f'dt_limit must be the smallest and the largest step size, got {dt_limit!r}')
 
 
 def _sequences(x: Tensor, seq_idx: Optional[Tensor], cu_seqlens: Optional[Tensor]) -> Optional[Tensor]:
@@ -125,10 +134,11 @@ def _sequences(x: Tensor, seq_idx: Optional[Tensor], cu_seqlens: Optional[Tensor
     for name, tensor, shape in (('seq_idx', seq_idx, tuple(x.shape[:2])), ('cu_seqlens', cu_seqlens, None)):
         if tensor is None:
             continue
-        fits = tensor.ndim == 1 and len(tensor) > 1 if shape is None else tuple(tensor.shape) == shape
-        fits = fits and tensor.dtype in (torch.int32, torch.int64)
+        fits = isinstance(tensor, Tensor) and tensor.dtype in (torch.int32, torch.int64)
+        if fits:
+            fits = tensor.ndim == 1 and len(tensor) > 1 if shape is None else tuple(tensor.shape) == shape
         expected = '[sequences + 1]' if shape is None else list(shape)
-        found = f'{tuple(tensor.shape)} {tensor.dtype}'
+        found = f'{tuple(tensor.shape)} {tensor.dtype}' if isinstance(tensor, Tensor) else type(tensor).__name__
         check_that(fits, f'ssd_scan: {name} must be integers {expected}, got {found}')
         same = tensor.device == x.device
         check_that(same, f'ssd_scan: {name} must be on {x.device} like x, got {tensor.device}')

@@ -50,7 +50,7 @@ def non_causal_ssd(
     function = 'non_causal_ssd'
     sizes = check(
         function,
-        x=(x, 'batch L H>0 P'),
+        x=(x, 'batch L>0 H>0 P'),
         dt=(dt, 'batch L H'),
         A=(A, 'H'),
         B=(B, 'batch L G>0 N'),

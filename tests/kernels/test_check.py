@@ -26,6 +26,8 @@ def test_sizes_by_name():
         (dict(x=(zeros(2, 0), 'B L>0')), 'f: x must be a floating tensor [2, L>0], got (2, 0) torch.float32'),
         (dict(x=(zeros(2, 0).int(), 'B L')), 'f: x must be a floating tensor [B, L], got (2, 0) torch.int32'),
         (dict(x=(zeros(1).to(torch.complex64), 'L')), 'f: x must be a floating tensor [L], got (1,) torch.complex64'),
+        (dict(x=(None, 'L')), 'f: x must be a floating tensor [L], got NoneType'),
+        (dict(x=(zeros(2).numpy(), 'L')), 'f: x must be a floating tensor [L], got ndarray'),
         (
             dict(x=(zeros(2, 3), 'B D'), y=(zeros(3), 'B | B D')),
             'f: y must be a floating tensor [2] or [2, 3], got (3,) torch.float32',

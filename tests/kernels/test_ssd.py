@@ -324,8 +324,11 @@ def test_tiles_fit_into_shared_memory(dim, dstate, itemsize, kibibytes, expected
 # --- arguments
 
 BAD_OPTIONS = [
-    pytest.param(dict(chunk_size=0), 'chunk_size must be at least 1, got 0', id='chunk-size'),
+    pytest.param(dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0', id='chunk-size'),
+    pytest.param(dict(chunk_size=2.5), 'chunk_size must be an integer of at least 1, got 2.5', id='half-a-chunk'),
     pytest.param(dict(dt_limit=(1, 0.5)), r'dt_limit .* got \(1, 0.5\)', id='limits'),
+    pytest.param(dict(dt_limit=None), 'dt_limit .* got None', id='no-limits'),
+    pytest.param(dict(seq_idx=[0] * 19), r'\[1, 19\], got list', id='list'),
     pytest.param(dict(reverse=True), 'reverse=True cannot be combined with initial_states', id='reverse'),
     pytest.param(dict(seq_idx=torch.zeros(1, 19)), r'seq_idx must be integers \[1, 19\], got .*float32', id='floats'),
     pytest.param(dict(seq_idx=torch.zeros(1, 18).int()), r'\[1, 19\], got \(1, 18\)', id='shape'),
@@ -364,6 +367,9 @@ def test_bad_sizes_are_errors_that_show_them():
         ssd_scan(**arguments(heads=3), chunk_size=8)
     with pytest.raises(ValueError, match=r'x must be .*L>0.*, got \(1, 0, 2, 3\)'):
         ssd_scan(**small(seqlen=0), chunk_size=8)
+    empty = {k: t for k, t in small(seqlen=0).items() if k not in ('z', 'initial_states')}
+    with pytest.raises(ValueError, match=r'x must be .*L>0.*, got \(1, 0, 2, 3\)'):
+        non_causal_ssd(**empty)
 
 
 # --- without order

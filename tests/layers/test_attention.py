@@ -126,3 +126,5 @@ def test_bad_options_are_refused(options, message):
         Attention(8, 3)
     with pytest.raises(ValueError, match='attention has steps only with causal=True'):
         make().allocate_cache(1, 4)
+    with pytest.raises(ValueError, match='max_seqlen must be an integer of at least 1, got 0'):
+        make(causal=True).allocate_cache(1, 0)

@@ -114,6 +114,8 @@ def test_initial_values():
         (dict(ngroups=4), 'ngroups must divide the 6 heads, got 4'),
         (dict(d_ssm=28), 'd_ssm must be at most the 24 inner channels, got 28'),
         (dict(d_state=0), 'd_state .* got 0'),
+        (dict(dt_limit=(1, 0)), r'dt_limit must be the smallest and the largest step size, got \(1, 0\)'),
+        (dict(dt_min=0.2), 'dt_min and dt_max must be positive and ascending, got 0.2 and 0.1'),
         (dict(A_init_range=(0, 4)), r'A_init_range must be positive and ascending, got \(0, 4\)'),
     ],
 )

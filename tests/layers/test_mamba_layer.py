@@ -99,3 +99,5 @@ def test_bad_options_are_refused():
         Mamba(8, dt_init='zero')
     with pytest.raises(ValueError, match='d_state must be an integer of at least 1, got 0'):
         Mamba(8, d_state=0)
+    with pytest.raises(ValueError, match='dt_min and dt_max must be positive and ascending, got -1 and 0.1'):
+        Mamba(8, dt_min=-1)

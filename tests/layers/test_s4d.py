@@ -7,7 +7,7 @@ import pytest
 import torch
 from mixer_cases import assert_continues, assert_follows
 
-from vmamba.layers import S4D
+from vmamba.layers import H3, S4D
 from vmamba.layers.s4d import _legs, init_imaginary
 
 CASES = {
@@ -178,3 +178,17 @@ def test_bad_options_are_refused(options, message):
 def test_layers_without_a_recurrence_have_no_cache(options):
     with pytest.raises(ValueError, match='has steps only if it is causal and its kernel is not cut'):
         make(**options).allocate_cache(1)
+
+
+@pytest.mark.parametrize('shape', [(5, 6), (2, 5, 1), (2, 0, 6), (1, 2, 5, 6), (1, 5, 6)], ids=str)
+@pytest.mark.parametrize('layer', [S4D(6, 4), H3(6, 4)], ids=['S4D', 'H3'])
+def test_tokens_of_another_shape_are_refused(layer, shape):
+    """Products with the parameters could spread over dimensions that are missing or have size 1."""
+    cache = layer.allocate_cache(2)
+    with pytest.raises(ValueError, match=r'x must be .*, got \('):
+        layer(torch.zeros(shape), cache=cache)
+    with pytest.raises(ValueError, match=r'x must be .*, got \('):
+        layer.step(torch.zeros(shape[1:]), cache)
+    if shape != (1, 5, 6):
+        with pytest.raises(ValueError, match=r'x must be .*, got \('):
+            layer(torch.zeros(shape))

@@ -135,10 +135,11 @@ class Attention(nn.Module):
         """The cache of sequences that have not begun, with room for `max_seqlen` tokens, on the parameters' device.
 
         Raises:
-            ValueError: If the attention is not causal.
+            ValueError: If the attention is not causal, or max_seqlen is below 1.
         """
         if not self.causal:
             raise ValueError('attention has steps only with causal=True')
+        check_counts(max_seqlen=max_seqlen)
         shape = batch_size, self.heads[1], max_seqlen, self.head_dim
         conv = None if self.conv1d is None else self.conv1d.allocate_state(batch_size)
         weight, integer = self.in_proj.weight, torch.long

@@ -4,7 +4,7 @@ Hungry Hungry Hippos: Towards Language Modeling with State Space Models, https:/
 """
 
 import math
-from typing import NamedTuple, Optional, Set, Tuple
+from typing import Dict, NamedTuple, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import long_conv
+from ..kernels._check import check
 from .norm import widen
 from .options import check_choice, check_counts, check_divides
 from .s4d import Diagonal, check_ssm, discretise, init_complex_normal_, init_imaginary, init_log_dt_
@@ -160,7 +161,7 @@ class H3(nn.Module):
         check_choice(('lin', 'inv'), init=init)
         check_ssm(d_state, dropout, disc, l_max, dt_min, dt_max)
         check_divides(d_model, 'channels', head_dim=head_dim)
-        self.head_dim, self.l_max, self.layer_idx = head_dim, l_max, layer_idx
+        self.d_model, self.head_dim, self.l_max, self.layer_idx = d_model, head_dim, l_max, layer_idx
         heads = d_model // head_dim
         self.q_proj = nn.Linear(d_model, d_model, **dd)
         self.k_proj = nn.Linear(d_model, d_model, **dd)
@@ -190,6 +191,7 @@ class H3(nn.Module):
             x: Tokens [B, L, d].
             cache: What precedes x; updated to what precedes the next token. Carries no gradients.
         """
+        check('H3', self._sizes(cache), x=(x, 'B L>0 d'))
         q, k, v = (widen(proj(x)).mT for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, d, L]
         y = self._run(q, k, v, '', cache)
         if len(self.suffixes) > 1:
@@ -246,6 +248,7 @@ class H3(nn.Module):
         Returns:
             [B, d].
         """
+        check('H3', self._sizes(cache), x=(x, 'B d'))
         q, k, v = (widen(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         shift, skip, diagonal, D = self._models()
         state, u = shift.step(cache.shift, k)
@@ -255,6 +258,10 @@ class H3(nn.Module):
         cache.diagonal.copy_(state)
         y = y.squeeze(-2) + widen(D) * w
         return self._project(self._contract(q.unsqueeze(-1), y.unsqueeze(-1)).squeeze(-1).to(x.dtype))
+
+    def _sizes(self, cache: Optional[H3Cache]) -> Dict[str, int]:
+        """What x must have, by name."""
+        return {'d': self.d_model, **({} if cache is None else {'B': cache.shift.shape[0]})}
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the step sizes, and of A and B of the diagonal model."""

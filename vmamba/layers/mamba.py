@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels import MambaWeights, can_step_mamba, mamba_step, selective_scan, selective_state_update
 from .depthwise import CausalConv1d
 from .norm import widen
-from .options import check_choice, check_counts, scaled_channels
+from .options import check_choice, check_counts, check_step_range, scaled_channels
 from .plain import has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
 
@@ -88,6 +88,7 @@ class Mamba(nn.Module):
         rank: Any = math.ceil(d_model / 16) if dt_rank == 'auto' else dt_rank
         check_counts(d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=rank)
         check_choice(('random', 'constant'), dt_init=dt_init)
+        check_step_range(dt_min, dt_max)
         inner = scaled_channels(d_model, expand=expand)
         self.d_state, self.dt_rank, self.layer_idx, self.fp32_scan = d_state, rank, layer_idx, fp32_scan
         self.dt_init, self.dt_scale, self.dt_range = dt_init, dt_scale, (dt_min, dt_max, dt_init_floor)

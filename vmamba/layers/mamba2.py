@@ -13,9 +13,10 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import selective_state_update, ssd_scan
+from ..kernels.ssd import check_dt_limit
 from .depthwise import CausalConv1d
 from .norm import GatedRmsNorm, widen
-from .options import check_counts, check_divides, scaled_channels
+from .options import check_counts, check_divides, check_step_range, scaled_channels
 from .plain import aligned_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
@@ -97,6 +98,8 @@ class Mamba2(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         check_counts(d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
         check_counts(chunk_size=chunk_size)
+        check_step_range(dt_min, dt_max)
+        check_dt_limit(dt_limit)
         inner = scaled_channels(d_model, expand=expand)
         d_ssm = inner if d_ssm is None else d_ssm
         check_counts(d_ssm=d_ssm)

@@ -32,6 +32,12 @@ def check_rates(**options: float) -> None:
             raise ValueError(f'{name} must be between 0 and 1, got {value!r}')
 
 
+def check_step_range(dt_min: float, dt_max: float) -> None:
+    """Raises ValueError unless initial step sizes can be drawn log-uniformly from the range."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f'dt_min and dt_max must be positive and ascending, got {dt_min} and {dt_max}')
+
+
 def scaled_channels(dim: int, **ratio: float) -> int:
     """int(ratio * dim) for the one ratio given; raises ValueError with its name unless that is at least 1."""
     ((name, value),) = ratio.items()

@@ -6,7 +6,7 @@ It does not depend on its input but linearly: the layer is a long convolution of
 """
 
 import math
-from typing import NamedTuple, Optional, Set, Tuple
+from typing import Dict, NamedTuple, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels import diagonal_kernel, diagonal_state, long_conv
+from ..kernels._check import check
 from .norm import widen
-from .options import check_choice, check_counts, check_divides, check_rates
+from .options import check_choice, check_counts, check_divides, check_rates, check_step_range
 
 INITS = 'lin', 'inv', 'legs', 'real'
 DISCRETISATIONS = 'zoh', 'bilinear'
@@ -83,8 +84,7 @@ def check_ssm(d_state: int, dropout: float, disc: str, l_max: Optional[int], dt_
         check_counts(l_max=l_max)
     if d_state % 2:
         raise ValueError(f'd_state must be even, since states are conjugate pairs, got {d_state}')
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f'dt_min and dt_max must be positive and ascending, got {dt_min} and {dt_max}')
+    check_step_range(dt_min, dt_max)
 
 
 def init_imaginary(states: int, init: str) -> Tensor:
@@ -261,7 +261,7 @@ class S4D(nn.Module):
         check_choice(INITS, init=init)
         check_ssm(d_state, dropout, disc, l_max, dt_min, dt_max)
         check_divides(d_model, 'channels', n_ssm=n_ssm)
-        self.layout, self.bidirectional, self.l_max = layout, bidirectional, l_max
+        self.d_model, self.layout, self.bidirectional, self.l_max = d_model, layout, bidirectional, l_max
         dt_range = dt_min, dt_max
         if layout == 'minimal':
             if (init, disc, channels, n_ssm, bidirectional, l_max) != ('lin', 'zoh', 1, d_model, False, None):
@@ -292,6 +292,7 @@ class S4D(nn.Module):
             x: Tokens [B, L, d].
             cache: What precedes x; updated to what precedes the next token. Carries no gradients.
         """
+        check('S4D', self._sizes(cache), x=(x, 'B L>0 d'))
         u = widen(x).mT  # [B, L, H] -> [B, H, L]
         length = u.shape[-1] if self.l_max is None else min(u.shape[-1], self.l_max)
         ssm, D = self._parts()
@@ -329,6 +330,7 @@ class S4D(nn.Module):
         Returns:
             [B, d].
         """
+        check('S4D', self._sizes(cache), x=(x, 'B d'))
         u = widen(x)
         ssm, D = self._parts()
         state, y = ssm.step(cache.state, u)
@@ -340,6 +342,10 @@ class S4D(nn.Module):
         """Names of the step sizes, A and B, which the authors train without weight decay."""
         ssm = ('.log_dt', '.log_A_real', '.A_imag', '.inv_dt', '.A_real', '.B')
         return {name for name, _ in self.named_parameters() if name.endswith(ssm)}
+
+    def _sizes(self, cache: Optional[S4DCache]) -> Dict[str, int]:
+        """What x must have, by name."""
+        return {'d': self.d_model, **({} if cache is None else {'B': cache.state.shape[0]})}
 
     def _parts(self) -> Tuple[Diagonal, Tensor]:
         """The discrete model, and D [c, H]."""
