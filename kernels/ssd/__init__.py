@@ -95,7 +95,7 @@ def _check(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    chunk_size: int,
+    chunk_size: Any,
     D: Optional[Tensor],
     z: Optional[Tensor],
     dt_bias: Optional[Tensor],
@@ -116,7 +116,7 @@ def _check(
     )
     heads, groups = sizes['H'], sizes['G']
     check_that(heads % groups == 0, 'ssd_scan: groups of B must divide the {} heads, got {}', heads, groups)
-    if not (isinstance(chunk_size, Integral) and chunk_size >= 1):
+    if not isinstance(chunk_size, Integral) or int(chunk_size) < 1:
         raise ValueError(f'ssd_scan: chunk_size must be an integer of at least 1, got {chunk_size!r}')
     check_dt_limit(dt_limit)
 

@@ -105,3 +105,9 @@ def test_pooling_the_patches_leaves_the_class_token_out():
     images = torch.randn(2, 3, 32, 32)
     tokens = model.forward_features(images)
     assert oracles.relative_error(model(images), model.head(tokens[:, :-1].mean(dim=1))) < 1e-6
+
+
+@pytest.mark.parametrize('blocks', [3, (1.5,), '23'], ids=str)
+def test_flipped_blocks_that_are_no_indices_are_an_error(blocks):
+    with pytest.raises(ValueError, match='flipped_blocks must be .*, got'):
+        timm.create_model('adventurer_nano', device='meta', flipped_blocks=blocks)

@@ -193,6 +193,15 @@ def test_no_index_is_an_error(family, indices):
             small(family, features_only=True, out_indices=indices, **feature_cls)
 
 
+@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('indices', ['0123', (1.0,), 1.5], ids=str)
+def test_indices_that_are_no_integers_are_an_error(family, indices):
+    with pytest.raises(ValueError, match='indices must be an integer or a sequence of integers, got'):
+        small(family).forward_intermediates(images(1, 3, 32, 32), indices=indices)
+    with pytest.raises(ValueError, match='out_indices must be an integer or a sequence of integers, got'):
+        small(family, features_only=True, out_indices=indices)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('family', SMALL)
 @pytest.mark.parametrize('indices,kept', [([0, 1], 2), ([2], 3), (1, 4), ([-2], 3)], ids=str)

@@ -190,6 +190,7 @@ def test_initial_weights():
         (dict(num_heads=(3, 2)), 'num_heads must divide .* 128, got 3'),
         (dict(num_heads=(2,)), r'num_heads must have a value for each of the 2 stages of tokens, got \(2,\)'),
         (dict(window_size=0), r'window_size\[0\] must be .* got 0'),
+        (dict(window_size=2.5), r'window_size\[0\] must be .* got 2.5'),
         (dict(stem_dim=0), 'stem_dim .* got 0'),
     ],
 )

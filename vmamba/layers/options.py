@@ -19,10 +19,13 @@ def check_divides(total: int, what: str, **option: int) -> None:
 
 
 def check_indices(**options: Any) -> None:
-    """Raises ValueError with the option's name if it is an empty sequence; a number or None is valid."""
+    """Raises ValueError with the option's name unless it is None, an integer, or integers, at least one."""
     for name, value in options.items():
         if isinstance(value, Sized) and len(value) == 0:
             raise ValueError(f'{name} must hold at least one index, got {value!r}')
+        indices = value if isinstance(value, Iterable) else [value]
+        if value is not None and not all(isinstance(index, Integral) for index in indices):
+            raise ValueError(f'{name} must be an integer or a sequence of integers, got {value!r}')
 
 
 def check_rates(**options: float) -> None:

@@ -6,6 +6,7 @@ Official models and weights: https://github.com/wangf3014/Adventurer, without a 
 scratch.
 """
 
+from numbers import Integral
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
@@ -124,6 +125,8 @@ class Adventurer(TokenModel):
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
+        if not isinstance(flipped_blocks, (tuple, list)) or not all(isinstance(i, Integral) for i in flipped_blocks):
+            raise ValueError(f'flipped_blocks must be a tuple or list of indices of blocks, got {flipped_blocks!r}')
         options: Dict[str, Any] = dict(d_state=d_state, headdim=headdim, expand=expand, mlp_ratio=mlp_ratio)
         super().__init__(
             lambda i, rate: AdventurerBlock(embed_dim, i in flipped_blocks, drop_path=rate, **options, **dd),

@@ -258,7 +258,7 @@ def _per_stage(stages: int, **option: Union[int, Sequence[int]]) -> Dict[int, in
     """The values of the one option given by stage of tokens."""
     ((name, values),) = option.items()
     count = max(stages - CONV_STAGES, 0)
-    given = [values] * count if isinstance(values, int) else list(values)
+    given: List[Any] = list(values) if isinstance(values, (tuple, list)) else [values] * count
     if len(given) < count:
         raise ValueError(f'{name} must have a value for each of the {count} stages of tokens, got {values!r}')
     check_counts(**{f'{name}[{i}]': value for i, value in enumerate(given)})
