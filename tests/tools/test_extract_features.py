@@ -353,7 +353,7 @@ def test_other_features_need_another_folder(digits, tmp_path, capsys):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['absent', *NANO], 'there is no folder or list of images absent'),
+        (['absent', *NANO], 'there is no image, folder or list of images absent'),
         (['.', *NANO, '--features', 'stages.4'], "no feature 'stages.4'; did you mean stages."),
         (['.', *NANO, '--features', '4'], 'it has pooled, stages.0 to stages.3, or the indices 0 to 3'),
         (['.', *NANO, '--tile', '64'], '--tile gives maps, not pooled features'),

@@ -298,7 +298,7 @@ def test_a_rate_to_scale_without_its_batch_size_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     'inputs, message',
     [
-        (['absent.jpg'], 'there is no folder or list of images absent.jpg'),
+        (['absent.jpg'], 'there is no image, folder or list of images absent.jpg'),
         (['data/scenes/images/empty'], 'data/scenes/images/empty holds no images; their names must end in'),
         ([IMAGE, 'data/scenes/images/training'], 'would both be written as training_00000'),
     ],

@@ -164,10 +164,12 @@ def test_the_best_weights_are_the_average_only_where_it_scores_better(run, tmp_p
     assert rows(tmp_path / 'warm')[-1]['val_top1'] == last['val_top1']
 
 
-def test_fine_tuning_without_weights_is_told(run, tmp_path):
+def test_fine_tuning_without_weights_is_told(run, tmp_path, monkeypatch):
     args = *SMALL, '--epochs', 1, '--layer-decay', 0.8, '--output', tmp_path
     told = 'test_vit starts from random weights; to fine-tune, give --pretrained or --checkpoint FILE'
-    assert told in run(*args)[1]
+    assert f'train.py: warning: {told}' in run(*args, '--output', tmp_path / 'script')[1]
+    monkeypatch.setattr('sys.argv', ['vmamba train'])
+    assert f'vmamba train: warning: {told}' in run(*args)[1]
     assert told not in run(*args, '--resume', '--epochs', 2)[1]
 
 

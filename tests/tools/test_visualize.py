@@ -185,7 +185,7 @@ def test_attention_over_a_whole_image(photographs, tmp_path, model, layer, shape
     [
         (['attention', 'folder', '--model', 'vmamba_nano=untrained'], 'images holds 2: name one, such as'),
         (['attention', '.', '--model', 'vmamba_nano=untrained', '--whole', '--pixel', '5', '50'], 'of the 46 x 32 i'),
-        (['erf', 'absent', '--model', 'vmamba_nano=untrained'], 'there is no folder or list of images absent'),
+        (['erf', 'absent', '--model', 'vmamba_nano=untrained'], 'there is no image, folder or list of images absent'),
         (['erf', '.', '--model', 'vmamba_nano=untrained', '--features', 'stages.7'], "no feature 'stages.7'; did you"),
         (['erf', '.', '--model', 'vmamba_nano'], 'vmamba_nano has no published weights'),
         (['attention', '.', '--model', 'vmamba_nano=untrained', '--layers', 'stages.2.blocks.9'], 'has no layer'),

@@ -26,7 +26,7 @@ def find_images(source: Path, also: Sequence[str] = (), without: Optional[Path] 
         UserError: If there is nothing of the kind.
     """
     if not source.exists():
-        raise UserError(f'there is no folder or list of images {source}')
+        raise UserError(f'there is no image, folder or list of images {source}')
     if source.is_file() and _is_image(source, also):
         return [source]
     endings = ', '.join([*get_img_extensions(), *also])

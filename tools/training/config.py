@@ -320,7 +320,10 @@ def _check(config: Config) -> None:
         if len(pair) != 2 or pair[0] > pair[1]:
             raise UserError(f'{key} must be two numbers, the lower first, got {pair}')
     if config.warmup_epochs >= config.epochs:
-        raise UserError(f'warmup_epochs {config.warmup_epochs:g} must be below epochs {config.epochs}: lower it, or 0')
+        raise UserError(
+            f'warmup_epochs {config.warmup_epochs:g} must be below epochs {config.epochs}: train longer, or without '
+            'warm-up by --warmup-epochs 0'
+        )
     mixes = config.mixup > 0 or config.cutmix > 0
     if mixes and config.batch_size % 2:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from vmamba.tools.output_files import write_csv, write_text, writing
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.user_errors import UserError, program
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -97,7 +97,7 @@ class Report:
     def warn(self, text: str) -> None:
         """A line on standard error, from any process."""
         prefix = f'[process {self.runtime.rank}] ' if self.runtime.world > 1 else ''
-        print(f'train.py: warning: {prefix}{text}', file=sys.stderr, flush=True)
+        print(f'{program("train.py")}: warning: {prefix}{text}', file=sys.stderr, flush=True)
 
     def say_status(self, status: str) -> None:
         """Shows a state in the progress bar; plain lines leave it out."""
