@@ -7,6 +7,7 @@ dt * A over the steps of a chunk and S the state before it:
     S <- exp(a_last) S + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 """
 
+from math import log
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -123,7 +124,7 @@ def _chunk(core: Core, steps: slice) -> _Chunk:
     rows = sums.movedim(1, -1)  # [batch, G, R, Q]
     exponent = rows.unsqueeze(-1) - rows.unsqueeze(-2)
     causal = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=dt.device).tril()
-    from_begin, to_end, across = torch.exp(sums), torch.exp(last - sums), torch.exp(last[:, 0])
+    from_begin, to_end, across = _exp_(sums.clone()), _exp_(last - sums), _exp_(last[:, 0].clone())
     if core.sequence is not None:
         here = core.sequence[:, steps]
         start = core.sequence[:, steps.start - 1, None] if steps.start else torch.zeros_like(here[:, :1])
@@ -132,5 +133,10 @@ def _chunk(core: Core, steps: slice) -> _Chunk:
         from_begin = torch.where((here == start)[..., None, None], from_begin, 0)
         to_end = torch.where((here == end)[..., None, None], to_end, 0)
         across = torch.where((start == end).unsqueeze(-1), across, 0)
-    decay = torch.exp(exponent.masked_fill(~causal, -torch.inf))
+    decay = _exp_(exponent.masked_fill_(~causal, -torch.inf))
     return _Chunk(core.x[:, steps], dt, core.B[:, steps], core.C[:, steps], decay, from_begin, to_end, across)
+
+
+def _exp_(exponent: Tensor) -> Tensor:
+    """exp in place. With A > 0 it stops short of overflow: infinity times a zero would be NaN."""
+    return exponent.clamp_(max=0.9 * log(torch.finfo(exponent.dtype).max)).exp_()

@@ -71,6 +71,15 @@ def test_the_chunk_size_does_not_matter(backend):
     assert_equal(run(SCAN.function, tensors, **{**SCAN.options, 'chunk_size': 1}), expected)
 
 
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+def test_growing_states_of_nothing_are_zero(reverse):
+    tensors = small(seqlen=40, optional='D', dtype=torch.float32)
+    tensors.update(x=torch.zeros_like(tensors['x']), dt=torch.full_like(tensors['dt'], 30.0), A=3 + tensors['A'] ** 2)
+    with use_triton(False):
+        y, last = ssd_scan(**tensors, chunk_size=8, return_final_states=True, reverse=reverse)
+    assert not y.any() and not last.any()
+
+
 @pytest.mark.parametrize('limit,softplus', [((0, 0.4), False), ((0.5, inf), True), ((0.35, 0.4), False)], ids=str)
 def test_limits_of_the_step(limit, softplus, dtype):
     """Beyond them dt and its bias have no gradient."""
