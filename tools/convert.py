@@ -1,6 +1,7 @@
-"""Converts an official checkpoint to safetensors in this library's own layout.
+"""Converts an official checkpoint, or one of `vmamba train`, to safetensors in this library's own layout.
 
 vmamba convert vmamba_t vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_t.safetensors
+vmamba convert vmamba_t runs/mine/best.pt mine.safetensors
 vmamba convert vmamba_t mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth backbone.safetensors --num-classes 0
 """
 
@@ -12,8 +13,10 @@ import timm
 from safetensors.torch import save
 
 import vmamba  # noqa: F401
+from vmamba.models.trained import model_args
 from vmamba.tools.output_files import write_atomically
 from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors
+from vmamba.tools.weights import Spec, training_of
 
 
 def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:
@@ -23,18 +26,19 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
         model: Registered name.
         checkpoint: File in any layout that the model can load.
         output: The .safetensors file.
-        num_classes: Classes of the checkpoint, the variant's own if None; 0 to drop or do without a classifier.
+        num_classes: Classes of the checkpoint; 0 to drop or do without a classifier. If None, those of the run that
+            wrote the checkpoint, or the variant's own.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         UserError: If the model is unknown, a weight is missing or of another shape, or the output cannot be written.
     """
     overlay: Dict[str, Any] = {'file': str(checkpoint)}
-    args = {}
+    args = _args_of_run(model, checkpoint)
     if num_classes is not None:
         args['num_classes'] = num_classes
-    if num_classes:
-        overlay['num_classes'] = num_classes  # so that a classifier that does not fit is an error
+    if args.get('num_classes'):
+        overlay['num_classes'] = args['num_classes']  # so that a classifier that does not fit is an error
     try:
         built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     except (RuntimeError, ValueError) as error:
@@ -43,13 +47,19 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
     write_atomically(output, lambda file: file.write(save(state)))
 
 
+def _args_of_run(model: str, checkpoint: Path) -> Dict[str, Any]:
+    """The arguments of the model of a checkpoint that `vmamba train` wrote."""
+    facts = training_of(Spec(model, str(checkpoint)))
+    return {'num_classes': facts['num_classes'], **model_args(facts)} if facts else {}
+
+
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('model', help='registered name, such as vmamba_t')
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('output', type=file_name('.safetensors'), help='the .safetensors file to write')
     parser.add_argument(
-        '--num-classes', type=int, help="classes of the checkpoint (default: the variant's own); 0: none"
+        '--num-classes', type=int, help="classes of the checkpoint (default: its run's, or the variant's own); 0: none"
     )
     parser.add_argument('--force', action='store_true', help='overwrite the output')
     args = parser.parse_args(argv)

@@ -42,6 +42,16 @@ def test_backbone_has_no_classifier(checkpoint, tmp_path):
     assert torch.equal(load(tmp_path / 'out.safetensors', num_classes=0)(x), expected)
 
 
+def test_a_checkpoint_of_a_run_has_its_classes_and_arguments(tmp_path):
+    model = timm.create_model('vmamba_nano', num_classes=2, in_chans=1, depths=(1, 1, 1, 1)).eval()
+    facts = dict(model='vmamba_nano', model_args={'depths': [1, 1, 1, 1]}, in_chans=1, num_classes=2, img_size=None)
+    torch.save({'state_dict': model.state_dict(), 'config': facts}, tmp_path / 'best.pt')
+    run('vmamba_nano', tmp_path / 'best.pt', tmp_path / 'out.safetensors')
+    written = load_file(tmp_path / 'out.safetensors')
+    assert written.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, written[key]) for key, value in model.state_dict().items())
+
+
 def test_output_is_overwritten_only_by_force(checkpoint, tmp_path, capsys):
     _, path = checkpoint
     output = tmp_path / 'out.safetensors'
