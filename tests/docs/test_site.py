@@ -55,6 +55,7 @@ def test_the_notebook_runs(monkeypatch):
     assert all(cell['execution_count'] and cell['outputs'] for cell in cells)
     source = '\n'.join(''.join(cell['source']) for cell in cells)
     assert "'vmamba_t'" in source and '1024' in source
+    assert 'import vmamba' in source  # here the models are registered already
     names = {}
     exec(source.replace("'vmamba_t'", "'vmamba_nano'").replace('1024', '256'), names)
     plt.close('all')
