@@ -166,7 +166,7 @@ def training_of(spec: Spec) -> Dict[str, Any]:
     try:
         facts = run_facts(read_file(path))
     except _EXPECTED as error:
-        raise UserError(f'{spec}: {error}') from error
+        raise UserError(f'{spec}: {error}' if spec.name else str(error)) from error
     if spec.name and facts and facts['model'].split('.')[0] != spec.name.split('.')[0]:
         raise UserError(f'{spec}: the checkpoint is of {facts["model"]}: give {facts["model"]}={path}')
     return facts
