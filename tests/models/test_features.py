@@ -200,6 +200,8 @@ def test_indices_that_are_no_integers_are_an_error(family, indices):
         small(family).forward_intermediates(images(1, 3, 32, 32), indices=indices)
     with pytest.raises(ValueError, match='out_indices must be an integer or a sequence of integers, got'):
         small(family, features_only=True, out_indices=indices)
+    with pytest.raises((AssertionError, ValueError), match='99'):
+        small(family, features_only=True, out_indices=(0, 99))
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def build_model(
     Raises:
         RuntimeError: If weights cannot be downloaded or do not fit the model.
         TypeError: If an argument is unknown.
-        ValueError: If out_indices is empty.
+        ValueError: If out_indices is empty, or of maps that the model does not have.
     """
     # timm's own loading prefers EMA weights and ignores missing keys if num_classes differs.
     check_indices(out_indices=kwargs.get('out_indices'))
@@ -79,6 +79,12 @@ def build_model(
             pretrained_cfg_overlay=overlay,
             **kwargs,
         )
+    except IndexError as error:
+        if not kwargs.get('out_indices'):
+            raise
+        raise ValueError(
+            f'{variant} has fewer feature maps than out_indices={kwargs["out_indices"]!r} needs'
+        ) from error
     except OSError as error:
         if not pretrained or isinstance(error, CheckpointFileError):
             raise
