@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 from vmamba.tools.benchmarks.comparison import MODELS, compare, record, report_of, write_picture
-from vmamba.tools.benchmarks.highres import Case
+from vmamba.tools.benchmarks.highres import Case, split_name
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive, positive_float
@@ -151,6 +151,8 @@ def preset_of(args: argparse.Namespace) -> Optional[str]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    for model in args.models or ():
+        split_name(model)
     cases, console, preset = cases_of(args), open_console(), preset_of(args)
     name = f'highres_{preset}' if preset else 'highres'
     command = shlex.join(['vmamba', 'compare', 'highres', *argv])

@@ -14,6 +14,7 @@ from vmamba.tools.benchmarks.comparison import compare, frame_of, known_out_of_m
 from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model
 from vmamba.tools.benchmarks.timing import is_out_of_memory
 from vmamba.tools.compare_highres import cases_of, parse_args
+from vmamba.tools.user_errors import UserError
 
 from rich.console import Console
 
@@ -266,6 +267,8 @@ def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
         (['--cuda-graph', 'off', 'on'], 'a CUDA graph needs a GPU'),
         (['--benchmarks', '--sizes', '32'], '--benchmarks sets the models'),
         (['--paper', '--benchmarks'], 'not allowed with'),
+        (['--models', 'vim_t', 'vmamba_tt'], "unknown model 'vmamba_tt'; did you mean vmamba_t"),
+        (['--models', 'vim_t:slow'], "attention must be 'plain' or 'fused', got 'slow'"),
     ],
 )
 def test_contradictions_are_clear_errors(capsys, arguments, message):
@@ -297,7 +300,7 @@ def test_attention_is_chosen_by_the_label():
     plain, fused = (build_model(f'deit_tiny_patch16_224:{kind}', 32)[0] for kind in ('plain', 'fused'))
     assert not plain.blocks[0].attn.fused_attn
     assert fused.blocks[0].attn.fused_attn
-    with pytest.raises(ValueError, match="got 'other'"):
+    with pytest.raises(UserError, match="got 'other'"):
         build_model('deit_tiny_patch16_224:other', 32)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from vmamba.tools.benchmarks.report import versions
 from vmamba.tools.benchmarks.timing import MIB, capture, is_out_of_memory, median_ms, peak_mib, settled_memory
 from vmamba.tools.devices import device_name
+from vmamba.tools.user_errors import UserError, nearest
 from vmamba.tools.weights import is_of_tokens
 
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
@@ -73,6 +74,20 @@ class Result:
     message: str = ''
 
 
+def split_name(model: str) -> Tuple[str, str]:
+    """The timm name and the attention, which may be '', of a name on the command line.
+
+    Raises:
+        UserError: If one of them is unknown.
+    """
+    name, _, attention = model.partition(':')
+    if attention not in ('', 'plain', 'fused'):
+        raise UserError(f"attention must be 'plain' or 'fused', got {attention!r}")
+    if not timm.is_model(name):
+        raise UserError(f'unknown model {name!r}{nearest(name, timm.list_models())}')
+    return name, attention
+
+
 def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     """A timm model without classifier, for this image size if the model has a fixed one.
 
@@ -84,9 +99,7 @@ def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
         The model and the side of the images to give it: Vim's is that of the whole patches. Convolutions of other
         models leave the rest out, or pad it, themselves.
     """
-    name, _, attention = name.partition(':')
-    if attention not in ('', 'plain', 'fused'):
-        raise ValueError(f"attention must be 'plain' or 'fused', got {attention!r}")
+    name, attention = split_name(name)
     if attention:
         set_fused_attn(attention == 'fused')
     cfg = timm.get_pretrained_cfg(name)

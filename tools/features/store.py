@@ -204,7 +204,7 @@ def read_index(folder: Path) -> pd.DataFrame:
     """
     path = folder / 'index.csv'
     if not path.is_file():
-        raise UserError(f'{folder} holds no features (no index.csv): tools/extract_features.py writes them')
+        raise UserError(f'{folder} holds no features (no index.csv): `vmamba extract` writes them')
     index = pd.read_csv(path, dtype=str, keep_default_na=False)
     return index.assign(state=[STATES[state] for state in np.load(folder / 'progress.npy')])
 
