@@ -146,3 +146,7 @@ def test_a_checkpoint_without_its_model_needs_a_name(run, photographs, tmp_path,
     with pytest.raises(SystemExit):
         run(photographs, '--checkpoint', tmp_path / 'plain.pth')
     assert f'{tmp_path}/plain.pth: name the model by --model' in capsys.readouterr().err
+    (tmp_path / 'text.pth').write_text('hello' * 100)
+    with pytest.raises(SystemExit):
+        run(photographs, '--checkpoint', tmp_path / 'text.pth')
+    assert f'error: {tmp_path}/text.pth is not a readable checkpoint' in capsys.readouterr().err
