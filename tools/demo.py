@@ -13,8 +13,7 @@ from typing import Dict, Optional, Sequence
 
 import pandas as pd
 
-from vmamba.tools.benchmarks.comparison import compare, record, report_of, write_picture
-from vmamba.tools.benchmarks.highres import Case
+from vmamba.tools.benchmarks.highres import Case, compare, report_of, write_picture
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.terminal import open_console
@@ -66,8 +65,8 @@ def compare_models(args: argparse.Namespace, console: Console) -> None:
         size, models = PAPER
         cases += [Case(model, size, device=device, repeats=1) for model in models]
     command = f'python tools/demo.py --sizes {" ".join(map(str, args.sizes))}'
-    rows = record(compare(cases, 300, console), args.output / 'highres.csv', command)
-    report_of(rows, 'highres', command, len(cases)).publish(console)
+    rows = compare(cases, 300, args.output / 'highres.csv', command, console)
+    report_of(rows, 'highres', len(cases)).publish(console)
     write_picture(rows, args.output / 'highres.png', NOTE)
 
 

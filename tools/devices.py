@@ -28,6 +28,11 @@ def add_device_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument('--device', type=pick_device, default='', help='cpu or cuda; default: the GPU if there is one')
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in a precision, which fp32 leaves as it is."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
+
+
 def device_name(device: torch.device) -> str:
     """Name of the GPU or of the processor."""
     if device.type == 'cuda':

@@ -1,26 +1,26 @@
 import csv
 import os
+import resource
 import signal
 import sys
 import time
-from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
 from vmamba.tools import compare_highres
-from vmamba.tools.benchmarks import comparison, highres
-from vmamba.tools.benchmarks.comparison import compare, frame_of, known_out_of_memory, record, report_of, write_picture
-from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model
+from vmamba.tools.benchmarks import highres
+from vmamba.tools.benchmarks.highres import Case, Result, Worker, build_model, report_of, row_of, serve, write_picture
 from vmamba.tools.benchmarks.timing import is_out_of_memory
-from vmamba.tools.compare_highres import cases_of, parse_args
+from vmamba.tools.compare_highres import cases_of
 from vmamba.tools.user_errors import UserError
 
 from rich.console import Console
 
 
 def chosen(*arguments):
-    return cases_of(parse_args(arguments))
+    return cases_of(arguments)
 
 
 @pytest.fixture
@@ -48,10 +48,20 @@ def scripted(monkeypatch):
             def stop(self):
                 events.append('stop')
 
-        monkeypatch.setattr(comparison, 'Worker', Scripted)
+        monkeypatch.setattr(highres, 'Worker', Scripted)
         return events
 
     return install
+
+
+@pytest.fixture
+def compare(tmp_path, console):
+    """Compares, and returns the rows."""
+    return lambda cases: highres.compare(cases, 1, tmp_path / 'highres.csv', 'a command', console)
+
+
+def frame_of(measurements):
+    return pd.DataFrame(row_of(*measurement, 'a command') for measurement in measurements)
 
 
 def read_rows(path):
@@ -71,26 +81,29 @@ def test_one_row_a_model_and_size(tmp_path):
         assert float(row['images_per_second']) == pytest.approx(1e3 / float(row['ms_per_image']))
         assert float(row['peak_mib']) >= 0
         assert torch.__version__ in row['versions'] and row['device_name']
-        assert (row['dtype'], row['device']) == ('float32', 'cpu')
+        assert (row['precision'], row['device']) == ('fp32', 'cpu')
         assert row['command'].startswith(f'vmamba compare highres --models vmamba_nano {" ".join(arguments)} --output ')
     assert (tmp_path / 'new' / 'highres.png').read_bytes().startswith(b'\x89PNG')
     assert rows[0]['command'] in docs.read_text() and (tmp_path / 'highres.png').is_file()
 
 
+def serve_with_little_memory(connection):
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (highres._status_bytes('VmData:') + 2**26, hard))
+    serve(connection)
+
+
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the limit is a Linux one')
-def test_running_out_of_memory_is_a_result(tmp_path):
-    arguments = ['--sizes', '2048', '2080', '--memory-limit', '64', '--device', 'cpu', '--output', str(tmp_path)]
-    compare_highres.main(['--models', 'vmamba_nano', *arguments])
-    tried, known = read_rows(tmp_path / 'highres.csv')
-    assert tried['status'] == known['status'] == 'OOM'
-    assert tried['images_per_second'] == tried['peak_mib'] == ''
-    assert known['message'] == 'not tried: OOM at 2048, batch 1' != tried['message']
-    assert known['device_name'] == tried['device_name'] != ''
-    assert (tmp_path / 'highres.png').is_file()
+def test_running_out_of_memory_is_a_result():
+    worker = Worker(timeout=600, target=serve_with_little_memory)
+    result = worker.measure(Case('vmamba_nano', 2048))
+    worker.stop()
+    assert (result.status, result.images_per_second, result.peak_mib) == ('OOM', None, None)
+    assert result.device_name != ''
 
 
 def test_failing_is_a_result_and_the_process_starts_again():
-    failing, working = Case('no_such_model', 32), Case('vmamba_nano', 32, dtype='bfloat16', repeats=1)
+    failing, working = Case('no_such_model', 32), Case('vmamba_nano', 32, precision='bf16', repeats=1)
     worker = Worker(timeout=600)
     try:
         result = worker.measure(failing)
@@ -123,61 +136,38 @@ def test_a_process_that_ends_badly_is_a_result(target, status):
 
 
 @pytest.mark.parametrize('device', ['cuda', 'cpu'])
-def test_a_process_measures_a_model_on_a_gpu_and_a_case_on_a_cpu(scripted, console, device):
+def test_a_process_measures_a_model_on_a_gpu_and_a_case_on_a_cpu(scripted, compare, device):
     events = scripted(lambda case: Result('ok', 1.0, 1.0, 1.0))
     cases = [Case(model, size, device=device) for model in 'ab' for size in (32, 64)]
-    assert len(list(compare(cases, 1, console))) == 4
+    assert len(compare(cases)) == 4
     if device == 'cuda':
         assert events == [('a', 32), ('a', 64), 'stop', ('b', 32), ('b', 64), 'stop']
     else:
         assert events == ['stop', ('a', 32), 'stop', ('a', 64), 'stop', ('b', 32), 'stop', ('b', 64), 'stop']
 
 
-def test_larger_sizes_are_not_tried_after_running_out_of_memory(scripted, console):
-    events = scripted(lambda case: Result('OOM' if case.size > 32 else 'ok', 1.0, 1.0, 1.0))
-    results = [result for _, result in compare([Case('a', size) for size in (32, 64, 128)], 1, console)]
-    assert [result.status for result in results] == ['ok', 'OOM', 'OOM']
-    assert ('a', 64) in events and ('a', 128) not in events
-    assert '128  1  float32  a  OOM' in console.export_text()
-
-
-@pytest.mark.parametrize(
-    'change, known',
-    [
-        (dict(size=128), True),
-        (dict(size=128, batch_size=2), True),
-        (dict(size=128, batch_size=1), False),
-        (dict(size=32, batch_size=64), False),
-        (dict(size=128, dtype='bfloat16'), False),
-        (dict(size=128, model='b'), False),
-    ],
-    ids=str,
-)
-def test_what_is_known_from_running_out_of_memory(change, known):
-    case = Case('a', 64, batch_size=8)
-    measured = [(case, Result('OOM'))]
-    assert (known_out_of_memory(replace(case, **change), measured) is not None) is known
-
-
-def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path):
-    def measurements():
-        yield Case('a', 32), Result('ok', 1.0, 1000.0, 5.0)
+def test_a_run_that_is_cut_short_keeps_its_rows(scripted, compare, tmp_path, console):
+    def measure(case):
+        if case.size == 32:
+            return Result('OOM', 1.0, 1000.0, 5.0)
         assert [row['size'] for row in read_rows(tmp_path / 'highres.csv')] == ['32']
         raise KeyboardInterrupt
 
-    rows = record(measurements(), tmp_path / 'highres.csv', 'a command')
+    scripted(measure)
+    rows = compare([Case('a', 32), Case('a', 64)])
     assert (rows.model.tolist(), rows.images_per_second.tolist()) == (['a'], [1.0])
     (row,) = read_rows(tmp_path / 'highres.csv')
     assert (row['model'], row['images_per_second'], row['command']) == ('a', '1.0', 'a command')
+    assert '32  1  fp32  a  OOM' in console.export_text()
 
 
-def test_an_interrupt_before_anything_is_measured_ends_the_run(tmp_path):
-    def measurements():
+def test_an_interrupt_before_anything_is_measured_ends_the_run(scripted, compare):
+    def measure(case):
         raise KeyboardInterrupt
-        yield
 
+    scripted(measure)
     with pytest.raises(KeyboardInterrupt):
-        record(measurements(), tmp_path / 'highres.csv', 'a command')
+        compare([Case('a', 32)])
 
 
 MIXED = [
@@ -189,10 +179,10 @@ MIXED = [
 
 
 def test_table_and_figure_of_mixed_results(tmp_path, console):
-    report_of(frame_of(MIXED), 'highres', 'a command', len(MIXED)).publish(console)
+    report_of(frame_of(MIXED), 'highres', len(MIXED)).publish(console)
     text = console.export_text()
     assert 'OOM' in text and 'a device' in text
-    assert 'b at 224, batch 4, float32: timeout: took more than 1 s' in text
+    assert 'b at 224, batch 4, fp32: timeout: took more than 1 s' in text
     write_picture(frame_of(MIXED), tmp_path / 'highres.png')
     assert (tmp_path / 'highres.png').read_bytes().startswith(b'\x89PNG')
 
@@ -200,10 +190,11 @@ def test_table_and_figure_of_mixed_results(tmp_path, console):
 def test_docs_get_a_section_each(tmp_path):
     path = tmp_path / 'benchmarks.md'
     for name in ('highres', 'highres_paper', 'highres'):
-        report_of(frame_of(MIXED), name, f'a command of {name}', len(MIXED) + 2).write_section(path)
+        rows = frame_of(MIXED).assign(command=f'a command of {name}')
+        report_of(rows, name, len(MIXED) + 2).write_section(path)
     text = path.read_text()
-    assert text.count('| 224 | 4 | float32 | a | 10.0 | 100 | 50.0 |') == 2
-    assert text.count('| 448 | 1 | float32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
+    assert text.count('| 224 | 4 | fp32 | a | 10.0 | 100 | 50.0 |') == 2
+    assert text.count('| 448 | 1 | fp32, compiled, CUDA graph | b | 2.00 | 500 | 200 |') == 2
     assert text.count('](highres.png)') == text.count('](highres_paper.png)') == 1
     assert '- machine: a device\n' in text and '`a command of highres_paper`' in text
     assert text.count(f'- cases measured: {len(MIXED)} of {len(MIXED) + 2}\n') == 2
@@ -215,15 +206,13 @@ def test_paired_batch_sizes_and_all_ways_to_run(gpu):
     assert [(case.model, case.compile, case.size, case.batch_size) for case in cases] == [
         (model, compiled, *pair) for model in 'ab' for compiled in (False, True) for pair in ((224, 128), (1248, 8))
     ]
-    assert all(case.cuda_graph and case.dtype == 'bfloat16' and case.device == 'cuda' for case in cases)
+    assert all(case.cuda_graph and case.precision == 'bf16' and case.device == 'cuda' for case in cases)
     assert {case.batch_size for case in chosen('--batch-sizes', '2')} == {2}
 
 
 def test_defaults():
     cases = chosen('--device', 'cpu')
-    assert {(case.batch_size, case.dtype, case.compile, case.cuda_graph) for case in cases} == {
-        (1, 'float32', False, False)
-    }
+    assert {(case.batch_size, case.run) for case in cases} == {(1, 'fp32')}
     sizes = {224: 256, 512: 64, 1024: 16, 1248: 8, 2048: 4, 4096: 1, 8192: 1}
     assert {size: compare_highres.default_batch_size(size, 'cuda') for size in sizes} == sizes
 
@@ -246,16 +235,16 @@ def test_the_latency_of_one_image(gpu):
 
 
 def test_docs_of_one_size_have_no_picture():
-    report = report_of(frame_of(pair for pair in MIXED if pair[0].size == 224), 'highres_latency', 'a command', 1)
+    report = report_of(frame_of(pair for pair in MIXED if pair[0].size == 224), 'highres_latency', 1)
     assert (report.title, report.picture) == ('Latency of one image', '')
 
 
 def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
     cases = chosen('--benchmarks')
     models = [case.model for case in cases]
-    assert [model for model, before in zip(models, [None, *models]) if model != before] == list(compare_highres.MODELS)
+    assert [model for model, before in zip(models, [None, *models]) if model != before] == list(highres.MODELS)
     found = {(case.model, case.size, case.batch_size, case.compile, case.cuda_graph) for case in cases}
-    for model in compare_highres.MODELS:
+    for model in highres.MODELS:
         assert (model, 1248, 8, False, False) in found
         assert ((model, 224, 1, False, True) in found) is ((model, 224, 128, True, True) in found)
 
@@ -265,7 +254,6 @@ def test_the_benchmarks_keep_the_cases_of_a_model_together(gpu):
     [
         (['--sizes', '32', '64', '96', '--batch-sizes', '1', '2'], '--batch-sizes must be one or as many as the 3 siz'),
         (['--cuda-graph', 'off', 'on'], 'a CUDA graph needs a GPU'),
-        (['--benchmarks', '--sizes', '32'], '--benchmarks sets the models'),
         (['--paper', '--benchmarks'], 'not allowed with'),
         (['--models', 'vim_t', 'vmamba_tt'], "unknown model 'vmamba_tt'; did you mean vmamba_t"),
         (['--models', 'vim_t:slow'], "attention must be 'plain' or 'fused', got 'slow'"),
@@ -290,8 +278,8 @@ def test_lower_precision_is_that_of_autocast(monkeypatch):
     seen = []
     monkeypatch.setattr(highres, 'median_ms', lambda run, *args: seen.append(run().dtype) or 1.0)
     monkeypatch.setattr(torch, 'compile', lambda model: seen.append('compiled') or model)
-    for dtype in ('float32', 'bfloat16', 'float16'):
-        highres.measure(Case('deit_tiny_patch16_224', 32, dtype=dtype))
+    for precision in ('fp32', 'bf16', 'fp16'):
+        highres.measure(Case('deit_tiny_patch16_224', 32, precision=precision))
     highres.measure(Case('vmamba_nano', 32, compile=True))
     assert seen == [torch.float32, torch.float32, torch.float32, 'compiled', torch.float32]
 
@@ -338,9 +326,3 @@ def test_peak_is_at_least_the_largest_map():
 )
 def test_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
-
-
-def test_the_earlier_name_of_precision_stays_known():
-    cases = chosen('--device', 'cpu', '--precision', 'bf16', 'fp32')
-    assert {case.dtype for case in cases} == {'bfloat16', 'float32'}
-    assert chosen('--device', 'cpu', '--dtype', 'bfloat16', 'float32') == cases

@@ -1,4 +1,4 @@
-"""Measures feature extraction at one size: time and memory, in a process of its own.
+"""Comparisons of feature extraction: time and memory by image size, each measured in a process of its own.
 
 Memory is what the forward pass adds: its peak above what is held before it, with the model and the input there. On a
 GPU that is what PyTorch's allocator hands out; on a CPU it is the resident memory of the process.
@@ -9,23 +9,53 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Callable, ContextManager, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
+import pandas as pd
 import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
-from vmamba.tools.benchmarks.report import versions
+from vmamba.tools.benchmarks.report import Report, versions
 from vmamba.tools.benchmarks.timing import MIB, capture, is_out_of_memory, median_ms, peak_mib, settled_memory
-from vmamba.tools.devices import device_name
+from vmamba.tools.devices import autocast, device_name
+from vmamba.tools.figures.plots import plot_comparison
+from vmamba.tools.output_files import write_csv
+from vmamba.tools.terminal import cells_of
 from vmamba.tools.user_errors import UserError, nearest
 from vmamba.tools.weights import is_of_tokens
 
+from rich.console import Console
+from rich.progress import track
+
+MODELS = (
+    'vmamba_t',
+    'vim_t',
+    'vim2_t',
+    'mambavision_t',
+    'vssd_t',
+    'deit_tiny_patch16_224:plain',
+    'deit_tiny_patch16_224:fused',
+    'swin_tiny_patch4_window7_224',
+    'convnext_tiny',
+)
+TITLES = {
+    'highres': 'Feature extraction at rising resolutions',
+    'highres_paper': "Feature extraction in the setting of Vim's paper",
+    'highres_latency': 'Latency of one image',
+}
+NOTES = """\
+The forward pass of a batch of random images in inference mode, without classifier. Parameters and images are fp32; bf16
+and fp16 are those of autocast. Times are medians, on a GPU of CUDA events, of at most {repeats} passes or {seconds:g} s
+and at least 3 passes. The peak is what PyTorch's allocator (on a CPU, the process) takes at most during a pass without
+CUDA graph, beyond the model and the images. OOM is out of memory. Attention that is "plain" writes its matrix, "fused"
+is PyTorch's `scaled_dot_product_attention`. Of a size that is no multiple of their patches, Vim and DeiT see the part
+that whole patches cover (736 of 738 pixels)."""
 WARM_UPS = {'cuda': 3, 'cpu': 0}  # beyond the forward whose memory is measured
 MIN_REPEATS = 3
 _STATUS = Path('/proc/self/status')
@@ -40,25 +70,28 @@ class Case:
         model: timm model name; `:plain` or `:fused` behind it chooses timm's attention.
         size: Side of the square images.
         batch_size: Images a forward.
-        dtype: 'float32', or a name of the dtype that autocast lowers to; parameters and images are fp32 anyway.
+        precision: 'fp32', or that of autocast; parameters and images are fp32 anyway.
         device: 'cpu' or 'cuda'.
         repeats: Most forwards of which the median time is taken.
         seconds: Time that these forwards may take, as long as there are MIN_REPEATS.
         compile: Use torch.compile.
         cuda_graph: Replay a CUDA graph.
-        memory_limit: Most MiB that the forward may take on a CPU; None for no limit of its own.
     """
 
     model: str
     size: int
     batch_size: int = 1
-    dtype: str = 'float32'
+    precision: str = 'fp32'
     device: str = 'cpu'
     repeats: int = 30
     seconds: float = 1.0
     compile: bool = False
     cuda_graph: bool = False
-    memory_limit: Optional[int] = None
+
+    @property
+    def run(self) -> str:
+        """How it runs: 'bf16, compiled, CUDA graph'."""
+        return ', '.join([self.precision, *['compiled'] * self.compile, *['CUDA graph'] * self.cuda_graph])
 
 
 @dataclass
@@ -121,11 +154,9 @@ def measure(case: Case) -> Result:
     run = torch.compile(model) if case.compile else model
 
     def forward() -> object:
-        with _precision(case):
+        with autocast(device, case.precision):
             return run(x)
 
-    if case.memory_limit is not None and device.type == 'cpu':
-        _limit_memory(case.memory_limit)
     baseline = settled_memory(device)
     with torch.inference_mode():
         if device.type == 'cuda':
@@ -138,12 +169,6 @@ def measure(case: Case) -> Result:
             forward = capture(forward)
         ms = median_ms(forward, device, repeats, min(WARM_UPS[device.type], fitting)) / case.batch_size
     return Result('ok', 1e3 / ms, ms, peak, device_name(device))
-
-
-def _precision(case: Case) -> ContextManager:
-    if case.dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(case.device, getattr(torch, case.dtype))
 
 
 def _resident_peak_mib(forward: Callable[[], object]) -> float:
@@ -163,11 +188,6 @@ def _resident_peak_mib(forward: Callable[[], object]) -> float:
 def _status_bytes(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-def _limit_memory(mib: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes('VmData:') + mib * MIB, hard))
 
 
 def result_of(case: Case) -> Result:
@@ -239,3 +259,84 @@ class Worker:
         if code == -signal.SIGKILL:
             return Result('OOM', message='killed, as the system does to a process that takes too much memory')
         return Result('failed', message=f'the process ended with exit status {code}')
+
+
+def compare(cases: Sequence[Case], timeout: float, path: Path, command: str, console: Console) -> pd.DataFrame:
+    """Measures the cases one after another; prints a line and writes the CSV file again after each.
+
+    On a GPU one process measures all cases of a model, on a CPU each case has its own. An interrupt ends the comparison
+    with what was measured so far, if anything.
+    """
+    worker, rows = Worker(timeout), []
+    try:
+        for case in track(cases, 'Comparing', console=console):
+            if case.device == 'cpu' or (rows and rows[-1]['model'] != case.model):
+                worker.stop()
+            rows.append(row_of(case, worker.measure(case), command))
+            write_csv(path, rows)
+            (cells,) = cells_of(shown(pd.DataFrame(rows[-1:])))
+            console.print('  '.join(cells), highlight=False)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+    finally:
+        worker.stop()
+    return pd.DataFrame(rows)
+
+
+def row_of(case: Case, result: Result, command: str) -> Dict[str, Any]:
+    return {**asdict(case), **asdict(result), 'run': case.run, 'command': command}
+
+
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """The columns of the table; what did not run has its status in the place of the speed."""
+    speed = rows.images_per_second.astype(object).where(rows.status == 'ok', rows.status)
+    named = {'batch_size': 'batch', 'ms_per_image': 'ms/image', 'peak_mib': 'peak MiB', 'images/s': 'images/s'}
+    columns = ['size', 'batch_size', 'run', 'model', 'images/s', 'ms_per_image', 'peak_mib']
+    return rows.assign(**{'images/s': speed})[columns].rename(columns=named)
+
+
+def report_of(rows: pd.DataFrame, name: str, cases: int) -> Report:
+    """Models side by side: sorted by how they run, size and batch."""
+    runs = rows.run.unique().tolist()
+    order = rows.assign(run=rows.run.map(runs.index)).sort_values(['run', 'size', 'batch_size'], kind='stable').index
+    facts = {
+        'machine': machine_of(rows),
+        'versions': rows.versions.iloc[0],
+        'command': rows.command.iloc[0],
+        'cases measured': f'{len(rows)} of {cases}',
+    }
+    messages = [
+        f'{row.model} at {row.size}, batch {row.batch_size}, {row.run}: {row.status}: {row.message}'
+        for row in rows[rows.message != ''].itertuples()
+    ]
+    return Report(
+        f'compare_highres {name}',
+        TITLES[name],
+        facts,
+        [shown(rows.loc[order])],
+        NOTES.format(repeats=rows.repeats.iloc[0], seconds=rows.seconds.iloc[0]),
+        messages,
+        f'{name}.png' if rows['size'].nunique() > 1 else '',
+    )
+
+
+def machine_of(rows: pd.DataFrame) -> str:
+    """Name of the device, as the first process that measured anything gives it."""
+    return next(filter(None, rows.device_name), rows.device.iloc[0])
+
+
+def write_picture(rows: pd.DataFrame, path: Path, note: str = '') -> None:
+    """Speed and memory against the size, a line for each model and way to run; only the ways that have most sizes.
+
+    Args:
+        rows: Of `compare`.
+        path: Of the picture.
+        note: What to see, for the title.
+    """
+    sizes = rows.groupby('run', sort=False)['size'].nunique()
+    rows = rows[rows.run.isin(sizes.index[sizes == sizes.max()])]
+    single = rows.run.nunique() == 1
+    labels = rows.model if single else rows.model + ', ' + rows.run
+    title = machine_of(rows) + (f', {rows.run.iloc[0]}' if single else '')
+    plot_comparison(rows.assign(label=labels), f'{title}\n{note}'.strip(), path)
