@@ -104,19 +104,6 @@ def test_errors_name_the_command(run):
     assert error.count('\n') == 1
 
 
-@pytest.mark.parametrize(
-    'tool, earlier, now',
-    [
-        ('bench_kernels', ('--batch', '2', '--csv', 'a.csv'), ('--batch-size', '2', '--output', 'a.csv')),
-        ('mm_train', ('c.py', '--work-dir', 'w', '--no-amp'), ('c.py', '--output', 'w', '--precision', 'fp32')),
-        ('mm_train', ('c.py', '--amp'), ('c.py', '--precision', 'bf16')),
-    ],
-)
-def test_earlier_names_of_options_stay_known(tool, earlier, now):
-    parse = import_module(f'vmamba.tools.{tool}').parse_args
-    assert parse([*earlier]) == parse([*now])
-
-
 def test_the_folder_of_trainers_is_printed_if_nnunet_is_installed(run, monkeypatch):
     from vmamba.nnunet import FOLDER
     from vmamba.tools import nnunet_trainers

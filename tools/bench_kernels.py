@@ -283,12 +283,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="what compiled training keeps for its backward pass, of all that it would keep; PyTorch's own by default",
     )
     parser.add_argument('--batch-size', type=positive, help="instead of each case's own")
-    parser.add_argument('--batch', dest='batch_size', type=positive, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_device_option(parser)
     parser.add_argument('--repeats', type=positive, default=30, help='runs of which the median time is taken')
     parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
     parser.add_argument('--output', type=Path, help='CSV file to write')
-    parser.add_argument('--csv', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
     budget = args.activation_memory_budget

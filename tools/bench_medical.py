@@ -7,24 +7,21 @@ vmamba bench medical --device cpu --shrink 8 --repeats 1
 """
 
 import argparse
-import shlex
 import sys
-from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vmamba.models import UMamba
-from vmamba.tools.benchmarks.report import Report, versions
-from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-from vmamba.tools.devices import DTYPES, add_device_option, device_name
+from vmamba.tools.benchmarks.report import Report, facts_of
+from vmamba.tools.benchmarks.timing import is_out_of_memory, median_and_peak, settled_memory
+from vmamba.tools.devices import DTYPES, add_device_option, autocast
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
@@ -40,7 +37,8 @@ NETWORKS: Dict[str, Dict[str, str]] = {
     PEER: {},
 }
 DEFAULT_NETWORKS = ('none', 'bot', 'enc', PEER)
-WARM_UPS = 5
+WARM_UPS = {'cuda': 5, 'cpu': 0}
+MEASURED = 'training, ms', 'training, MiB', 'inference, ms', 'inference, MiB'
 NOTES = """Random images and weights; `none` is U-Mamba without Mamba, `resenc` ResidualEncoderUNet of
 dynamic-network-architectures with nnU-Net's numbers of blocks. A training step is forward with deep supervision,
 cross-entropy of all outputs, backward, clipping of the gradient and SGD with momentum, for fp16 with scaled losses.
@@ -92,10 +90,10 @@ def build(name: str, plan: Plan) -> nn.Module:
     return residual_encoder_unet(*sizes, deep_supervision=True, ndim=len(plan.patch_size))
 
 
-def training_step(network: nn.Module, plan: Plan, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+def training_step(network: nn.Module, plan: Plan, precision: str, device: torch.device) -> Callable[[], None]:
     """A training step on random data."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.99, nesterov=True, weight_decay=3e-5)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     images = torch.randn(plan.batch, plan.in_chans, *plan.patch_size, device=device)
     with torch.no_grad():
         shapes = [(plan.batch, *y.shape[2:]) for y in network(images)]
@@ -103,7 +101,7 @@ def training_step(network: nn.Module, plan: Plan, dtype: torch.dtype, device: to
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with _autocast(device, dtype):
+        with autocast(device, precision):
             loss = sum(F.cross_entropy(y, target) for y, target in zip(network(images), targets))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -114,63 +112,41 @@ def training_step(network: nn.Module, plan: Plan, dtype: torch.dtype, device: to
     return step
 
 
-@torch.no_grad()
-def infer(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
-    with _autocast(images.device, dtype):
-        return network(images)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def measure(
     name: str, patch: str, plan: Plan, precision: str, compiles: bool, device: torch.device, repeats: int
 ) -> Dict[str, Any]:
     """A row of the table; running out of memory is a result."""
     size = 'x'.join(map(str, plan.patch_size))
     row: Dict[str, Any] = dict(patch=patch, size=size, batch=plan.batch, precision=precision, network=name)
-    dtype, baseline = DTYPES[precision], settled_memory(device)
+    how = device, repeats, settled_memory(device), WARM_UPS[device.type]
     try:
         network = build(name, plan).to(device)
         runs = torch.compile(network) if compiles else network
-        step = training_step(runs, plan, dtype, device)
-        row.update(zip(('training, ms', 'training, MiB'), _measured(step, device, repeats, baseline)))
+        step = training_step(runs, plan, precision, device)
+        row.update(zip(MEASURED[:2], median_and_peak(step, *how)))
         del step
         network.zero_grad(set_to_none=True)
         network.eval().decoder.deep_supervision = False
-        run = partial(infer, runs, torch.randn(plan.batch, plan.in_chans, *plan.patch_size, device=device), dtype)
-        row.update(zip(('inference, ms', 'inference, MiB'), _measured(run, device, repeats, baseline)))
+        images = torch.randn(plan.batch, plan.in_chans, *plan.patch_size, device=device)
+        with torch.no_grad(), autocast(device, precision):
+            row.update(zip(MEASURED[2:], median_and_peak(lambda: runs(images), *how)))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        row['training, ms'] = 'OOM'
+        row[MEASURED[0]] = 'OOM'
     finally:
         torch.compiler.reset()
     return row
 
 
-def _measured(
-    run: Callable[[], object], device: torch.device, repeats: int, baseline: int
-) -> Tuple[float, Optional[float]]:
-    """Milliseconds and peak MiB."""
-    for _ in range(WARM_UPS if device.type == 'cuda' else 1):
-        run()
-    peak = peak_mib(run, device, baseline) if device.type == 'cuda' else None
-    return median_ms(run, device, repeats, 0), peak
-
-
 def with_ratios(rows: Sequence[Dict[str, Any]]) -> pd.DataFrame:
     """The rows as a table, with time and memory over those of the network without Mamba."""
     table = pd.DataFrame(rows)
-    keys = ['patch', 'precision']
-    base = table[table.network == 'none'].set_index(keys)
-    for column in ('training, ms', 'training, MiB', 'inference, ms', 'inference, MiB'):
-        if column not in table or not len(base):
-            continue
+    for column in [column for column in MEASURED if column in table]:
         own = pd.to_numeric(table[column], errors='coerce')
-        without = [pd.to_numeric(base[column], errors='coerce').get(key) for key in zip(*(table[k] for k in keys))]
-        table[f'{column.split(",")[0]}, {column[-3:].strip()} / none'] = own / pd.Series(without, dtype=float)
+        without = own.where(table.network == 'none').groupby([table.patch, table.precision]).transform('max')
+        if without.notna().any():
+            table[f'{column} / none'] = own / without
     return table
 
 
@@ -202,26 +178,17 @@ def shrunk(plan: Plan, factor: int) -> Plan:
 @one_line_errors('bench_medical.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args, console = parse_args(argv), open_console(200)
-    messages: List[str] = []
-    names = list(args.networks)
-    if PEER in names and find_spec('dynamic_network_architectures') is None:
-        names.remove(PEER)
-        messages.append(f'{PEER} needs dynamic-network-architectures, which is not installed: it is left out')
-    cases = list(product(args.patches, args.precision, names))
-    chosen, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    args = parse_args(argv)
+    cases = list(product(args.patches, args.precision, args.networks))
+    torch.backends.cudnn.benchmark = True
     rows = [
         measure(name, patch, shrunk(PLANS[patch], args.shrink), precision, args.compile, args.device, args.repeats)
         for patch, precision, name in track(cases, 'Measuring')
     ]
-    torch.backends.cudnn.benchmark = chosen
-    command = shlex.join(['vmamba', 'bench', 'medical', *argv])
-    facts = {'machine': device_name(args.device), 'versions': versions(), 'command': command}
     name, title = ('bench_medical compiled', ', compiled') if args.compile else ('bench_medical', '')
-    title = f'U-Mamba at published patch sizes{title}'
-    Report(name, title, facts, [with_ratios(rows)], NOTES.format(repeats=args.repeats), messages).publish(
-        console, args.docs
-    )
+    facts, notes = facts_of(args.device, 'bench medical', argv), NOTES.format(repeats=args.repeats)
+    report = Report(name, f'U-Mamba at published patch sizes{title}', facts, [with_ratios(rows)], notes)
+    report.publish(open_console(200), args.docs)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ vmamba bench mm --device cpu --shrink 8 --repeats 1 --tasks segmentation
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from itertools import cycle
@@ -28,9 +27,9 @@ with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
 
-    from vmamba.tools.benchmarks.report import Report, versions
+    from vmamba.tools.benchmarks.report import Report, facts_of
     from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-    from vmamba.tools.devices import add_device_option, device_name
+    from vmamba.tools.devices import add_device_option
     from vmamba.tools.images.scene_files import write_part
     from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
     from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
@@ -152,31 +151,15 @@ def compose(task: Task, folder: Path) -> List[Any]:
     return list(Runner.build_dataloader(dict(dataset=dataset, sampler=sampler, batch_size=task.batch, num_workers=0)))
 
 
-def bench(tasks: Sequence[Task], backbones: Sequence[str], device: torch.device, repeats: int) -> List[Dict[str, Any]]:
-    """Measures every backbone in every task, under a progress bar."""
-    results = []
-    for task in tasks:
-        with tempfile.TemporaryDirectory() as folder:
-            batches = compose(task, Path(folder))
-        for backbone in track(backbones, f'Training {task.title}'):
-            results.append(measure(task, backbone, batches, device, repeats))
-    return results
-
-
-def report_of(rows: Sequence[Dict[str, Any]], device: torch.device, repeats: int, command: str) -> Report:
+def report_of(rows: Sequence[Dict[str, Any]], device: torch.device, repeats: int, arguments: Sequence[str]) -> Report:
     table = pd.DataFrame(rows)
     swin = table[table.backbone == 'swin_t'].set_index('model')['ms per step']
     table["speed against Swin-T's"] = table.model.map(swin) / table['ms per step']
-    precision = 'bf16' if device.type == 'cuda' else 'fp32'
+    facts = facts_of(device, 'bench mm', arguments)
     modules = {'mmengine': mmengine, 'mmcv': mmcv, 'mmdet': mmdet, 'mmseg': mmseg}  # OpenMMLab's or the onedl forks
-    found = ', '.join(f'{name} {module.__version__}' for name, module in modules.items())
-    return Report(
-        'bench_mm',
-        'Detection and segmentation',
-        {'machine': device_name(device), 'versions': f'{versions()}, {found}', 'command': command},
-        [table],
-        NOTES.format(precision=precision, repeats=repeats, warm_ups=warm_ups(device), batches=BATCHES),
-    )
+    facts['versions'] += ''.join(f', {name} {module.__version__}' for name, module in modules.items())
+    how = dict(precision='bf16' if device.type == 'cuda' else 'fp32', warm_ups=warm_ups(device), batches=BATCHES)
+    return Report('bench_mm', 'Detection and segmentation', facts, [table], NOTES.format(repeats=repeats, **how))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -194,12 +177,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    tasks = [TASKS[name] for name in args.tasks]
-    tasks = [task._replace(shape=tuple(side // args.shrink for side in task.shape)) for task in tasks]
     MMLogger.get_instance('bench_mm', log_level='WARNING')  # else every parameter's initialisation is shown
-    rows = bench(tasks, args.backbones, args.device, args.repeats)
-    command = shlex.join(['vmamba', 'bench', 'mm', *argv])
-    report_of(rows, args.device, args.repeats, command).publish(open_console(), args.docs)
+    rows = []
+    for task in map(TASKS.get, args.tasks):
+        task = task._replace(shape=tuple(side // args.shrink for side in task.shape))
+        with tempfile.TemporaryDirectory() as folder:
+            batches = compose(task, Path(folder))
+        for backbone in track(args.backbones, f'Training {task.title}'):
+            rows.append(measure(task, backbone, batches, args.device, args.repeats))
+    report_of(rows, args.device, args.repeats, argv).publish(open_console(), args.docs)
 
 
 if __name__ == '__main__':

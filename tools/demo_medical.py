@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vmamba.tools.devices import add_device_option
+from vmamba.tools.devices import add_device_option, autocast
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.segmentation.config import Config
 from vmamba.tools.segmentation.data import Patches, find_cases, whole_cases
@@ -120,7 +120,7 @@ def run(job: Job) -> Result:
     held_out = whole_cases(config, find_cases(Path(config.data).with_name('test'), ndim))
     evaluator = Evaluator(config, device, held_out)
     (case,) = held_out
-    with engine.autocast():
+    with autocast(device, config.precision):
         predicted = evaluator.predict(network, case['image'].as_tensor().to(device))[0, 0].cpu().numpy()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Result(job, predicted.astype(np.uint8), parameters, time.perf_counter() - start)

@@ -71,8 +71,9 @@ def set_precision(cfg: Config, precision: Optional[str]) -> None:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_config_options(parser)
-    parser.add_argument('--output', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG')
-    parser.add_argument('--work-dir', dest='output', type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--output', '--work-dir', type=Path, help='folder of logs and checkpoints; default: work_dirs/CONFIG'
+    )
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -90,9 +91,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--precision', choices=('fp32', 'bf16'), help="bf16: automatic mixed precision; default: the config's"
     )
-    earlier = dict(action='store_const', dest='precision', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument('--amp', const='bf16', **earlier)
-    parser.add_argument('--no-amp', const='fp32', **earlier)
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
     )

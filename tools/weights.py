@@ -15,7 +15,8 @@ import vmamba  # noqa: F401
 from vmamba.models._isotropic import TokenModel
 from vmamba.models._pretrained import is_download_error, read_checkpoint, read_file
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
-from vmamba.tools.devices import add_device_option
+from vmamba.tools import devices
+from vmamba.tools.devices import DTYPES, add_device_option
 from vmamba.tools.training.config import parse_yaml
 from vmamba.tools.user_errors import UserError, nearest, positive_float
 
@@ -24,7 +25,6 @@ SPEC_HELP = (
     'hf-hub:OWNER/NAME for a model of the Hugging Face Hub, local-dir:FOLDER for a copy of one'
 )
 _CLASSIFIERS = ('head.fc.weight', 'classifier.head.weight', 'head.weight', 'fc.weight', 'classifier.weight')
-_PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 SOURCES = 'hf-hub:', 'local-dir:'
 _EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
 
@@ -98,7 +98,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_precision_option(parser: argparse.ArgumentParser) -> None:
     """Adds the precision of a forward pass, which `autocast` reads."""
-    parser.add_argument('--precision', choices=_PRECISIONS, default='fp32', help='the lower ones by autocast')
+    parser.add_argument('--precision', choices=DTYPES, default='fp32', help='the lower ones by autocast')
 
 
 def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
@@ -277,5 +277,4 @@ def allow_any_size(model: nn.Module) -> bool:
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
     """The context of a forward pass with the device and the precision of the options."""
-    dtype = _PRECISIONS[args.precision]
-    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
+    return devices.autocast(args.device, args.precision)

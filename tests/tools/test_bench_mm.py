@@ -42,7 +42,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch):
     monkeypatch.setattr(bench_mm, 'build', build)
     task = bench_mm.TASKS['detection']
     result = bench_mm.measure(task, 'vmamba_t', [], bench_mm.torch.device('cpu'), 1)
-    (table,) = bench_mm.report_of([result], bench_mm.torch.device('cpu'), 1, 'a command').tables
+    (table,) = bench_mm.report_of([result], bench_mm.torch.device('cpu'), 1, []).tables
     assert table.loc[0, 'images/s'] == 'OOM' and table.loc[0, 'ms per step'] is None
 
 

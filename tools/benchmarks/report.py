@@ -1,5 +1,6 @@
 """What the benchmarks report: tables on the terminal, CSV files, and sections of a Markdown file."""
 
+import shlex
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -8,6 +9,7 @@ import timm
 import torch
 
 from vmamba.tools.benchmarks.timing import triton_version
+from vmamba.tools.devices import device_name
 from vmamba.tools.output_files import write_atomically, write_text
 from vmamba.tools.terminal import cells_of, is_numeric, table_of
 
@@ -16,6 +18,12 @@ from rich.console import Console
 
 def versions() -> str:
     return f'torch {torch.__version__}, triton {triton_version()}, timm {timm.__version__}'
+
+
+def facts_of(device: torch.device, tool: str, arguments: Sequence[str]) -> Dict[str, str]:
+    """The machine, versions and the command of a run of a tool, such as 'bench mm'."""
+    command = shlex.join(['vmamba', *tool.split(), *arguments])
+    return {'machine': device_name(device), 'versions': versions(), 'command': command}
 
 
 class Report(NamedTuple):

@@ -115,6 +115,16 @@ def peak_mib(run: Callable[[], object], device: torch.device, baseline: int) -> 
     return (torch.cuda.max_memory_allocated(device) - baseline) / MIB
 
 
+def median_and_peak(
+    run: Callable[[], object], device: torch.device, repeats: int, baseline: int, warm_ups: int
+) -> Tuple[float, Optional[float]]:
+    """Median milliseconds of a run and the peak of its memory in MiB, after some warm-up."""
+    for _ in range(warm_ups):
+        run()
+    peak = peak_mib(run, device, baseline)
+    return median_ms(run, device, repeats, 0), peak
+
+
 def measure_ceilings(device: torch.device, repeats: int) -> Ceilings:
     """Measures on tensors that fill a GPU, or on small ones on a CPU."""
     on_gpu = device.type == 'cuda'

@@ -7,7 +7,7 @@ import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 
-from vmamba.tools.devices import DTYPES
+from vmamba.tools.devices import autocast
 from vmamba.tools.training.seeding import derive_seed, seed_all
 from vmamba.tools.user_errors import UserError
 
@@ -78,7 +78,7 @@ class Engine:
     def _update(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns its loss."""
         self.optimizer.zero_grad()
-        with self.autocast():
+        with autocast(self.device, self.config.precision):
             outputs = self.forward(images)
         loss = self.loss(outputs, labels)
         self.scaler.scale(loss).backward()
@@ -87,8 +87,3 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
-
-    def autocast(self) -> torch.autocast:
-        """The context of the configured precision."""
-        precision = self.config.precision
-        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != 'fp32')

@@ -11,6 +11,7 @@ import yaml
 
 from vmamba.models import UMamba
 from vmamba.models._pretrained import read_file
+from vmamba.tools.devices import autocast
 from vmamba.tools.output_files import lock_folder, write_csv, write_text, writing
 from vmamba.tools.training.checkpoint import Checkpoints, check_output
 from vmamba.tools.training.report import Report
@@ -141,7 +142,7 @@ class Trainer:
     def _evaluate(self, network: UMamba, **options: Any) -> List[Dict[str, Any]]:
         network.eval()
         network.decoder.deep_supervision = False
-        with self.engine.autocast():
+        with autocast(self.device, self.config.precision):
             return self.evaluator.evaluate(network, **options)
 
     def _mean(self, rows: List[Dict[str, Any]], key: str) -> float:

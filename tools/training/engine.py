@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from vmamba.layers import auxiliary_loss, expert_load
 from vmamba.sequence.checkpoint import write_pretrained
-from vmamba.tools.devices import DTYPES
+from vmamba.tools.devices import autocast
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
@@ -149,13 +149,9 @@ class Trainer:
         self.sums[1] += batch.count
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self.runtime.device, self.config.precision):
             loss = self.task(self._laid_out(images), targets)['loss']
         return loss + auxiliary_loss(self.task.get_trainable_module())
-
-    def _autocast(self) -> torch.autocast:
-        precision = self.config.precision
-        return torch.autocast(self.runtime.device.type, DTYPES[precision], enabled=precision != 'fp32')
 
     def _laid_out(self, images: Any) -> Any:
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
@@ -226,7 +222,7 @@ class Trainer:
     @torch.inference_mode()
     def _score(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Sums of loss, percentages of right answers, and their number."""
-        with self._autocast():
+        with autocast(self.runtime.device, self.config.precision):
             logits = model(images) if isinstance(images, Tensor) else model(*images)
         logits, targets = logits.flatten(0, -2).float(), targets.flatten()
         loss = nn.functional.cross_entropy(logits, targets, reduction='sum').double()
