@@ -20,8 +20,8 @@ from vmamba.tools.images.labelled_folders import (
     read_folder,
 )
 from vmamba.tools.training.config import Config
+from vmamba.tools.training.data import create_train_transform
 from vmamba.tools.training.seeding import seeded
-from vmamba.tools.training.transforms import create_train_transform
 from vmamba.tools.user_errors import UserError
 
 SHADES = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)

@@ -6,6 +6,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -18,7 +21,6 @@ from .order import BatchOrder
 from .runtime import Runtime, leave_stopping_to_main
 from .seeding import derive_seed, seeded
 from .splits import SYNTHETIC
-from .transforms import create_train_transform
 
 
 class Batch(NamedTuple):
@@ -48,68 +50,76 @@ class Parts(NamedTuple):
     summary: str
 
 
-class SequenceBatches:
-    """Training batches of sequences, in an order that a run can continue.
+class OrderedBatches:
+    """Training batches in an order that a run can continue.
 
     Args:
-        dataset: Of inputs and targets.
-        config: Settings.
+        loader: Of pairs of inputs and targets.
+        order: Batch sampler of the loader, such as a `BatchOrder`.
         runtime: Device and place among the processes.
-        order: Batch sampler; a `BatchOrder` by default.
+        samples: Checks and counts the images.
+        place: Puts inputs on the device, by default as a tensor.
     """
 
-    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime, order: Any = None) -> None:
-        self.samples, self.dataset, self.device = None, dataset, runtime.device
-        places = config.accumulate, runtime.world, runtime.rank
-        if order is None:
-            order = BatchOrder(dataset, config.batch_size, *places, drop_last=config.drop_last, seed=config.seed)
-        self.order = order
-        self.updates_per_epoch = self.order.updates_per_epoch
-        self.loader = _create_loader(dataset, config, runtime, batch_sampler=self.order)
+    def __init__(
+        self,
+        loader: Any,
+        order: Any,
+        runtime: Runtime,
+        samples: Optional[Samples] = None,
+        place: Optional[Callable[[Any], Any]] = None,
+    ) -> None:
+        self.loader, self.order, self.runtime, self.samples = loader, order, runtime, samples
+        self.place = place or runtime.place
+        self.updates_per_epoch = order.updates_per_epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.order.size
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
         """The batches of an epoch, from the given update to its end."""
         self.order.go_to(epoch, update)
         for (inputs, targets), (count, weight) in zip(self.loader, self.order.counts()):
-            yield Batch(self.place(inputs), targets.to(self.device, non_blocking=True), count, weight)
-
-    def place(self, inputs: Any) -> Any:
-        """What the model takes, on the device."""
-        return inputs.to(self.device, non_blocking=True)
+            if self.samples:
+                self.samples.check()
+            yield Batch(self.place(inputs), self.runtime.place(targets), count, weight)
 
 
-def check_epoch(data: SequenceBatches, what: str, config: Config, runtime: Runtime, advice: str) -> None:
-    """Raises UserError if an epoch has not enough sequences for one update."""
+def batch_order(dataset: Dataset, config: Config, runtime: Runtime) -> BatchOrder:
+    """The order of the examples of a run."""
+    sizes = config.batch_size, config.accumulate, runtime.world, runtime.rank
+    return BatchOrder(dataset, *sizes, config.aug_repeats, config.drop_last, config.seed)
+
+
+def check_epoch(data: OrderedBatches, what: str, config: Config, runtime: Runtime, advice: str) -> None:
+    """Raises UserError if an epoch has not enough examples for one update."""
     if data.updates_per_epoch == 0:
         size = config.batch_size * config.accumulate * runtime.world
         raise UserError(f'one update takes {size} {what}, but an epoch has fewer: {advice}')
 
 
 class SequenceValidation:
-    """Sequences to validate on, each once, shared among the processes."""
+    """Sequences to validate on, each once, shared among the processes; `place` as of OrderedBatches."""
 
-    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
-        self.samples, self.dataset, self.device = None, dataset, runtime.device
+    samples = None
+
+    def __init__(
+        self, dataset: Dataset, config: Config, runtime: Runtime, place: Optional[Callable[[Any], Any]] = None
+    ) -> None:
+        self.dataset, self.runtime, self.place = dataset, runtime, place or runtime.place
         rows = range(runtime.rank, len(dataset), runtime.world)
         size = config.val_batch_size or config.batch_size
-        self.loader = _create_loader(dataset, config, runtime, batch_size=size, sampler=rows)
+        self.loader = sequence_loader(dataset, config, runtime, batch_size=size, sampler=rows)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Tuple[None, Any, Tensor]]:
         for inputs, targets in self.loader:
-            yield None, self.place(inputs), targets.to(self.device, non_blocking=True)
-
-    def place(self, inputs: Any) -> Any:
-        """What the model takes, on the device."""
-        return inputs.to(self.device, non_blocking=True)
+            yield None, self.place(inputs), self.runtime.place(targets)
 
 
-def _create_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
+def sequence_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
     """Batches of sequences, with a sampler and a batch size or a batch sampler."""
     workers = useful_workers(config.workers)
     return DataLoader(
@@ -122,39 +132,19 @@ def _create_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: 
     )
 
 
-class IndexedData:
+class IndexedData(OrderedBatches):
     """Batches of a dataset whose images have an index; a run continues at the very image where it stopped."""
 
     def __init__(self, dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
         transform = create_train_transform(config, data_config)
-        self.samples = Samples(dataset, transform, image_mode(config.in_chans), config.skip_bad_images, replace=True)
-        self.order = BatchOrder(
-            dataset,
-            config.batch_size,
-            config.accumulate,
-            runtime.world,
-            runtime.rank,
-            config.aug_repeats,
-            config.drop_last,
-            config.seed,
-        )
-        self.updates_per_epoch = self.order.updates_per_epoch
-        workers = useful_workers(config.workers)
+        samples = Samples(dataset, transform, image_mode(config.in_chans), config.skip_bad_images, replace=True)
+        order, workers = batch_order(dataset, config, runtime), useful_workers(config.workers)
         if config.cache:
             images = Images(dataset, data_config, config.batch_size, workers, runtime.device, config.skip_bad_images)
-            self.loader = CachedBatches(images, self.order, config)
+            loader = CachedBatches(images, order, config)
         else:
-            self.loader = prefetch(self.samples, data_config, runtime.device, workers, batch_sampler=self.order)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batches(self, epoch: int, update: int) -> Iterator[Batch]:
-        """The batches of an epoch, from the given update to its end."""
-        self.order.go_to(epoch, update)
-        for (images, targets), (count, weight) in zip(self.loader, self.order.counts()):
-            self.samples.check()
-            yield Batch(images, targets, count, weight)
+            loader = prefetch(samples, data_config, runtime.device, workers, batch_sampler=order)
+        super().__init__(loader, order, runtime, samples)
 
 
 class CachedBatches:
@@ -318,7 +308,45 @@ def create_data(
             raise UserError(f'{config.data} is read as a stream, which cannot be cached: set cache to false')
         train = kind(datasets[0], config, data_config, runtime)
         validation = create_validation(datasets[1], config, data_config, runtime)
-    if train.updates_per_epoch == 0:
-        size = config.batch_size * config.accumulate * runtime.world
-        raise UserError(f'an epoch has fewer images than an update of {size}: lower batch_size, or drop_last: false')
+    check_epoch(train, 'images', config, runtime, 'lower batch_size, or drop_last: false')
     return train, validation
+
+
+def create_train_transform(config: Config, data_config: Dict[str, Any]) -> Callable:
+    """timm's transform without random erasing, which comes after the transfer to the device.
+
+    Raises:
+        UserError: If timm knows no such policy.
+    """
+    names = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'auto_augment')
+    augmentation = {name: getattr(config, name) for name in names}
+    own = {**data_config, 'interpolation': config.interpolation, **augmentation, 'is_training': True}
+    chosen = own if config.augment else {**data_config, 'is_training': False}
+    try:
+        transform = create_transform(**chosen, use_prefetcher=True)
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"auto_augment {config.auto_augment!r} is none of timm's policies: {error}; take one such as "
+            f'rand-m9-mstd0.5-inc1, augmix-m3 or original, or null for none'
+        ) from error
+    for operation in _operations(transform):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """Those of a policy within a transform: of RandAugment and AugMix in a list, of AutoAugment in a list of lists."""
+    if isinstance(transform, AugmentOp):
+        yield transform
+    elif isinstance(transform, (list, tuple)):
+        for part in transform:
+            yield from _operations(part)
+    else:
+        for name in ('transforms', 'ops', 'policy'):
+            yield from _operations(getattr(transform, name, ()))
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """As timm's. At the highest level it leaves no bits, which Pillow refuses from version 13 on: a black image."""
+    return posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,5 +1,6 @@
 """Training of language models on bytes: the parts that differ from those for images."""
 
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -12,12 +13,11 @@ from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, crea
 from vmamba.tools.user_errors import UserError, nearest
 
 from .config import Config
-from .data import Batch, Parts, SequenceBatches, SequenceValidation, check_epoch
+from .data import Batch, OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
 from .runtime import Runtime
 from .seeding import seed_all
 
 VAL_FRACTION = 0.05
-Inputs = Tuple[Tensor, Optional[Tensor], Optional[List[Any]]]  # ids, seq_idx and cache: arguments of the model
 
 
 class LanguageTask(ClassificationTask):
@@ -26,7 +26,7 @@ class LanguageTask(ClassificationTask):
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model, next_token_loss, device=device, verbose=False)
 
-    def forward(self, input: Inputs, target: Tensor) -> Dict[str, Tensor]:
+    def forward(self, input: Tuple[Any, ...], target: Tensor) -> Dict[str, Tensor]:
         output = self.trainable_module(*input)
         return {'loss': self.criterion(output, target), 'output': output}
 
@@ -45,7 +45,7 @@ class StreamOrder(Sampler):
     """
 
     def __init__(self, windows: int, batch_size: int) -> None:
-        self.batch_size, self.updates_per_epoch = batch_size, windows // batch_size
+        self.size, self.batch_size, self.updates_per_epoch = windows, batch_size, windows // batch_size
         self.go_to(0, 0)
 
     def go_to(self, epoch: int, update: int) -> None:
@@ -65,13 +65,15 @@ class StreamOrder(Sampler):
             yield self.batch_size, 1.0
 
 
-class ByteBatches(SequenceBatches):
+class ByteBatches(OrderedBatches):
     """Training batches of windows; the state is carried from window to window if the configuration says so."""
 
     def __init__(self, windows: ByteWindows, config: Config, runtime: Runtime, model: LanguageModel) -> None:
         self.cache = model.allocate_cache(config.batch_size) if config.carry_state else None
-        order = StreamOrder(len(windows), config.batch_size) if config.carry_state else None
-        super().__init__(windows, config, runtime, order)
+        streams = config.carry_state
+        order = StreamOrder(len(windows), config.batch_size) if streams else batch_order(windows, config, runtime)
+        place = partial(_place, packed=windows.packed, runtime=runtime, cache=self.cache)
+        super().__init__(sequence_loader(windows, config, runtime, batch_sampler=order), order, runtime, place=place)
 
     def batches(self, epoch: int, update: int) -> Iterator[Batch]:
         """The batches of an epoch, from the given update to its end; a carried state starts at 0 in each epoch."""
@@ -80,19 +82,9 @@ class ByteBatches(SequenceBatches):
                 tensor.zero_()
         yield from super().batches(epoch, update)
 
-    def place(self, inputs: List[Tensor]) -> Inputs:
-        return *_place(inputs, self.dataset.packed, self.device), self.cache
-
     def carried(self) -> List[Tensor]:
         """The state that the next window continues from, for checkpoints."""
         return [tensor for own in self.cache or () for tensor in own]
-
-
-class ByteValidation(SequenceValidation):
-    """Windows to validate on, each from an empty state."""
-
-    def place(self, inputs: List[Tensor]) -> Inputs:
-        return *_place(inputs, self.dataset.packed, self.device), None
 
 
 def create_parts(config: Config, runtime: Runtime) -> Parts:
@@ -122,7 +114,8 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
         seq_len=config.seq_len,
     )
     summary = f'{len(kept)} bytes of {len(kept.parts)} file(s) to train on, {len(held)} to validate on'
-    return Parts(model, data, ByteValidation(windows[1], config, runtime), facts, summary)
+    place = partial(_place, packed=windows[1].packed, runtime=runtime)  # each window from an empty state
+    return Parts(model, data, SequenceValidation(windows[1], config, runtime, place), facts, summary)
 
 
 def _check(config: Config, runtime: Runtime) -> None:
@@ -151,6 +144,9 @@ def _create_model(config: Config) -> LanguageModel:
     return model
 
 
-def _place(inputs: List[Tensor], packed: bool, device: torch.device) -> Tuple[Tensor, Optional[Tensor]]:
-    ids, seq_idx = (tensor.to(device, non_blocking=True) for tensor in inputs)
-    return ids, seq_idx if packed else None
+def _place(
+    inputs: List[Tensor], packed: bool, runtime: Runtime, cache: Optional[List[Any]] = None
+) -> Tuple[Tensor, Optional[Tensor], Optional[List[Any]]]:
+    """The model's arguments ids, seq_idx and cache."""
+    ids, seq_idx = map(runtime.place, inputs)
+    return ids, seq_idx if packed else None, cache

@@ -39,11 +39,11 @@ class BatchOrder:
         seed: int = 0,
     ) -> None:
         self.parts, self.accumulate, self.world, self.rank = accumulate * world, accumulate, world, rank
-        self.seed = seed
+        self.seed, self.size = seed, len(dataset)
         self.update_size = batch_size * self.parts
         # The sampler orders all images; the processes' shares are cut from the updates.
         self.sampler = RepeatAugSampler(dataset, 1, 0, num_repeats=repeats, selected_round=0)
-        whole, rest = divmod(len(dataset), self.update_size)
+        whole, rest = divmod(self.size, self.update_size)
         self.updates_per_epoch = whole + bool(rest and not drop_last)
         self.last_size = self.update_size if drop_last or not rest else rest
         self.go_to(0, 0)

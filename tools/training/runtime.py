@@ -28,6 +28,10 @@ class Runtime:
     def is_primary(self) -> bool:
         return self.rank == 0
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device."""
+        return tensor.to(self.device, non_blocking=True)
+
     def sum(self, values: Tensor) -> List[Any]:
         """Sums of the values over all processes, nested as they were."""
         if self.world > 1:

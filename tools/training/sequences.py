@@ -15,7 +15,7 @@ from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
 from vmamba.tools.user_errors import UserError
 
 from .config import Config
-from .data import Parts, SequenceBatches, SequenceValidation, check_epoch
+from .data import OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
 from .runtime import Runtime
 from .seeding import seed_all
 
@@ -33,7 +33,8 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
     )
     seed_all(config.seed)
     model = create_model(config, train.task).to(runtime.device)
-    data = SequenceBatches(train, config, runtime)
+    order = batch_order(train, config, runtime)
+    data = OrderedBatches(sequence_loader(train, config, runtime, batch_sampler=order), order, runtime)
     check_epoch(data, 'sequences', config, runtime, 'lower batch_size')
     facts = dict(
         model=config.model,
