@@ -9,7 +9,6 @@ vmamba bench generation --models mamba_130m mamba2_130m --lengths 1024 16384 262
 
 import argparse
 import gc
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 
 from vmamba.sequence import PRESETS, LanguageModel, create_language_model, generate
 from vmamba.sequence.generation import Decoder
-from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.report import Report, facts_of
 from vmamba.tools.benchmarks.timing import wall_ms
 from vmamba.tools.devices import DTYPES, add_device_option, device_name
 from vmamba.tools.figures.plots import plot_generation
@@ -165,12 +164,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.output:
         write_csv(args.output, rows)
     if args.docs:
-        publish(rows, args, shlex.join(['vmamba', 'bench', 'generation', *argv]))
+        publish(rows, args, facts_of(args.device, 'bench generation', argv))
 
 
-def publish(rows: List[Dict[str, Any]], args: argparse.Namespace, command: str) -> None:
+def publish(rows: List[Dict[str, Any]], args: argparse.Namespace, facts: Dict[str, str]) -> None:
     """Writes the section of the documentation, with a picture of steps against lengths."""
-    facts = {'machine': device_name(args.device), 'versions': versions(), 'command': command}
     notes = (OF_LENGTHS if args.lengths else OF_SPEED) + NOTES.format(precision=args.precision)
     table = pd.DataFrame(rows)
     if not args.lengths:

@@ -1,14 +1,13 @@
 """Times the operators and the models that run on them: forward, backward, CUDA graphs, memory, and the host.
 
 vmamba bench kernels --output kernels.csv --docs docs/benchmarks.md
-vmamba bench kernels --only model --compile-training --activation-memory-budget 0.5
+vmamba bench kernels --only model --models vmamba_t --case '*_training'
 vmamba bench kernels --only scan --case '*_n16_*'
 vmamba bench kernels --only host --repeats 100
 vmamba bench kernels --only host --device cpu --repeats 9
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 from contextlib import contextmanager, suppress
@@ -21,24 +20,11 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import pandas as pd
 import timm
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from vmamba.tools.benchmarks.cases import (
-    INFERENCE,
-    KERNELS,
-    KINDS,
-    TRAINING,
-    Case,
-    Workload,
-    host_cases,
-    model_cases,
-    moe_cases,
-    scan_cases,
-    ss2d_cases,
-    ssd_cases,
-)
-from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks import cases
+from vmamba.tools.benchmarks.cases import INFERENCE, KERNELS, KINDS, TRAINING, Case, Workload
+from vmamba.tools.benchmarks.report import Report, facts_of
 from vmamba.tools.benchmarks.timing import (
     capture,
     is_out_of_memory,
@@ -48,7 +34,7 @@ from vmamba.tools.benchmarks.timing import (
     settled_memory,
     wall_ms,
 )
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.devices import add_device_option
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
@@ -275,23 +261,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--only', nargs='+', choices=KINDS, default=KINDS, help='kinds of cases')
     parser.add_argument('--case', nargs='+', metavar='GLOB', help="names of cases, such as 'ss2d_*_stage1'")
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm names, for the kind model')
-    parser.add_argument('--compile-training', action='store_true', help='also train under torch.compile')
-    parser.add_argument(
-        '--activation-memory-budget',
-        type=float,
-        metavar='SHARE',
-        help="what compiled training keeps for its backward pass, of all that it would keep; PyTorch's own by default",
-    )
     parser.add_argument('--batch-size', type=positive, help="instead of each case's own")
     add_device_option(parser)
     parser.add_argument('--repeats', type=positive, default=30, help='runs of which the median time is taken')
-    parser.add_argument('--list', action='store_true', help='print the names of the cases and stop')
     parser.add_argument('--output', type=Path, help='CSV file to write')
     parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables of this run')
     args = parser.parse_args(argv)
-    budget = args.activation_memory_budget
-    if budget is not None and not 0 <= budget <= 1:
-        parser.error(f'--activation-memory-budget must be within [0, 1], got {budget}')
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f'timm knows no model {", ".join(unknown)}')
@@ -299,32 +274,22 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def cases_of(args: argparse.Namespace) -> List[Case]:
-    operators = *scan_cases(args.device), *ssd_cases(args.device), *ss2d_cases(), *moe_cases()
-    cases = [*operators, *model_cases(args.models, args.compile_training), *host_cases()]
-    cases = select(cases, args.only, args.case)
-    return [replace(case, batch=args.batch_size) for case in cases] if args.batch_size else cases
+    operators = *cases.scan_cases(args.device), *cases.ssd_cases(args.device), *cases.ss2d_cases(), *cases.moe_cases()
+    found = select([*operators, *cases.model_cases(args.models), *cases.host_cases()], args.only, args.case)
+    return [replace(case, batch=args.batch_size) for case in found] if args.batch_size else found
 
 
 @one_line_errors('bench_kernels.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    cases, console = cases_of(args), open_console(WIDTH)
-    if args.list:
-        console.print('\n'.join(case.name for case in cases), highlight=False)
-        return
-    if args.activation_memory_budget is not None:
-        functorch_config.activation_memory_budget = args.activation_memory_budget
+    chosen, console = cases_of(args), open_console(WIDTH)
     ceilings = measure_ceilings(args.device, args.repeats)
-    records = bench(cases, args.device, args.repeats, ceilings.copy)
-    if len(records) < len(cases):
-        console.print(f'interrupted: {len(records)} of {len(cases)} cases are measured')
-    facts = {
-        'machine': f'{device_name(args.device)}; measured: {ceilings}',
-        'versions': versions(),
-        'command': shlex.join(['vmamba', 'bench', 'kernels', *argv]),
-        'repeats': f'medians of {args.repeats}',
-    }
+    records = bench(chosen, args.device, args.repeats, ceilings.copy)
+    if len(records) < len(chosen):
+        console.print(f'interrupted: {len(records)} of {len(chosen)} cases are measured')
+    facts = {**facts_of(args.device, 'bench kernels', argv), 'repeats': f'medians of {args.repeats}'}
+    facts['machine'] += f'; measured: {ceilings}'
     for report in reports_of(records, facts):
         report.publish(console, args.docs)
     if args.output:

@@ -14,28 +14,28 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from vmamba.configs import FOLDER
 from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
-with one_line_errors('bench_mm.py'):  # else a missing package is a traceback
-    import mmcv
-    import mmdet
-    import mmengine
-    import mmseg
-    import pandas as pd
-    import torch
-    from mmengine.logging import MMLogger
-    from mmengine.model import BaseModel, revert_sync_batchnorm
-    from mmengine.optim import OptimWrapper, build_optim_wrapper
-    from mmengine.registry import MODELS
-    from mmengine.runner import Runner
+# isort: split
+import mmcv
+import mmdet
+import mmengine
+import mmseg
+import pandas as pd
+import torch
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
 
-    from vmamba.tools.benchmarks.report import Report, facts_of
-    from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
-    from vmamba.tools.devices import add_device_option
-    from vmamba.tools.images.scene_files import write_part
-    from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
-    from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
-    from vmamba.tools.terminal import open_console
+from vmamba.tools.benchmarks.report import Report, facts_of
+from vmamba.tools.benchmarks.timing import is_out_of_memory, median_ms, peak_mib, settled_memory
+from vmamba.tools.devices import add_device_option
+from vmamba.tools.images.scene_files import write_part
+from vmamba.tools.images.scenes import BACKGROUND, NAMES, Composer
+from vmamba.tools.openmmlab.configs import load_config  # lets mmdet do without mmcv's compiled operators
+from vmamba.tools.terminal import open_console
 
-    from rich.progress import track
+from rich.progress import track
 
 BATCHES = 8  # different ones, taken in turn
 SWIN: Dict[str, Any] = dict(

@@ -11,13 +11,13 @@ from typing import Optional, Sequence
 
 from vmamba.tools.openmmlab.configs import (
     Config,
+    add_config_options,
     is_first_process,
     join_processes,
     leaf_configs,
     load_config,
     set_work_dir,
 )
-from vmamba.tools.openmmlab.options import add_config_options
 from vmamba.tools.openmmlab.runs import add_hook, build_runner
 from vmamba.tools.output_files import write_text
 from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive

@@ -14,8 +14,14 @@ from typing import Optional, Sequence
 
 import torch
 
-from vmamba.tools.openmmlab.configs import Config, is_first_process, join_processes, load_config, set_work_dir
-from vmamba.tools.openmmlab.options import add_config_options
+from vmamba.tools.openmmlab.configs import (
+    Config,
+    add_config_options,
+    is_first_process,
+    join_processes,
+    load_config,
+    set_work_dir,
+)
 from vmamba.tools.openmmlab.resume import choose_start, make_resumable
 from vmamba.tools.openmmlab.runs import build_runner
 from vmamba.tools.output_files import lock_folder

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
@@ -186,33 +187,22 @@ def model_case(
     return Case(kind, name, batch, f'{size}x{size}', build, by, passes, compile, **more)
 
 
-def mamba_ssm_scan() -> Optional[Callable[..., Tensor]]:
-    """mamba_ssm's own selective scan, where it can be imported."""
+def peer(module: str, name: str, device: torch.device) -> Optional[Callable[..., Any]]:
+    """A function of another package, on a GPU and where it can be imported."""
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        return getattr(import_module(module), name) if device.type == 'cuda' else None
     except ImportError:
         return None
-    return selective_scan_fn
 
 
 def ssd_scans(device: torch.device) -> Dict[str, Callable[..., Tensor]]:
-    """Scans of Mamba-2 by who made them: on a GPU also those of mamba_ssm and fla, where they can be imported."""
+    """Scans of Mamba-2 by who made them: ours, and those of mamba_ssm and fla."""
     scans: Dict[str, Callable[..., Tensor]] = {'vmamba': partial(ssd_scan, chunk_size=64, dt_softplus=True)}
-    if device.type != 'cuda':
-        return scans
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        for chunk in (64, 128, 256):
-            scans[f'mamba_ssm, chunk {chunk}'] = partial(mamba_chunk_scan_combined, chunk_size=chunk, dt_softplus=True)
-    except ImportError:
-        pass
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        scans['fla'] = partial(_simple_gla, chunk_simple_gla)
-    except ImportError:
-        pass
+    mamba = peer('mamba_ssm.ops.triton.ssd_combined', 'mamba_chunk_scan_combined', device)
+    for chunk in (64, 128, 256) if mamba else ():
+        scans[f'mamba_ssm, chunk {chunk}'] = partial(mamba, chunk_size=chunk, dt_softplus=True)
+    if gla := peer('fla.ops.simple_gla', 'chunk_simple_gla', device):
+        scans['fla'] = partial(_simple_gla, gla)
     return scans
 
 
@@ -254,11 +244,11 @@ _HOST = {
 
 def scan_cases(device: torch.device) -> List[Case]:
     """Selective scans, each followed by mamba_ssm's on a GPU where that is installed."""
-    peer = mamba_ssm_scan() if device.type == 'cuda' else None
+    theirs = peer('mamba_ssm.ops.selective_scan_interface', 'selective_scan_fn', device)
     return [
         scan_case(f'scan_d{dim}_l{length}_n{dstate}_g{groups}', batch, dim, length, dstate, groups, function)
         for batch, dim, length, dstate, groups in _SCANS
-        for function in filter(None, (selective_scan, peer))
+        for function in filter(None, (selective_scan, theirs))
     ]
 
 
@@ -289,17 +279,14 @@ def moe_cases() -> List[Case]:
     ]
 
 
-def model_cases(models: Sequence[str], compile_training: bool = False) -> List[Case]:
-    """Inference, compiled inference and training of models."""
-    cases = []
-    for model in models:
-        inference, training = f'model_{model}_inference', f'model_{model}_training'
-        cases.append(model_case('model', inference, 128, model))
-        cases.append(model_case('model', f'{inference}_compile', 128, model, compile=True))
-        cases.append(model_case('model', training, 64, model, training=True))
-        if compile_training:
-            cases.append(model_case('model', f'{training}_compile', 64, model, training=True, compile=True))
-    return cases
+def model_cases(models: Sequence[str]) -> List[Case]:
+    """Inference and training of models, plain and compiled."""
+    return [
+        model_case('model', f'model_{model}_{name}{"_compile" * compile}', batch, model, training, compile)
+        for model in models
+        for name, batch, training in (('inference', 128, False), ('training', 64, True))
+        for compile in (False, True)
+    ]
 
 
 def host_cases() -> List[Case]:

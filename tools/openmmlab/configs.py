@@ -1,14 +1,16 @@
 """Configs of mmdet and mmseg with the options of a command line."""
 
+import argparse
+import ast
 import inspect
 import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from yaml import YAMLError
@@ -23,7 +25,8 @@ FURTHER_KEYS = (
     'activation_checkpointing compile custom_imports efficient_conv_bn_eval find_unused_parameters fresh '
     'model_wrapper_cfg runner_type sync_bn tta_model tta_pipeline'
 ).split()
-_RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK', 'none': ''}
+# Launchers, and the variable with a process's number.
+RANKS = {'none': '', 'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
 
 
 def load_config(path: Path, options: Optional[Dict[str, Any]] = None) -> Config:
@@ -105,4 +108,43 @@ def join_processes(cfg: Config, launcher: str) -> None:
 
 def is_first_process(launcher: str) -> bool:
     """Whether this is the first process of a launcher; mmengine knows only after the runner is built."""
-    return os.environ.get(_RANKS[launcher], '0') == '0'
+    return os.environ.get(RANKS[launcher], '0') == '0'
+
+
+class Overrides(DictAction):
+    """mmengine's KEY=VALUE; a value may also be any Python literal, or text with spaces, which mmengine would drop."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Sequence[str], option_string: Any = None
+    ) -> None:
+        for text in values:
+            key, equals, value = text.partition('=')
+            if not key or not equals:
+                parser.error(f'{option_string}: expected KEY=VALUE, got {text!r}')
+            try:
+                value = ast.literal_eval(value)
+            except (SyntaxError, ValueError):
+                if ' ' not in value or value[0] in '([':
+                    try:
+                        super().__call__(parser, namespace, [text])
+                    except AssertionError as error:
+                        parser.error(f'{option_string}: {error}')
+                    continue
+            setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), key: value})
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=Overrides,
+        metavar='KEY=VALUE',
+        help="override the config's settings, such as optim_wrapper.optimizer.lr=1e-4 or model.backbone.with_cp=True",
+    )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The config, what overrides it, and how several processes are started."""
+    parser.add_argument('config', type=Path, help='config file of mmdet or mmseg, or the name of an installed one')
+    add_overrides(parser)
+    parser.add_argument('--launcher', choices=RANKS, default='none', help='pytorch under torchrun')
