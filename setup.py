@@ -13,7 +13,7 @@ setup(
         'vmamba': ['py.typed'],
         'vmamba.configs': ['model-index.yml'],
         'vmamba.configs.biomedical': ['*.yaml'],
-        'vmamba.configs.classification': ['*.yaml'],
+        'vmamba.configs.classification': ['*.yaml', 'published.yml'],
         'vmamba.configs.sequence': ['*.yaml'],
         'vmamba.configs.detection': ['metafile.yml'],
         'vmamba.configs.segmentation': ['metafile.yml'],
