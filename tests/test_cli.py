@@ -88,14 +88,18 @@ def test_a_missing_extra_is_one_line(run, monkeypatch, tmp_path, package, module
     assert (code, error) == (2, f'vmamba {arguments[0]}: error: {what}\n')
 
 
-def test_a_missing_extra_is_one_line_of_a_script_too(tmp_path):
-    (tmp_path / 'rich').mkdir()
-    (tmp_path / 'rich/__init__.py').write_text("raise ModuleNotFoundError('no rich', name='rich')")
+@pytest.mark.parametrize(
+    'tool, package, extras',
+    [('compare_highres', 'rich', 'tools'), ('bench_mm', 'mmengine', 'mm,tools'), ('mm_infer', 'cv2', 'mm,tools')],
+)
+def test_a_missing_extra_is_one_line_of_a_script_too(tmp_path, tool, package, extras):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / '__init__.py').write_text(f"raise ModuleNotFoundError('none', name='{package}')")
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    script = [sys.executable, 'tools/compare_highres.py']
+    script = [sys.executable, f'tools/{tool}.py']
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True)
-    what = "the package rich is missing; install it by `pip install 'vmamba[tools]'`"
-    assert (done.returncode, done.stderr) == (2, f'compare_highres.py: error: {what}\n')
+    what = f"the package {package} is missing; install it by `pip install 'vmamba[{extras}]'`"
+    assert (done.returncode, done.stderr) == (2, f'{tool}.py: error: {what}\n')
 
 
 def test_errors_name_the_command(run):

@@ -13,14 +13,13 @@ A folder that has these scenes already is left as it is.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import List, Optional
 
-from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
-
-PARTS = ('training', 'validation')
-RECORD = 'scenes.json'  # in the folder, of what it was made with
+from vmamba.tools.images.scene_files import write_part
+from vmamba.tools.images.scenes import NAMES, PHOTOGRAPHS, Composer
+from vmamba.tools.output_files import write_folder
+from vmamba.tools.user_errors import Parser, at_least, one_line_errors, positive
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -37,18 +36,18 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 @one_line_errors('make_scenes.py')
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
-    from vmamba.tools.images.scene_files import write_scenes  # here, so that a missing package is one line, too
+    counts = {part: getattr(args, part) for part in PHOTOGRAPHS}
+    digits = sorted(set(args.digits))
+    settings = {**counts, 'size': args.size, 'seed': args.seed, 'digits': digits}
 
-    settings: Dict[str, Any] = {name: getattr(args, name) for name in (*PARTS, 'size', 'seed')}
-    settings['digits'] = sorted(set(args.digits))  # all that decides every byte
-    if args.output.exists() and any(args.output.iterdir()):
-        record = args.output / RECORD
-        found = record.read_text().strip() if record.is_file() else 'something else'
-        if found != json.dumps(settings):
-            raise UserError(f'{args.output} has {found} instead of {json.dumps(settings)}: move it away')
+    def write(folder: Path) -> None:
+        for part, count in counts.items():
+            write_part(folder, part, Composer(part, (args.size, args.size), digits, args.seed), count)
+
+    if not write_folder(args.output, 'scenes.json', settings, write):
         return print(f'{args.output} has these scenes already')
-    classes = write_scenes(args.output, settings, RECORD)
-    print(f'Wrote {args.training} + {args.validation} scenes of {", ".join(classes)} to {args.output}')
+    classes = ', '.join(NAMES[digit] for digit in digits)
+    print(f'Wrote {args.training} + {args.validation} scenes of {classes} to {args.output}')
 
 
 if __name__ == '__main__':

@@ -10,14 +10,13 @@ already is left as it is.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 from typing import List, Optional
 
-from vmamba.tools.sequences.files import COUNTS, SPLITS, settings_of, write_task
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
-
-RECORD = 'sequences.json'  # in the folder, of what it was made with
+from vmamba.tools.output_files import write_folder
+from vmamba.tools.sequences.files import COUNTS, SPLITS, write_task
+from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -37,14 +36,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     counts = {split: getattr(args, split) or count for split, count in zip(SPLITS, COUNTS[args.task])}
-    settings = settings_of(args.task, counts, args.seed)
-    if args.output.exists() and any(args.output.iterdir()):
-        record = args.output / RECORD
-        found = record.read_text().strip() if record.is_file() else 'something else'
-        if found != json.dumps(settings):
-            raise UserError(f'{args.output} has {found} instead of {json.dumps(settings)}: move it away')
+    settings = {'task': args.task, **counts, 'seed': args.seed}
+    write = partial(write_task, task=args.task, counts=counts, seed=args.seed, workers=args.workers)
+    if not write_folder(args.output, 'sequences.json', settings, write):
         return print(f'{args.output} has this data already')
-    write_task(args.output, args.task, counts, args.seed, args.workers, RECORD)
     print(f'Wrote {" + ".join(map(str, counts.values()))} examples of {args.task} to {args.output}')
 
 

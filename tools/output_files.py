@@ -1,7 +1,9 @@
 """What tools write: files that are whole or absent, in folders that one process at a time writes into."""
 
 import errno
+import json
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, TextIO
@@ -82,6 +84,34 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, pd.DataFrame(list(rows)).to_csv(index=False))
+
+
+def write_folder(output: Path, record: str, settings: Mapping[str, Any], write: Callable[[Path], None]) -> bool:
+    """Makes a folder of generated data, whole or not at all; returns False if it has this data already.
+
+    Args:
+        output: The folder.
+        record: Name of the file for the settings in the folder.
+        settings: All that decides every byte.
+        write: Writes the data into a folder.
+
+    Raises:
+        UserError: If the folder has something else.
+    """
+    text = json.dumps(settings)
+    if output.exists() and any(output.iterdir()):
+        found = (output / record).read_text().strip() if (output / record).is_file() else 'something else'
+        if found != text:
+            raise UserError(f'{output} has {found} instead of {text}: move it away')
+        return False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'{output.name}-') as folder:
+        part = Path(folder) / output.name
+        part.mkdir()
+        write(part)
+        (part / record).write_text(text + '\n')
+        part.rename(output)
+    return True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, S
 
 # Packages of each extra, other than `tools`.
 _EXTRAS = {
-    'mm,tools': ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables'),
+    'mm,tools': ('cv2', 'mmcv', 'mmdet', 'mmengine', 'mmseg', 'pycocotools', 'terminaltables'),
     'medical': ('dynamic_network_architectures', 'monai', 'nibabel', 'nnunetv2'),
     'text': ('transformers',),
     'export,tools': ('onnx', 'onnxruntime', 'onnxscript'),

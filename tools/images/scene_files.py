@@ -1,7 +1,6 @@
 """Composed scenes in files, with the layouts of ADE20K and COCO at once, over the same images."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -9,31 +8,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from vmamba.tools.output_files import writing
-
 from rich.progress import track
 
-from .scenes import NAMES, PHOTOGRAPHS, Composer, Scene
-
-
-def write_scenes(output: Path, settings: Dict[str, Any], record: str) -> List[str]:
-    """Writes a folder of scenes, whole or not at all; returns the names of their classes.
-
-    Args:
-        output: The folder, which is not there yet or empty.
-        settings: Numbers of scenes by part, `size` in pixels, `digits` and `seed`.
-        record: Name of the file for the settings, beside the scenes.
-    """
-    shape = (settings['size'], settings['size'])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'{output.name}-') as folder:
-        partial = Path(folder) / output.name
-        for part in PHOTOGRAPHS:
-            composer = Composer(part, shape, settings['digits'], settings['seed'])
-            write_part(partial, part, composer, settings[part])
-        (partial / record).write_text(json.dumps(settings) + '\n')
-        partial.rename(output)
-    return [NAMES[digit] for digit in settings['digits']]
+from .scenes import Composer, Scene
 
 
 def write_part(output: Path, part: str, composer: Composer, count: int) -> None:

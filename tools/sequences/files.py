@@ -1,15 +1,11 @@
 """Generated data sets in files: a folder with an .npz file for each split."""
 
-import json
-import tempfile
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Dict, Iterable
 
 import numpy as np
-
-from vmamba.tools.output_files import writing
 
 from rich.progress import track
 
@@ -27,34 +23,21 @@ COUNTS = {
 Arrays = Dict[str, np.ndarray]
 
 
-def write_task(output: Path, task: str, counts: Dict[str, int], seed: int, workers: int, record: str) -> None:
-    """Writes the folder of a task, whole or not at all.
+def write_task(folder: Path, task: str, counts: Dict[str, int], seed: int, workers: int) -> None:
+    """Writes the examples of a task into a folder.
 
     Args:
-        output: The folder, which is not there yet or empty.
+        folder: Which is there.
         task: Key of COUNTS.
         counts: Examples by split.
         seed: Of the random numbers. The examples do not depend on the number of processes.
         workers: Processes.
-        record: Name of the file for these settings.
     """
     make = make_listops if task == 'listops' else partial(make_pathfinder, int(task.removeprefix(PATHFINDER)), workers)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'{output.name}-') as folder:
-        partial_output = Path(folder) / output.name
-        partial_output.mkdir()
-        arrays, first = make(sum(counts.values()), seed), 0
-        for split, count in counts.items():
-            part = {name: array[first : first + count] for name, array in arrays.items()}
-            np.savez(partial_output / f'{split}.npz', **part)
-            first += count
-        (partial_output / record).write_text(json.dumps(settings_of(task, counts, seed)) + '\n')
-        partial_output.rename(output)
-
-
-def settings_of(task: str, counts: Dict[str, int], seed: int) -> Dict[str, Any]:
-    """All that decides every byte."""
-    return {'task': task, **counts, 'seed': seed}
+    arrays, first = make(sum(counts.values()), seed), 0
+    for split, count in counts.items():
+        np.savez(folder / f'{split}.npz', **{name: array[first : first + count] for name, array in arrays.items()})
+        first += count
 
 
 def make_pathfinder(size: int, workers: int, count: int, seed: int) -> Arrays:
