@@ -381,7 +381,7 @@ def test_other_data_does_not_continue_a_run(run, fails, tmp_path):
         (['--mixup', '0.8'], 'need whole batches: set drop_last'),
         (['--mixup', '0.8', '--drop-last', '--batch-size', '3'], 'batch_size must be even, got 3'),
         (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
-        (['--batch-size', '500', '--drop-last'], 'fewer images than an update of 500'),
+        (['--batch-size', '500', '--drop-last'], 'one update takes 500 images, but an epoch has fewer'),
         (['--pretrained'], 'the published weights of test_vit have 1000 classes, the data 2; --new-head'),
         (
             ['--pretrained', '--model', 'vmamba_nano'],

@@ -12,8 +12,8 @@ from vmamba.tools.training.config import (
     PROBABILITY,
     SEED,
     SHARE,
-    _key,
     check_values,
+    setting,
 )
 from vmamba.tools.user_errors import UserError
 
@@ -22,52 +22,52 @@ from vmamba.tools.user_errors import UserError
 class Config:
     """Every key of a configuration; each is also an option of the command line."""
 
-    task: str = _key('segmentation', 'this kind of training', ('segmentation',))
+    task: str = setting('segmentation', 'this kind of training', ('segmentation',))
     # Network, see vmamba.models.UMamba
-    kind: str = _key('bot', 'Mamba at the deepest stage (bot) or in the encoder (enc)', KINDS)
-    mixer: str = _key('mamba', 'mamba, mamba2, or none for the same network without', MIXERS)
-    in_chans: int = _key(1, 'channels of the images', POSITIVE)
-    num_classes: int = _key(2, 'labels, the background included', POSITIVE)
-    patch_size: List[int] = _key([], 'size of the patches, two or three numbers in the order of the files')
-    features: List[int] = _key([32, 64, 128, 256, 512], 'channels of each stage')
-    kernel_sizes: List[Any] = _key([], 'of each stage; default: 3')
-    strides: List[Any] = _key([], 'of each stage; default: 1 for the first, then 2')
-    encoder_blocks: int = _key(2, 'of each stage of the first half', POSITIVE)
-    decoder_blocks: int = _key(2, 'of each stage of the first half', POSITIVE)
-    deep_supervision: bool = _key(True, 'also learn from the decoder at lower resolutions')
-    checkpoint: Optional[str] = _key(None, 'start from the weights in this file, also one of nnU-Net')
+    kind: str = setting('bot', 'Mamba at the deepest stage (bot) or in the encoder (enc)', KINDS)
+    mixer: str = setting('mamba', 'mamba, mamba2, or none for the same network without', MIXERS)
+    in_chans: int = setting(1, 'channels of the images', POSITIVE)
+    num_classes: int = setting(2, 'labels, the background included', POSITIVE)
+    patch_size: List[int] = setting([], 'size of the patches, two or three numbers in the order of the files')
+    features: List[int] = setting([32, 64, 128, 256, 512], 'channels of each stage')
+    kernel_sizes: List[Any] = setting([], 'of each stage; default: 3')
+    strides: List[Any] = setting([], 'of each stage; default: 1 for the first, then 2')
+    encoder_blocks: int = setting(2, 'of each stage of the first half', POSITIVE)
+    decoder_blocks: int = setting(2, 'of each stage of the first half', POSITIVE)
+    deep_supervision: bool = setting(True, 'also learn from the decoder at lower resolutions')
+    checkpoint: Optional[str] = setting(None, 'start from the weights in this file, also one of nnU-Net')
     # Data
-    data: str = _key('', 'folder with images/ and labels/: files of the same names, PNG, TIFF, JPEG or NIfTI')
-    val_data: Optional[str] = _key(None, 'folder of the same layout to validate on')
-    val_fraction: float = _key(0.2, 'share of the data to validate on, without val_data', FRACTION)
-    spacing: List[float] = _key([], 'resample volumes to voxels of this size, in mm; default: as they are', ABOVE_0)
-    window: List[float] = _key([], 'clip intensities to this range, such as [-160, 240] for CT; [] not to')
-    batch_size: int = _key(2, 'patches per update', POSITIVE)
-    foreground: float = _key(0.33, 'share of the patches around a labelled pixel', SHARE)
-    augment: bool = _key(True, 'flips, and noise, brightness and contrast')
-    cache: float = _key(1.0, 'share of the images to keep in memory', PROBABILITY)
-    workers: int = _key(2, 'loading processes', NOT_NEGATIVE)
+    data: str = setting('', 'folder with images/ and labels/: files of the same names, PNG, TIFF, JPEG or NIfTI')
+    val_data: Optional[str] = setting(None, 'folder of the same layout to validate on')
+    val_fraction: float = setting(0.2, 'share of the data to validate on, without val_data', FRACTION)
+    spacing: List[float] = setting([], 'resample volumes to voxels of this size, in mm; default: as they are', ABOVE_0)
+    window: List[float] = setting([], 'clip intensities to this range, such as [-160, 240] for CT; [] not to')
+    batch_size: int = setting(2, 'patches per update', POSITIVE)
+    foreground: float = setting(0.33, 'share of the patches around a labelled pixel', SHARE)
+    augment: bool = setting(True, 'flips, and noise, brightness and contrast')
+    cache: float = setting(1.0, 'share of the images to keep in memory', PROBABILITY)
+    workers: int = setting(2, 'loading processes', NOT_NEGATIVE)
     # Optimisation: SGD with Nesterov momentum, and the polynomial schedule of nnU-Net
-    lr: float = _key(0.01, 'learning rate at the start', ABOVE_0)
-    momentum: float = _key(0.99, 'of the optimizer', SHARE)
-    weight_decay: float = _key(3e-5, 'of all parameters', NOT_NEGATIVE)
-    clip_grad: float = _key(12.0, 'limit of the norm of the gradient', ABOVE_0)
-    epochs: int = _key(1000, 'after each of which the network is saved', POSITIVE)
-    iterations: int = _key(250, 'updates per epoch', POSITIVE)
+    lr: float = setting(0.01, 'learning rate at the start', ABOVE_0)
+    momentum: float = setting(0.99, 'of the optimizer', SHARE)
+    weight_decay: float = setting(3e-5, 'of all parameters', NOT_NEGATIVE)
+    clip_grad: float = setting(12.0, 'limit of the norm of the gradient', ABOVE_0)
+    epochs: int = setting(1000, 'after each of which the network is saved', POSITIVE)
+    iterations: int = setting(250, 'updates per epoch', POSITIVE)
     # How it runs
-    precision: Optional[str] = _key(
+    precision: Optional[str] = setting(
         None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU', ('fp32', 'bf16', 'fp16')
     )
-    compile: bool = _key(False, 'compile the network')
-    device: str = _key('', 'cpu or cuda, default: the GPU if there is one')
-    seed: int = _key(0, 'of the weights, the split, the patches and the augmentation', SEED)
+    compile: bool = setting(False, 'compile the network')
+    device: str = setting('', 'cpu or cuda, default: the GPU if there is one')
+    seed: int = setting(0, 'of the weights, the split, the patches and the augmentation', SEED)
     # Records
-    output: str = _key('', 'folder of the run, default: runs/NAME_OF_CONFIG')
-    log: List[str] = _key(['tensorboard'], 'tensorboard, wandb; [] for neither', ('tensorboard', 'wandb'))
-    val_every: int = _key(10, 'epochs between validations', POSITIVE)
-    overlap: float = _key(0.5, 'of neighbouring patches in validation', SHARE)
-    surface_tolerance: float = _key(1.0, 'of the surface Dice, in mm or pixels', ABOVE_0)
-    draw: int = _key(8, 'predictions to draw at the end', NOT_NEGATIVE)
+    output: str = setting('', 'folder of the run, default: runs/NAME_OF_CONFIG')
+    log: List[str] = setting(['tensorboard'], 'tensorboard, wandb; [] for neither', ('tensorboard', 'wandb'))
+    val_every: int = setting(10, 'epochs between validations', POSITIVE)
+    overlap: float = setting(0.5, 'of neighbouring patches in validation', SHARE)
+    surface_tolerance: float = setting(1.0, 'of the surface Dice, in mm or pixels', ABOVE_0)
+    draw: int = setting(8, 'predictions to draw at the end', NOT_NEGATIVE)
 
     def settle(self) -> None:
         """Fills in kernels and strides, and checks the values.

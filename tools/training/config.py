@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import yaml
 
@@ -38,7 +38,7 @@ PROBABILITY, SHARE, FRACTION = Range(least=0, most=1), Range(least=0, below=1), 
 FACTOR, SEED = Range(above=0, most=1), Range(least=0, below=2**63)
 
 
-def _key(default: Any, text: str, allowed: Union[Range, Sequence[Any], None] = None) -> Any:
+def setting(default: Any, text: str, allowed: Union[Range, Sequence[Any], None] = None) -> Any:
     """A field with its help text and what it allows; a list or a dictionary is copied for each run."""
     kind = 'default_factory' if isinstance(default, (list, dict)) else 'default'
     value = default.copy if isinstance(default, (list, dict)) else default
@@ -49,120 +49,116 @@ def _key(default: Any, text: str, allowed: Union[Range, Sequence[Any], None] = N
 class Config:
     """Every key of a configuration; each is also an option of the command line."""
 
-    task: str = _key(
+    task: str = setting(
         'classification',
         'classification of images; language: predict the next byte; or sequence: classify symbols or numbers; keys '
         'that are about images then have no effect',
         ('classification', 'language', 'sequence'),
     )
     # Model
-    model: str = _key(
+    model: str = setting(
         '', 'name of any timm model; language: a preset such as mambabyte_nano; sequence: a mixer such as mamba'
     )
-    model_args: Dict[str, Any] = _key({}, 'arguments of the model')
-    num_classes: Optional[int] = _key(None, 'default: those of the data', POSITIVE)
-    in_chans: int = _key(3, 'channels of the images: 3, or 1 for grey', (1, 3))
-    drop_path: Optional[float] = _key(None, 'rate of stochastic depth', SHARE)
-    pretrained: bool = _key(False, 'start from published weights; a checkpoint takes precedence')
-    checkpoint: Optional[str] = _key(None, 'start from the weights in this file; language: the folder of a model')
-    new_head: bool = _key(False, 're-initialise the classifier if the weights have another number of classes')
-    teacher: Optional[str] = _key(None, 'timm model to distil from')
-    teacher_checkpoint: Optional[str] = _key(None, "file of the teacher's weights; default: the published ones")
-    distill_weight: float = _key(1.0, 'weight of the distillation loss', NOT_NEGATIVE)
-    distill_temperature: float = _key(1.0, 'temperature of the distillation loss', ABOVE_0)
+    model_args: Dict[str, Any] = setting({}, 'arguments of the model')
+    num_classes: Optional[int] = setting(None, 'default: those of the data', POSITIVE)
+    in_chans: int = setting(3, 'channels of the images: 3, or 1 for grey', (1, 3))
+    drop_path: Optional[float] = setting(None, 'rate of stochastic depth', SHARE)
+    pretrained: bool = setting(False, 'start from published weights; a checkpoint takes precedence')
+    checkpoint: Optional[str] = setting(None, 'start from the weights in this file; language: the folder of a model')
+    new_head: bool = setting(False, 're-initialise the classifier if the weights have another number of classes')
+    teacher: Optional[str] = setting(None, 'timm model to distil from')
+    teacher_checkpoint: Optional[str] = setting(None, "file of the teacher's weights; default: the published ones")
+    distill_weight: float = setting(1.0, 'weight of the distillation loss', NOT_NEGATIVE)
+    distill_temperature: float = setting(1.0, 'temperature of the distillation loss', ABOVE_0)
     # Data
-    data: str = _key(
+    data: str = setting(
         '', "a folder, a CSV file, timm's dataset name (hfds/..., tfds/..., wds/...), packaged/... or synthetic"
     )
-    data_dir: Optional[str] = _key(None, 'folder or CSV file of the data; for named datasets, their folder')
-    data_args: Dict[str, Any] = _key({}, "arguments of timm's create_dataset")
-    seq_len: int = _key(1024, 'language: bytes of a window', POSITIVE)
-    pack_documents: bool = _key(False, 'language: files are separate sequences, each from an empty state')
-    carry_state: bool = _key(False, 'language: a window continues from the state after the one before it')
-    train_split: str = _key('train', 'split to learn from')
-    val_split: str = _key('validation', 'split to validate on')
-    val_fraction: Optional[float] = _key(
+    data_dir: Optional[str] = setting(None, 'folder or CSV file of the data; for named datasets, their folder')
+    data_args: Dict[str, Any] = setting({}, "arguments of timm's create_dataset")
+    seq_len: int = setting(1024, 'language: bytes of a window', POSITIVE)
+    pack_documents: bool = setting(False, 'language: files are separate sequences, each from an empty state')
+    carry_state: bool = setting(False, 'language: a window continues from the state after the one before it')
+    train_split: str = setting('train', 'split to learn from')
+    val_split: str = setting('validation', 'split to validate on')
+    val_fraction: Optional[float] = setting(
         None,
         'share of each class to validate on, if the data has no validation split; default: 0.2; of the bytes: 0.05',
         FRACTION,
     )
-    img_size: Optional[int] = _key(None, "side of the images, default: the model's", POSITIVE)
-    batch_size: int = _key(128, 'images per process and step', POSITIVE)
-    val_batch_size: Optional[int] = _key(None, 'default: batch_size', POSITIVE)
-    workers: int = _key(4, 'loading processes of each process', NOT_NEGATIVE)
-    drop_last: bool = _key(True, 'leave out the last, smaller batch of an epoch')
-    cache: bool = _key(
-        False, 'hold all images on the device and augment them there, by crops and flips: for small data'
-    )
-    skip_bad_images: bool = _key(False, 'skip unreadable images instead of stopping')
-    synthetic_images: int = _key(1_281_167, 'images per epoch of synthetic data', POSITIVE)
+    img_size: Optional[int] = setting(None, "side of the images, default: the model's", POSITIVE)
+    batch_size: int = setting(128, 'images per process and step', POSITIVE)
+    val_batch_size: Optional[int] = setting(None, 'default: batch_size', POSITIVE)
+    workers: int = setting(4, 'loading processes of each process', NOT_NEGATIVE)
+    drop_last: bool = setting(True, 'leave out the last, smaller batch of an epoch')
+    cache: bool = setting(False, 'for small data: hold it on the device and augment it there, by crops and flips')
+    skip_bad_images: bool = setting(False, 'skip unreadable images instead of stopping')
+    synthetic_images: int = setting(1_281_167, 'images per epoch of synthetic data', POSITIVE)
     # Augmentation
-    augment: bool = _key(True, 'false: only resize and crop as in validation')
-    aug_repeats: int = _key(1, 'repeated augmentation: how often an image is repeated', POSITIVE)
-    scale: List[float] = _key([0.08, 1.0], 'range of the area of random crops', FACTOR)
-    ratio: List[float] = _key([3 / 4, 4 / 3], 'range of the aspect ratio of random crops', ABOVE_0)
-    hflip: float = _key(0.5, 'probability of a horizontal flip', PROBABILITY)
-    vflip: float = _key(0.0, 'probability of a vertical flip', PROBABILITY)
-    color_jitter: float = _key(0.4, 'strength of colour jitter, where there is no auto_augment', NOT_NEGATIVE)
-    auto_augment: Optional[str] = _key(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
-    interpolation: str = _key(
+    augment: bool = setting(True, 'false: only resize and crop as in validation')
+    aug_repeats: int = setting(1, 'repeated augmentation: how often an image is repeated', POSITIVE)
+    scale: List[float] = setting([0.08, 1.0], 'range of the area of random crops', FACTOR)
+    ratio: List[float] = setting([3 / 4, 4 / 3], 'range of the aspect ratio of random crops', ABOVE_0)
+    hflip: float = setting(0.5, 'probability of a horizontal flip', PROBABILITY)
+    vflip: float = setting(0.0, 'probability of a vertical flip', PROBABILITY)
+    color_jitter: float = setting(0.4, 'strength of colour jitter, where there is no auto_augment', NOT_NEGATIVE)
+    auto_augment: Optional[str] = setting(None, "timm's policy, such as rand-m9-mstd0.5-inc1")
+    interpolation: str = setting(
         'random', 'of random crops', ('random', 'bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
     )
-    crop_pct: Optional[float] = _key(None, "share of the image that validation crops, default: the model's", FACTOR)
-    reprob: float = _key(0.0, 'probability of random erasing', PROBABILITY)
-    remode: str = _key('pixel', 'what erases: const, rand or pixel', ('const', 'rand', 'pixel'))
-    mixup: float = _key(0.0, 'alpha of mixup', NOT_NEGATIVE)
-    cutmix: float = _key(0.0, 'alpha of cutmix', NOT_NEGATIVE)
-    mixup_prob: float = _key(1.0, 'probability of mixing a batch', PROBABILITY)
-    mixup_switch_prob: float = _key(0.5, 'probability of cutmix where both are on', PROBABILITY)
-    mixup_mode: str = _key('batch', 'batch, pair or elem', ('batch', 'pair', 'elem'))
-    smoothing: float = _key(0.1, 'label smoothing', SHARE)
+    crop_pct: Optional[float] = setting(None, "share of the image that validation crops, default: the model's", FACTOR)
+    reprob: float = setting(0.0, 'probability of random erasing', PROBABILITY)
+    remode: str = setting('pixel', 'what erases: const, rand or pixel', ('const', 'rand', 'pixel'))
+    mixup: float = setting(0.0, 'alpha of mixup', NOT_NEGATIVE)
+    cutmix: float = setting(0.0, 'alpha of cutmix', NOT_NEGATIVE)
+    mixup_prob: float = setting(1.0, 'probability of mixing a batch', PROBABILITY)
+    mixup_switch_prob: float = setting(0.5, 'probability of cutmix where both are on', PROBABILITY)
+    mixup_mode: str = setting('batch', 'batch, pair or elem', ('batch', 'pair', 'elem'))
+    smoothing: float = setting(0.1, 'label smoothing', SHARE)
     # Optimisation
-    opt: str = _key('adamw', "name of timm's optimizer")
-    opt_args: Dict[str, Any] = _key({}, 'arguments of the optimizer')
-    lr: Optional[float] = _key(None, 'peak learning rate, default: lr_base * images per update / 512', ABOVE_0)
-    lr_base: float = _key(5e-4, 'peak learning rate for 512 images per update', ABOVE_0)
-    weight_decay: float = _key(0.05, 'decay of the parameters that the model does not exempt', NOT_NEGATIVE)
-    layer_decay: Optional[float] = _key(
-        None, 'factor of the learning rate from layer to layer, for fine-tuning', FACTOR
+    opt: str = setting('adamw', "name of timm's optimizer")
+    opt_args: Dict[str, Any] = setting({}, 'arguments of the optimizer')
+    lr: Optional[float] = setting(None, 'peak learning rate, default: lr_base * images per update / 512', ABOVE_0)
+    lr_base: float = setting(5e-4, 'peak learning rate for 512 images per update', ABOVE_0)
+    weight_decay: float = setting(0.05, 'decay of the parameters that the model does not exempt', NOT_NEGATIVE)
+    layer_decay: Optional[float] = setting(
+        None, 'factor of the learning rate from layer to layer, to fine-tune', FACTOR
     )
-    clip_grad: Optional[float] = _key(None, 'limit of the gradient', ABOVE_0)
-    clip_mode: str = _key('norm', 'norm, value or agc', ('norm', 'value', 'agc'))
-    accumulate: int = _key(1, 'steps per update', POSITIVE)
-    epochs: int = _key(300, 'passes over the data', POSITIVE)
-    sched: str = _key(
+    clip_grad: Optional[float] = setting(None, 'limit of the gradient', ABOVE_0)
+    clip_mode: str = setting('norm', 'norm, value or agc', ('norm', 'value', 'agc'))
+    accumulate: int = setting(1, 'steps per update', POSITIVE)
+    epochs: int = setting(300, 'passes over the data', POSITIVE)
+    sched: str = setting(
         'cosine',
         "name of timm's schedule",
         ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
     )
-    warmup_epochs: float = _key(20.0, 'epochs of rising learning rate, included in epochs', NOT_NEGATIVE)
-    warmup_prefix: bool = _key(False, 'start the schedule after the warm-up instead of at the first epoch')
-    warmup_lr: float = _key(1e-6, 'learning rate at the start', NOT_NEGATIVE)
-    min_lr: float = _key(5e-6, 'learning rate at the end', NOT_NEGATIVE)
-    ema_decay: Optional[float] = _key(None, 'decay of the moving average of the weights; default: no average', SHARE)
-    ema_warmup: bool = _key(False, 'let the decay of the average rise to ema_decay, for short runs')
+    warmup_epochs: float = setting(20.0, 'epochs of rising learning rate, included in epochs', NOT_NEGATIVE)
+    warmup_prefix: bool = setting(False, 'start the schedule after the warm-up instead of at the first epoch')
+    warmup_lr: float = setting(1e-6, 'learning rate at the start', NOT_NEGATIVE)
+    min_lr: float = setting(5e-6, 'learning rate at the end', NOT_NEGATIVE)
+    ema_decay: Optional[float] = setting(None, 'decay of the moving average of the weights; default: no average', SHARE)
+    ema_warmup: bool = setting(False, 'let the decay of the average rise to ema_decay, for short runs')
     # How it runs
-    precision: Optional[str] = _key(
+    precision: Optional[str] = setting(
         None, 'fp32, bf16 or fp16 (with loss scaling); default: bf16 on a GPU, fp32 on a CPU', ('fp32', 'bf16', 'fp16')
     )
-    compile: bool = _key(False, 'compile the model')
-    channels_last: bool = _key(False, 'memory format of the images and convolutions')
-    grad_checkpointing: bool = _key(False, 'less memory, more time')
-    shard: bool = _key(False, 'shard the weights over the processes of torchrun (FSDP2) instead of copying them')
-    device: str = _key('', 'cpu or cuda, default: the GPU if there is one')
-    seed: int = _key(0, 'of the weights, the order, the augmentation and the mixing', SEED)
+    compile: bool = setting(False, 'compile the model')
+    channels_last: bool = setting(False, 'memory format of the images and convolutions')
+    grad_checkpointing: bool = setting(False, 'less memory, more time')
+    shard: bool = setting(False, 'shard the weights over the processes of torchrun (FSDP2) instead of copying them')
+    device: str = setting('', 'cpu or cuda, default: the GPU if there is one')
+    seed: int = setting(0, 'of the weights, the order, the augmentation and the mixing', SEED)
     # Records
-    output: str = _key('', 'folder of the run, default: runs/NAME_OF_CONFIG')
-    log: List[str] = _key(
+    output: str = setting('', 'folder of the run, default: runs/NAME_OF_CONFIG')
+    log: List[str] = setting(
         ['tensorboard'],
         'where metrics go besides epochs.csv: tensorboard, wandb; [] for nowhere',
         ('tensorboard', 'wandb'),
     )
-    log_every: int = _key(50, 'updates between log lines', POSITIVE)
-    checkpoint_every: int = _key(
-        0, 'updates between checkpoints; one is written after every epoch anyway', NOT_NEGATIVE
-    )
-    keep_checkpoints: int = _key(2, 'newest checkpoints to keep', POSITIVE)
+    log_every: int = setting(50, 'updates between log lines', POSITIVE)
+    checkpoint_every: int = setting(0, 'updates between checkpoints, besides those after each epoch', NOT_NEGATIVE)
+    keep_checkpoints: int = setting(2, 'newest checkpoints to keep', POSITIVE)
 
     def settle(self) -> None:
         """Fills in what follows from other keys, and checks the values.
@@ -199,9 +195,13 @@ def load_config(path: Path, overrides: Dict[str, Any], kind: Type[ConfigT] = Con
         UserError: If a file is broken, or a key or value is wrong.
     """
     path = find_config(path)
-    hints = typing.get_type_hints(kind)
-    values = {key: _convert(key, value, hints[key], 'the command line') for key, value in overrides.items()}
-    config = kind(**{**_read(path, [], hints), **values})
+    hints, values = typing.get_type_hints(kind), {}
+    for source, content in [*_layers(path), ('the command line', overrides)]:
+        for key, value in content.items():
+            if key not in hints:
+                raise UserError(f'{source} has an unknown key {key!r}{nearest(str(key), hints)}')
+            values[key] = _convert(key, value, hints[key], source)
+    config = kind(**values)
     config.output = config.output or f'runs/{path.stem}'
     config.settle()
     return config
@@ -212,22 +212,15 @@ def task_of(path: Path) -> Optional[str]:
 
     `load_config` names the errors of such files.
     """
-    seen = []
-    while path not in seen:
-        seen.append(path)
-        try:
-            path = find_config(path)
-            content = read_yaml(path)
-        except (FileNotFoundError, UserError):
-            return None
-        if not isinstance(content, dict) or 'task' in content or not isinstance(content.get(BASE_KEY), str):
-            return content.get('task') if isinstance(content, dict) else None
-        path = path.parent / content[BASE_KEY]
-    return None
+    try:
+        layers = _layers(find_config(path))
+    except (FileNotFoundError, UserError):
+        return None
+    return next((content['task'] for _, content in reversed(layers) if 'task' in content), None)
 
 
-def _read(path: Path, seen: List[Path], hints: Dict[str, Any]) -> Dict[str, Any]:
-    """Keys and values of a file and of those that it builds on, for a class with these keys and types."""
+def _layers(path: Path, seen: Sequence[Path] = ()) -> List[Tuple[Path, Dict[str, Any]]]:
+    """The files that a file builds on and itself, each with its keys and values, which replace those before it."""
     if path.resolve() in seen:
         raise UserError(f'{path} builds on itself; change its {BASE_KEY}')
     content = read_yaml(path) or {}
@@ -236,12 +229,8 @@ def _read(path: Path, seen: List[Path], hints: Dict[str, Any]) -> Dict[str, Any]
     base = content.pop(BASE_KEY, None)
     if not isinstance(base, (str, type(None))):
         raise UserError(f'{path}: {BASE_KEY} must name a file, got {base!r}')
-    values = _read(find_config(path.parent / base), [*seen, path.resolve()], hints) if base else {}
-    for key, value in content.items():
-        if key not in hints:
-            raise UserError(f'{path} has an unknown key {key!r}{nearest(str(key), hints)}')
-        values[key] = _convert(key, value, hints[key], path)
-    return values
+    below = _layers(find_config(path.parent / base), [*seen, path.resolve()]) if base else []
+    return [*below, (path, content)]
 
 
 def read_yaml(path: Path) -> Any:

@@ -20,13 +20,12 @@ from vmamba.tools.devices import autocast
 from vmamba.tools.images.batches import hits
 from vmamba.tools.user_errors import UserError
 
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, check_same_run
 from .config import Config
 from .data import Batch, Validation
 from .parallel import Parallel, whole
 from .report import UNITS, Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
-from .same_run import check_same_run
 from .seeding import derive_seed, seed_all
 from .setup import create_scheduler
 
