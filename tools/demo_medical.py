@@ -91,17 +91,8 @@ class Job(NamedTuple):
         return config
 
 
-class Result(NamedTuple):
-    """What a training gave: the predicted labels of the held-out quadrant, parameters and seconds."""
-
-    job: Job
-    predicted: np.ndarray
-    parameters: int
-    seconds: float
-
-
-def run(job: Job) -> Result:
-    """Trains and predicts."""
+def run(job: Job) -> Dict[str, Any]:
+    """Trains and predicts; returns the job with the labels of the held-out quadrant, parameters and seconds."""
     start, config = time.perf_counter(), job.config()
     device, ndim = torch.device(job.device), len(config.patch_size)
     if job.device == 'cpu':
@@ -123,10 +114,11 @@ def run(job: Job) -> Result:
     with autocast(device, config.precision):
         predicted = evaluator.predict(network, case['image'].as_tensor().to(device))[0, 0].cpu().numpy()
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Result(job, predicted.astype(np.uint8), parameters, time.perf_counter() - start)
+    found = dict(predicted=predicted.astype(np.uint8), parameters=parameters, seconds=time.perf_counter() - start)
+    return {**job._asdict(), **found}
 
 
-def run_all(jobs: Sequence[Job], processes: int) -> List[Result]:
+def run_all(jobs: Sequence[Job], processes: int) -> List[Dict[str, Any]]:
     """Runs the jobs, several at a time."""
     if processes == 1:
         return [run(job) for job in track(jobs, 'Training')]
@@ -134,47 +126,24 @@ def run_all(jobs: Sequence[Job], processes: int) -> List[Result]:
         return list(track(pool.map(run, jobs), 'Training', total=len(jobs)))
 
 
-def score(results: Sequence[Result], nuclei: Dict[str, Nuclei]) -> List[Dict[str, Any]]:
-    """Scores of each network and seed on all held-out quadrants together."""
+def score(results: pd.DataFrame, nuclei: Dict[str, Nuclei], output: Path) -> List[Dict[str, Any]]:
+    """Scores of each network and seed on all held-out quadrants together; draws those of the first seed."""
     rows = []
-    runs = list(dict.fromkeys((result.job.rank, result.job.network, result.job.seed) for result in results))
-    for rank, network, seed in runs:
-        own = [r for r in results if (r.job.rank, r.job.network, r.job.seed) == (rank, network, seed)]
-        whole, instances = assemble(own, nuclei[rank]), nuclei[rank].instances
+    for (rank, network, seed), own in results.groupby(['rank', 'network', 'seed'], sort=False):
+        image, instances = nuclei[rank]
+        whole = np.zeros(image.shape, np.uint8)
+        for fold, predicted in zip(own.fold, own.predicted):
+            whole[quadrant(whole.shape, fold)] = predicted
         hits, wrong, missed = count_matches(instances_of(whole), instances)
-        rows.append(
-            dict(
-                data=rank,
-                network=network,
-                seed=seed,
-                parameters=own[0].parameters,
-                dice=dice(whole, instances),
-                f1=2 * hits / max(2 * hits + wrong + missed, 1),
-                seconds=round(sum(result.seconds for result in own), 1),
-            )
-        )
+        scores = dict(dice=dice(whole, instances), f1=2 * hits / max(2 * hits + wrong + missed, 1))
+        facts = dict(data=rank, network=network, seed=seed, parameters=own.parameters.iloc[0])
+        rows.append({**facts, **scores, 'seconds': round(own.seconds.sum(), 1)})
+        if seed == results.seed.iloc[0]:
+            title = f'{network}, held-out quadrants: Dice {scores["dice"]:.3f}, F1 {scores["f1"]:.3f}'
+            masks = (instances > 0).astype(np.uint8), (whole > 0).astype(np.uint8)
+            picture = output / f'{rank}_{network.lower().replace(" ", "-")}.png'
+            draw_case(image[None].astype(np.float32), *masks, title, picture)
     return rows
-
-
-def assemble(results: Sequence[Result], nuclei: Nuclei) -> np.ndarray:
-    """The predicted labels of the whole image from those of its quadrants."""
-    whole = np.zeros(nuclei.image.shape, np.uint8)
-    for result in results:
-        whole[quadrant(whole.shape, result.job.fold)] = result.predicted
-    return whole
-
-
-def draw(results: Sequence[Result], nuclei: Dict[str, Nuclei], rows: pd.DataFrame, output: Path) -> None:
-    """A picture for each network and image, of the first seed."""
-    first = results[0].job.seed
-    for row in rows[rows.seed == first].itertuples():
-        own = [r for r in results if (r.job.rank, r.job.network, r.job.seed) == (row.data, row.network, first)]
-        image, instances = nuclei[row.data]
-        whole = assemble(own, nuclei[row.data])
-        title = f'{row.network}, held-out quadrants: Dice {row.dice:.3f}, F1 {row.f1:.3f}'
-        name = row.network.lower().replace(' ', '-')
-        masks = (instances > 0).astype(np.uint8), (whole > 0).astype(np.uint8)
-        draw_case(image[None].astype(np.float32), *masks, title, output / f'{row.data}_{name}.png')
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -209,10 +178,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     runs = product(args.data, args.networks, args.seeds, FOLDS)
     jobs = [Job(rank, network, fold, seed, args.device.type, data) for rank, network, seed, fold in runs]
     default = 4 if args.device.type == 'cuda' else os.cpu_count() or 1
-    results = run_all(jobs, args.processes or default)
-    rows = score(results, nuclei)
+    rows = score(pd.DataFrame(run_all(jobs, args.processes or default)), nuclei, args.output)
     write_csv(args.output / 'scores.csv', rows)
-    draw(results, nuclei, pd.DataFrame(rows), args.output)
     console = open_console()
     console.print(table_of(summary(pd.DataFrame(rows)), f'Held-out quadrants, mean ± std of {len(args.seeds)} seeds'))
     console.print('One image each: the table shows that the networks learn, and does not rank them.')
