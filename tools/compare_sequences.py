@@ -14,7 +14,6 @@ import bz2
 import json
 import lzma
 import platform
-import shlex
 import shutil
 import sys
 import sysconfig
@@ -28,26 +27,13 @@ import yaml
 
 from vmamba.configs import FOLDER
 from vmamba.sequence import ByteFiles, create_language_model
-from vmamba.tools.benchmarks.report import Report, versions
-from vmamba.tools.benchmarks.trainings import (
-    RESULT,
-    SCRIPT,
-    Row,
-    begin,
-    call,
-    drop_weights,
-    epochs_of,
-    run_all,
-    spread,
-)
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.benchmarks.report import Report
+from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, spread
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.sequences.tasks import FRESH, PREFIX, definition
-from vmamba.tools.terminal import open_console
-from vmamba.tools.training.config import FIELDS, Config, add_options, load_config
-from vmamba.tools.training.runtime import StopRequest
+from vmamba.tools.training.config import Config, load_config
 from vmamba.tools.training.sequences import create_model
-from vmamba.tools.user_errors import Parser, UserError, changes, one_line_errors, positive, positive_float
+from vmamba.tools.user_errors import Parser, UserError, changes, one_line_errors, positive
 
 VALIDATE, EVALUATE = (SCRIPT.with_name(f'{name}.py') for name in ('validate_sequences', 'evaluate_bytes'))
 BYTES = 'bytes'
@@ -149,19 +135,106 @@ class Run(NamedTuple):
     model: str
     seed: int
 
-    @property
-    def name(self) -> str:
-        return '_'.join(map(str, self))
 
+class SequenceComparison(Comparison):
+    """Mixers on tasks."""
 
-def config_of(run: Run, args: argparse.Namespace) -> Config:
-    """Its recipe with the keys of the case, of the command line and of its own."""
-    case = CASES[run.task]
-    keys = {key: value for key, value in vars(args).items() if key in FIELDS and key not in OWN_KEYS}
-    own = dict(model=run.model, model_args=case.models[run.model], seed=run.seed, device=args.device.type)
-    if run.task == BYTES:
-        own.update(model='mambabyte_tiny', data=str(args.output / 'sources'))
-    return load_config(FOLDER / 'sequence' / f'{case.recipe}.yaml', {**_SHARED, **case.keys, **keys, **own})
+    name, kind, columns, own = 'compare sequences', Run, COLUMNS, OWN_KEYS
+
+    @classmethod
+    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
+        parser = Parser(__doc__, usage='%(prog)s [--TASKS NAME ...] [--KEY VALUE ...]')
+        parser.add_argument('--tasks', nargs='+', choices=CASES, default=list(CASES), help='all by default')
+        parser.add_argument('--models', nargs='+', help='of the tables; default: all of each task')
+        parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+        parser.add_argument('--lengths', nargs='+', type=positive, default=LENGTHS, help='to test induction heads at')
+        cls.add_options(parser, 'runs/sequences')
+        return parser.parse_args(argv)
+
+    def runs(self) -> List[Run]:
+        """One seed after another."""
+        args, known = self.args, {model for case in CASES.values() for model in case.models}
+        if unknown := [model for model in args.models or () if model not in known]:
+            raise UserError(f'there is no model {unknown[0]!r}; there are {", ".join(sorted(known))}')
+        runs = [
+            Run(task, model, seed) for seed, task in product(args.seeds, args.tasks) for model in CASES[task].models
+        ]
+        return [run for run in runs if not args.models or run.model in args.models]
+
+    def settings(self, run: Run) -> Config:
+        """The recipe with the keys of the case, of the command line and of the run's own."""
+        case = CASES[run.task]
+        own = dict(model=run.model, model_args=case.models[run.model], seed=run.seed, device=self.args.device.type)
+        if run.task == BYTES:
+            own.update(model='mambabyte_tiny', data=str(self.args.output / 'sources'))
+        keys = {**_SHARED, **case.keys, **self.keys, **own}
+        return load_config(FOLDER / 'sequence' / f'{case.recipe}.yaml', keys)
+
+    def config(self, run: Run) -> Dict[str, Any]:
+        return vars(self.settings(run))
+
+    def evaluate(self, run: Run, folder: Path, ended: bool) -> Tuple[Row, str]:
+        """The number of parameters, and accuracy or bits per byte, by length as text, that of the training first."""
+        if not ended:
+            return dict(parameters=None, result=None, found={}), ''
+        config, args, found, messages = self.settings(run), self.args, {}, []
+        path, log = folder / 'evaluation.csv', folder / 'evaluate.txt'
+        where = '--output', path, '--device', args.device.type
+        if run.task == BYTES:
+            for window in WINDOWS:
+                data = '--model', folder / 'best', '--data', args.output / 'held_out'
+                command = EVALUATE, *data, '--window', window, '--stride', window // 2, *where
+                messages.append(self.call(command, log)[1])
+                if not messages[-1]:
+                    found[str(window)] = float(pd.read_csv(path).bits_per_byte[0])
+        else:
+            lengths = [config.data_args['length']] if run.task in FRESH else []
+            if run.task == 'induction_heads':
+                lengths += [length for length in args.lengths if length <= LONGEST.get(run.model, length)]
+            lengths = ['--lengths', *dict.fromkeys(lengths), '--count', 256] if lengths else []
+            command = VALIDATE, folder / 'best.pt', '--split', 'test', *lengths, *where
+            messages.append(self.call(command, log)[1])
+            if path.is_file():  # without the lengths that do not fit into the memory
+                found = {str(length): value for length, value in pd.read_csv(path).set_index('length').accuracy.items()}
+        facts = dict(parameters=parameters(run, config), result=next(iter(found.values()), None), found=found)
+        return facts, ' '.join(filter(None, messages))
+
+    def resume(self) -> List[Row]:
+        """Takes the rows of the runs that are done, with --resume; returns those of other runs in the folder.
+
+        Raises:
+            UserError: If there are such runs without --resume, or they had other settings.
+        """
+        output, runs = self.args.output, self.runs()
+        for run in runs:
+            folder = self.folder(run)
+            if (folder / 'run.yaml').is_file():
+                if not self.args.resume:
+                    raise UserError(f'{folder} is there already; give --resume, or choose another --output')
+                was = yaml.safe_load((folder / 'run.yaml').read_text())
+                now = {key: value for key, value in self.config(run).items() if key not in PLACES}
+                if differences := changes(was, now):
+                    raise UserError(f'{folder} was made with {differences}; choose another --output')
+        done = [json.loads(path.read_text()) for path in output.glob(f'*/{RESULT}')]
+        self.rows = [row for row in done if self.run_of(row) in runs]
+        return [row for row in done if self.run_of(row) not in runs]
+
+    def reports(self, rows: Sequence[Row], facts: Dict[str, str]) -> List[Report]:
+        """Of the tasks, and of the bytes, if there are rows."""
+        found, output = [], self.args.output
+        for name, title in (('tasks', 'Long-range tasks'), (BYTES, 'Bits per byte')):
+            own = [row for row in rows if (row['task'] == BYTES) == (name == BYTES)]
+            if not own:
+                continue
+            notes, extra = NOTES.format(longest=LONGEST['attention']), []
+            if name == BYTES:
+                split = json.loads((output / 'sources.json').read_text())
+                split.update(trained=len(ByteFiles.find(output / 'sources')))
+                notes = BYTE_NOTES.format(**split, seq_len=self.settings(self.run_of(own[0])).seq_len)
+                extra = [pd.DataFrame(compressors(output))]
+            names = f'compare_sequences {name}', title
+            found.append(Report(*names, facts, tables(own) + extra, notes, self.messages(own)))
+        return found
 
 
 def parameters(run: Run, config: Config) -> int:
@@ -170,52 +243,6 @@ def parameters(run: Run, config: Config) -> int:
     else:
         model = create_model(config, definition(config.data.removeprefix(PREFIX), **config.data_args))
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def train(run: Run, stop: StopRequest, args: argparse.Namespace) -> Optional[Row]:
-    """Trains and evaluates in processes of their own; returns what came of it, nothing if interrupted."""
-    if stop.signal:
-        return None
-    folder, config = args.output / run.name, config_of(run, args)
-    begin(folder, vars(config))
-    command = SCRIPT, folder / 'run.yaml', '--output', folder, '--resume'
-    status, message = call(command, folder / 'log.txt', args.timeout, stop)
-    found, size = {}, None
-    if status == 'ok':
-        found, message = evaluate(run, folder, config, args, stop)
-        size = parameters(run, config)
-    if stop.signal:
-        return None
-    drop_weights(folder)
-    result = next(iter(found.values()), None)
-    row = dict(**run._asdict(), status=status, epochs=len(epochs_of(folder)), parameters=size, result=result)
-    return {**row, 'found': found, 'message': message}
-
-
-def evaluate(
-    run: Run, folder: Path, config: Config, args: argparse.Namespace, stop: StopRequest
-) -> Tuple[Dict[str, float], str]:
-    """Accuracy or bits per byte, by length as text, that of the training first; and messages."""
-    task, found, messages = config.data.removeprefix(PREFIX), {}, []
-    device = '--device', args.device.type
-    path = folder / 'evaluation.csv'
-    if run.task == BYTES:
-        for window in WINDOWS:
-            data = '--model', folder / 'best', '--data', args.output / 'held_out', '--output', path
-            windows = '--window', window, '--stride', window // 2
-            messages.append(call([EVALUATE, *data, *windows, *device], folder / 'evaluate.txt', args.timeout, stop)[1])
-            if not messages[-1] and not stop.signal:
-                found[str(window)] = float(pd.read_csv(path).bits_per_byte[0])
-        return found, ' '.join(filter(None, messages))
-    lengths = [config.data_args['length']] if task in FRESH else []
-    if task == 'induction_heads':
-        lengths += [length for length in args.lengths if length <= LONGEST.get(run.model, length)]
-    lengths = ['--lengths', *dict.fromkeys(lengths), '--count', 256] if lengths else []
-    command = VALIDATE, folder / 'best.pt', '--split', 'test', *lengths, '--output', path, *device
-    _, message = call(command, folder / 'evaluate.txt', args.timeout, stop)
-    if path.is_file():  # without the lengths that do not fit into the memory
-        found = {str(length): value for length, value in pd.read_csv(path).set_index('length').accuracy.items()}
-    return found, message
 
 
 def write_sources(folder: Path) -> None:
@@ -247,27 +274,6 @@ def compressors(folder: Path) -> List[Row]:
     return [{'model': name, 'bits per byte': f'{8 * size / len(held):.3f}'} for name, size in sizes.items()]
 
 
-def earlier_rows(runs: Sequence[Run], args: argparse.Namespace) -> List[Row]:
-    """Those of the runs that are done, with --resume.
-
-    Raises:
-        UserError: If there are such runs without --resume, or they had other settings.
-    """
-    rows = []
-    for run in runs:
-        folder = args.output / run.name
-        if (folder / 'run.yaml').is_file():
-            if not args.resume:
-                raise UserError(f'{folder} is there already; give --resume, or choose another --output')
-            was, now = yaml.safe_load((folder / 'run.yaml').read_text()), vars(config_of(run, args))
-            now = {key: value for key, value in now.items() if key not in PLACES}
-            if differences := changes(was, now):
-                raise UserError(f'{folder} was made with {differences}; choose another --output')
-        if (folder / RESULT).is_file():
-            rows.append(read(folder / RESULT))
-    return rows
-
-
 def tables(rows: Sequence[Row]) -> List[pd.DataFrame]:
     """A row a model, of every task, and all runs."""
     frame, summaries = pd.DataFrame(rows), []
@@ -291,83 +297,23 @@ def tables(rows: Sequence[Row]) -> List[pd.DataFrame]:
     return [*summaries, frame[list(COLUMNS)]]
 
 
-def reports(rows: Sequence[Row], facts: Dict[str, str], args: argparse.Namespace) -> List[Report]:
-    """Of the tasks, and of the bytes, if there are rows."""
-    found = []
-    for name, title in (('tasks', 'Long-range tasks'), (BYTES, 'Bits per byte')):
-        own = [row for row in rows if (row['task'] == BYTES) == (name == BYTES)]
-        if not own:
-            continue
-        notes, extra = NOTES.format(longest=LONGEST['attention']), []
-        if name == BYTES:
-            trained = len(ByteFiles.find(args.output / 'sources'))
-            split = read(args.output / 'sources.json')
-            notes = BYTE_NOTES.format(**split, trained=trained, seq_len=config_of(run_of(own[0]), args).seq_len)
-            extra = [pd.DataFrame(compressors(args.output))]
-        messages = [f'{run_of(row).name}: {row["status"]}: {row["message"]}' for row in own if row['message']]
-        found.append(Report(f'compare_sequences {name}', title, facts, tables(own) + extra, notes, messages))
-    return found
-
-
-def run_of(row: Row) -> Run:
-    return Run(*(row[name] for name in Run._fields))
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(__doc__, usage='%(prog)s [--TASKS NAME ...] [--KEY VALUE ...]')
-    parser.add_argument('--tasks', nargs='+', choices=CASES, default=list(CASES), help='all by default')
-    parser.add_argument('--models', nargs='+', help='of the tables; default: all of each task')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--lengths', nargs='+', type=positive, default=LENGTHS, help='to test induction heads at')
-    parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
-    add_device_option(parser)
-    parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
-    parser.add_argument('--output', type=Path, default=Path('runs/sequences'), help='folder of the runs')
-    parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
-    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables')
-    add_options(parser.add_argument_group('keys of the configurations, for all runs'), without=OWN_KEYS)
-    return parser.parse_args(argv)
-
-
-def runs_of(args: argparse.Namespace) -> List[Run]:
-    """One seed after another."""
-    known = {model for case in CASES.values() for model in case.models}
-    if unknown := [model for model in args.models or () if model not in known]:
-        raise UserError(f'there is no model {unknown[0]!r}; there are {", ".join(sorted(known))}')
-    runs = [Run(task, model, seed) for seed, task in product(args.seeds, args.tasks) for model in CASES[task].models]
-    return [run for run in runs if not args.models or run.model in args.models]
+def order(row: Row) -> Tuple[int, int, int]:
+    """Of rows: by task, model and seed."""
+    return list(CASES).index(row['task']), list(CASES[row['task']].models).index(row['model']), row['seed']
 
 
 @one_line_errors('compare_sequences.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    runs, console = runs_of(args), open_console()
-    job, where = partial(train, args=args), (args.output, 'sequences.csv', COLUMNS)
+    comparison = SequenceComparison(sys.argv[1:] if argv is None else argv)
+    args, total = comparison.args, len(comparison.runs())
     with lock_folder(args.output):
-        rows = earlier_rows(runs, args)
-        others = [row for row in map(read, args.output.glob(f'*/{RESULT}')) if run_of(row) not in runs]
-        if any(run.task == BYTES for run in (*runs, *map(run_of, others))):
+        others = comparison.resume()
+        if BYTES in (*args.tasks, *(row['task'] for row in others)):
             write_sources(args.output)
-        run_all(Run, lambda: runs, job, rows, *where, args.jobs, len(runs), console)
-        facts = {
-            'machine': device_name(args.device),
-            'versions': versions(),
-            'command': shlex.join(['vmamba', 'compare', 'sequences', *argv]),
-            'runs of this command done': f'{len(rows)} of {len(runs)}',
-        }
-        rows = sorted(rows + others, key=lambda row: (*places(row), row['seed']))
-        for report in reports(rows, facts, args):
-            report.publish(console, args.docs)
-
-
-def places(row: Row) -> Tuple[int, int]:
-    """Of task and model in the tables."""
-    return list(CASES).index(row['task']), list(CASES[row['task']].models).index(row['model'])
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+        comparison.train_all('sequences.csv', total)
+        facts = {**comparison.facts, 'runs of this command done': f'{len(comparison.rows)} of {total}'}
+        for report in comparison.reports(sorted(comparison.rows + others, key=order), facts):
+            report.publish(comparison.console, args.docs)
 
 
 if __name__ == '__main__':

@@ -10,14 +10,12 @@ fails is a result, not an error; an interrupt reports what is done, and --resume
 import argparse
 import json
 import math
-import shlex
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
@@ -27,30 +25,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vmamba.configs import FOLDER
-from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.report import Report
 from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory
-from vmamba.tools.benchmarks.trainings import (
-    RESULT,
-    SCRIPT,
-    Row,
-    begin,
-    call,
-    drop_weights,
-    epochs_of,
-    run_all,
-    spread,
-)
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, epochs_of, spread
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.output_files import lock_folder, write_text
-from vmamba.tools.terminal import number, open_console
-from vmamba.tools.training.config import FIELDS, Config, add_options, load_config
-from vmamba.tools.training.runtime import StopRequest
+from vmamba.tools.terminal import number
+from vmamba.tools.training.config import Config, load_config
 from vmamba.tools.training.setup import create_model
 from vmamba.tools.training.splits import class_names, load_datasets
-from vmamba.tools.user_errors import Parser, UserError, changes, nearest, one_line_errors, positive, positive_float
-
-from rich.console import Console
+from vmamba.tools.user_errors import Parser, UserError, changes, nearest, one_line_errors, positive_float
 
 RECIPE = FOLDER / 'classification' / 'compare.yaml'
 VALIDATE = SCRIPT.with_name('validate.py')
@@ -122,82 +106,114 @@ class Run(NamedTuple):
     lr: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        return '_'.join(map(str, self))
+
+class TrainingComparison(Comparison):
+    """The search for each model's learning rate, and the runs at the best one."""
+
+    name, kind, columns, own = 'compare training', Run, COLUMNS, OWN_KEYS
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        super().__init__(argv)
+        args = self.args
+        for model in args.models:
+            if model not in MODELS and not timm.is_model(model):
+                raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
+        for name in ('models', 'rates', 'seeds'):
+            if len(set(getattr(args, name))) < len(getattr(args, name)):
+                raise UserError(f'--{name} names something twice')
+        self.total = len(args.models) * (len(args.rates) * (len(args.rates) > 1) + len(args.seeds))
+        self.recipe = load_config(RECIPE, self.keys)
+
+    @classmethod
+    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
+        parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
+        parser.add_argument(
+            '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
+        )
+        rates = dict(nargs='+', type=positive_float, default=[3e-4, 1e-3, 3e-3])
+        parser.add_argument('--rates', **rates, help='learning rates to choose from; without search if it is one')
+        parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='the search takes the first one')
+        cls.add_options(parser, 'runs/compare')
+        return parser.parse_args(argv)
+
+    def runs(self) -> List[Run]:
+        """The search, and of each model whose search is among the rows the runs at its rate, one seed after another."""
+        args = self.args
+        search = product(args.rates if len(args.rates) > 1 else (), args.models)
+        rates = {model: self.best_rate(model) for model in args.models}
+        whole = product(args.seeds, [model for model in args.models if rates[model]])
+        runs = [Run(model, 'search', lr, args.seeds[0]) for lr, model in search]
+        return runs + [Run(model, 'whole', rates[model], seed) for seed, model in whole]
+
+    def best_rate(self, model: str) -> Optional[float]:
+        """The rate of the most accurate run of a search, or the lowest of equals; None before its end."""
+        rates = self.args.rates
+        if len(rates) == 1:
+            return rates[0]
+        found = [row for row in self.rows if (row['model'], row['part']) == (model, 'search')]
+        done = [row for row in found if row['accuracy'] is not None and len(found) == len(rates)]
+        return max(done, key=lambda row: (row['accuracy'], -row['lr']))['lr'] if done else None
+
+    def config(self, run: Run) -> Dict[str, Any]:
+        """The recipe with what is the run's own."""
+        peer = peer_of(run.model)
+        own = dict(model=peer.name, model_args=peer.args, lr=run.lr, seed=run.seed, device=self.args.device.type)
+        own.update(zip(('train_split', 'val_split'), SPLITS[run.part]))
+        return {**vars(self.recipe), **own}
+
+    def evaluate(self, run: Run, folder: Path, ended: bool) -> Tuple[Row, str]:
+        """Accuracies after shares of the epochs, and at all sizes."""
+        done, sizes, message = epochs_of(folder).val_top1.tolist() if ended else [], {}, ''
+        if done and run.part == 'whole':
+            images = self.args.output / 'images', '--checkpoint', max(folder.glob('checkpoint-*.pt')), '--workers', 0
+            how = '--precision', self.recipe.precision, '--device', self.args.device.type
+            command = VALIDATE, *images, *how, '--img-size', *SIZES.values(), '--output', folder
+            _, message = self.call(command, folder / 'validate.txt')
+            if (folder / 'validate.csv').is_file():  # without the sizes that a model does not take
+                sizes = pd.read_csv(folder / 'validate.csv').set_index('img_size').top1.to_dict()
+        shares = {key: done[math.ceil(share * len(done)) - 1] if done else None for key, share in SHARES.items()}
+        accuracies = {'accuracy': done[-1] if done else None, **shares}
+        return {**accuracies, **{key: sizes.get(size) for key, size in SIZES.items()}}, message
+
+    def resume(self) -> None:
+        """Takes the rows of the runs that an interrupted comparison in the same folder has completed, with --resume.
+
+        Raises:
+            UserError: If there is one without --resume, or it had other settings.
+        """
+        output, settings = self.args.output, {k: v for k, v in vars(self.recipe).items() if k not in OWN_KEYS}
+        record = output / SETTINGS
+        if record.is_file() and not self.args.resume:
+            raise UserError(f'{output} holds such runs already; give --resume, or choose another --output')
+        if record.is_file() and (differences := changes(yaml.safe_load(record.read_text()), settings)):
+            raise UserError(f'{output} has runs with {differences}; choose another --output')
+        write_text(record, yaml.safe_dump(settings))
+        for _ in SPLITS:  # first the search, which decides on the other runs
+            results = [self.folder(run) / RESULT for run in self.runs()]
+            self.rows = [json.loads(path.read_text()) for path in results if path.is_file()]
+
+    def publish(self, complete: bool) -> None:
+        """Measures the models that were trained, if all runs have ended, and writes the picture and the report."""
+        args, recipe = self.args, self.recipe
+        self.rows.sort(key=lambda row: (args.models.index(row['model']), *self.run_of(row)))
+        trained = dict.fromkeys(row['model'] for row in self.rows if complete and row['status'] == 'ok')
+        speeds = {model: speed(model, recipe, args.device) for model in trained}
+        runs = [self.run_of(row) for row in self.rows]
+        shown = [run for run in runs if run.part == 'whole'] or runs
+        curves = [epochs_of(self.folder(run)).assign(model=run.model) for run in shown]
+        picture = args.output / 'training.png'
+        plot_accuracies(pd.concat(curves), recipe.data, picture)
+        self.console.print(f'Wrote {args.output / "training.csv"} and {picture}')
+        facts = {**self.facts, 'runs done': f'{len(self.rows)} of {self.total}'}
+        choice = dict(rates=', '.join(map(str, args.rates)), seed=args.seeds[0], batch=BATCH[args.device.type])
+        notes, names = NOTES.format(**{**vars(recipe), **choice}), ('compare_training', 'Training from scratch')
+        found = tables(self.rows, speeds)
+        report = Report(*names, facts, found, notes, self.messages(self.rows), picture.name)
+        report.publish(self.console, args.docs, picture)
 
 
 def peer_of(model: str) -> Peer:
     return MODELS.get(model, Peer(model))
-
-
-def run_of(row: Row) -> Run:
-    return Run(*(row[name] for name in Run._fields))
-
-
-def runs_of(args: argparse.Namespace, rows: Sequence[Row]) -> List[Run]:
-    """The search, and of each model whose search is among the rows the runs at its rate, one seed after another."""
-    search = product(args.rates if len(args.rates) > 1 else (), args.models)
-    rates = {model: best_rate(model, args, rows) for model in args.models}
-    whole = product(args.seeds, [model for model in args.models if rates[model]])
-    runs = [Run(model, 'search', lr, args.seeds[0]) for lr, model in search]
-    return runs + [Run(model, 'whole', rates[model], seed) for seed, model in whole]
-
-
-def best_rate(model: str, args: argparse.Namespace, rows: Sequence[Row]) -> Optional[float]:
-    """The rate of the most accurate run of a search, the lowest of equals; None before its end, or if all failed."""
-    if len(args.rates) == 1:
-        return args.rates[0]
-    found = [row for row in rows if (row['model'], row['part']) == (model, 'search')]
-    done = [row for row in found if row['accuracy'] is not None and len(found) == len(args.rates)]
-    return max(done, key=lambda row: (row['accuracy'], -row['lr']))['lr'] if done else None
-
-
-def check(args: argparse.Namespace) -> int:
-    """Checks the options; returns the number of runs."""
-    for model in args.models:
-        if model not in MODELS and not timm.is_model(model):
-            raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
-    for name in ('models', 'rates', 'seeds'):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            raise UserError(f'--{name} names something twice')
-    return len(args.models) * (len(args.rates) * (len(args.rates) > 1) + len(args.seeds))
-
-
-def train(run: Run, stop: StopRequest, config: Config, args: argparse.Namespace) -> Optional[Row]:
-    """Trains in a process of its own, then validates at all sizes; returns what came of it, nothing if interrupted.
-
-    An interrupted run keeps its checkpoints, from which --resume continues it.
-    """
-    if stop.signal:
-        return None
-    folder, peer = args.output / run.name, peer_of(run.model)
-    own = dict(model=peer.name, model_args=peer.args, lr=run.lr, seed=run.seed, device=args.device.type)
-    own.update(zip(('train_split', 'val_split'), SPLITS[run.part]))
-    begin(folder, {**vars(config), **own})
-    output = '--output', folder
-    command = SCRIPT, folder / 'run.yaml', *output, '--resume'
-    status, message = call(command, folder / 'log.txt', args.timeout, stop)
-    epochs = epochs_of(folder).val_top1.tolist()
-    done, sizes = epochs if status == 'ok' else [], {}
-    if done and run.part == 'whole':
-        images = args.output / 'images', '--checkpoint', max(folder.glob('checkpoint-*.pt')), '--workers', 0
-        how = '--precision', config.precision, '--device', args.device.type, '--img-size', *SIZES.values()
-        _, message = call([VALIDATE, *images, *how, *output], folder / 'validate.txt', args.timeout, stop)
-        if (folder / 'validate.csv').is_file():  # without the sizes that a model does not take
-            sizes = pd.read_csv(folder / 'validate.csv').set_index('img_size').top1.to_dict()
-    if stop.signal:
-        return None
-    drop_weights(folder)
-    return dict(
-        **run._asdict(),
-        status=status,
-        epochs=len(epochs),
-        accuracy=done[-1] if done else None,
-        **{key: done[math.ceil(share * len(done)) - 1] if done else None for key, share in SHARES.items()},
-        **{key: sizes.get(size) for key, size in SIZES.items()},
-        message=message,
-    )
 
 
 def write_images(dataset: Dataset, folder: Path) -> None:
@@ -208,36 +224,6 @@ def write_images(dataset: Dataset, folder: Path) -> None:
     for i in range(len(dataset)):
         image, label = dataset[i]
         image.save(folders[label] / f'{i:05d}.png')
-
-
-def earlier_rows(args: argparse.Namespace, config: Config) -> List[Row]:
-    """Those of the runs that an interrupted comparison in the same folder has completed, with --resume.
-
-    Raises:
-        UserError: If there is one without --resume, or it had other settings.
-    """
-    settings = {key: value for key, value in vars(config).items() if key not in OWN_KEYS}
-    record, rows = args.output / SETTINGS, []
-    if record.is_file() and not args.resume:
-        raise UserError(f'{args.output} holds such runs already; give --resume, or choose another --output')
-    if record.is_file() and (differences := changes(yaml.safe_load(record.read_text()), settings)):
-        raise UserError(f'{args.output} has runs with {differences}; choose another --output')
-    write_text(record, yaml.safe_dump(settings))
-    for _ in SPLITS:  # first the search, which decides on the other runs
-        results = [args.output / run.name / RESULT for run in runs_of(args, rows)]
-        rows = [json.loads(path.read_text()) for path in results if path.is_file()]
-    return rows
-
-
-def compare(rows: List[Row], config: Config, args: argparse.Namespace, total: int, console: Console) -> bool:
-    """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have ended.
-
-    An interrupt ends all runs.
-    """
-    job, where = partial(train, config=config, args=args), (args.output, 'training.csv', COLUMNS)
-    complete = run_all(Run, lambda: runs_of(args, rows), job, rows, *where, args.jobs, total, console)
-    rows.sort(key=lambda row: (args.models.index(row['model']), *run_of(row)))
-    return complete
 
 
 def speed(model: str, config: Config, device: torch.device) -> Row:
@@ -285,57 +271,16 @@ def built_as(model: str) -> str:
     return f'`{peer.name}({args})`' if args else f'`{peer.name}`'
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
-    parser.add_argument(
-        '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
-    )
-    rates = dict(nargs='+', type=positive_float, default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument('--rates', **rates, help='learning rates to choose from; without search if it is one')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='the search takes the first one')
-    parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
-    add_device_option(parser)
-    parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
-    parser.add_argument(
-        '--output', type=Path, default=Path('runs/compare'), help='folder of the CSV file, the picture and the runs'
-    )
-    parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
-    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the tables and the picture')
-    add_options(parser.add_argument_group('keys of the configuration'), without=OWN_KEYS)
-    return parser.parse_args(argv)
-
-
 @one_line_errors('compare_training.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    overrides = {key: value for key, value in vars(args).items() if key in FIELDS and key not in OWN_KEYS}
-    total, config, console = check(args), load_config(RECIPE, overrides), open_console()
-    _, validation = load_datasets(config)
-    with lock_folder(args.output):
-        rows = earlier_rows(args, config)
-        write_images(validation, args.output / 'images')
-        complete = compare(rows, config, args, total, console)
-        if not rows:
-            return
-        trained = dict.fromkeys(row['model'] for row in rows if complete and row['status'] == 'ok')
-        speeds = {model: speed(model, config, args.device) for model in trained}
-        shown = [run_of(row) for row in rows if row['part'] == 'whole'] or [run_of(row) for row in rows]
-        curves = [epochs_of(args.output / run.name).assign(model=run.model) for run in shown]
-        plot_accuracies(pd.concat(curves), config.data, args.output / 'training.png')
-        console.print(f'Wrote {args.output / "training.csv"} and {args.output / "training.png"}')
-        facts = {
-            'machine': device_name(args.device),
-            'versions': versions(),
-            'command': shlex.join(['vmamba', 'compare', 'training', *argv]),
-            'runs done': f'{len(rows)} of {total}',
-        }
-        choice = dict(rates=', '.join(map(str, args.rates)), seed=args.seeds[0], batch=BATCH[args.device.type])
-        notes = NOTES.format(**{**vars(config), **choice})
-        messages = [f'{run_of(row).name}: {row["status"]}: {row["message"]}' for row in rows if row['message']]
-        names = 'compare_training', 'Training from scratch'
-        report = Report(*names, facts, tables(rows, speeds), notes, messages, 'training.png')
-        report.publish(console, args.docs, args.output / 'training.png')
+    comparison = TrainingComparison(sys.argv[1:] if argv is None else argv)
+    output, (_, validation) = comparison.args.output, load_datasets(comparison.recipe)
+    with lock_folder(output):
+        comparison.resume()
+        write_images(validation, output / 'images')
+        complete = comparison.train_all('training.csv', comparison.total)
+        if comparison.rows:
+            comparison.publish(complete)
 
 
 if __name__ == '__main__':

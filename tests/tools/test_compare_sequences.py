@@ -8,7 +8,8 @@ from training_runs import signals_kept
 
 from vmamba.sequence import ByteFiles
 from vmamba.tools import compare_sequences
-from vmamba.tools.compare_sequences import BYTES, CASES, Run, config_of, parameters, parse_args
+from vmamba.tools.benchmarks import trainings
+from vmamba.tools.compare_sequences import BYTES, CASES, Run, SequenceComparison, parameters
 
 TRAIN = """
 import pathlib, sys, yaml
@@ -39,7 +40,7 @@ def compare(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(compare_sequences, 'HELD_OUT', 0.25)
     for name, text in (('SCRIPT', TRAIN), ('VALIDATE', EVALUATE), ('EVALUATE', EVALUATE)):
         (tmp_path / f'{name}.py').write_text(text)
-        monkeypatch.setattr(compare_sequences, name, tmp_path / f'{name}.py')
+        monkeypatch.setattr(trainings if name == 'SCRIPT' else compare_sequences, name, tmp_path / f'{name}.py')
 
     def call(*args):
         places = '--output', str(tmp_path / 'out'), '--docs', str(tmp_path / 'docs.md'), '--device', 'cpu'
@@ -81,11 +82,11 @@ def test_held_out_files_are_not_trained_on(compare, tmp_path):
 
 
 def test_models_of_a_task_have_about_the_same_size(tmp_path):
-    args = parse_args(['--output', str(tmp_path), '--device', 'cpu'])
+    comparison = SequenceComparison(['--output', str(tmp_path), '--device', 'cpu'])
     (tmp_path / 'sources').mkdir()
     for task in ('listops', 'pathfinder32', BYTES):
         runs = [Run(task, model, 0) for model in CASES[task].models]
-        sizes = [parameters(run, config_of(run, args)) for run in runs]
+        sizes = [parameters(run, comparison.settings(run)) for run in runs]
         assert max(sizes) < 1.1 * min(sizes), sizes
 
 

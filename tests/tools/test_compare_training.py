@@ -11,6 +11,7 @@ from training_runs import signals_kept
 
 from vmamba.models.trained import model_args
 from vmamba.tools import compare_training
+from vmamba.tools.benchmarks import trainings
 from vmamba.tools.compare_training import MODELS, Peer, spread
 from vmamba.tools.terminal import number
 
@@ -65,7 +66,7 @@ def program(monkeypatch, tmp_path):
         for name, lines in (('SCRIPT', EPOCHS + text), ('VALIDATE', SIZES)):
             path = tmp_path / f'{name}.py'
             path.write_text(lines)
-            monkeypatch.setattr(compare_training, name, path)
+            monkeypatch.setattr(trainings if name == 'SCRIPT' else compare_training, name, path)
 
     return install
 

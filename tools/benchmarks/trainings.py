@@ -1,5 +1,6 @@
-"""Runs of train.py and what evaluates them in processes of their own, several at a time, from call to call."""
+"""Comparisons of trainings: runs of train.py and what evaluates them, in processes of their own, several at a time."""
 
+import argparse
 import json
 import os
 import re
@@ -11,15 +12,19 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import pandas as pd
 import yaml
 
+from vmamba.tools.benchmarks.report import facts_of
+from vmamba.tools.devices import add_device_option
 from vmamba.tools.output_files import write_csv, write_text
+from vmamba.tools.terminal import open_console
+from vmamba.tools.training.config import FIELDS, add_options
 from vmamba.tools.training.runtime import StopRequest
+from vmamba.tools.user_errors import positive, positive_float
 
-from rich.console import Console
 from rich.progress import Progress
 
 SCRIPT = Path(__file__).parents[1] / 'train.py'
@@ -29,60 +34,120 @@ _ERROR = re.compile(r'^\S*(?:train|validate|validate_sequences|evaluate_bytes)(?
 Row = Dict[str, Any]
 
 
-def run_all(
-    kind: type,
-    runs: Callable[[], Sequence[Any]],
-    train: Callable[[Any, StopRequest], Optional[Row]],
-    rows: List[Row],
-    output: Path,
-    table: str,
-    columns: Sequence[str],
-    jobs: int,
-    total: int,
-    console: Console,
-) -> bool:
-    """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have ended.
+class Comparison:
+    """Trains and evaluates runs, several at a time; an interrupt ends all, and a later call continues them.
 
-    An interrupt ends all runs.
-
-    Args:
-        kind: Named tuple of a run, with a `name`; its fields are in the rows.
-        runs: All that are known so far.
-        train: Runs one; returns its row with status and message, None if it was interrupted.
-        rows: Of what is done.
-        output: Folder of the folders of runs.
-        table: Name of the CSV file there.
+    Attributes:
+        name: Of the command.
+        kind: Named tuple of a run; its fields begin the rows.
         columns: To show of a row.
-        jobs: Runs at once.
-        total: Number of runs in the end.
-        console: Where to show.
+        own: Keys of the configuration that each run has for its own.
+        rows: Of the runs that have ended.
     """
-    begun, running, stop = {kind(*map(row.get, kind._fields)) for row in rows}, set(), StopRequest()
-    with ThreadPoolExecutor(jobs) as pool, Progress(console=console) as progress:
-        bar = progress.add_task('Training', total=total, completed=len(rows))
-        try:
-            while True:
-                new = [run for run in runs() if run not in begun]
-                begun.update(new)
-                running |= {pool.submit(train, run, stop) for run in new}
-                if not running:
-                    break
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for row in filter(None, (future.result() for future in ended)):
-                    rows.append(row)
-                    write_csv(output / table, rows)
-                    if row['status'] == 'ok':
-                        write_text(output / kind(*map(row.get, kind._fields)).name / RESULT, json.dumps(row))
-                    progress.advance(bar)
-                    shown = [str(row[key]) for key in columns if row[key] is not None]
-                    console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
-        except BaseException:
-            stop.signal = signal.SIGTERM  # ends the runs
-            raise
-    stop.restore()
-    if stop.signal:
-        console.print(f'Interrupted: {len(rows)} of {total} runs are done')
-    return not stop.signal
+
+    name: str
+    kind: type
+    columns: Sequence[str]
+    own: Sequence[str]
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.args, self.console, self.rows = self.parse_args(argv), open_console(), []
+        self.keys = {key: value for key, value in vars(self.args).items() if key in FIELDS and key not in self.own}
+        self.facts = facts_of(self.args.device, self.name, argv)
+
+    @classmethod
+    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
+        raise NotImplementedError
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, output: str) -> None:
+        """Adds the options that all comparisons have, and those of a training."""
+        parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
+        add_device_option(parser)
+        parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
+        parser.add_argument('--output', type=Path, default=Path(output), help='folder of the results and the runs')
+        parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
+        parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the section')
+        add_options(parser.add_argument_group('keys of the configuration, for all runs'), without=cls.own)
+
+    def runs(self) -> Sequence[Any]:
+        """All runs that are known so far."""
+        raise NotImplementedError
+
+    def config(self, run: Any) -> Mapping[str, Any]:
+        """The configuration of a run."""
+        raise NotImplementedError
+
+    def evaluate(self, run: Any, folder: Path, ended: bool) -> Tuple[Row, str]:
+        """Columns of the row of a run, whether or not it came to its end, and a message."""
+        raise NotImplementedError
+
+    def folder(self, run: Any) -> Path:
+        return self.args.output / '_'.join(map(str, run))
+
+    def run_of(self, row: Row) -> Any:
+        return self.kind(*map(row.get, self.kind._fields))
+
+    def messages(self, rows: Sequence[Row]) -> List[str]:
+        """Of the rows that have one."""
+        names = [(self.folder(self.run_of(row)).name, row) for row in rows if row['message']]
+        return [f'{name}: {row["status"]}: {row["message"]}' for name, row in names]
+
+    def call(self, command: Sequence[Any], log: Path) -> Tuple[str, str]:
+        """Runs a tool in a process of its own; returns 'ok', 'failed' or 'timeout', and a message."""
+        return call(command, log, self.args.timeout, self.stop)
+
+    def train(self, run: Any) -> Optional[Row]:
+        """Trains and evaluates; returns what came of it, nothing if interrupted.
+
+        An interrupted run keeps its checkpoints, from which --resume continues it.
+        """
+        if self.stop.signal:
+            return None
+        folder = self.folder(run)
+        begin(folder, self.config(run))
+        status, message = self.call([SCRIPT, folder / 'run.yaml', '--output', folder, '--resume'], folder / 'log.txt')
+        found, evaluated = self.evaluate(run, folder, status == 'ok')
+        if self.stop.signal:
+            return None
+        drop_weights(folder)
+        common = dict(status=status, epochs=len(epochs_of(folder)))
+        return {**run._asdict(), **common, **found, 'message': message or evaluated}
+
+    def train_all(self, table: str, total: int) -> bool:
+        """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have.
+
+        Args:
+            table: Name of the CSV file.
+            total: Number of runs in the end.
+        """
+        self.stop = stop = StopRequest()
+        begun, running = {*map(self.run_of, self.rows)}, set()
+        with ThreadPoolExecutor(self.args.jobs) as pool, Progress(console=self.console) as progress:
+            bar = progress.add_task('Training', total=total, completed=len(self.rows))
+            try:
+                while True:
+                    new = [run for run in self.runs() if run not in begun]
+                    begun.update(new)
+                    running |= {pool.submit(self.train, run) for run in new}
+                    if not running:
+                        break
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                    for row in filter(None, (future.result() for future in ended)):
+                        self.rows.append(row)
+                        write_csv(self.args.output / table, self.rows)
+                        if row['status'] == 'ok':
+                            write_text(self.folder(self.run_of(row)) / RESULT, json.dumps(row))
+                        progress.advance(bar)
+                        shown = [str(row[key]) for key in self.columns if row[key] is not None]
+                        self.console.print('  '.join([*shown, row['message']]), markup=False, highlight=False)
+            except BaseException:
+                stop.signal = signal.SIGTERM  # ends the runs
+                raise
+        stop.restore()
+        if stop.signal:
+            self.console.print(f'Interrupted: {len(self.rows)} of {total} runs are done')
+        return not stop.signal
 
 
 def begin(folder: Path, config: Mapping[str, Any]) -> None:
