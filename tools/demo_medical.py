@@ -19,13 +19,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vmamba.tools.devices import add_device_option, autocast
+from vmamba.tools.devices import add_device_option
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.segmentation.config import Config
 from vmamba.tools.segmentation.data import Patches, find_cases, whole_cases
 from vmamba.tools.segmentation.draw import draw_case
 from vmamba.tools.segmentation.engine import Engine
-from vmamba.tools.segmentation.evaluation import Evaluator
 from vmamba.tools.segmentation.nuclei import (
     Nuclei,
     count_matches,
@@ -106,13 +105,8 @@ def run(job: Job) -> Dict[str, Any]:
     engine = Engine(config, network, Patches(config, find_cases(Path(config.data), ndim)), device)
     for epoch in range(config.epochs):
         engine.train_epoch(epoch)
-    network.eval()
-    network.decoder.deep_supervision = False
-    held_out = whole_cases(config, find_cases(Path(config.data).with_name('test'), ndim))
-    evaluator = Evaluator(config, device, held_out)
-    (case,) = held_out
-    with autocast(device, config.precision):
-        predicted = evaluator.predict(network, case['image'].as_tensor().to(device))[0, 0].cpu().numpy()
+    (case,) = whole_cases(config, find_cases(Path(config.data).with_name('test'), ndim))
+    predicted = engine.predict(case['image'].as_tensor())[0, 0].cpu().numpy()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     found = dict(predicted=predicted.astype(np.uint8), parameters=parameters, seconds=time.perf_counter() - start)
     return {**job._asdict(), **found}

@@ -1,10 +1,16 @@
-"""A network and how it learns from patches."""
+"""A network: how it learns from patches, and how it predicts whole images by sliding windows."""
 
 import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
+from monai.data import DataLoader
+from monai.inferers import sliding_window_inference
 from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.metrics import DiceMetric, SurfaceDiceMetric
+from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from vmamba.tools.devices import autocast
@@ -13,6 +19,7 @@ from vmamba.tools.user_errors import UserError
 
 from .config import Config
 from .data import Patches
+from .draw import draw_case
 
 POWER = 0.9  # of the schedule
 
@@ -87,3 +94,43 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor) -> Tensor:
+        """Labels [1, 1, ...] of an image [1, C, ...]; the network predicts without deep supervision from now on."""
+        config, network = self.config, self.network.eval()
+        network.decoder.deep_supervision = False
+        options = dict(overlap=config.overlap, mode='gaussian' if config.overlap else 'constant')
+        with autocast(self.device, config.precision):
+            logits = sliding_window_inference(
+                image.to(self.device), config.patch_size, config.batch_size, network, **options
+            )
+        return logits.float().argmax(dim=1, keepdim=True)
+
+    def evaluate(self, cases: DataLoader, surface: bool = False, folder: Optional[Path] = None) -> List[Dict[str, Any]]:
+        """Scores of each case and class; a class that is neither in the mask nor predicted has none.
+
+        Args:
+            cases: Of `whole_cases`.
+            surface: Whether to compute the surface Dice too, which takes longer.
+            folder: Where to draw the first predictions.
+        """
+        config, rows = self.config, []
+        metrics = {'dice': DiceMetric(include_background=False, reduction='none')}
+        if surface:
+            tolerances = [config.surface_tolerance] * (config.num_classes - 1)
+            metrics['surface_dice'] = SurfaceDiceMetric(tolerances, reduction='none')
+        for i, case in enumerate(cases):
+            image, label = (case[key].as_tensor().to(self.device) for key in ('image', 'label'))
+            name, predicted = case['name'][0], self.predict(image)
+            pair = [one_hot(labels, config.num_classes) for labels in (predicted, label)]
+            spacing = case['label'].pixdim[0].tolist()[: image.ndim - 2]
+            options = {'surface_dice': dict(spacing=spacing)}
+            scores = {key: metric(*pair, **options.get(key, {}))[0] for key, metric in metrics.items()}
+            for number in range(1, config.num_classes):
+                values = {key: float(score[number - 1]) for key, score in scores.items()}
+                rows.append(dict(case=name, label=number, **values))
+            if folder and i < config.draw:
+                arrays = [array.cpu().numpy() for array in (image[0], label[0, 0], predicted[0, 0])]
+                draw_case(*arrays, f'{name}: Dice {float(scores["dice"].nanmean()):.3f}', folder / f'{name}.png')
+        return rows

@@ -11,7 +11,6 @@ import yaml
 
 from vmamba.models import UMamba
 from vmamba.models._pretrained import read_file
-from vmamba.tools.devices import autocast
 from vmamba.tools.output_files import lock_folder, write_csv, write_text, writing
 from vmamba.tools.training.checkpoint import Checkpoints, check_output
 from vmamba.tools.training.report import Report
@@ -22,7 +21,6 @@ from vmamba.tools.user_errors import UserError, changes
 from .config import Config
 from .data import Patches, split, whole_cases
 from .engine import Engine
-from .evaluation import Evaluator
 
 SCORES = {'dice': 'Dice', 'surface_dice': 'surface Dice'}
 # Keys that may change when a run is resumed.
@@ -96,7 +94,7 @@ class Trainer:
         count = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
         self.report.say(f'U-Mamba {config.kind}, mixer {config.mixer}: {count:.2f} M parameters, {config.precision}')
         self.engine = Engine(config, self.network, Patches(config, cases), self.device)
-        self.evaluator = Evaluator(config, self.device, whole_cases(config, held_out))
+        self.held_out = whole_cases(config, held_out)
         self.checkpoints, self.stop = Checkpoints(Path(config.output), 2), StopRequest()
         self.epoch, self.best = 0, -math.inf
         self.history: List[Dict[str, float]] = []
@@ -124,7 +122,8 @@ class Trainer:
         self.epoch += 1
         row = dict(epoch=self.epoch, updates=self.epoch * config.iterations, lr=rate, train_loss=loss)
         if self.epoch % config.val_every == 0 or self.epoch == config.epochs:
-            row['val_dice'] = self._validate()
+            self.report.say_status('validating')
+            row['val_dice'] = self._mean(self.engine.evaluate(self.held_out), 'dice')
         row.update(images_per_second=round(speed, 2), memory_mib=round(peak_memory_mib(self.device), 1))
         self.history.append(row)
         self.report.end_epoch(self.history)
@@ -134,27 +133,16 @@ class Trainer:
             self.checkpoints.save_best({'state_dict': self.network.state_dict(), **self._facts(), **row})
         self._save()
 
-    def _validate(self) -> float:
-        """Mean Dice of the validation cases over classes."""
-        self.report.say_status('validating')
-        return self._mean(self._evaluate(self.network), 'dice')
-
-    def _evaluate(self, network: UMamba, **options: Any) -> List[Dict[str, Any]]:
-        network.eval()
-        network.decoder.deep_supervision = False
-        with autocast(self.device, self.config.precision):
-            return self.evaluator.evaluate(network, **options)
-
     def _mean(self, rows: List[Dict[str, Any]], key: str) -> float:
         return float(pd.DataFrame(rows).groupby('label')[key].mean().mean())
 
     def _evaluate_best(self) -> None:
         """Writes scores.csv with the scores of each case and class, and the pictures in drawn/."""
         output = Path(self.config.output)
-        network = load_network(output / 'best.pt').to(self.device)
+        self.network.load_state_dict(read_file(output / 'best.pt')['state_dict'])
         with writing(output / 'drawn'):
             (output / 'drawn').mkdir(exist_ok=True)
-        rows = self._evaluate(network, surface=True, folder=output / 'drawn')
+        rows = self.engine.evaluate(self.held_out, surface=True, folder=output / 'drawn')
         write_csv(output / 'scores.csv', rows)
         found = ', '.join(f'{name} {self._mean(rows, key):.4f}' for key, name in SCORES.items())
         self.report.say(f'best weights: {found} (tolerance {self.config.surface_tolerance:g})')
