@@ -61,14 +61,7 @@ weights, gradients and optimizer included."""
 
 
 class Task(NamedTuple):
-    """A model and what it is trained on.
-
-    Attributes:
-        title: Its name in tables.
-        config: Under configs/, with VMamba-T.
-        shape: Height and width of the images.
-        batch: Images per step.
-    """
+    """A model and what it is trained on: batches of images of this height and width."""
 
     title: str
     config: str

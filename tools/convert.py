@@ -20,14 +20,10 @@ from vmamba.tools.weights import Spec, training_of
 
 
 def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[int] = None) -> None:
-    """Loads a checkpoint into a timm model and writes the model's weights.
+    """Loads a checkpoint in any known layout into a timm model and writes the model's weights.
 
-    Args:
-        model: Registered name.
-        checkpoint: File in any layout that the model can load.
-        output: The .safetensors file.
-        num_classes: Classes of the checkpoint; 0 to drop or do without a classifier. If None, those of the run that
-            wrote the checkpoint, or the variant's own.
+    The checkpoint has the variant's own number of classes, that of its run, or `num_classes`; 0 drops or does without a
+    classifier.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.

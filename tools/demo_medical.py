@@ -62,16 +62,7 @@ COMMON = dict(num_classes=3, foreground=0.8, workers=0, epochs=2, lr=0.05, momen
 
 
 class Job(NamedTuple):
-    """A training of a network on three quadrants of an image, and its test on the fourth.
-
-    Attributes:
-        rank: '2d' or '3d'.
-        network: A key of `NETWORKS`.
-        fold: The quadrant.
-        seed: Of the weights and the patches.
-        device: 'cpu' or 'cuda'.
-        data: Folder of the folds.
-    """
+    """A training of a network on three quadrants of an image, and its test on the fourth."""
 
     rank: str
     network: str

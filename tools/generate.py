@@ -37,11 +37,7 @@ class Bytes:
 
 
 class Tokens:
-    """Text by a tokenizer of transformers.
-
-    Args:
-        folder: Of the tokenizer, or its id on the Hugging Face Hub.
-    """
+    """Text by a tokenizer of transformers."""
 
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer  # here: an extra of its own

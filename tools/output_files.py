@@ -47,10 +47,6 @@ def lock_folder(folder: Path) -> TextIO:
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Puts a file in place once all of it is on the disk, so that no interruption leaves a part of it there.
 
-    Args:
-        path: Of the file.
-        write: Writes the content to an open binary file.
-
     Raises:
         UserError: If it cannot be written, as on a full disk; a file that was there before is still there.
     """
@@ -89,11 +85,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def write_folder(output: Path, record: str, settings: Mapping[str, Any], write: Callable[[Path], None]) -> bool:
     """Makes a folder of generated data, whole or not at all; returns False if it has this data already.
 
-    Args:
-        output: The folder.
-        record: Name of the file for the settings in the folder.
-        settings: All that decides every byte.
-        write: Writes the data into a folder.
+    The settings, which decide every byte, are recorded in the folder.
 
     Raises:
         UserError: If the folder has something else.

@@ -22,13 +22,7 @@ PUBLISHED = {
 
 
 def published(model: str, size: int, classes: int) -> Optional[Published]:
-    """What is published for a model as it is tested: at its image size, with ImageNet-1K's 1000 classes.
-
-    Args:
-        model: Name, with or without the tag of its weights.
-        size: Side of the images.
-        classes: Of the model.
-    """
+    """What is published for a model as it is tested: at its image size, with ImageNet-1K's 1000 classes."""
     name, _, tag = model.partition('.')
     figures = PUBLISHED.get(model)
     if figures is None and name in PUBLISHED and tag == timm.get_pretrained_cfg(name).tag:

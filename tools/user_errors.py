@@ -83,12 +83,7 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations.
-
-    Args:
-        description: Shown as it is written: the docstring of a tool.
-        **kwargs: Of argparse's parser.
-    """
+    """A parser of the command line that names the nearest of an unknown option and takes no abbreviations."""
 
     def __init__(self, description: Optional[str] = None, **kwargs: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter

@@ -66,13 +66,6 @@ def count_hits(
 ) -> Tuple[int, float, float]:
     """Number of readable images with a label, top-1 and top-5 accuracy in %.
 
-    Args:
-        model: On the device.
-        images: Batches.
-        labels: Of all images, see `images.batches.hits`.
-        args: With the device and precision.
-        advance: Called with the number of images of each batch.
-
     Raises:
         UserError: If there is no such image.
     """

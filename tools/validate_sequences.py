@@ -39,11 +39,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def accuracy(model: SequenceClassifier, data: Dataset, positions: int, device: torch.device) -> Dict[str, float]:
     """Length, number of answers and percentage of right ones.
 
-    Args:
-        model: On the device, in evaluation mode.
-        data: Of `load_task`.
-        positions: Of a batch, which has at least one sequence.
-        device: Where to compute.
+    A batch has at most so many positions, but at least one sequence.
     """
     length, count = len(data[0][0]), len(data)
     batch_size = max(positions // length, 1)

@@ -108,11 +108,6 @@ def load_model(spec: Spec, args: argparse.Namespace, **extra: Any) -> nn.Module:
     model's `pretrained_cfg`. A model of the Hub has them there. `class_names` is None where the names are not those of
     the model's classes.
 
-    Args:
-        spec: What to load.
-        args: With the options of `add_model_options`.
-        **extra: More arguments of the model.
-
     Raises:
         UserError: If the model is unknown, or its weights are missing or do not fit.
     """

@@ -64,18 +64,10 @@ _CLEAR_REFS = Path('/proc/self/clear_refs')
 
 @dataclass
 class Case:
-    """What to measure.
+    """What to measure: a timm model on square images; `:plain` or `:fused` behind its name chooses timm's attention.
 
-    Attributes:
-        model: timm model name; `:plain` or `:fused` behind it chooses timm's attention.
-        size: Side of the square images.
-        batch_size: Images a forward.
-        precision: 'fp32', or that of autocast; parameters and images are fp32 anyway.
-        device: 'cpu' or 'cuda'.
-        repeats: Most forwards of which the median time is taken.
-        seconds: Time that these forwards may take, as long as there are MIN_REPEATS.
-        compile: Use torch.compile.
-        cuda_graph: Replay a CUDA graph.
+    The precision is that of autocast: parameters and images are fp32. The median is of at most `repeats` forwards
+    that take these seconds, or of MIN_REPEATS that take longer.
     """
 
     model: str
@@ -123,10 +115,6 @@ def split_name(model: str) -> Tuple[str, str]:
 
 def build_model(name: str, size: int) -> Tuple[nn.Module, int]:
     """A timm model without classifier, for this image size if the model has a fixed one.
-
-    Args:
-        name: Model name; `:plain` or `:fused` behind it chooses timm's attention.
-        size: Side of the images.
 
     Returns:
         The model and the side of the images to give it: Vim's is that of the whole patches. Convolutions of other
@@ -211,12 +199,7 @@ def serve(connection: Connection) -> None:
 
 
 class Worker:
-    """Measures in a fresh process, which starts with the next case whenever there is none.
-
-    Args:
-        timeout: Most seconds for one case.
-        target: What the process runs, with its end of a pipe.
-    """
+    """Measures in a fresh process, which starts with the next case whenever there is none."""
 
     def __init__(self, timeout: float, target: Callable[[Connection], None] = serve) -> None:
         self.timeout, self.target = timeout, target
@@ -327,13 +310,7 @@ def machine_of(rows: pd.DataFrame) -> str:
 
 
 def write_picture(rows: pd.DataFrame, path: Path, note: str = '') -> None:
-    """Speed and memory against the size, a line for each model and way to run; only the ways that have most sizes.
-
-    Args:
-        rows: Of `compare`.
-        path: Of the picture.
-        note: What to see, for the title.
-    """
+    """Speed and memory against the size, a line for each model and way to run; only the ways that have most sizes."""
     sizes = rows.groupby('run', sort=False)['size'].nunique()
     rows = rows[rows.run.isin(sizes.index[sizes == sizes.max()])]
     single = rows.run.nunique() == 1

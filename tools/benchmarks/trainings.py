@@ -115,12 +115,7 @@ class Comparison:
         return {**run._asdict(), **common, **found, 'message': message or evaluated}
 
     def train_all(self, table: str, total: int) -> bool:
-        """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have.
-
-        Args:
-            table: Name of the CSV file.
-            total: Number of runs in the end.
-        """
+        """Trains what is missing among the rows, and adds a row for each run as it ends; returns whether all have."""
         self.stop = stop = StopRequest()
         begun, running = {*map(self.run_of, self.rows)}, set()
         with ThreadPoolExecutor(self.args.jobs) as pool, Progress(console=self.console) as progress:

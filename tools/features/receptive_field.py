@@ -33,14 +33,7 @@ class Field(NamedTuple):
 def receptive_fields(
     model: nn.Module, images: Sequence[Tensor], wanted: Wanted, report: Callable[[], None]
 ) -> Dict[str, Field]:
-    """The effective receptive field of each map.
-
-    Args:
-        model: On the images' device.
-        images: Normalised [1, C, H, W], square and of one size.
-        wanted: Maps.
-        report: Called after each image.
-    """
+    """The effective receptive field of each map, of normalised images [1, C, H, W], square and of one size."""
     model.requires_grad_(False)
     sums: Dict[str, Tensor] = {}
     for image in images:

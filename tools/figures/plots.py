@@ -25,10 +25,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
 def plot_comparison(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Throughput and peak memory against resolution, a line a label; crosses at the edge mark what did not run.
 
-    Args:
-        rows: With the columns label, size, batch_size, status, images_per_second and peak_mib.
-        title: Above the panels.
-        path: Of the picture.
+    The rows have the columns label, size, batch_size, status, images_per_second and peak_mib.
     """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     panels = figure.subplots(1, 2)
@@ -92,11 +89,7 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
 def plot_accuracies(epochs: pd.DataFrame, title: str, path: Path, required: Optional[float] = None) -> None:
     """Validation accuracy against epoch: the mean over the runs of a model, and a band from the worst to the best.
 
-    Args:
-        epochs: With the columns model, epoch and val_top1, of all runs.
-        title: Of the panel.
-        path: Of the picture.
-        required: Accuracy to mark.
+    The epochs are those of all runs, with the columns model, epoch and val_top1.
     """
     figure = Figure(figsize=(7, 5), layout='constrained')
     panel = figure.subplots()
@@ -136,9 +129,7 @@ def plot_resolutions(lines: Dict[str, pd.Series], published: Dict[str, pd.Series
 def plot_generation(rows: pd.DataFrame, path: Path) -> None:
     """Time of a step and memory of weights and cache against the length of the text before, a line for each model.
 
-    Args:
-        rows: With the columns model, length, ms_per_step, cache_mib and weights_mib.
-        path: Of the picture.
+    The rows have the columns model, length, ms_per_step, cache_mib and weights_mib.
     """
     figure = Figure(figsize=(9, 3.8), layout='constrained')
     panels = figure.subplots(1, 2)

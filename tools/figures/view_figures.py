@@ -62,12 +62,8 @@ def plot_attention(
 
     Args:
         image: [H, W, 3] in 0 to 1.
-        layers: Rows.
-        routes: Names of the routes.
         pixel: Column and row of the marked pixel; None for none.
         gamma: Weights are drawn as (weight / largest) ** gamma.
-        title: Above the panels.
-        path: Of the picture.
     """
     columns = [*routes, 'all']
     figure = Figure(figsize=(PANEL * (len(columns) + 1), 0.85 * PANEL * len(layers) + 0.4), layout='constrained')

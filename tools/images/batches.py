@@ -30,13 +30,7 @@ class Samples(Dataset):
 
     timm replaces an unreadable image by its neighbour without counting it. Here it is marked in `bad`, which loading
     processes share, and its label is SKIPPED; `check` stops the run unless such images are to be skipped.
-
-    Args:
-        dataset: With images and labels.
-        transform: Of the images.
-        mode: Pillow's mode of the images.
-        skip_bad: Skip unreadable images.
-        replace: The next readable image takes the place of a skipped one.
+    With `replace` the next readable image takes the place of a skipped one.
     """
 
     def __init__(
@@ -106,14 +100,7 @@ class Samples(Dataset):
 class Images:
     """Preprocessed batches of the readable images of a dataset, in order, on the device.
 
-    Args:
-        dataset: With images and labels.
-        config: timm's data configuration.
-        batch_size: Images per batch.
-        workers: Loading processes; none are started for a single batch.
-        device: Of the batches.
-        skip_bad: Skip unreadable images.
-        indices: Of the images; default: all.
+    No loading processes are started for a single batch.
     """
 
     def __init__(
@@ -181,14 +168,7 @@ def prefetch(
 def load_images(
     paths: Sequence[Path], config: Dict[str, Any], args: argparse.Namespace, indices: Optional[Sequence[int]] = None
 ) -> Images:
-    """Batches of image files.
-
-    Args:
-        paths: Of the files.
-        config: timm's data configuration.
-        args: With the device and the options of `add_loader_options`.
-        indices: Of the files to read; default: all.
-    """
+    """Batches of image files, or of those with these indices, by the device and the options of `add_loader_options`."""
     dataset = ImageDataset('', reader=LabelledFiles([(str(path), 0) for path in paths], {}, Path()))
     return Images(dataset, config, args.batch_size, args.workers, args.device, args.skip_bad_images, indices)
 

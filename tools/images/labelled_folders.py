@@ -26,14 +26,7 @@ _NAMES_SHOWN = 5
 
 
 class LabelledFiles(ReaderImageFolder):
-    """timm's reader of image files with class indices.
-
-    Args:
-        samples: Paths and class indices.
-        class_to_idx: Index of every class.
-        root: Folder that file names are shown relative to.
-        empty: Class folders without images.
-    """
+    """timm's reader of image files with class indices, and the class folders without images."""
 
     def __init__(
         self, samples: Sequence[Sample], class_to_idx: Dict[str, int], root: Path, empty: Sequence[str] = ()
@@ -54,10 +47,6 @@ class LabelledFiles(ReaderImageFolder):
 
         A file's place depends on its path and the seed, so the split does not depend on the order of the files. A
         class of several images has at least one in each part. Links to a file of the first part stay in it.
-
-        Args:
-            fraction: Share of each class in the second part.
-            seed: Of the choice.
 
         Raises:
             UserError: If no class has two images.

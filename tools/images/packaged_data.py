@@ -155,12 +155,6 @@ class PackagedReader(Reader):
 
 
 def create_packaged_dataset(name: str, split: str, input_img_mode: str = 'RGB') -> ImageDataset:
-    """The dataset of a name such as 'packaged/mnist5k', as `timm.data.create_dataset` would make it.
-
-    Args:
-        name: PREFIX and a key of DATASETS.
-        split: As of PackagedReader.
-        input_img_mode: Mode of Pillow that images are converted to, such as 'RGB' or 'L'.
-    """
+    """The dataset of a name such as 'packaged/mnist5k', as `timm.data.create_dataset` would make it."""
     reader = PackagedReader(name.removeprefix(PREFIX), split)
     return ImageDataset(root=None, reader=reader, input_img_mode=input_img_mode)

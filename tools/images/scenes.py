@@ -65,11 +65,7 @@ class Composer:
     """Composes scenes of one part.
 
     Args:
-        part: 'training' or 'validation'.
-        shape: Height and width of the scenes in pixels.
         digits: Which digits become objects; these are the classes.
-        seed: Of everything that is drawn.
-        max_objects: Most digits in a scene.
         scales: Range of a digit's longer side against the scene's.
     """
 

@@ -36,11 +36,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 def load_weights(model: nn.Module, checkpoint: Dict[str, Any], path: str, fresh: Sequence[str] = ()) -> None:
     """Loads all weights of a model. Only the norms of a backbone's outputs may differ; this is a warning.
 
-    Args:
-        model: Without wrappers.
-        checkpoint: What the file holds.
-        path: The file, for messages.
-        fresh: Names of modules or weights that keep their values, whatever the checkpoint has for them.
+    Modules or weights that are named as fresh keep their values, whatever the checkpoint has for them.
 
     Raises:
         UserError: If another weight is missing, unexpected or of another shape, with the first of their names.

@@ -95,11 +95,7 @@ def class_counts(model: nn.Module) -> Iterator[Tuple[str, int]]:
 
 
 def check_labels(samples: Sequence[Any], dataset: Any) -> None:
-    """Checks that segmentation maps have no labels beyond the classes of the data set.
-
-    Args:
-        samples: Of a batch; with test-time augmentation, lists of them.
-        dataset: That they are from.
+    """Checks that the segmentation maps of a batch (with test-time augmentation, of lists) have no unknown labels.
 
     Raises:
         UserError: If one has.

@@ -12,15 +12,9 @@ from mmengine.visualization import Visualizer
 
 
 def draw(visualizer: Visualizer, image: np.ndarray, sample: Any, output: Path, threshold: float, truth: bool) -> None:
-    """Writes a picture of the boxes and masks, or of the segmentation, of an image.
+    """Writes a picture of the boxes and masks, or of the segmentation, of an image [H, W, 3] in BGR.
 
-    Args:
-        visualizer: mmdet's or mmseg's.
-        image: [H, W, 3], BGR.
-        sample: What the model predicted for it, and the ground truth if there is any.
-        output: The file to write.
-        threshold: Lowest score of a drawn detection.
-        truth: Draw the ground truth on the left of the prediction.
+    The ground truth is drawn on the left of the prediction, if asked for. Detections below the threshold are left out.
     """
     options: Dict[str, Any] = {'pred_score_thr': threshold} if 'pred_instances' in sample else {}
     output.parent.mkdir(parents=True, exist_ok=True)

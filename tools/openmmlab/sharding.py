@@ -64,12 +64,7 @@ def _gather(tensor: Tensor) -> Tensor:
 
 
 def shard(model: nn.Module, optimizer: Optimizer) -> None:
-    """Shards the first process's weights and moments.
-
-    Args:
-        model: All of it on one device; its parameters are replaced.
-        optimizer: Of the model's parameters; it gets the new ones.
-    """
+    """Shards the first process's weights and moments."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)

@@ -16,14 +16,8 @@ from matplotlib.lines import Line2D
 def draw_case(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, title: str, path: Path) -> None:
     """Writes a PNG file with the contours of a mask and of a prediction over the image.
 
-    A volume is shown in the three planes through the middle of its labelled voxels.
-
-    Args:
-        image: [C, ...] in any range; one channel is drawn in grey, of more the first three in colour.
-        label: [...]
-        predicted: [...]
-        title: Above the picture.
-        path: Of the picture.
+    A volume is shown in the three planes through the middle of its labelled voxels. The image [C, ...] may have any
+    range; one channel is drawn in grey, of more the first three in colour.
     """
     planes = _planes(label if label.any() else predicted)
     figure = Figure(figsize=(8, 8.6) if len(planes) == 1 else (5 * len(planes), 5.6), layout='constrained')

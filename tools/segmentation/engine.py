@@ -38,14 +38,7 @@ def loss_function(config: Config) -> nn.Module:
 
 
 class Engine:
-    """Trains a network with SGD, Nesterov momentum and the polynomial schedule, as nnU-Net does.
-
-    Args:
-        config: Settings, with a precision.
-        network: With an attribute `decoder.deep_supervision`; moved to the device.
-        patches: To learn from.
-        device: Of the training.
-    """
+    """Trains a network with SGD, Nesterov momentum and the polynomial schedule, as nnU-Net does."""
 
     def __init__(self, config: Config, network: nn.Module, patches: Patches, device: torch.device) -> None:
         self.config, self.network, self.patches, self.device = config, network.to(device), patches, device
@@ -108,13 +101,7 @@ class Engine:
         return logits.float().argmax(dim=1, keepdim=True)
 
     def evaluate(self, cases: DataLoader, surface: bool = False, folder: Optional[Path] = None) -> List[Dict[str, Any]]:
-        """Scores of each case and class; a class that is neither in the mask nor predicted has none.
-
-        Args:
-            cases: Of `whole_cases`.
-            surface: Whether to compute the surface Dice too, which takes longer.
-            folder: Where to draw the first predictions.
-        """
+        """Scores of each case and class; a class that is neither in the mask nor predicted has none."""
         config, rows = self.config, []
         metrics = {'dice': DiceMetric(include_background=False, reduction='none')}
         if surface:

@@ -24,15 +24,7 @@ Arrays = Dict[str, np.ndarray]
 
 
 def write_task(folder: Path, task: str, counts: Dict[str, int], seed: int, workers: int) -> None:
-    """Writes the examples of a task into a folder.
-
-    Args:
-        folder: Which is there.
-        task: Key of COUNTS.
-        counts: Examples by split.
-        seed: Of the random numbers. The examples do not depend on the number of processes.
-        workers: Processes.
-    """
+    """Writes the examples of a task into a folder; they do not depend on the number of processes."""
     make = make_listops if task == 'listops' else partial(make_pathfinder, int(task.removeprefix(PATHFINDER)), workers)
     arrays, first = make(sum(counts.values()), seed), 0
     for split, count in counts.items():

@@ -16,9 +16,7 @@ def selective_copying(rng: np.random.Generator, length: int = 4096, tokens: int 
     The noise is symbol 0, the end is `tokens` times the symbol 15, and the tokens are the symbols between.
 
     Args:
-        rng: Of the random numbers.
         length: Positions before the end.
-        tokens: Number of tokens.
 
     Returns:
         Input [length + tokens], and the tokens [tokens], the targets of the last positions.
@@ -39,7 +37,6 @@ def induction_heads(rng: np.random.Generator, length: int = 256) -> Tuple[np.nda
     """Random symbols 0 to 14, and the symbol 15 somewhere and at the end, where its successor is to follow again.
 
     Args:
-        rng: Of the random numbers.
         length: Positions, the last symbol included.
 
     Returns:

@@ -37,13 +37,7 @@ class Task(NamedTuple):
 
 
 class Stored(Dataset):
-    """Sequences from arrays; pixels become numbers from -1 to 1.
-
-    Args:
-        task: Of the sequences.
-        inputs: Symbols or pixels, uint8 [n, length].
-        targets: Class of each [n].
-    """
+    """Sequences of symbols or pixels, uint8 [n, length], and their classes [n]; pixels become numbers from -1 to 1."""
 
     def __init__(self, task: Task, inputs: np.ndarray, targets: np.ndarray) -> None:
         self.task, self.inputs, self.targets = task, inputs, targets
@@ -59,13 +53,9 @@ class Stored(Dataset):
 
 
 class Fresh(Dataset):
-    """Sequences that are drawn when they are asked for.
+    """Sequences that are drawn when they are asked for: input [length] and targets [outputs].
 
-    Args:
-        task: Of the sequences.
-        draw: Input [length] and targets [outputs] from a generator of random numbers.
-        count: Length of an epoch.
-        split: Those of a split are always the same, except in training.
+    Those of a split are always the same, except in training.
     """
 
     def __init__(self, task: Task, draw: Callable[..., Tuple[np.ndarray, np.ndarray]], count: int, split: str) -> None:

@@ -28,12 +28,7 @@ _PATTERN = re.compile(r'checkpoint-(\d{8,})\.pt')
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder, named by the number of updates.
-
-    Args:
-        folder: Of the run.
-        keep: Newest ones to keep; more than one, in case the newest is broken.
-    """
+    """The newest checkpoints of a run in its folder, named by the number of updates; several, in case one is broken."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
@@ -66,9 +61,6 @@ class Checkpoints:
 
     def load_newest(self, warn: Callable[[str], None]) -> Optional[Tuple[Dict[str, Any], Path]]:
         """The newest readable checkpoint; only tensors and plain values are unpickled.
-
-        Args:
-            warn: Called with a message for every broken one that is skipped.
 
         Returns:
             Its content and its path, or None if there is no checkpoint.
@@ -104,13 +96,7 @@ def check_output(output: str, resume: bool) -> None:
 
 
 def check_same_run(state: Dict[str, Any], ours: Dict[str, Any], path: Path) -> None:
-    """Raises UserError for a checkpoint of another run.
-
-    Args:
-        state: Content of the checkpoint.
-        ours: What this run would write for the same keys: num_classes, update_size, config and data.
-        path: Of the checkpoint.
-    """
+    """Raises UserError for a checkpoint that differs from what this run would write, other than in free keys."""
     state = {'data': ours['data'], **state}  # older checkpoints do not record the data
     was, now = _facts(state), _facts(ours)
     differences = changes(was, now)

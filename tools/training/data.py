@@ -33,15 +33,7 @@ class Batch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a run begins with.
-
-    Attributes:
-        model: On its device.
-        data: Training batches.
-        validation: Batches to validate on, or None.
-        facts: What it takes to evaluate the weights.
-        summary: One line about the data.
-    """
+    """What a run begins with."""
 
     model: nn.Module
     data: Any
@@ -51,15 +43,7 @@ class Parts(NamedTuple):
 
 
 class OrderedBatches:
-    """Training batches in an order that a run can continue.
-
-    Args:
-        loader: Of pairs of inputs and targets.
-        order: Batch sampler of the loader, such as a `BatchOrder`.
-        runtime: Device and place among the processes.
-        samples: Checks and counts the images.
-        place: Puts inputs on the device, by default as a tensor.
-    """
+    """Training batches in an order that a run can continue; `place` puts inputs on the device."""
 
     def __init__(
         self,
@@ -184,13 +168,8 @@ def random_crops(images: Tensor, config: Config, generator: torch.Generator) -> 
 class Stream(IterableDataset):
     """The transformed images of a dataset that can only be read in its own order.
 
-    The augmentation of an image follows its place among those of its loading process.
-
-    Args:
-        dataset: With images and labels.
-        transform: Of the images.
-        seeds: Of the augmentation: the run's, and this process's number.
-        workers: Number of loading processes, by which readers share the images out.
+    The augmentation of an image follows its place among those of its loading process, and the seeds: the run's, and
+    this process's number.
     """
 
     def __init__(self, dataset: IterableDataset, transform: Callable, seeds: Tuple[int, int], workers: int) -> None:

@@ -31,19 +31,7 @@ from .setup import create_scheduler
 
 
 class Trainer:
-    """Trains a task, epoch after epoch.
-
-    Args:
-        config: Settings.
-        runtime: Device and place among the processes.
-        task: Model and loss.
-        parallel: How the processes share the work.
-        optimizer: Of the model's parameters.
-        data: Training batches.
-        validation: Images to validate on, if there are any.
-        facts: What it takes to evaluate the weights, of `setup.describe`.
-        report: Shows and records the progress.
-    """
+    """Trains a task, epoch after epoch."""
 
     def __init__(
         self,

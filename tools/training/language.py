@@ -37,12 +37,7 @@ def create_task(config: Config, model: nn.Module, device: torch.device) -> Langu
 
 
 class StreamOrder(Sampler):
-    """Batch sampler whose rows each walk a part of the windows in order: row r takes r * updates + update.
-
-    Args:
-        windows: Number of windows.
-        batch_size: Rows.
-    """
+    """Batch sampler whose rows each walk a part of the windows in order: row r takes r * updates + update."""
 
     def __init__(self, windows: int, batch_size: int) -> None:
         self.size, self.batch_size, self.updates_per_epoch = windows, batch_size, windows // batch_size

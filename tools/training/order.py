@@ -16,15 +16,8 @@ class BatchOrder:
     steps. So updates see the same images for any factors of this product. An image is a pair of the seed of its
     augmentation and its index.
 
-    Args:
-        dataset: What is ordered.
-        batch_size: Images per process and step.
-        accumulate: Steps per update.
-        world: Number of processes.
-        rank: This process.
-        repeats: How often an image is repeated with other augmentation; the epoch keeps its length.
-        drop_last: Leave out the last update if it has fewer images.
-        seed: Of the order.
+    Images may be repeated with other augmentation; the epoch keeps its length. `drop_last` leaves out a last update of
+    fewer images.
     """
 
     def __init__(

@@ -22,13 +22,7 @@ CPU_VERSION = (2, 13)  # of PyTorch, from which on FSDP2 is known to average rig
 
 
 class Copies:
-    """Every process holds all weights; those of several average their gradients (DistributedDataParallel).
-
-    Args:
-        config: Settings.
-        task: Model, moving average and loss; changed in place.
-        runtime: Place among the processes.
-    """
+    """Every process holds all weights; those of several average their gradients (DistributedDataParallel)."""
 
     saves_alone = True  # the first process can write a checkpoint without the others
 
@@ -60,11 +54,7 @@ class Copies:
         _load(self.task, state, optimizer)
 
     def stop_signal(self, own: int) -> int:
-        """The signal for which this process should save and stop, 0 for none.
-
-        Args:
-            own: The signal that it received.
-        """
+        """The signal for which this process should save and stop, 0 for none."""
         return own if self.runtime.is_primary else 0
 
 
@@ -73,11 +63,6 @@ class Shards:
 
     The weights of a block are gathered for its forward and its backward pass. They stay fp32: a policy of mixed
     precision would round the norms, A and D too, whereas autocast rounds what it rounds without shards.
-
-    Args:
-        config: Settings.
-        task: Model, moving average and loss; changed in place.
-        runtime: Place among the processes.
     """
 
     saves_alone = False
@@ -192,9 +177,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
 def whole(value: Any, keep: bool = True) -> Any:
     """A tensor, or a dictionary of any depth, with sharded tensors gathered; all processes have to call it.
 
-    Args:
-        value: What to gather.
-        keep: Return the gathered tensors; without, each is dropped as soon as it is gathered.
+    Without `keep`, each is dropped as soon as it is gathered.
     """
     if isinstance(value, dict):
         return {key: whole(item, keep) for key, item in value.items()}

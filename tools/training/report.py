@@ -64,10 +64,6 @@ class Wandb:
 class Report:
     """Shows and records the progress of a run; only the first process does.
 
-    Args:
-        config: Settings.
-        runtime: Place among the processes.
-
     Raises:
         UserError: If the package of a log is missing.
     """

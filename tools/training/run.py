@@ -28,10 +28,6 @@ from .splits import class_names, load_datasets
 def train(config: Config, resume: bool) -> List[Dict[str, float]]:
     """Trains as configured; returns the metrics of each epoch.
 
-    Args:
-        config: Settings.
-        resume: Continue from the latest checkpoint in the output folder, if there is one.
-
     Raises:
         UserError: If a setting does not fit the model, the data or the machine, or the output folder holds a run that
             is not to be resumed.

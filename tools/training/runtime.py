@@ -40,11 +40,7 @@ class Runtime:
 
 
 def start(device: str) -> Runtime:
-    """Joins the processes that torchrun started, if it did.
-
-    Args:
-        device: As for `pick_device`.
-    """
+    """Joins the processes that torchrun started, if it did."""
     found = init_distributed_device_so(pick_device(device).type)
     return Runtime(torch.device(found['device']), found['global_rank'], found['world_size'])
 
@@ -60,9 +56,6 @@ def leave_stopping_to_main(worker: int) -> None:
     """For loading processes: they ignore stop signals to the whole job, because the main process needs their images.
 
     They end with the main process, which PyTorch's workers check every few seconds.
-
-    Args:
-        worker: Number among the loading processes.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -120,14 +120,7 @@ def data_config_of(config: Config, model: nn.Module) -> Dict[str, Any]:
 def describe(
     config: Config, data_config: Dict[str, Any], num_classes: int, classes: Optional[Dict[str, int]]
 ) -> Dict[str, Any]:
-    """What it takes to evaluate the weights of a run as the run does: plain values, which best.pt keeps.
-
-    Args:
-        config: Settings.
-        data_config: Of `data_config_of`.
-        num_classes: Of the model.
-        classes: Index of every class, if the data has names.
-    """
+    """What it takes to evaluate the weights of a run as the run does: plain values, which best.pt keeps."""
     kept = {key: data_config[key] for key in ('crop_pct', 'crop_mode', 'interpolation')}
     return dict(
         model=config.model,
