@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 from vmamba.tools.devices import add_device_option
+from vmamba.tools.figures.plots import draw_case
 from vmamba.tools.output_files import write_csv
 from vmamba.tools.segmentation.config import Config
 from vmamba.tools.segmentation.data import Patches, find_cases, whole_cases
-from vmamba.tools.segmentation.draw import draw_case
 from vmamba.tools.segmentation.engine import Engine
 from vmamba.tools.segmentation.nuclei import (
     Nuclei,

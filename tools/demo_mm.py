@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional, Sequence
+from typing import Dict, Optional, Sequence
 
 import pandas as pd
 
@@ -24,30 +24,23 @@ SCENES = Path('data/scenes')  # where the configs look for them
 WITHOUT_VALIDATION = ('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')  # the test comes right after
 
 
-class Training(NamedTuple):
-    """A config under configs/ and the least values of its metrics."""
-
-    config: str
-    required: Dict[str, float]
-
-
-TRAININGS = (
-    Training('detection/mask-rcnn_vmamba-nano_fpn_scenes.py', {'coco/bbox_mAP': 0.30, 'coco/segm_mAP': 0.30}),
-    Training('segmentation/vmamba-nano_upernet_scenes.py', {'mIoU': 50.0}),
-)
+# Configs, and the least values of their metrics.
+TRAININGS = {
+    'detection/mask-rcnn_vmamba-nano_fpn_scenes.py': {'coco/bbox_mAP': 0.30, 'coco/segm_mAP': 0.30},
+    'segmentation/vmamba-nano_upernet_scenes.py': {'mIoU': 50.0},
+}
 
 
 def run(tool: str, *arguments: object) -> None:
     """Runs one of the tools in a process of its own; its failure ends the demo."""
     command = [sys.executable, str(Path(__file__).with_name(tool)), *map(str, arguments)]
-    status = subprocess.run(command).returncode
-    if status:
+    if status := subprocess.run(command).returncode:
         sys.exit(status)
 
 
-def train_and_test(training: Training, output: Path, options: Sequence[str]) -> Dict[str, float]:
+def train_and_test(name: str, output: Path, options: Sequence[str]) -> Dict[str, float]:
     """Metrics of a training from scratch; its folder also has the checkpoints and drawn predictions."""
-    config, folder = FOLDER / training.config, output / Path(training.config).parent
+    config, folder = FOLDER / name, output / Path(name).parent
     overrides = ['--cfg-options', *options] if options else []
     run('mm_train.py', config, '--output', folder, '--cfg-options', *WITHOUT_VALIDATION, *options)
     checkpoint = (folder / 'last_checkpoint').read_text()
@@ -70,13 +63,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     start = time.perf_counter()
     run('make_scenes.py', '--output', SCENES)
     rows = []
-    for training in TRAININGS:
+    for config, required in TRAININGS.items():
         begin = time.perf_counter()
-        metrics = train_and_test(training, args.output, args.cfg_options)
+        metrics = train_and_test(config, args.output, args.cfg_options)
         seconds = round(time.perf_counter() - begin)
-        for name, required in training.required.items():
-            row = dict(config=training.config, metric=name, value=metrics[name], required=required, seconds=seconds)
-            rows.append(row)
+        for name, least in required.items():
+            rows.append(dict(config=config, metric=name, value=metrics[name], required=least, seconds=seconds))
     Console().print(table_of(pd.DataFrame(rows), 'Scenes, trained from scratch'))
     print(f'Done in {time.perf_counter() - start:.0f} s; results are in {args.output}/')
     low = [row for row in rows if not row['value'] >= row['required']]

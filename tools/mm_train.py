@@ -35,9 +35,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg = load_config(args.config, args.cfg_options)
     set_work_dir(cfg, args.config, args.output)
     join_processes(cfg, args.launcher)
-    if args.tensorboard:
-        cfg.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
-        cfg.visualizer.vis_backends += [dict(type='TensorboardVisBackend')]
+    cfg.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+    cfg.visualizer.vis_backends += [dict(type='TensorboardVisBackend')]
     set_precision(cfg, args.precision)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
@@ -101,9 +100,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--auto-scale-lr', action='store_true', help="scale the learning rate by the batch size against the config's"
     )
     parser.add_argument('--fsdp', action='store_true', help='shard weights and optimizer over the processes')
-    parser.add_argument(
-        '--tensorboard', action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files"
-    )
     args = parser.parse_args(argv)
     if args.fsdp and args.launcher == 'none':
         parser.error('--fsdp shards over processes: run it under torchrun with --launcher pytorch')

@@ -38,7 +38,7 @@ from vmamba.tools import weights
 from vmamba.tools.features.maps import POOLED, normalised, parse_wanted, patch_layout
 from vmamba.tools.features.receptive_field import Field, receptive_fields
 from vmamba.tools.features.scan_rows import inputs_of, mixers_of, routes_of, scan_rows, token_of_patch
-from vmamba.tools.figures.view_figures import Layer, plot_attention, plot_receptive_fields
+from vmamba.tools.figures.plots import Layer, plot_attention, plot_receptive_fields
 from vmamba.tools.images.batches import Images, add_loader_options, load_images
 from vmamba.tools.images.decoding import READ_ERRORS, image_mode, read_image
 from vmamba.tools.images.image_files import find_images

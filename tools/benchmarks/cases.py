@@ -60,9 +60,25 @@ class Case:
         return sum(sizes) + sizes[0], 2 * sum(sizes) + sizes[0]
 
 
+def _tensors(device: Any, **shapes: Sequence[int]) -> Dict[str, Tensor]:
+    """Random inputs by name: in bf16 what depends on the image and its projections, in fp32 parameters of the state."""
+    tensors = {}
+    for name, shape in shapes.items():
+        if name == 'A':
+            tensor = -16 * torch.rand(shape, device=device)
+        elif name in ('D', 'norm_weight', 'norm_bias'):
+            tensor = torch.ones(shape, device=device)
+        elif name.endswith('_bias'):
+            tensor = torch.rand(shape, device=device) - 4
+        else:
+            dtype = torch.float32 if name in ('dt_weight', 'router_weight') else torch.bfloat16
+            scale = shape[-1] ** -0.5 if name.endswith('_weight') else shape[-2] ** -0.5 if name[:2] == 'fc' else 1
+            tensor = torch.randn(shape, device=device, dtype=dtype) * scale
+        tensors[name] = tensor.requires_grad_()
+    return tensors
+
+
 def _kernel(function: Callable[..., Tensor], inputs: Dict[str, Tensor], **options: Any) -> Workload:
-    """Of tensors by name: in bf16 what depends on the image, in fp32 the parameters of the state."""
-    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     return Workload(partial(function, **inputs, **options), tuple(inputs.values()))
 
 
@@ -78,18 +94,9 @@ def scan_case(
     """A selective scan with softplus, bias of dt and skip connection, and without gate."""
 
     def build(batch: int, device: Any) -> Workload:
-        data = dict(device=device, dtype=torch.bfloat16)
-        projection = batch, groups, dstate, length
-        inputs = dict(
-            u=torch.randn(batch, dim, length, **data),
-            delta=torch.randn(batch, dim, length, **data),
-            A=-torch.rand(dim, dstate, device=device) * dstate,
-            B=torch.randn(projection, **data),
-            C=torch.randn(projection, **data),
-            D=torch.ones(dim, device=device),
-            delta_bias=torch.rand(dim, device=device) - 4,
-        )
-        return _kernel(function, inputs, delta_softplus=True)
+        u, state = (batch, dim, length), (batch, groups, dstate, length)
+        shapes = dict(u=u, delta=u, A=(dim, dstate), B=state, C=state, D=(dim,), delta_bias=(dim,))
+        return _kernel(function, _tensors(device, **shapes), delta_softplus=True)
 
     shape = f'D {dim}, L {length}, N {dstate}, G {groups}'
     return Case('scan', name, batch, shape, build, function.__module__.split('.')[0])
@@ -108,17 +115,9 @@ def ssd_case(
     """The scan of Mamba-2 with softplus, bias of dt and skip connection, of one group and without gate."""
 
     def build(batch: int, device: Any) -> Workload:
-        data = dict(device=device, dtype=torch.bfloat16)
-        inputs = dict(
-            x=torch.randn(batch, length, heads, dim, **data),
-            dt=torch.randn(batch, length, heads, **data),
-            A=-torch.rand(heads, device=device) * 15 - 1,
-            B=torch.randn(batch, length, 1, dstate, **data),
-            C=torch.randn(batch, length, 1, dstate, **data),
-            D=torch.ones(heads, device=device),
-            dt_bias=torch.rand(heads, device=device) - 4,
-        )
-        return _kernel(function, inputs)
+        dt, state, own = (batch, length, heads), (batch, length, 1, dstate), (heads,)
+        shapes = dict(x=(*dt, dim), dt=dt, A=own, B=state, C=state, D=own, dt_bias=own)
+        return _kernel(function, _tensors(device, **shapes))
 
     return Case('ssd', name, batch, f'L {length}, H {heads}, P {dim}, N {dstate}', build, by)
 
@@ -127,18 +126,10 @@ def ss2d_case(name: str, batch: int, dim: int, size: int, dstate: int, dt_rank: 
     """The core of SS2D on square maps: projections, four scans, their sum and its LayerNorm."""
 
     def build(batch: int, device: Any) -> Workload:
-        data = dict(device=device, dtype=torch.bfloat16)
-        inputs = dict(
-            x=torch.randn(batch, size, size, dim, **data),
-            x_proj_weight=torch.randn(NUM_ROUTES * (dt_rank + 2 * dstate), dim, **data) * dim**-0.5,
-            dt_weight=torch.randn(NUM_ROUTES, dim, dt_rank, device=device) * dt_rank**-0.5,
-            dt_bias=torch.rand(NUM_ROUTES, dim, device=device) - 4,
-            A=-torch.rand(NUM_ROUTES, dim, dstate, device=device) * dstate,
-            D=torch.ones(NUM_ROUTES, dim, device=device),
-            norm_weight=torch.ones(dim, device=device),
-            norm_bias=torch.zeros(dim, device=device),
-        )
-        return _kernel(ss2d_core, inputs)
+        routes = NUM_ROUTES, dim
+        weights = dict(x_proj_weight=(NUM_ROUTES * (dt_rank + 2 * dstate), dim), dt_weight=(*routes, dt_rank))
+        state = dict(dt_bias=routes, A=(*routes, dstate), D=routes, norm_weight=(dim,), norm_bias=(dim,))
+        return _kernel(ss2d_core, _tensors(device, x=(batch, size, size, dim), **weights, **state))
 
     return Case('ss2d', name, batch, f'D {dim}, {size}x{size}, N {dstate}, R {dt_rank}', build)
 
@@ -147,12 +138,9 @@ def moe_case(name: str, batch: int, length: int, dim: int, experts: int) -> Case
     """Experts in bf16, of which each token passes one, with router and capacity; for 0 experts one MLP alone."""
 
     def build(batch: int, device: Any) -> Workload:
-        data, count = dict(device=device, dtype=torch.bfloat16), max(experts, 1)
-        shapes = dict(x=(batch * length, dim), fc1=(count, dim, 3 * dim), fc2=(count, 3 * dim, dim))
-        inputs = {name: torch.randn(shape, **data) * shape[-2] ** -0.5 for name, shape in shapes.items()}
-        if experts:
-            inputs['router_weight'] = torch.randn(experts, dim, device=device) * dim**-0.5
-        return _kernel(_experts if experts else _mlp, inputs)
+        count, router = max(experts, 1), dict(router_weight=(experts, dim)) if experts else {}
+        shapes = dict(x=(batch * length, dim), fc1=(count, dim, 3 * dim), fc2=(count, 3 * dim, dim), **router)
+        return _kernel(_experts if experts else _mlp, _tensors(device, **shapes))
 
     by, experts_text = ('vmamba', f'{experts} experts') if experts else ('torch', 'one MLP')
     return Case('moe', name, batch, f'L {length}, D {dim}, hidden {3 * dim}, {experts_text}', build, by)

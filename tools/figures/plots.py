@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import pandas as pd
 
+from vmamba.tools.features.receptive_field import Field
 from vmamba.tools.images.decoding import read_image
 from vmamba.tools.output_files import write_atomically
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 MARKERS = 'osD^vPX*'
+PANEL = 2.7  # inches, of maps
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
@@ -162,3 +168,111 @@ def plot_predictions(predictions: Sequence[Tuple[Path, List[Tuple[str, float]]]]
         right.set_xlabel('probability', fontsize=8)
         right.invert_yaxis()
     save_figure(figure, path)
+
+
+class Layer(NamedTuple):
+    """What a figure shows of one layer.
+
+    Attributes:
+        name: Of the block.
+        maps: Weights [routes + 1, h, w], the last the routes' sum.
+        extent: Pixels (left, right, bottom, top) of the image that the map covers.
+    """
+
+    name: str
+    maps: np.ndarray
+    extent: Tuple[float, float, float, float]
+
+
+def plot_receptive_fields(fields: Dict[str, Dict[str, Field]], title: str, path: Path) -> None:
+    """A row of panels for each set of weights, a column for each map; every panel has a scale of its own."""
+    columns = list(next(iter(fields.values())))
+    figure = Figure(figsize=(PANEL * len(columns), (PANEL + 0.4) * len(fields) + 0.3), layout='constrained')
+    panels = figure.subplots(len(fields), len(columns), squeeze=False)
+    for row, (label, found) in zip(panels, fields.items()):
+        for panel, name in zip(row, columns):
+            values = found[name].values
+            panel.imshow(values / max(values.max(), 1e-30), norm=PowerNorm(0.25, vmin=0, vmax=1), cmap='magma')
+            sides = ', '.join(f'{share:.0%} in {side}' for share, side in found[name].sides.items())
+            panel.set_title(f'{name}\n{sides} px', fontsize=8)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        row[0].set_ylabel(label, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, dpi=130)
+
+
+def plot_attention(
+    image: np.ndarray,
+    layers: List[Layer],
+    routes: List[str],
+    pixel: Optional[Tuple[int, int]],
+    gamma: float,
+    title: str,
+    path: Path,
+) -> None:
+    """A row of panels for each layer: the image, then the weights of each route and of all over the image.
+
+    Args:
+        image: [H, W, 3] in 0 to 1.
+        pixel: Column and row of the marked pixel; None for none.
+        gamma: Weights are drawn as (weight / largest) ** gamma.
+    """
+    columns = [*routes, 'all']
+    figure = Figure(figsize=(PANEL * (len(columns) + 1), 0.85 * PANEL * len(layers) + 0.4), layout='constrained')
+    panels = figure.subplots(len(layers), len(columns) + 1, squeeze=False)
+    for row, layer in zip(panels, layers):
+        row[0].imshow(image)
+        row[0].set_ylabel(layer.name, fontsize=9)
+        for panel, name, weights in zip(row[1:], columns, layer.maps):
+            panel.imshow(image.mean(axis=-1), cmap='gray', vmin=0, vmax=1)
+            norm = PowerNorm(gamma, vmin=0, vmax=max(weights.max(), 1e-30))
+            drawn = panel.imshow(weights, norm=norm, cmap='inferno', alpha=0.65, extent=layer.extent)
+            panel.set_title(name, fontsize=9)
+            figure.colorbar(drawn, ax=panel, shrink=0.8).ax.tick_params(labelsize=6)
+        for panel in row:
+            panel.set_xlim(-0.5, image.shape[1] - 0.5)
+            panel.set_ylim(image.shape[0] - 0.5, -0.5)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if pixel is not None:
+                panel.plot(*pixel, marker='+', color='cyan', markersize=9)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, dpi=130)
+
+
+def draw_case(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, title: str, path: Path) -> None:
+    """Writes a PNG file with the contours of a mask and of a prediction over the image.
+
+    A volume is shown in the three planes through the middle of its labelled voxels. The image [C, ...] may have any
+    range; one channel is drawn in grey, of more the first three in colour.
+    """
+    planes = _planes(label if label.any() else predicted)
+    figure = Figure(figsize=(8, 8.6) if len(planes) == 1 else (5 * len(planes), 5.6), layout='constrained')
+    for panel, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes):
+        _draw_plane(panel, image[(slice(None), *plane)], label[plane], predicted[plane])
+    styles = {'mask (dark)': 'solid', 'prediction (light)': 'dashed'}
+    lines = [Line2D([], [], color='black', linestyle=style, label=name) for name, style in styles.items()]
+    figure.legend(handles=lines, loc='outside lower center', ncols=2, frameon=False)
+    figure.suptitle(title.replace('$', r'\$'), fontsize=11)
+    save_figure(figure, path, dpi=100)
+
+
+def _planes(mask: np.ndarray) -> List[Tuple]:
+    """Indices of the planes to draw."""
+    if mask.ndim == 2:
+        return [(slice(None), slice(None))]
+    places = np.argwhere(mask)
+    middle = places.mean(axis=0).round().astype(int) if len(places) else np.array(mask.shape) // 2
+    return [tuple(int(middle[axis]) if axis == fixed else slice(None) for axis in range(3)) for fixed in range(3)]
+
+
+def _draw_plane(panel: Axes, image: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> None:
+    low, high = np.percentile(image, [1, 99])
+    pixels = ((image - low) / max(high - low, 1e-6)).clip(0, 1)
+    panel.imshow(pixels[0] if len(image) < 3 else np.moveaxis(pixels[:3], 0, -1), cmap='gray')
+    for light, (mask, style) in enumerate(((label, 'solid'), (predicted, 'dashed'))):
+        for number in np.unique(mask[mask > 0]):
+            color = colormaps['tab20'](2 * (int(number) - 1) % 20 + light)  # pairs of a dark and a light colour
+            panel.contour(mask == number, levels=[0.5], colors=[color], linestyles=style, linewidths=1.2)
+    panel.set_axis_off()

@@ -14,12 +14,12 @@ from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from vmamba.tools.devices import autocast
+from vmamba.tools.figures.plots import draw_case
 from vmamba.tools.training.seeding import derive_seed, seed_all
 from vmamba.tools.user_errors import UserError
 
 from .config import Config
 from .data import Patches
-from .draw import draw_case
 
 POWER = 0.9  # of the schedule
 

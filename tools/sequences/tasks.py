@@ -14,9 +14,16 @@ from vmamba.tools.images.packaged_data import DATASETS as IMAGES
 from vmamba.tools.user_errors import UserError, nearest
 
 from . import listops, synthetic
-from .files import COUNTS, PATHFINDER, SPLITS
+from .pathfinder import SETTINGS
 
 PREFIX = 'sequences/'
+SPLITS = 'train', 'validation', 'test'
+PATHFINDER = 'pathfinder'
+# The published numbers of examples of each split.
+COUNTS = {
+    'listops': (96_000, 2_000, 2_000),
+    **{f'{PATHFINDER}{size}': (160_000, 20_000, 20_000) for size in SETTINGS},
+}
 Key = Union[int, Tuple[int, int]]
 
 
