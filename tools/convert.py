@@ -15,7 +15,7 @@ from safetensors.torch import save
 import vmamba  # noqa: F401
 from vmamba.models.trained import model_args
 from vmamba.tools.output_files import write_atomically
-from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors
+from vmamba.tools.user_errors import Parser, as_user_error, file_name, one_line_errors
 from vmamba.tools.weights import Spec, training_of
 
 
@@ -35,10 +35,8 @@ def convert(model: str, checkpoint: Path, output: Path, num_classes: Optional[in
         args['num_classes'] = num_classes
     if args.get('num_classes'):
         overlay['num_classes'] = args['num_classes']  # so that a classifier that does not fit is an error
-    try:
+    with as_user_error('', RuntimeError, ValueError):
         built = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **args)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
     state = {key: value.contiguous() for key, value in built.state_dict().items()}
     write_atomically(output, lambda file: file.write(save(state)))
 

@@ -11,20 +11,18 @@ from vmamba.sequence import ByteFiles, bits_per_byte
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.language_models import add_precision_option, load
 from vmamba.tools.output_files import write_csv
-from vmamba.tools.user_errors import Parser, UserError, file_name, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, as_user_error, file_name, one_line_errors, positive
 
 
 @one_line_errors('evaluate_bytes.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    try:
+    with as_user_error():
         files = ByteFiles.find(args.data, args.pattern)
         model = load(args.model, args.device, args.precision)
         ids, _ = files.read(0, len(files))
         stride = args.stride or args.window
         bits = bits_per_byte(model, ids.to(args.device), args.window, stride, args.carry_state, args.batch_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     print(f'{bits:.4f} bits per byte, {len(files)} bytes of {len(files.parts)} file(s)')
     if args.output:
         found = dict(bits_per_byte=bits, bytes=len(files), window=args.window, stride=stride)

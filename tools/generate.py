@@ -19,7 +19,7 @@ from torch import Tensor
 from vmamba.sequence import LanguageModel, Sampling, generate, speculative_generate
 from vmamba.tools.devices import add_device_option
 from vmamba.tools.language_models import add_precision_option, load
-from vmamba.tools.user_errors import Parser, UserError, at_least, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, UserError, as_user_error, at_least, one_line_errors, positive
 
 
 class Bytes:
@@ -42,10 +42,8 @@ class Tokens:
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer  # here: an extra of its own
 
-        try:
+        with as_user_error(f'cannot load the tokenizer {folder}'):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f'cannot load the tokenizer {folder}: {" ".join(str(error).split())}') from error
         self.eos_token_id = self.tokenizer.eos_token_id
 
     def encode(self, text: bytes) -> List[int]:
@@ -95,10 +93,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         UserError: If one is out of range, or of no effect on a draft.
     """
     sampling = Sampling(*(getattr(args, key) for key in Sampling._fields))
-    try:
+    with as_user_error():
         sampling.check()
-    except ValueError as error:
-        raise UserError(str(error)) from error
     greedy = Sampling(), Sampling(top_k=1), Sampling(temperature=0.0)
     if args.draft and sampling not in greedy:
         raise UserError('--draft always takes the most probable token: leave out the options of sampling')

@@ -7,7 +7,7 @@ import torch
 
 from vmamba.sequence import LanguageModel
 from vmamba.tools.devices import DTYPES
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.user_errors import as_user_error
 
 
 def add_precision_option(parser: argparse._ActionsContainer) -> None:
@@ -22,7 +22,5 @@ def load(source: str, device: torch.device, precision: Optional[str]) -> Languag
         UserError: If it cannot be loaded.
     """
     precision = precision or ('bf16' if device.type == 'cuda' else 'fp32')
-    try:
+    with as_user_error():
         return LanguageModel.from_pretrained(source, device=device, dtype=DTYPES[precision])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).split())) from error

@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 # Packages of each extra, other than `tools`.
 _EXTRAS = {
@@ -35,6 +35,17 @@ def one_line_errors(tool: str) -> Iterator[None]:
         place = f' [process {rank}]' if rank else ''
         print(f'{program(tool)}: error:{place} {describe(error)}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def as_user_error(what: str = '', *kinds: Type[Exception]) -> Iterator[None]:
+    """Turns errors of these kinds, by default what libraries raise for wrong input, into UserErrors of one line."""
+    kinds = kinds or (OSError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except kinds as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{what}: {reason}' if what else reason) from error
 
 
 def program(tool: str) -> str:

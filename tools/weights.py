@@ -18,7 +18,7 @@ from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.tools import devices
 from vmamba.tools.devices import DTYPES, add_device_option
 from vmamba.tools.training.config import parse_yaml
-from vmamba.tools.user_errors import UserError, nearest, positive_float
+from vmamba.tools.user_errors import UserError, as_user_error, nearest, positive_float
 
 SPEC_HELP = (
     'NAME for the published weights (downloaded), NAME=FILE for a checkpoint, NAME=untrained for random ones, '
@@ -158,10 +158,8 @@ def training_of(spec: Spec) -> Dict[str, Any]:
     path = spec.like or spec.weights
     if not path or path == 'untrained':
         return {}
-    try:
+    with as_user_error(str(spec) if spec.name else ''):
         facts = run_facts(read_file(path))
-    except _EXPECTED as error:
-        raise UserError(f'{spec}: {error}' if spec.name else str(error)) from error
     if spec.name and facts and facts['model'].split('.')[0] != spec.name.split('.')[0]:
         raise UserError(f'{spec}: the checkpoint is of {facts["model"]}: give {facts["model"]}={path}')
     return facts
@@ -255,10 +253,8 @@ def at_size(model: nn.Module, size: int) -> nn.Module:
     if not hasattr(model, 'set_input_size'):
         raise UserError(f'{type(model).__name__} takes images of {own_size(model)} pixels only, not {size}')
     model = copy.deepcopy(model).cpu()
-    try:
+    with as_user_error(f'--img-size {size}'):
         model.set_input_size(img_size=(size, size))
-    except _EXPECTED as error:
-        raise UserError(f'--img-size {size}: {error}') from error
     return model
 
 

@@ -17,7 +17,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from vmamba.tools.user_errors import UserError, listed
+from vmamba.tools.user_errors import UserError, as_user_error, listed
 
 from .image_files import walk
 
@@ -133,10 +133,8 @@ def read_csv(path: Path, splits: Sequence[Sequence[str]]) -> List[LabelledFiles]
     """
     import pandas as pd  # here: only this needs it
 
-    try:
+    with as_user_error(f'cannot read {path} as CSV'):
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding='utf-8-sig').fillna('')
-    except (OSError, ValueError) as error:  # those of pandas are ValueErrors
-        raise UserError(f'cannot read {path} as CSV: {error}') from error
     if not {'path', 'label'} <= {*rows}:
         raise UserError(f'{path} must begin with the header path,label; its columns are {", ".join(rows)}')
     rows = rows.apply(lambda column: column.str.strip())
@@ -240,10 +238,8 @@ def read_real_labels(path: Optional[Path], paths: Sequence[Path]) -> Tensor:
         text = path.read_bytes()
     else:
         raise UserError(f'there is no file of real labels {path}')
-    try:
+    with as_user_error(f'{path} is not a JSON list of lists of labels'):
         labels = [[int(label) for label in found] for found in json.loads(text)]
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{path} is not a JSON list of lists of labels: {error}') from error
     numbers = [re.fullmatch(r'ILSVRC2012_val_(\d{8})', image.stem) for image in paths]
     for image, number in zip(paths, numbers):
         if number is None or not 1 <= int(number[1]) <= len(labels):

@@ -16,7 +16,7 @@ from vmamba.tools.training.checkpoint import Checkpoints, check_output
 from vmamba.tools.training.report import Report
 from vmamba.tools.training.runtime import Runtime, StopRequest, peak_memory_mib, start
 from vmamba.tools.training.seeding import seed_all
-from vmamba.tools.user_errors import UserError, changes
+from vmamba.tools.user_errors import UserError, as_user_error, changes
 
 from .config import Config
 from .data import Patches, split, whole_cases
@@ -56,13 +56,11 @@ def create_network(config: Config) -> UMamba:
     """
     keys = ('kind', 'in_chans', 'num_classes', 'patch_size', 'features', 'kernel_sizes', 'strides')
     options = ('encoder_blocks', 'decoder_blocks', 'deep_supervision', 'mixer')
-    try:
+    with as_user_error('cannot build the network'):
         network = UMamba(**{key: getattr(config, key) for key in (*keys, *options)})
         network.check_size(network.patch_size)
         if config.checkpoint:
             network.load_pretrained(config.checkpoint)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f'cannot build the network: {error}') from error
     return network
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 from vmamba.layers import Attention
 from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, create_language_model, next_token_loss
-from vmamba.tools.user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, as_user_error, nearest
 
 from .config import Config
 from .data import Batch, OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
@@ -89,12 +89,10 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
         UserError: If a setting does not fit the model or the data.
     """
     _check(config, runtime)
-    try:
+    with as_user_error(f'data {config.data_dir or config.data}'):
         files = ByteFiles.find(config.data_dir or config.data, **config.data_args)
         kept, held = files.hold_out(config.val_fraction or VAL_FRACTION, config.seed)
         windows = [ByteWindows(part, config.seq_len, config.pack_documents) for part in (kept, held)]
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f'data {config.data_dir or config.data}: {error}') from error
     seed_all(config.seed)
     model = _create_model(config).to(runtime.device)
     if config.carry_state and any(isinstance(module, Attention) for module in model.modules()):
@@ -126,13 +124,11 @@ def _check(config: Config, runtime: Runtime) -> None:
 def _create_model(config: Config) -> LanguageModel:
     if config.checkpoint is None and config.model not in PRESETS:
         raise UserError(f'there is no language model {config.model!r}{nearest(config.model, PRESETS)}')
-    try:
+    with as_user_error(f'cannot build {config.model}'):
         if config.checkpoint is not None:
             model = LanguageModel.from_pretrained(config.checkpoint).train()
         else:
             model = create_language_model(config.model, **config.model_args)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error
     if model.vocab_size < 256:
         raise UserError(f'bytes need a vocabulary of 256, {config.model} has one of {model.vocab_size}')
     model.set_grad_checkpointing(config.grad_checkpointing)

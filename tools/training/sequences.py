@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmamba.models._pretrained import read_file
 from vmamba.sequence.classifier import CAUSAL, SequenceClassifier
 from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
-from vmamba.tools.user_errors import UserError
+from vmamba.tools.user_errors import UserError, as_user_error
 
 from .config import Config
 from .data import OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
@@ -55,10 +55,8 @@ def load_classifier(path: Path) -> Tuple[SequenceClassifier, Dict[str, Any]]:
     Raises:
         UserError: If the file is of another kind.
     """
-    try:
+    with as_user_error(f'cannot read {path}'):
         state = read_file(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f'cannot read {path}: {" ".join(str(error).split())}') from error
     facts = state.get('config', {})
     if not str(facts.get('data', '')).startswith(PREFIX):
         raise UserError(f'{path} is not best.pt of a run with task: sequence')
@@ -107,7 +105,5 @@ def create_model(config: Config, task: Task) -> SequenceClassifier:
     """
     if config.model not in CAUSAL:
         raise UserError(f'model must be one of the mixers {", ".join(CAUSAL)}, got {config.model!r}')
-    try:
+    with as_user_error(f'cannot build {config.model}'):
         return SequenceClassifier(task.num_classes, **_model_args(config, task))
-    except (TypeError, ValueError) as error:
-        raise UserError(f'cannot build {config.model}: {" ".join(str(error).split())}') from error

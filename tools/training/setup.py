@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vmamba.models.trained import preprocessing
-from vmamba.tools.user_errors import UserError, nearest
+from vmamba.tools.user_errors import UserError, as_user_error, nearest
 
 from .config import Config
 
@@ -144,10 +144,8 @@ def create_task(config: Config, model: nn.Module, device: torch.device) -> Train
         _check_teacher(config, model.num_classes)
         weights = dict(distill_loss_weight=config.distill_weight, temperature=config.distill_temperature)
         teacher = dict(teacher_model=config.teacher, teacher_pretrained_path=config.teacher_checkpoint)
-        try:
+        with as_user_error(f'cannot build the teacher {config.teacher}'):
             task = LogitDistillationTask(model, **teacher, **weights, **args)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f'cannot build the teacher {config.teacher}: {_one_line(error)}') from error
     else:
         task = ClassificationTask(model, **args)
     if config.ema_decay is not None:
@@ -188,7 +186,5 @@ def create_scheduler(config: Config, optimizer: Optimizer, updates_per_epoch: in
     epochs = config.epochs - config.warmup_epochs * config.warmup_prefix
     lengths = dict(num_epochs=epochs, warmup_epochs=config.warmup_epochs, updates_per_epoch=updates_per_epoch)
     rates = dict(warmup_lr=config.warmup_lr, min_lr=config.min_lr, warmup_prefix=config.warmup_prefix)
-    try:
+    with as_user_error():
         return create_scheduler_v2(optimizer, config.sched, **lengths, **rates, step_on_epochs=False)[0]
-    except ValueError as error:
-        raise UserError(str(error)) from error

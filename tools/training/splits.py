@@ -10,12 +10,13 @@ from torch.utils.data import Dataset
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.images.labelled_folders import LabelledFiles, read_csv, read_folder
 from vmamba.tools.images.packaged_data import PREFIX, create_packaged_dataset
-from vmamba.tools.user_errors import UserError, listed, nearest
+from vmamba.tools.user_errors import UserError, as_user_error, listed, nearest
 
 from .config import Config, option_of
 
 SYNTHETIC = 'synthetic'
 NAMES_SHOWN = 10
+WRONG = AssertionError, OSError, RuntimeError, TypeError, ValueError  # what timm raises
 VAL_FRACTION = 0.2
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # timm takes any other name for a folder's
@@ -69,10 +70,8 @@ def _check_name(config: Config) -> None:
 
 def _packaged(config: Config) -> List[Dataset]:
     names = config.train_split, config.val_split
-    try:
+    with as_user_error():
         datasets = [create_packaged_dataset(config.data, name, image_mode(config.in_chans)) for name in names]
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
     if {*datasets[0].reader.indices} & {*datasets[1].reader.indices}:
         shared = '{!r} and {!r} of {} share images'.format(*names, config.data)
         raise UserError(f'images to validate on must not be trained on: {shared}; choose train and validation')
@@ -148,10 +147,8 @@ def _folder(config: Config, root: Path) -> Dataset:
 
 def _read_folder(config: Config, root: Path) -> LabelledFiles:
     as_torchvision = dict(top=True, key=str) if config.data in _TORCH_FOLDERS else {}
-    try:
+    with as_user_error(f'data_args {config.data_args} do not fit the folder {root}', *WRONG):
         files = read_folder(root, **as_torchvision, **config.data_args)
-    except (TypeError, ValueError, AssertionError, OSError) as error:
-        raise UserError(f'data_args {config.data_args} do not fit the folder {root}: {error}') from error
     if files.empty:
         shown = listed(files.empty, NAMES_SHOWN)
         raise UserError(f'{len(files.empty)} class folder(s) without an image: {shown}; fill or remove them')
@@ -170,11 +167,9 @@ def _create(config: Config, split: str, root: Optional[str]) -> Dataset:
         raise UserError(f'{config.data} needs the package {package}: pip install {package.replace("_", "-")}')
     extra = dict(input_img_mode=image_mode(config.in_chans), seed=config.seed, batch_size=config.batch_size)
     args = {'is_training': split == config.train_split, **(extra if prefix != 'torch' else {}), **config.data_args}
-    try:
+    where = f'{config.data or "the folder"} {root or ""}'.strip()
+    with as_user_error(f'cannot open {where}, split {split!r}', *WRONG, ImportError):
         return create_dataset(config.data, root=root, split=split, search_split=False, **args)
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
-        where = f'{config.data or "the folder"} {root or ""}'.strip()
-        raise UserError(f'cannot open {where}, split {split!r}: {" ".join(str(error).split())}') from error
 
 
 def _check_torchvision(config: Config, train: Dataset, validation: Dataset) -> None:
