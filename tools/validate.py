@@ -14,7 +14,7 @@ import argparse
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pandas as pd
 import timm
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vmamba.tools import weights
 from vmamba.tools.devices import device_name
 from vmamba.tools.figures.plots import plot_resolutions
-from vmamba.tools.images.batches import Images, add_loader_options, hits, load_images
+from vmamba.tools.images.batches import add_loader_options, hits, load_images
 from vmamba.tools.images.image_files import find_images
 from vmamba.tools.images.labelled_folders import (
     LabelledFiles,
@@ -61,29 +61,6 @@ class Folder(NamedTuple):
         return [Path(path) for path, _ in self.files.samples]
 
 
-def count_hits(
-    model: nn.Module, images: Images, labels: Tensor, args: argparse.Namespace, advance: Callable[[int], None]
-) -> Tuple[int, float, float]:
-    """Number of readable images with a label, top-1 and top-5 accuracy in %.
-
-    Raises:
-        UserError: If there is no such image.
-    """
-    count, sums = 0, torch.zeros(2, dtype=torch.float64)
-    for indices, batch, _ in images:
-        with torch.inference_mode(), weights.autocast(args):
-            logits = model(batch)
-        right = labels[indices]
-        labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
-        count += int(labelled.sum())
-        sums += hits(logits.float().cpu(), right)[labelled].double().sum(dim=0)
-        advance(len(indices))
-    if not count:
-        raise UserError('no image can be read and has a label')
-    top1, top5 = (100 * sums / count).tolist()
-    return count, top1, top5
-
-
 def validate(args: argparse.Namespace, folders: Sequence[Folder], progress: Progress) -> Iterator[Dict[str, Any]]:
     """Measures every model at every resolution on every folder."""
     class_map = read_class_map(args.class_map) if args.class_map else None
@@ -117,12 +94,25 @@ def measure(
     """A row of validate.csv: a model that is ready for this size on a folder, accuracies in %.
 
     The published figures are the authors' for ImageNet-1K's validation images at 224 pixels, whatever the folder.
+
+    Raises:
+        UserError: If no image can be read and has a label.
     """
     config = weights.data_config(model, args, size)
     images = load_images(folder.paths, config, args)
     task = progress.add_task(f'{folder.name} at {size}', total=len(images))
-    start = time.perf_counter()
-    count, top1, top5 = count_hits(model, images, labels, args, lambda n: progress.advance(task, n))
+    start, count, sums = time.perf_counter(), 0, torch.zeros(2, dtype=torch.float64)
+    for indices, batch, _ in images:
+        with torch.inference_mode(), weights.autocast(args):
+            logits = model(batch)
+        right = labels[indices]
+        labelled = right.any(dim=1) if right.ndim == 2 else torch.ones(len(right), dtype=torch.bool)
+        count += int(labelled.sum())
+        sums += hits(logits.float().cpu(), right)[labelled].double().sum(dim=0)
+        progress.advance(task, len(indices))
+    if not count:
+        raise UserError('no image can be read and has a label')
+    top1, top5 = (100 * sums / count).tolist()
     seconds = time.perf_counter() - start
     progress.remove_task(task)
     unreadable = int(images.samples.bad.sum())

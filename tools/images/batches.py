@@ -149,18 +149,17 @@ def eval_transform(config: Dict[str, Any]) -> Callable:
     return create_transform(**known, is_training=False, use_prefetcher=True)
 
 
+def create_loader(dataset: Dataset, device: torch.device, workers: int, **options: Any) -> DataLoader:
+    """PyTorch's loader, whose processes stay from epoch to epoch and leave signals to the main one."""
+    own = dict(persistent_workers=workers > 0, worker_init_fn=leave_stopping_to_main)
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == 'cuda', **{**own, **options})
+
+
 def prefetch(
     samples: Dataset, config: Dict[str, Any], device: torch.device, workers: int, **loader_args: Any
 ) -> PrefetchLoader:
     """Batches that are copied to the device and normalised there while the model works on the previous one."""
-    loader = DataLoader(
-        samples,
-        num_workers=workers,
-        collate_fn=fast_collate,
-        pin_memory=device.type == 'cuda',
-        worker_init_fn=leave_stopping_to_main,
-        **{'persistent_workers': workers > 0, **loader_args},
-    )
+    loader = create_loader(samples, device, workers, collate_fn=fast_collate, **loader_args)
     normalisation = {name: config[name] for name in ('mean', 'std')}
     return PrefetchLoader(loader, channels=config['input_size'][0], device=device, **normalisation)
 

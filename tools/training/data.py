@@ -12,13 +12,13 @@ from timm.data.auto_augment import AugmentOp, posterize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from vmamba.tools.images.batches import Images, Samples, eval_transform, prefetch, useful_workers
+from vmamba.tools.images.batches import Images, Samples, create_loader, eval_transform, prefetch, useful_workers
 from vmamba.tools.images.decoding import image_mode
 from vmamba.tools.user_errors import UserError
 
 from .config import Config
 from .order import BatchOrder
-from .runtime import Runtime, leave_stopping_to_main
+from .runtime import Runtime
 from .seeding import derive_seed, seeded
 from .splits import SYNTHETIC
 
@@ -105,15 +105,7 @@ class SequenceValidation:
 
 def sequence_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
     """Batches of sequences, with a sampler and a batch size or a batch sampler."""
-    workers = useful_workers(config.workers)
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=runtime.device.type == 'cuda',
-        worker_init_fn=leave_stopping_to_main,
-        **order,
-    )
+    return create_loader(dataset, runtime.device, useful_workers(config.workers), **order)
 
 
 class IndexedData(OrderedBatches):
