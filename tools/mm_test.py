@@ -14,7 +14,7 @@ from vmamba.tools.openmmlab.configs import (
     add_config_options,
     is_first_process,
     join_processes,
-    leaf_configs,
+    leaves,
     load_config,
     set_work_dir,
 )
@@ -56,7 +56,7 @@ def augment(cfg: Config, path: Path) -> None:
             raise UserError(f'{path} has no {key}, which --tta needs')
     if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
         raise UserError(f'the DetTTAModel of {path} merges boxes, not masks: --tta needs a detector without mask_head')
-    for dataset in leaf_configs(cfg.test_dataloader.dataset):
+    for dataset in leaves(cfg.test_dataloader.dataset):
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 

@@ -28,6 +28,11 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=dpi))
 
 
+def _style(i: int) -> Dict[str, str]:
+    """Of line number i."""
+    return dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}')
+
+
 def plot_comparison(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Throughput and peak memory against resolution, a line a label; crosses at the edge mark what did not run.
 
@@ -39,8 +44,7 @@ def plot_comparison(rows: pd.DataFrame, title: str, path: Path) -> None:
     for i, (label, own) in enumerate(rows.groupby('label', sort=False)):
         done, missing = own[own.status == 'ok'], own[own.status != 'ok']
         what = ', '.join(f'{row.status} at {row.size}' for row in missing.itertuples())
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}')
-        style['label'] = f'{label} (× {what})' if what else label
+        style = dict(_style(i), label=f'{label} (× {what})' if what else label)
         panels[0].plot(done['size'], done.images_per_second, **style)
         panels[1].plot(done['size'], done.peak_mib, **style)
         for panel, edge in zip(panels, (0.03 + 0.04 * crossed, 0.97 - 0.04 * crossed)):  # slow, and much memory
@@ -65,8 +69,7 @@ def _log_panel(panel: Axes, ticks: Dict[int, str], ylabel: str) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel('image size, pixels')
-    panel.set_ylabel(ylabel)
+    panel.set(xlabel='image size, pixels', ylabel=ylabel)
     panel.grid(alpha=0.3)
 
 
@@ -84,8 +87,7 @@ def plot_run(history: Sequence[Dict[str, float]], path: Path) -> None:
             if rows:
                 panel.plot([row['epoch'] for row in rows], [row[key] for row in rows], marker='.', label=label)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel('epoch')
-        panel.set_ylabel(ylabel)
+        panel.set(xlabel='epoch', ylabel=ylabel)
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
@@ -101,15 +103,13 @@ def plot_accuracies(epochs: pd.DataFrame, title: str, path: Path, required: Opti
     panel = figure.subplots()
     for i, (model, runs) in enumerate(epochs.groupby('model', sort=False)):
         found = runs.groupby('epoch').val_top1.agg(['mean', 'min', 'max'])
-        style = dict(marker=MARKERS[i % len(MARKERS)], markevery=max(len(found) // 8, 1), color=f'C{i % 10}')
-        panel.plot(found['mean'], label=model, markersize=4, **style)
+        panel.plot(found['mean'], label=model, markersize=4, markevery=max(len(found) // 8, 1), **_style(i))
         panel.fill_between(found.index, found['min'], found['max'], color=f'C{i % 10}', alpha=0.2)
     if required is not None:
         panel.axhline(required, linestyle='--', color='grey', label=f'required: {required:g} %')
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_title(title, fontsize=11)
-    panel.set_xlabel('epoch')
-    panel.set_ylabel('validation accuracy, %')
+    panel.set(xlabel='epoch', ylabel='validation accuracy, %')
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     save_figure(figure, path)
@@ -120,13 +120,12 @@ def plot_resolutions(lines: Dict[str, pd.Series], published: Dict[str, pd.Series
     figure = Figure(figsize=(7, 4.2), layout='constrained')
     panel = figure.subplots()
     for i, (label, values) in enumerate(lines.items()):
-        panel.plot(values, marker=MARKERS[i % len(MARKERS)], label=label, color=f'C{i % 10}')
+        panel.plot(values, label=label, **_style(i))
         if len(published[label]):
             name = f'{label}, published (ImageNet-1K val)'
             panel.plot(published[label], 'x', label=name, color=f'C{i % 10}')
     panel.set_xticks(sorted({size for values in lines.values() for size in values.index}))
-    panel.set_xlabel('image size, pixels')
-    panel.set_ylabel('top-1 accuracy, %')
+    panel.set(xlabel='image size, pixels', ylabel='top-1 accuracy, %')
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     save_figure(figure, path)
@@ -140,14 +139,11 @@ def plot_generation(rows: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(9, 3.8), layout='constrained')
     panels = figure.subplots(1, 2)
     for i, (model, own) in enumerate(rows.groupby('model', sort=False)):
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}', label=model)
-        panels[0].plot(own.length, own.ms_per_step, **style)
-        panels[1].plot(own.length, own.cache_mib + own.weights_mib, **style)
+        panels[0].plot(own.length, own.ms_per_step, label=model, **_style(i))
+        panels[1].plot(own.length, own.cache_mib + own.weights_mib, **_style(i))
     for panel, ylabel in zip(panels, ('ms per step', 'weights and cache, MiB')):
         panel.set_xscale('log', base=2)
-        panel.set_yscale('log')
-        panel.set_xlabel('tokens before')
-        panel.set_ylabel(ylabel)
+        panel.set(yscale='log', xlabel='tokens before', ylabel=ylabel)
         panel.grid(alpha=0.3)
     panels[0].legend()
     save_figure(figure, path)
@@ -195,8 +191,7 @@ def plot_receptive_fields(fields: Dict[str, Dict[str, Field]], title: str, path:
             panel.imshow(values / max(values.max(), 1e-30), norm=PowerNorm(0.25, vmin=0, vmax=1), cmap='magma')
             sides = ', '.join(f'{share:.0%} in {side}' for share, side in found[name].sides.items())
             panel.set_title(f'{name}\n{sides} px', fontsize=8)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            panel.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=9)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, dpi=130)
@@ -231,10 +226,8 @@ def plot_attention(
             panel.set_title(name, fontsize=9)
             figure.colorbar(drawn, ax=panel, shrink=0.8).ax.tick_params(labelsize=6)
         for panel in row:
-            panel.set_xlim(-0.5, image.shape[1] - 0.5)
-            panel.set_ylim(image.shape[0] - 0.5, -0.5)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            height, width = image.shape[:2]
+            panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
             if pixel is not None:
                 panel.plot(*pixel, marker='+', color='cyan', markersize=9)
     figure.suptitle(title, fontsize=10)

@@ -12,6 +12,8 @@ from torch import nn
 
 from vmamba.tools.user_errors import UserError, listed
 
+from .configs import leaves
+
 IGNORED_LABEL = 255
 
 
@@ -53,15 +55,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
-
-
-def leaves(dataset: Any) -> Iterator[BaseDataset]:
-    """The data sets inside wrappers that repeat or join them."""
-    inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else [])
-    if not inner:
-        yield dataset
-    for part in inner:
-        yield from leaves(part)
 
 
 def absent(path: Any) -> UserError:

@@ -5,6 +5,7 @@ import ast
 import inspect
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, Optional, Sequence
@@ -83,13 +84,12 @@ def hint_for(cfg: Config, key: str) -> str:
     return ''
 
 
-def leaf_configs(dataset: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The configs of the data sets inside wrappers that repeat or join them."""
-    inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
-    if not inner:
-        yield dataset
-    for part in inner:
-        yield from leaf_configs(part)
+def leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets, or the configs of them, inside wrappers that repeat or join them."""
+    get = dataset.get if isinstance(dataset, dict) else partial(getattr, dataset)
+    inner = get('datasets', None) or [get('dataset', None)]
+    parts = [leaf for part in inner if part is not None for leaf in leaves(part)]
+    yield from parts or [dataset]
 
 
 def set_work_dir(cfg: Config, config: Path, work_dir: Optional[Path]) -> None:

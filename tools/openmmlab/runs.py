@@ -17,7 +17,7 @@ from vmamba.tools.user_errors import UserError
 
 from .checkpoints import MAX_MESSAGE, load_weights, read_checkpoint
 from .checks import absent, check_maps, unwrap
-from .configs import leaf_configs
+from .configs import leaves
 
 WRONG = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)  # how wrong values fail
 EMPTY = 'need at least one array to concatenate'  # how mmengine's data sets fail without images
@@ -90,7 +90,7 @@ class StrictRunner(Runner):
 
 def sources(dataset: Dict[str, Any]) -> Iterator[str]:
     """The annotation files of a data set's config, or else its folders."""
-    for leaf in leaf_configs(dataset):
+    for leaf in leaves(dataset):
         names = [leaf['ann_file']] if leaf.get('ann_file') else leaf.get('data_prefix', {}).values()
         root = leaf.get('data_root') or ''
         yield from [os.path.join(root, name) for name in names] or [str(leaf.get('type'))]
