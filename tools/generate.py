@@ -27,13 +27,15 @@ class Bytes:
 
     eos_token_id = None
 
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
     def encode(self, text: bytes) -> List[int]:
         return list(text)
 
-    def decoder(self) -> Any:
-        """A function that takes new ids and returns the text that they complete."""
-        decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        return lambda ids: decoder.decode(bytes(id for id in ids if id < 256))
+    def decode(self, ids: List[int]) -> str:
+        """The text that new ids complete."""
+        return self._decoder.decode(bytes(id for id in ids if id < 256))
 
 
 class Tokens:
@@ -45,25 +47,20 @@ class Tokens:
         with as_user_error(f'cannot load the tokenizer {folder}'):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.eos_token_id = self.tokenizer.eos_token_id
+        self._ids: List[int] = []
+        self._shown = ''
 
     def encode(self, text: bytes) -> List[int]:
         return self.tokenizer.encode(text.decode('utf-8', errors='replace'))
 
-    def decoder(self) -> Any:
-        """A function that takes new ids and returns the text that they complete."""
-        all_ids: List[int] = []
-        shown = ''
-
-        def decode(ids: List[int]) -> str:
-            nonlocal shown
-            all_ids.extend(ids)
-            text = self.tokenizer.decode(all_ids)
-            if text.endswith('\ufffd'):  # the beginning of a character
-                return ''
-            new, shown = text[len(shown) :], text
-            return new
-
-        return decode
+    def decode(self, ids: List[int]) -> str:
+        """The text that new ids complete."""
+        self._ids += ids
+        text = self.tokenizer.decode(self._ids)
+        if text.endswith('\ufffd'):  # the beginning of a character
+            return ''
+        new, self._shown = text[len(self._shown) :], text
+        return new
 
 
 def coding(args: argparse.Namespace, model: LanguageModel) -> Any:
@@ -108,10 +105,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model = load(args.model, device, args.precision)
     coder = coding(args, model)
     ids = torch.tensor([coder.encode(text)], device=device)
-    decode = coder.decoder()
 
     def show(new: Tensor) -> None:
-        print(decode(new.flatten().tolist()), end='', flush=True)
+        print(coder.decode(new.flatten().tolist()), end='', flush=True)
 
     if not args.only_new:
         print(text.decode('utf-8', errors='replace'), end='', flush=True)
