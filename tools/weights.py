@@ -17,7 +17,7 @@ from vmamba.models._pretrained import is_download_error, read_checkpoint, read_f
 from vmamba.models.trained import model_args, run_facts, set_preprocessing
 from vmamba.tools import devices
 from vmamba.tools.devices import DTYPES, add_device_option
-from vmamba.tools.training.config import parse_yaml
+from vmamba.tools.training.config import parse_value
 from vmamba.tools.user_errors import UserError, as_user_error, nearest, positive_float
 
 SPEC_HELP = (
@@ -166,13 +166,10 @@ def training_of(spec: Spec) -> Dict[str, Any]:
 
 
 def parse_model_args(text: str) -> Dict[str, Any]:
-    try:
-        found, why = parse_yaml(text), ''
-    except ValueError as error:
-        found, why = None, f' ({error})'
+    found = parse_value(text)
     if not isinstance(found, dict):
         expected = "keys and values such as '{stride: 6, in_chans: 1}'"
-        raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}{why}')
+        raise argparse.ArgumentTypeError(f'must be {expected}, got {text!r}')
     return found
 
 

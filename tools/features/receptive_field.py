@@ -1,8 +1,4 @@
-"""The effective receptive field: how much each pixel of the image changes the centre of a feature map.
-
-For a map F [d, h, w] of a stage or block, of the normalised image x [C, H, W],
-
-    E[p] = mean over images of sum_c |d (sum_k F[k, h // 2, w // 2]) / d x[c, p]|.
+"""The effective receptive field E, which tools/visualize.py defines.
 
 "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", https://arxiv.org/abs/1701.04128
 """

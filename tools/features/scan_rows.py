@@ -1,16 +1,8 @@
 """What one pixel of a selective scan takes from every other: a row of the matrix that the scan is.
 
-A scan along one route, with the steps l = 0, 1, ... at which it visits pixels, is for every channel
-
-    h_l = exp(delta_l A) h_{l-1} + delta_l B_l x_l,    y_l = <C_l, h_l> + D x_l.
-
-Unrolled, y = M x + D x with the lower triangular matrix of "attention" weights
-
-    M_ij = sum_n C_i[n] exp(A[n] (delta_{j+1} + ... + delta_i)) delta_j B_j[n]    for j <= i, else 0.
-
-delta, B and C depend on the image, so M is of this image. `scan_rows` computes the row of one pixel i, for each route
-and channel, exactly: by differences of the running sum of delta, in fp64. VMamba's SS2D sums four routes, of the same
-x; Vim's block sums two directions, of the same tokens after a convolution in each direction's sense.
+`scan_rows` computes the row of one pixel i of the matrix M that tools/visualize.py defines, for each route and channel,
+exactly: by differences of the running sum of delta, in fp64. VMamba's SS2D sums four routes, of the same x; Vim's block
+sums two directions, of the same tokens after a convolution in each direction's sense.
 """
 
 from typing import NamedTuple, Union

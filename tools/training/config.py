@@ -361,7 +361,7 @@ def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = (),
         elif field.type == List[str]:
             parser.add_argument(option, nargs='*', default=argparse.SUPPRESS, help=help_text, metavar='NAME')
         else:
-            parse = {str: str, Optional[str]: _parse_text}.get(field.type, _parse_value)
+            parse = {str: str, Optional[str]: _parse_text}.get(field.type, parse_value)
             parser.add_argument(option, type=parse, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
     if kind is Config:
         parser.add_argument(
@@ -373,7 +373,8 @@ def _parse_text(text: str) -> Optional[str]:
     return None if text == 'null' else text
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """A YAML value, for argparse."""
     try:
         return parse_yaml(text)
     except ValueError as error:
