@@ -331,17 +331,14 @@ def _check(config: Config) -> None:
 def check_values(config: Any) -> None:
     """Raises UserError for a value that its key does not allow."""
     for key, field in fields_of(type(config)).items():
-        _check_value(key, getattr(config, key), field.metadata['allowed'])
-
-
-def _check_value(key: str, value: Any, allowed: Union[Range, Sequence[Any], None]) -> None:
-    for item in value if isinstance(value, list) else [value]:
-        if allowed is None or item is None or item in allowed:
-            continue
-        if isinstance(allowed, Range):
-            raise UserError(f'{key} must be {allowed}, got {value}')
-        guess = nearest(item, allowed) if isinstance(item, str) else ''
-        raise UserError(f'{key} must be one of {", ".join(map(str, allowed))}, got {item!r}{guess}')
+        value, allowed = getattr(config, key), field.metadata['allowed']
+        for item in value if isinstance(value, list) else [value]:
+            if allowed is None or item is None or item in allowed:
+                continue
+            if isinstance(allowed, Range):
+                raise UserError(f'{key} must be {allowed}, got {value}')
+            guess = nearest(item, allowed) if isinstance(item, str) else ''
+            raise UserError(f'{key} must be one of {", ".join(map(str, allowed))}, got {item!r}{guess}')
 
 
 def option_of(key: str) -> str:
@@ -354,15 +351,14 @@ def add_options(parser: argparse._ActionsContainer, without: Sequence[str] = (),
     for name, field in fields_of(kind).items():
         if name in without:
             continue
-        option, help_text = option_of(name), field.metadata['help']
         if field.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(option, action=action, default=argparse.SUPPRESS, help=help_text)
+            how = dict(action=argparse.BooleanOptionalAction)
         elif field.type == List[str]:
-            parser.add_argument(option, nargs='*', default=argparse.SUPPRESS, help=help_text, metavar='NAME')
+            how = dict(nargs='*', metavar='NAME')
         else:
             parse = {str: str, Optional[str]: _parse_text}.get(field.type, parse_value)
-            parser.add_argument(option, type=parse, default=argparse.SUPPRESS, help=help_text, metavar='VALUE')
+            how = dict(type=parse, metavar='VALUE')
+        parser.add_argument(option_of(name), default=argparse.SUPPRESS, help=field.metadata['help'], **how)
     if kind is Config:
         parser.add_argument(
             '--from-scratch', dest='pretrained', action='store_false', default=argparse.SUPPRESS, help='--no-pretrained'

@@ -82,25 +82,29 @@ def check_epoch(data: OrderedBatches, what: str, config: Config, runtime: Runtim
         raise UserError(f'one update takes {size} {what}, but an epoch has fewer: {advice}')
 
 
-class SequenceValidation:
-    """Sequences to validate on, each once, shared among the processes; `place` as of OrderedBatches."""
+class Validation:
+    """Batches to validate on, from a loader; `size` is their number of examples, `place` as of OrderedBatches."""
 
     samples = None
 
-    def __init__(
-        self, dataset: Dataset, config: Config, runtime: Runtime, place: Optional[Callable[[Any], Any]] = None
-    ) -> None:
-        self.dataset, self.runtime, self.place = dataset, runtime, place or runtime.place
-        rows = range(runtime.rank, len(dataset), runtime.world)
-        size = config.val_batch_size or config.batch_size
-        self.loader = sequence_loader(dataset, config, runtime, batch_size=size, sampler=rows)
+    def __init__(self, loader: Any, size: int, runtime: Runtime, place: Optional[Callable[[Any], Any]] = None) -> None:
+        self.loader, self.size, self.runtime, self.place = loader, size, runtime, place or runtime.place
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.size
 
     def __iter__(self) -> Iterator[Tuple[None, Any, Tensor]]:
         for inputs, targets in self.loader:
             yield None, self.place(inputs), self.runtime.place(targets)
+
+
+def validate_sequences(
+    dataset: Dataset, config: Config, runtime: Runtime, place: Optional[Callable[[Any], Any]] = None
+) -> Validation:
+    """Sequences to validate on, each once, shared among the processes."""
+    rows, size = range(runtime.rank, len(dataset), runtime.world), config.val_batch_size or config.batch_size
+    loader = sequence_loader(dataset, config, runtime, batch_size=size, sampler=rows)
+    return Validation(loader, len(dataset), runtime, place)
 
 
 def sequence_loader(dataset: Dataset, config: Config, runtime: Runtime, **order: Any) -> DataLoader:
@@ -235,32 +239,17 @@ class SyntheticData:
             yield self.batch._replace(images=self.batch.images.clone())  # mixing changes images in place
 
 
-class StreamedImages:
-    """The images to validate on of a dataset that can only be read in its own order."""
-
-    def __init__(self, dataset: IterableDataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> None:
-        stream = Stream(dataset, eval_transform(data_config), (config.seed, runtime.rank), config.workers)
-        batch_size = config.val_batch_size or config.batch_size
-        self.samples = None
-        self.loader = prefetch(stream, data_config, runtime.device, config.workers, batch_size=batch_size)
-
-    def __len__(self) -> int:
-        return len(self.loader.dataset)
-
-    def __iter__(self) -> Iterator[Tuple[None, Tensor, Tensor]]:
-        for images, targets in self.loader:
-            yield None, images, targets
-
-
-Validation = Union[Images, StreamedImages]
-
-
-def create_validation(dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime) -> Validation:
+def create_validation(
+    dataset: Dataset, config: Config, data_config: Dict[str, Any], runtime: Runtime
+) -> Union[Images, Validation]:
     """The images to validate on, each once, shared among the processes."""
+    size = config.val_batch_size or config.batch_size
     if isinstance(dataset, IterableDataset):
-        return StreamedImages(dataset, config, data_config, runtime)
+        stream = Stream(dataset, eval_transform(data_config), (config.seed, runtime.rank), config.workers)
+        loader = prefetch(stream, data_config, runtime.device, config.workers, batch_size=size)
+        return Validation(loader, len(stream), runtime)
     indices = range(runtime.rank, len(dataset), runtime.world)
-    sizes = config.val_batch_size or config.batch_size, config.workers
+    sizes = size, config.workers
     images = Images(dataset, data_config, *sizes, runtime.device, config.skip_bad_images, indices)
     if config.cache:
         images.loader = list(images.loader)
@@ -269,7 +258,7 @@ def create_validation(dataset: Dataset, config: Config, data_config: Dict[str, A
 
 def create_data(
     config: Config, data_config: Dict[str, Any], datasets: List[Dataset], num_classes: int, runtime: Runtime
-) -> Tuple[Any, Optional[Validation]]:
+) -> Tuple[Any, Union[Images, Validation, None]]:
     """Training batches and validation images; synthetic data has nothing to validate on."""
     if config.data == SYNTHETIC:
         train, validation = SyntheticData(config, data_config, num_classes, runtime), None

@@ -22,7 +22,7 @@ from vmamba.tools.user_errors import UserError
 
 from .checkpoint import Checkpoints, check_same_run
 from .config import Config
-from .data import Batch, Validation
+from .data import Batch
 from .parallel import Parallel, whole
 from .report import UNITS, Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
@@ -41,7 +41,7 @@ class Trainer:
         parallel: Parallel,
         optimizer: Optimizer,
         data: Any,
-        validation: Optional[Validation],
+        validation: Any,
         facts: Dict[str, Any],
         report: Report,
     ) -> None:

@@ -13,7 +13,7 @@ from vmamba.sequence import PRESETS, ByteFiles, ByteWindows, LanguageModel, crea
 from vmamba.tools.user_errors import UserError, as_user_error, nearest
 
 from .config import Config
-from .data import Batch, OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
+from .data import Batch, OrderedBatches, Parts, batch_order, check_epoch, sequence_loader, validate_sequences
 from .runtime import Runtime
 from .seeding import seed_all
 
@@ -108,7 +108,7 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
     )
     summary = f'{len(kept)} bytes of {len(kept.parts)} file(s) to train on, {len(held)} to validate on'
     place = partial(_place, packed=windows[1].packed, runtime=runtime)  # each window from an empty state
-    return Parts(model, data, SequenceValidation(windows[1], config, runtime, place), facts, summary)
+    return Parts(model, data, validate_sequences(windows[1], config, runtime, place), facts, summary)
 
 
 def _check(config: Config, runtime: Runtime) -> None:

@@ -15,7 +15,7 @@ from vmamba.tools.sequences.tasks import NAMES, PREFIX, Task, load_task
 from vmamba.tools.user_errors import UserError, as_user_error
 
 from .config import Config
-from .data import OrderedBatches, Parts, SequenceValidation, batch_order, check_epoch, sequence_loader
+from .data import OrderedBatches, Parts, batch_order, check_epoch, sequence_loader, validate_sequences
 from .runtime import Runtime
 from .seeding import seed_all
 
@@ -46,7 +46,7 @@ def create_parts(config: Config, runtime: Runtime) -> Parts:
         data_args=config.data_args,
     )
     summary = f'{len(train)} sequences to train on, {len(held_out)} to validate on'
-    return Parts(model, data, SequenceValidation(held_out, config, runtime), facts, summary)
+    return Parts(model, data, validate_sequences(held_out, config, runtime), facts, summary)
 
 
 def load_classifier(path: Path) -> Tuple[SequenceClassifier, Dict[str, Any]]:
