@@ -43,19 +43,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError(f'{args.config} has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs')
         cfg.auto_scale_lr.enable = True
     if args.fsdp:
-        use_shards(cfg)
+        check_version('cuda' if torch.cuda.is_available() else 'cpu')
+        import vmamba.tools.openmmlab.sharding  # noqa: F401 - registers the runner
+
+        cfg.runner_type = 'ShardedRunner'
     with lock_folder(Path(cfg.work_dir)) if is_first_process(args.launcher) else nullcontext():
         choose_start(cfg, args.resume, args.fresh)
         make_resumable(cfg)
         build_runner(cfg).train()
-
-
-def use_shards(cfg: Config) -> None:
-    """Shards weights, gradients and moments over the processes."""
-    check_version('cuda' if torch.cuda.is_available() else 'cpu')
-    import vmamba.tools.openmmlab.sharding  # noqa: F401 - registers the runner
-
-    cfg.runner_type = 'ShardedRunner'
 
 
 def set_precision(cfg: Config, precision: Optional[str]) -> None:

@@ -30,13 +30,10 @@ class Case:
 
     Attributes:
         kind: Of KINDS. The first input of kernels is like their output.
-        name: Unique, beginning with the kind.
-        batch: Batch size.
         shape: Sizes other than the batch, as text.
         build: Makes the tensors, from a batch size and a device.
         by: Package.
         passes: What to time: INFERENCE, the forward pass, and TRAINING, the forward and the backward pass.
-        compile: Whether torch.compile is used.
         beside: Names of the cases with which it is compared.
     """
 

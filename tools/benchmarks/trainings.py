@@ -110,7 +110,9 @@ class Comparison:
         found, evaluated = self.evaluate(run, folder, status == 'ok')
         if self.stop.signal:
             return None
-        drop_weights(folder)
+        for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):  # of a run that is done they are not needed
+            path.unlink()
+        shutil.rmtree(folder / 'best', ignore_errors=True)
         common = dict(status=status, epochs=len(epochs_of(folder)))
         return {**run._asdict(), **common, **found, 'message': message or evaluated}
 
@@ -174,13 +176,6 @@ def call(command: Sequence[Any], log: Path, timeout: float, stop: StopRequest) -
     if code is None:
         return 'timeout', f'took more than {timeout:g} s'
     return ('failed', last_error(log.read_text(errors='replace')) or f'exit status {code}') if code else ('ok', '')
-
-
-def drop_weights(folder: Path) -> None:
-    """Removes weights and checkpoints from the folder of a run."""
-    for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):
-        path.unlink()
-    shutil.rmtree(folder / 'best', ignore_errors=True)
 
 
 def epochs_of(folder: Path) -> pd.DataFrame:

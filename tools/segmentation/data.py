@@ -171,11 +171,7 @@ def whole_cases(config: Config, cases: List[Case]) -> DataLoader:
 
 
 def _cached(config: Config, cases: List[Case], steps: List[Transform]) -> CacheDataset:
-    """A data set that holds the cases in memory, as they are before the first random step.
-
-    Raises:
-        UserError: If a case cannot be read or does not fit the configuration.
-    """
+    """A data set that holds the cases in memory, as they are before the first random step."""
     try:
         return CacheDataset(cases, Compose(steps), cache_rate=config.cache, num_workers=1, progress=False)
     except RuntimeError as error:  # MONAI's, around that of a step

@@ -155,11 +155,7 @@ class Trainer:
         self.checkpoints.save(state, self.epoch * self.config.iterations)
 
     def _resume(self) -> None:
-        """Loads the newest readable checkpoint, if there is one.
-
-        Raises:
-            UserError: If the checkpoint belongs to another run.
-        """
+        """Loads the newest readable checkpoint, if there is one."""
         found = self.checkpoints.load_newest(self.report.warn)
         if found is None:
             self.report.say(f'nothing to resume in {self.config.output}: starting a new run')

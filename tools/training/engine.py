@@ -22,7 +22,7 @@ from vmamba.tools.user_errors import UserError
 
 from .checkpoint import Checkpoints, check_same_run
 from .config import Config
-from .data import Batch
+from .data import Batch, Parts
 from .parallel import Parallel, whole
 from .report import UNITS, Report
 from .runtime import Runtime, StopRequest, peak_memory_mib
@@ -40,17 +40,15 @@ class Trainer:
         task: TrainingTask,
         parallel: Parallel,
         optimizer: Optimizer,
-        data: Any,
-        validation: Any,
-        facts: Dict[str, Any],
+        parts: Parts,
         report: Report,
     ) -> None:
         self.config, self.runtime, self.task, self.parallel, self.optimizer = config, runtime, task, parallel, optimizer
-        self.data, self.validation, self.facts, self.report = data, validation, facts, report
-        self.num_classes = facts['num_classes']
+        self.data, self.validation, self.facts, self.report = parts.data, parts.validation, parts.facts, report
+        self.num_classes = self.facts['num_classes']
         self.update_size = config.batch_size * config.accumulate * runtime.world
         self.unit, self.rate_factor = UNITS[config.task], config.seq_len if config.task == 'language' else 1
-        self.scheduler = create_scheduler(config, optimizer, data.updates_per_epoch)
+        self.scheduler = create_scheduler(config, optimizer, self.data.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == 'fp16')
         self.mix = _mixup(config, self.num_classes)
         erases = config.augment and config.reprob > 0
@@ -153,11 +151,7 @@ class Trainer:
         return norm
 
     def _mean_loss(self, since: Optional[Tensor] = None) -> float:
-        """Mean loss over all processes, since an earlier state of the sums or the start of the epoch.
-
-        Raises:
-            UserError: If a loss or a gradient was not finite.
-        """
+        """Mean loss over all processes, since an earlier state of the sums or the start of the epoch."""
         self._check_finite()
         loss, count, _ = self.runtime.sum(self.sums - since if since is not None else self.sums.clone())
         return loss / max(count, 1)

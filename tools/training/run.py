@@ -82,16 +82,16 @@ def create_trainer(config: Config, runtime: Runtime, report: Report) -> Trainer:
         'language': (language.create_parts, language.create_task),
         'sequence': (sequences.create_parts, sequences.create_task),
     }[config.task]
-    model, train, validation, facts, summary = create_parts(config, runtime)
-    report.say(summary)
-    task = make_task(config, model, runtime.device)
-    params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    parts = create_parts(config, runtime)
+    report.say(parts.summary)
+    task = make_task(config, parts.model, runtime.device)
+    params = sum(parameter.numel() for parameter in parts.model.parameters()) / 1e6
     parallel = distribute(config, task, runtime)
-    optimizer = create_optimizer(config, model, config.batch_size * config.accumulate * runtime.world)
+    optimizer = create_optimizer(config, parts.model, config.batch_size * config.accumulate * runtime.world)
     processes = f'{runtime.world} process(es) on {runtime.device.type}'
-    classes = f'{facts["num_classes"]} classes'
+    classes = f'{parts.facts["num_classes"]} classes'
     report.say(f'{config.model}: {params:.2f} M parameters, {classes}, {processes}, {config.precision}')
-    return Trainer(config, runtime, task, parallel, optimizer, train, validation, facts, report)
+    return Trainer(config, runtime, task, parallel, optimizer, parts, report)
 
 
 def run(trainer: Trainer, resume: bool) -> None:

@@ -96,11 +96,7 @@ def _weights(config: Config, num_classes: int) -> Dict[str, Any]:
 
 
 def _published(name: str, advice: str) -> PretrainedCfg:
-    """The configuration of published weights.
-
-    Raises:
-        UserError: If there are none, with the advice.
-    """
+    """The configuration of published weights."""
     published = get_pretrained_cfg(name)
     if not published.has_weights:
         raise UserError(f'{name} has no published weights: {advice}')

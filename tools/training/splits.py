@@ -107,11 +107,7 @@ def _is_whole(root: Path, config: Config) -> bool:
 
 
 def _datasets(config: Config, parts: List[LabelledFiles], source: Path) -> List[Dataset]:
-    """Datasets of both splits; if there is one part, a share of it is held out for validation.
-
-    Raises:
-        UserError: If a share is to be held out, but the splits are given; or if both share an image.
-    """
+    """Datasets of both splits; if there is one part, a share of it is held out for validation."""
     if len(parts) == 1:
         parts = list(parts[0].hold_out(config.val_fraction or VAL_FRACTION, config.seed))
     elif config.val_fraction is not None:
@@ -156,11 +152,7 @@ def _read_folder(config: Config, root: Path) -> LabelledFiles:
 
 
 def _create(config: Config, split: str, root: Optional[str]) -> Dataset:
-    """A dataset by timm.
-
-    Raises:
-        UserError: If it cannot be opened, or its package is missing.
-    """
+    """A dataset by timm."""
     prefix = config.data.lower().partition('/')[0]
     package = _PACKAGES.get(prefix)
     if package and importlib.util.find_spec(package) is None:
