@@ -162,9 +162,8 @@ def publish(rows: List[Dict[str, Any]], args: argparse.Namespace, facts: Dict[st
     if not args.lengths:
         report = Report('bench_generation speed', 'Speed of generation', facts, [table], notes)
         return report.publish(open_console(), args.docs)
-    Report('bench_generation lengths', 'Generation by length', facts, [table], notes, (), 'generation.png').publish(
-        open_console(), args.docs
-    )
+    report = Report('bench_generation lengths', 'Generation by length', facts, [table], notes, (), 'generation.png')
+    report.publish(open_console(), args.docs)
     plot_generation(table, args.docs.with_name('generation.png'))
 
 

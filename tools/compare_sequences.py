@@ -145,7 +145,8 @@ class SequenceComparison(Comparison):
     def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
         parser = Parser(__doc__, usage='%(prog)s [--TASKS NAME ...] [--KEY VALUE ...]')
         parser.add_argument('--tasks', nargs='+', choices=CASES, default=list(CASES), help='all by default')
-        parser.add_argument('--models', nargs='+', help='of the tables; default: all of each task')
+        models = sorted({model for case in CASES.values() for model in case.models})
+        parser.add_argument('--models', nargs='+', choices=models, help='default: all of each task')
         parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
         parser.add_argument('--lengths', nargs='+', type=positive, default=LENGTHS, help='to test induction heads at')
         cls.add_options(parser, 'runs/sequences')
@@ -153,9 +154,7 @@ class SequenceComparison(Comparison):
 
     def runs(self) -> List[Run]:
         """One seed after another."""
-        args, known = self.args, {model for case in CASES.values() for model in case.models}
-        if unknown := [model for model in args.models or () if model not in known]:
-            raise UserError(f'there is no model {unknown[0]!r}; there are {", ".join(sorted(known))}')
+        args = self.args
         runs = [
             Run(task, model, seed) for seed, task in product(args.seeds, args.tasks) for model in CASES[task].models
         ]

@@ -93,4 +93,4 @@ def test_models_of_a_task_have_about_the_same_size(tmp_path):
 def test_an_unknown_model_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_sequences.main(['--models', 'mamba3', '--output', str(tmp_path)])
-    assert "there is no model 'mamba3'; there are attention, h3, mamba" in capsys.readouterr().err
+    assert "--models: invalid choice: 'mamba3' (choose from" in capsys.readouterr().err

@@ -8,6 +8,7 @@ far. Then short curves are added as distractors. A dash is one of few small pict
 takes milliseconds.
 """
 
+import copy
 import functools
 import math
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -206,13 +207,8 @@ class _Tools:
         offset fails, so that first dashes found by search point up and to the left. This decides how often curves fit.
         """
         radius = self.settings.length + self.margin
-        mask = self.dash(math.radians(degrees)).mask
-        first = 1 + radius - self.half  # row and column of the mask that the generator's window begins with
-        window = np.zeros((2 * radius + 1, 2 * radius + 1))
-        for y, x in np.ndindex(window.shape):
-            row, column = y - first, x - first
-            if 0 <= row < len(mask) and 0 <= column < len(mask):
-                window[y, x] = mask[row, column]
+        start = self.half - radius - 1  # of the generator's window in the mask
+        window = self.dash(math.radians(degrees)).mask[start:, start:][: 2 * radius + 1, : 2 * radius + 1]
         offsets = np.argwhere(window == 1) - radius
         everywhere = dilate(np.ones((self.settings.size, self.settings.size)), offsets, radius).all()
         return offsets if everywhere else None
@@ -240,8 +236,7 @@ class _Canvas:
         self.grown = dilate(self.mask, disk(tools.margin), tools.margin)
 
     def copy(self) -> '_Canvas':
-        other = object.__new__(_Canvas)
-        other.tools = self.tools
+        other = copy.copy(self)
         other.image, other.mask, other.grown = self.image.copy(), self.mask.copy(), self.grown.copy()
         return other
 
@@ -268,12 +263,9 @@ class _Canvas:
         footprint = self.tools.footprints[degrees]
         if footprint is None:
             return np.empty((0, 2), int)
-        occupied = self.mask > _OCCUPIED
-        size = len(occupied)
-        inner = np.ones_like(occupied)
-        inner[border : size - border, border : size - border] = False
+        inner = self.mask[border:-border, border:-border] > _OCCUPIED
         radius = self.tools.settings.length + self.tools.margin
-        return np.argwhere(~dilate(occupied | inner, footprint, radius))
+        return np.argwhere(~dilate(np.pad(inner, border, constant_values=True), footprint, radius))
 
     def is_full(self) -> bool:
         return float((self.mask <= _OCCUPIED).mean()) < _LEAST_FREE
