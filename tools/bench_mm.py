@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from vmamba.configs import FOLDER
 from vmamba.tools.user_errors import Parser, one_line_errors, positive
 
+# After vmamba.tools, which makes a missing package an error of one line:
 # isort: split
 import mmcv
 import mmdet

@@ -153,7 +153,7 @@ class SequenceComparison(Comparison):
         return parser.parse_args(argv)
 
     def runs(self) -> List[Run]:
-        """One seed after another."""
+        """All runs, one seed after another."""
         args = self.args
         runs = [
             Run(task, model, seed) for seed, task in product(args.seeds, args.tasks) for model in CASES[task].models
@@ -219,7 +219,7 @@ class SequenceComparison(Comparison):
         return [row for row in done if self.run_of(row) not in runs]
 
     def reports(self, rows: Sequence[Row], facts: Dict[str, str]) -> List[Report]:
-        """Of the tasks, and of the bytes, if there are rows."""
+        """A report of the tasks and one of the bytes, where there are rows."""
         found, output = [], self.args.output
         for name, title in (('tasks', 'Long-range tasks'), (BYTES, 'Bits per byte')):
             own = [row for row in rows if (row['task'] == BYTES) == (name == BYTES)]
@@ -297,7 +297,7 @@ def tables(rows: Sequence[Row]) -> List[pd.DataFrame]:
 
 
 def order(row: Row) -> Tuple[int, int, int]:
-    """Of rows: by task, model and seed."""
+    """Key that sorts rows by task, model and seed."""
     return list(CASES).index(row['task']), list(CASES[row['task']].models).index(row['model']), row['seed']
 
 

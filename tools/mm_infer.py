@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors
 
+# After vmamba.tools, which makes a missing package an error of one line:
 # isort: split
 import cv2
 import mmcv

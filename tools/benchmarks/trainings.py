@@ -89,7 +89,7 @@ class Comparison:
         return self.kind(*map(row.get, self.kind._fields))
 
     def messages(self, rows: Sequence[Row]) -> List[str]:
-        """Of the rows that have one."""
+        """Run, status and message of each row that has a message."""
         names = [(self.folder(self.run_of(row)).name, row) for row in rows if row['message']]
         return [f'{name}: {row["status"]}: {row["message"]}' for name, row in names]
 
@@ -110,7 +110,7 @@ class Comparison:
         found, evaluated = self.evaluate(run, folder, status == 'ok')
         if self.stop.signal:
             return None
-        for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):  # of a run that is done they are not needed
+        for path in (*folder.glob('*.pt'), *folder.glob('.*.part')):  # a finished run needs no weights
             path.unlink()
         shutil.rmtree(folder / 'best', ignore_errors=True)
         common = dict(status=status, epochs=len(epochs_of(folder)))

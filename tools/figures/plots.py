@@ -29,7 +29,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 
 def _style(i: int) -> Dict[str, str]:
-    """Of line number i."""
+    """Marker and colour of line number i."""
     return dict(marker=MARKERS[i % len(MARKERS)], color=f'C{i % 10}')
 
 
