@@ -334,7 +334,7 @@ def test_what_was_measured_before_a_failure_is_shown(digits, tmp_path, capsys):
         (['--imgsize', '32'], "unknown option '--imgsize'; did you mean --img-size"),
         (['--workers', '-1'], "must be a whole number above -1, got '-1'"),
         (['--model-args', 'depths'], "must be keys and values such as '{stride: 6, in_chans: 1}', got 'depths'"),
-        (['--model-args', '{stride: 6, stride: 8}'], "(the key 'stride' is there twice in line 1)"),
+        (['--model-args', '{stride: 6, stride: 8}'], "is not valid YAML: the key 'stride' is there twice in line 1"),
         (['--std', '0'], "must be a number above 0, got '0'"),
     ],
 )

@@ -22,6 +22,7 @@ from vmamba.tools.user_errors import UserError, as_user_error, listed
 from .image_files import walk
 
 Sample = Tuple[str, int]
+_SEVERITIES = {'1', '2', '3', '4', '5'}
 _NAMES_SHOWN = 5
 
 
@@ -173,8 +174,13 @@ def corruption_folders(root: Path) -> List[Path]:
     """
     if not root.is_dir():
         raise UserError(f'there is no folder {root}')
-    paths = [*root.glob('*/[1-5]'), *root.glob('*/*/[1-5]')]
-    found = [path for path in paths if path.is_dir() and any(below.is_dir() for below in path.iterdir())]
+    found = []
+    for path, _, folders, _ in walk(root):
+        depth, is_severity = len(Path(path).relative_to(root).parts), Path(path).name in _SEVERITIES
+        if depth in (2, 3) and is_severity and folders:
+            found.append(Path(path))
+        if depth == 3 or (depth == 2 and is_severity):
+            folders.clear()
     if not found:
         raise UserError(f'{root} has no folders CORRUPTION/SEVERITY with severities 1 to 5, as ImageNet-C has')
     return sorted(found)
