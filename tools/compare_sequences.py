@@ -28,7 +28,7 @@ import yaml
 from vmamba.configs import FOLDER
 from vmamba.sequence import ByteFiles, create_language_model
 from vmamba.tools.benchmarks.report import Report
-from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, spread
+from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, add_run_options, spread
 from vmamba.tools.output_files import lock_folder
 from vmamba.tools.sequences.tasks import FRESH, PREFIX, definition
 from vmamba.tools.training.config import Config, load_config
@@ -140,17 +140,6 @@ class SequenceComparison(Comparison):
     """Mixers on tasks."""
 
     name, kind, columns, own = 'compare sequences', Run, COLUMNS, OWN_KEYS
-
-    @classmethod
-    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
-        parser = Parser(__doc__, usage='%(prog)s [--TASKS NAME ...] [--KEY VALUE ...]')
-        parser.add_argument('--tasks', nargs='+', choices=CASES, default=list(CASES), help='all by default')
-        models = sorted({model for case in CASES.values() for model in case.models})
-        parser.add_argument('--models', nargs='+', choices=models, help='default: all of each task')
-        parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-        parser.add_argument('--lengths', nargs='+', type=positive, default=LENGTHS, help='to test induction heads at')
-        cls.add_options(parser, 'runs/sequences')
-        return parser.parse_args(argv)
 
     def runs(self) -> List[Run]:
         """All runs, one seed after another."""
@@ -301,9 +290,21 @@ def order(row: Row) -> Tuple[int, int, int]:
     return list(CASES).index(row['task']), list(CASES[row['task']].models).index(row['model']), row['seed']
 
 
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, usage='%(prog)s [--TASKS NAME ...] [--KEY VALUE ...]')
+    parser.add_argument('--tasks', nargs='+', choices=CASES, default=list(CASES), help='all by default')
+    models = sorted({model for case in CASES.values() for model in case.models})
+    parser.add_argument('--models', nargs='+', choices=models, help='default: all of each task')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--lengths', nargs='+', type=positive, default=LENGTHS, help='to test induction heads at')
+    add_run_options(parser, 'runs/sequences', OWN_KEYS)
+    return parser.parse_args(argv)
+
+
 @one_line_errors('compare_sequences.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    comparison = SequenceComparison(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    comparison = SequenceComparison(parse_args(argv), argv)
     args, total = comparison.args, len(comparison.runs())
     with lock_folder(args.output):
         others = comparison.resume()

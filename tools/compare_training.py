@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from vmamba.configs import FOLDER
 from vmamba.tools.benchmarks.report import Report
 from vmamba.tools.benchmarks.timing import median_ms, peak_mib, settled_memory
-from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, epochs_of, spread
+from vmamba.tools.benchmarks.trainings import RESULT, SCRIPT, Comparison, Row, add_run_options, epochs_of, spread
 from vmamba.tools.figures.plots import plot_accuracies
 from vmamba.tools.output_files import lock_folder, write_text
 from vmamba.tools.terminal import number
@@ -112,9 +112,8 @@ class TrainingComparison(Comparison):
 
     name, kind, columns, own = 'compare training', Run, COLUMNS, OWN_KEYS
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        super().__init__(argv)
-        args = self.args
+    def __init__(self, args: argparse.Namespace, argv: Sequence[str]) -> None:
+        super().__init__(args, argv)
         for model in args.models:
             if model not in MODELS and not timm.is_model(model):
                 raise UserError(f'there is no model {model!r}{nearest(model, {*MODELS, *timm.list_models()})}')
@@ -123,18 +122,6 @@ class TrainingComparison(Comparison):
                 raise UserError(f'--{name} names something twice')
         self.total = len(args.models) * (len(args.rates) * (len(args.rates) > 1) + len(args.seeds))
         self.recipe = load_config(RECIPE, self.keys)
-
-    @classmethod
-    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
-        parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
-        parser.add_argument(
-            '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
-        )
-        rates = dict(nargs='+', type=positive_float, default=[3e-4, 1e-3, 3e-3])
-        parser.add_argument('--rates', **rates, help='learning rates to choose from; without search if it is one')
-        parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='the search takes the first one')
-        cls.add_options(parser, 'runs/compare')
-        return parser.parse_args(argv)
 
     def runs(self) -> List[Run]:
         """The search, and of each model whose search is among the rows the runs at its rate, one seed after another."""
@@ -271,9 +258,22 @@ def built_as(model: str) -> str:
     return f'`{peer.name}({args})`' if args else f'`{peer.name}`'
 
 
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, usage='%(prog)s [--MODELS NAME ...] [--KEY VALUE ...]')
+    parser.add_argument(
+        '--models', nargs='+', default=list(MODELS), help=f'{", ".join(MODELS)} (all by default), or any of timm'
+    )
+    rates = dict(nargs='+', type=positive_float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument('--rates', **rates, help='learning rates to choose from; without search if it is one')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='the search takes the first one')
+    add_run_options(parser, 'runs/compare', OWN_KEYS)
+    return parser.parse_args(argv)
+
+
 @one_line_errors('compare_training.py')
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    comparison = TrainingComparison(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    comparison = TrainingComparison(parse_args(argv), argv)
     output, (_, validation) = comparison.args.output, load_datasets(comparison.recipe)
     with lock_folder(output):
         comparison.resume()

@@ -9,7 +9,7 @@ from training_runs import signals_kept
 from vmamba.sequence import ByteFiles
 from vmamba.tools import compare_sequences
 from vmamba.tools.benchmarks import trainings
-from vmamba.tools.compare_sequences import BYTES, CASES, Run, SequenceComparison, parameters
+from vmamba.tools.compare_sequences import BYTES, CASES, Run, SequenceComparison, parameters, parse_args
 
 TRAIN = """
 import pathlib, sys, yaml
@@ -82,7 +82,7 @@ def test_held_out_files_are_not_trained_on(compare, tmp_path):
 
 
 def test_models_of_a_task_have_about_the_same_size(tmp_path):
-    comparison = SequenceComparison(['--output', str(tmp_path), '--device', 'cpu'])
+    comparison = SequenceComparison(parse_args(['--output', str(tmp_path), '--device', 'cpu']), [])
     (tmp_path / 'sources').mkdir()
     for task in ('listops', 'pathfinder32', BYTES):
         runs = [Run(task, model, 0) for model in CASES[task].models]

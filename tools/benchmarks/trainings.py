@@ -34,6 +34,17 @@ _ERROR = re.compile(r'^\S*(?:train|validate|validate_sequences|evaluate_bytes)(?
 Row = Dict[str, Any]
 
 
+def add_run_options(parser: argparse.ArgumentParser, output: str, own: Sequence[str]) -> None:
+    """Adds the options that all comparisons have, and those of a training except what is each run's own."""
+    parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
+    add_device_option(parser)
+    parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
+    parser.add_argument('--output', type=Path, default=Path(output), help='folder of the results and the runs')
+    parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
+    parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the section')
+    add_options(parser.add_argument_group('keys of the configuration, for all runs'), without=own)
+
+
 class Comparison:
     """Trains and evaluates runs, several at a time; an interrupt ends all, and a later call continues them.
 
@@ -50,25 +61,10 @@ class Comparison:
     columns: Sequence[str]
     own: Sequence[str]
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.args, self.console, self.rows = self.parse_args(argv), open_console(), []
-        self.keys = {key: value for key, value in vars(self.args).items() if key in FIELDS and key not in self.own}
-        self.facts = facts_of(self.args.device, self.name, argv)
-
-    @classmethod
-    def parse_args(cls, argv: Sequence[str]) -> argparse.Namespace:
-        raise NotImplementedError
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser, output: str) -> None:
-        """Adds the options that all comparisons have, and those of a training."""
-        parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
-        add_device_option(parser)
-        parser.add_argument('--timeout', type=positive_float, default=3600, help='most seconds for a run')
-        parser.add_argument('--output', type=Path, default=Path(output), help='folder of the results and the runs')
-        parser.add_argument('--resume', action='store_true', help='keep and continue the runs in --output')
-        parser.add_argument('--docs', type=Path, help='Markdown file in which to write or renew the section')
-        add_options(parser.add_argument_group('keys of the configuration, for all runs'), without=cls.own)
+    def __init__(self, args: argparse.Namespace, argv: Sequence[str]) -> None:
+        self.args, self.console, self.rows = args, open_console(), []
+        self.keys = {key: value for key, value in vars(args).items() if key in FIELDS and key not in self.own}
+        self.facts = facts_of(args.device, self.name, argv)
 
     def runs(self) -> Sequence[Any]:
         """All runs that are known so far."""
