@@ -29,8 +29,8 @@ from vmamba.tools.devices import device_name
 from vmamba.tools.images.batches import eval_transform
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import load_config
+from vmamba.tools.training.data import create_train_transform
 from vmamba.tools.training.parallel import blocks_of
-from vmamba.tools.training.transforms import create_train_transform
 from vmamba.tools.user_errors import Parser, one_line_errors
 
 from skimage import data
