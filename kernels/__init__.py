@@ -11,6 +11,7 @@ from .gated_norm import gated_rms_norm
 from .moe import SwitchOutput, switch_mlp
 from .naive import cross_merge, cross_scan
 from .norm import add_norm, layer_norm, rms_norm
+from .onednn import linear
 from .portable import decompositions
 from .selective_scan import selective_scan
 from .ss2d import NUM_ROUTES, ss2d_core, ss2d_scan
@@ -38,6 +39,7 @@ __all__ = [
     'diagonal_state',
     'gated_rms_norm',
     'layer_norm',
+    'linear',
     'long_conv',
     'mamba_step',
     'non_causal_ssd',

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .depthwise import CausalConv1d
 from .norm import widen
 from .options import check_counts, check_divides
+from .plain import apply_linear
 
 
 class AttentionCache(NamedTuple):
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         """
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
-        qkv = self.in_proj(x)
+        qkv = apply_linear(self.in_proj, x)
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, seq_idx=seq_idx, state=None if cache is None else cache.conv)
         first = 0 if cache is None else int(cache.length)
@@ -190,7 +191,7 @@ class Attention(nn.Module):
         if groups > 1:
             k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.softmax_scale)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return apply_linear(self.out_proj, y.transpose(1, 2).flatten(2))
 
     def _grow(self, cache: AttentionCache, tokens: int) -> int:
         """Counts tokens, for which there must be room; returns the length."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import NUM_DIRECTIONS, bimamba_core, branches
 from .options import check_counts, scaled_channels
+from .plain import apply_linear
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -74,8 +75,9 @@ class BiMamba(nn.Module):
         """[B, L, d] -> [B, L, d]"""
         conv = self.conv1d_weight, self.conv1d_bias
         dt_proj = self.dt_proj_weight, self.dt_proj_bias
-        y = bimamba_core(self.in_proj(x), *conv, self.x_proj_weight, *dt_proj, negative_exp(self.A_log), self.D)
-        return self.out_proj(y)
+        xz = apply_linear(self.in_proj, x)
+        y = bimamba_core(xz, *conv, self.x_proj_weight, *dt_proj, negative_exp(self.A_log), self.D)
+        return apply_linear(self.out_proj, y)
 
     def has_kernels(self) -> bool:
         """Whether the Triton kernels support this convolution width and state dimension."""

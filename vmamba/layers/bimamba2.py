@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import NUM_DIRECTIONS, bidirectional_conv1d, ssd_scan
 from .norm import GatedRmsNorm
 from .options import check_counts, check_divides, scaled_channels
-from .plain import aligned_linear
+from .plain import apply_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -72,10 +72,10 @@ class BiMamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
+        z, xBC, dt = apply_linear(self.in_proj, x).split(self.splits, dim=-1)
         xBC = bidirectional_conv1d(xBC, self.conv1d_weight, self.conv1d_bias, silu=True)  # [B, L, 2, D + 2N]
         along, against = (self._scan(xBC[:, :, k], dt, k) for k in range(NUM_DIRECTIONS))
-        return self.out_proj(self.norm(along, z, against))
+        return apply_linear(self.out_proj, self.norm(along, z, against))
 
     def _scan(self, xBC: Tensor, dt: Tensor, direction: int) -> Tensor:
         """One direction: [B, L, D + 2N] and [B, L, H] -> [B, L, D]"""

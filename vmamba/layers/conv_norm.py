@@ -3,10 +3,10 @@
 from typing import List, NamedTuple, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 
+from ..kernels import linear
 from ..kernels._operator import can_replace_modules
 from ..kernels.batch_norm import batch_norm_
 from .image import ImageConv2d
@@ -79,14 +79,14 @@ def _convolve(x: Tensor, layer: ConvNorm) -> Tensor:
     """The convolution without its bias: [B, d, H, W] -> [B, H', W', d'], contiguous"""
     conv = layer.conv
     if _is_product(conv):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).contiguous()
+        return linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).contiguous()
     return conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1).contiguous()
 
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), of a 1x1 convolution by a matrix product: [B, d, H, W] -> [B, d', H', W'] in channels-last memory"""
     if not has_global_hooks() and _is_product(module):
-        return F.linear(x.permute(0, 2, 3, 1), module.weight.flatten(1), module.bias).permute(0, 3, 1, 2)
+        return linear(x.permute(0, 2, 3, 1), module.weight.flatten(1), module.bias).permute(0, 3, 1, 2)
     return module(x)
 
 

@@ -15,7 +15,7 @@ from ..kernels import MambaWeights, can_step_mamba, mamba_step, selective_scan, 
 from .depthwise import CausalConv1d
 from .norm import widen
 from .options import check_choice, check_counts, check_step_range, scaled_channels
-from .plain import has_global_hooks, is_plain, is_plain_tensor
+from .plain import apply_linear, has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_A_log_, init_dt_bias_, negative_exp
 
 
@@ -122,7 +122,7 @@ class Mamba(nn.Module):
         """
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = apply_linear(self.in_proj, x).chunk(2, dim=-1)
         x = widen(x) if self.fp32_scan else x
         u = self.conv1d(x, seq_idx=seq_idx, state=None if cache is None else cache.conv)
         dt, B, C = self._project(u, z.dtype)
@@ -139,7 +139,7 @@ class Mamba(nn.Module):
         if cache is not None:
             y, last = y
             cache.ssm.copy_(last.detach())
-        return self.out_proj(y.mT)
+        return apply_linear(self.out_proj, y.mT)
 
     def _packed_scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, seq_idx: Tensor) -> Tensor:
         """The scan of packed sequences, [B, L, D]: where a sequence begins, a step forgets the state before it.

@@ -17,7 +17,7 @@ from ..kernels.ssd import check_dt_limit
 from .depthwise import CausalConv1d
 from .norm import GatedRmsNorm, widen
 from .options import check_counts, check_divides, check_step_range, scaled_channels
-from .plain import aligned_linear
+from .plain import apply_linear
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -146,7 +146,7 @@ class Mamba2(nn.Module):
         """
         if seq_idx is not None and cache is not None:
             raise ValueError('give seq_idx or a cache, not both: a cache is of one sequence')
-        z0, x0, z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
+        z0, x0, z, xBC, dt = apply_linear(self.in_proj, x).split(self.splits, dim=-1)
         xBC, dt = (widen(xBC), widen(dt)) if self.fp32_scan else (xBC, dt)
         x, B, C = self._split_heads(self.conv1d(xBC, seq_idx=seq_idx, state=None if cache is None else cache.conv))
         y = ssd_scan(
@@ -222,4 +222,4 @@ class Mamba2(nn.Module):
             y = self.norm(y, z)
         if x0.shape[-1]:
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-        return self.out_proj(y.to(z.dtype))
+        return apply_linear(self.out_proj, y.to(z.dtype))

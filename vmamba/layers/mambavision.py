@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, selective_scan
 from .options import check_counts
+from .plain import apply_linear
 from .ssm_parameters import init_A_log_, negative_exp
 
 
@@ -69,13 +70,13 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]"""
-        x, z = self._convolve(self.in_proj(x)).chunk(2, dim=1)  # [B, D, L] each
+        x, z = self._convolve(apply_linear(self.in_proj, x)).chunk(2, dim=1)  # [B, D, L] each
         dt_rank, dstate = self.dt_proj_weight.shape[1], self.A_log.shape[1]
-        dt, B, C = self.x_proj(x.mT).split([dt_rank, dstate, dstate], dim=-1)
+        dt, B, C = apply_linear(self.x_proj, x.mT).split([dt_rank, dstate, dstate], dim=-1)
         delta = F.linear(dt, self.dt_proj_weight)
         options = dict(delta_bias=2 * self.dt_proj_bias, delta_softplus=True)
         y = selective_scan(x, delta.mT, negative_exp(self.A_log), B.mT, C.mT, self.D, **options)
-        return self.out_proj(torch.cat([y.mT, z.mT], dim=-1))
+        return apply_linear(self.out_proj, torch.cat([y.mT, z.mT], dim=-1))
 
     def _convolve(self, xz: Tensor) -> Tensor:
         """Both convolutions with SiLU: [B, L, 2 * D] -> [B, 2 * D, L]"""

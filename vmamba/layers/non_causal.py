@@ -13,7 +13,7 @@ from ..kernels.ssd.gated import fits, gated_non_causal_ssd
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
 from .options import check_counts, check_divides, scaled_channels
-from .plain import aligned_linear, has_global_hooks, is_plain, is_plain_tensor
+from .plain import apply_linear, has_global_hooks, is_plain, is_plain_tensor
 from .ssm_parameters import init_dt_bias_, init_uniform_A_log_, negative_exp
 
 
@@ -68,18 +68,19 @@ class NonCausalSSD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        z, xBC, dt = aligned_linear(self.in_proj, x).split(self.splits, dim=-1)
+        z, xBC, dt = apply_linear(self.in_proj, x).split(self.splits, dim=-1)
         xBC, dt = self.conv2d(xBC).flatten(1, 2), dt.flatten(1, 2)  # [B, H, W, D + 2N] -> [B, L, D + 2N]
         A = negative_exp(self.A_log)
         if self._runs_fused(xBC, z):
             norm = self.out_norm
             parameters = A, self.D, self.dt_bias, norm.weight, norm.bias
-            return self.out_proj(gated_non_causal_ssd(xBC, dt, z.flatten(1, 2), *parameters, norm.eps).view(z.shape))
+            y = gated_non_causal_ssd(xBC, dt, z.flatten(1, 2), *parameters, norm.eps)
+            return apply_linear(self.out_proj, y.view(z.shape))
         x, B, C = xBC.split([self.splits[0], self.d_state, self.d_state], dim=-1)
         x, B, C = x.unflatten(-1, (self.splits[2], -1)), B.unsqueeze(2), C.unsqueeze(2)
         y = non_causal_ssd(x, dt, A, B, C, self.D, self.dt_bias, dt_softplus=True)
         y = y.flatten(2).view(z.shape)  # [B, L, heads, P] -> [B, H, W, D]
-        return self.out_proj(self.out_norm(y) * z)
+        return apply_linear(self.out_proj, self.out_norm(y) * z)
 
     def _runs_fused(self, xBC: Tensor, z: Tensor) -> bool:
         """Whether one function may compute all from x to the gate."""

@@ -1,18 +1,21 @@
 """Residual branches x + drop_path(module(norm(x))) of a block, and when `vmamba.kernels.branches` fuses them."""
 
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ..kernels import branches as kernels
+from ..kernels._operator import is_watched
 from .bimamba import BiMamba
 from .norm import LayerNorm, RmsNorm
-from .plain import has_global_hooks, is_plain, is_plain_tensor
+from .plain import apply_linear, apply_mlp, has_global_hooks, is_plain, is_plain_tensor
 from .ss2d import SS2D
 
 Branch = Tuple[nn.Module, nn.Module, nn.Module]
+
+_SLICE_ELEMENTS = 2**20  # of the widest map within a branch
 
 
 def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
@@ -25,9 +28,11 @@ def residual_branches(x: Tensor, *branches: Branch) -> Tensor:
     for branch in branches:
         if len(branches) > 1 and runs_fused(x, [branch]):
             x = _run_fused(x, [branch])
+        elif _runs_sliced(x, branch):
+            x = _run_sliced(x, branch)
         else:
             norm, module, drop_path = branch
-            x = x + drop_path(module(norm(x)))
+            x = x + drop_path(apply_mlp(module, norm(x)) if type(module) is Mlp else module(norm(x)))
     return x
 
 
@@ -56,6 +61,56 @@ def runs_fused(x: Tensor, branches: Sequence[Branch]) -> bool:
         return False
     # The sum would promote others.
     return x.dtype == torch.float32 or x.dtype == _products_dtype(x, branches)
+
+
+def _runs_sliced(x: Tensor, branch: Branch) -> bool:
+    """Whether a branch is a plain MLP or SS2D in one dtype, and nothing is dropped, in inference on a CPU."""
+    norm, module, drop_path = branch
+    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled() or has_global_hooks() or is_watched():
+        return False
+    drops = is_plain(drop_path, DropPath) and drop_path.training
+    if drops or not (is_plain(drop_path, nn.Identity) or is_plain(drop_path, DropPath)):
+        return False
+    if is_plain(module, SS2D):
+        stands_for = not module.gate and _stands_for_ss2d(norm, module)
+    else:
+        stands_for = is_plain(module, Mlp) and _stands_for_mlp(norm, module)
+    return stands_for and x.dtype == norm.weight.dtype == _products_dtype(x, [branch])
+
+
+def _run_sliced(x: Tensor, branch: Branch) -> Tensor:
+    """x + module(norm(x)), where norms and linear layers take a slice of the rows at a time: maps between them stay in
+    the caches and never stand whole."""
+    norm, module, _ = branch
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(module, SS2D):
+        # No name for the projected map, which the scan drops.
+        inner = module.in_proj.out_features
+        scanned = module.scan(_project_sliced(rows, norm, module.in_proj).view(*x.shape[:-1], inner)).flatten(0, -2)
+        out = torch.empty_like(rows)
+        for part in _slices(rows, inner):
+            y = apply_linear(module.out_proj, module.out_norm(scanned[part]))
+            torch.add(rows[part], y, out=out[part])
+        return out.view(x.shape)
+    out = torch.empty_like(rows)
+    for part in _slices(rows, module.fc1.out_features):
+        hidden = torch.ops.aten.gelu_(apply_linear(module.fc1, norm(rows[part])))
+        torch.add(rows[part], apply_linear(module.fc2, hidden), out=out[part])
+    return out.view(x.shape)
+
+
+def _project_sliced(rows: Tensor, norm: nn.Module, proj: nn.Linear) -> Tensor:
+    """proj(norm(rows))"""
+    out = rows.new_empty(len(rows), proj.out_features)
+    for part in _slices(rows, proj.out_features):
+        out[part] = apply_linear(proj, norm(rows[part]))
+    return out
+
+
+def _slices(rows: Tensor, width: int) -> Iterator[slice]:
+    """Slices of rows that become maps of this width."""
+    length = max(_SLICE_ELEMENTS // width, 1)
+    return (slice(start, start + length) for start in range(0, len(rows), length))
 
 
 def _run_fused(x: Tensor, branches: Sequence[Branch]) -> Tensor:

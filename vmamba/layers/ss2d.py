@@ -12,9 +12,9 @@ from timm.layers import LayerNorm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import NUM_ROUTES, depthwise_conv2d, ss2d_core, ss2d_scan
+from ..kernels import NUM_ROUTES, depthwise_conv2d, linear, ss2d_core, ss2d_scan
 from .options import check_counts, scaled_channels
-from .plain import has_global_hooks, is_plain
+from .plain import apply_linear, has_global_hooks, is_plain
 from .ssm_parameters import init_A_log_, init_dt_bias_, init_dt_weight_, negative_exp
 
 
@@ -82,7 +82,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        x = self.in_proj(x)
+        x = apply_linear(self.in_proj, x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         parameters = self.dt_proj_weight, self.dt_proj_bias, negative_exp(self.A_log), self.D
@@ -97,7 +97,13 @@ class SS2D(nn.Module):
             y = self.out_norm(ss2d_scan(x, x_dbl, *parameters)).to(x.dtype)
         if self.gate:
             y = y * F.silu(z)
-        return self.out_proj(y)
+        return apply_linear(self.out_proj, y)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """From in_proj's result to out_norm's input, where `is_plain`: [B, H, W, D] -> [B, H, W, D]"""
+        x = depthwise_conv2d(x, self.conv2d.weight.squeeze(1), self.conv2d.bias, silu=True)
+        x_dbl = linear(x, self.x_proj.weight).unflatten(-1, (NUM_ROUTES, -1))  # [B, H, W, 4, R + 2N]
+        return ss2d_scan(x, x_dbl, self.dt_proj_weight, self.dt_proj_bias, negative_exp(self.A_log), self.D)
 
     def is_plain(self) -> bool:
         """Whether `conv2d`, `x_proj` and `out_norm` are the original modules, without hooks."""

@@ -15,7 +15,7 @@ from ..kernels import NUM_ROUTES, ssd_scan
 from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm
 from .options import check_counts, check_divides, scaled_channels
-from .plain import aligned_linear
+from .plain import apply_linear
 from .ssm_parameters import negative_exp
 
 
@@ -73,9 +73,9 @@ class SSD2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, d] -> [B, H, W, d]"""
-        x = F.gelu(self.conv2d(self.in_proj(x)))
+        x = F.gelu(self.conv2d(apply_linear(self.in_proj, x)))
         height, width = x.shape[1:3]
-        x_dbl = _along_routes(aligned_linear(self.x_proj, x).unflatten(-1, (NUM_ROUTES, -1)))  # [B, L, 4, R + 2N]
+        x_dbl = _along_routes(apply_linear(self.x_proj, x).unflatten(-1, (NUM_ROUTES, -1)))  # [B, L, 4, R + 2N]
         dt, B, C = x_dbl.split(self.splits, dim=-1)
         x = _along_routes(x.unsqueeze(3).expand(-1, -1, -1, NUM_ROUTES, -1))  # [B, L, 4, D]
         y = ssd_scan(
@@ -90,7 +90,7 @@ class SSD2D(nn.Module):
             dt_softplus=True,
         )
         y = _merge_routes(y.unflatten(2, (NUM_ROUTES, -1)).flatten(3), height, width)
-        return self.out_proj(self.out_norm(y))
+        return apply_linear(self.out_proj, self.out_norm(y))
 
 
 def _along_routes(x: Tensor) -> Tensor:

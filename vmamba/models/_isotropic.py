@@ -11,6 +11,7 @@ from timm.models import checkpoint, checkpoint_seq, get_pretrained_cfg_value, re
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..kernels import linear
 from ..layers import RmsNorm, check_images
 from ..layers.norm import widen
 from ..layers.options import check_choice, check_counts, check_indices, check_rates
@@ -153,7 +154,7 @@ class PatchEmbed(nn.Module):
         batch, side = images.shape[0], self.patch_size
         x = images.reshape(batch, self.in_chans, height, side, width, side).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(batch, height * width, self.in_chans * side**2)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
     def _is_tiling(self, conv: nn.Conv2d) -> bool:
         """Whether a convolution embeds non-overlapping patches of the model's size, with all channels of each."""
