@@ -8,7 +8,8 @@ start of each chunk.
 
 import math
 import threading
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from functools import cached_property
+from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -16,19 +17,80 @@ from torch import Tensor
 _LOG2_E = math.log2(math.e)  # torch's vectorised exp2 is three times as fast as its exp
 # A step of at least this many elements keeps the processor busy by itself, so that steps are walked one by one; so are
 # the last few steps that an odd-even reduction leaves.
-_WIDE_STEP = 2**14
+_WIDE_STEP = 2**12
 _FEW_STEPS = 8
 # Elements of a step, and of all steps of a chunk, that are held at a time: small enough for the caches.
 _CHUNK_WIDTH = 2**16
-_CHUNK_ELEMENTS = 2**20
+_CHUNK_ELEMENTS = 2**19
 _SCRATCH_BYTES = 2**25
+
+Block = Tuple[slice, slice]  # entries of the batch, and steps
 
 _scratch = threading.local()
 
 
+class GivenSteps:
+    """Step sizes [batch, L, G, D/G], before their softplus, and their gradient."""
+
+    def __init__(self, delta: Tensor) -> None:
+        self.delta = delta
+
+    def of(self, block: Block) -> Tensor:
+        """The steps of a block, valid until the next call."""
+        return self.delta[block]
+
+    def add_gradient(self, block: Block, grad: Tensor) -> None:
+        """Takes the gradient of a block, once for each."""
+        self.grad[block] = grad
+
+    @cached_property
+    def grad(self) -> Tensor:
+        return torch.empty_like(self.delta, memory_format=torch.contiguous_format)
+
+
+class ProjectedSteps:
+    """Step sizes dt_weight @ dt + dt_bias, computed block by block, and gradients of their parameters.
+
+    Args:
+        dt: [batch, L, K, R].
+        weight: [K, D, R].
+        bias: [K, D].
+    """
+
+    def __init__(self, dt: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self.dt, self.weight, self.bias = dt, weight.to(dt.dtype), bias.to(dt.dtype)
+
+    def of(self, block: Block) -> Tensor:
+        """As of `GivenSteps`."""
+        dt = self.dt[block]
+        delta = scratch('delta', dt, (*dt.shape[:-1], self.weight.shape[1]))
+        torch.baddbmm(
+            self.bias.unsqueeze(1),  # [K, 1, D]
+            _routes_first(dt),
+            self.weight.transpose(1, 2),  # [K, R, D]
+            out=_routes_first(delta),
+        )
+        return delta
+
+    def add_gradient(self, block: Block, grad: Tensor) -> None:
+        """As of `GivenSteps`."""
+        grad_dt, grad_weight, grad_bias = self.grads
+        grad = _routes_first(grad)
+        grad_dt[block] = (grad @ self.weight).transpose(0, 1).unflatten(0, grad_dt[block].shape[:2])
+        grad_weight.baddbmm_(grad.transpose(1, 2), _routes_first(self.dt[block]))
+        grad_bias.add_(grad.sum(dim=1))
+
+    @cached_property
+    def grads(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gradients of dt, weight and bias."""
+        grad_dt = torch.empty_like(self.dt, memory_format=torch.contiguous_format)
+        return grad_dt, torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+
+
+Steps = Union[GivenSteps, ProjectedSteps]
+
+
 class ScanGradients(NamedTuple):
-    u: Tensor
-    delta: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
@@ -36,94 +98,135 @@ class ScanGradients(NamedTuple):
 
 
 def scan_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, delta_softplus: bool
-) -> Tuple[Tensor, Tensor]:
+    u: Tensor,
+    steps: Steps,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    delta_softplus: bool,
+    y: Tensor,
+    reverse: bool = False,
+    add: bool = False,
+) -> Tensor:
     """Computes h_l = exp(delta_l * A) * h_{l-1} + delta_l * B_l * u_l and y_l = <C_l, h_l>.
 
     Args:
-        u, delta, A, B, C: See the module.
+        u, A, B, C: See the module.
+        steps: Of delta.
         state: State before the first step.
         delta_softplus: Apply softplus to delta first.
+        y: Where to write [batch, L, G, D/G], with any strides.
+        reverse: Walk from the last step to the first.
+        add: Add to y instead.
 
     Returns:
-        y [batch, L, G, D/G], in memory that the next call of the thread overwrites, and the state after the last step.
+        The state after the last step.
     """
-    y = scratch('y', u, u.shape)
     last_state = torch.empty_like(state)
     A_log2 = A * _LOG2_E
-    grows = _grows(A, delta, delta_softplus)
-    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel())
+    grows = _grows(A, steps, delta_softplus)
+    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel(), reverse)
     for rows in batches:
-        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks, delta_softplus, grows)
-        for chunk, states in _walk_chunks(*entries):
-            _contract_states(C[rows, chunk], states, out=y[rows, chunk])
-        last_state[rows] = states[:, -1]
-    return y, last_state
+        carried = state[rows]
+        for chunk in chunks:
+            block = rows, chunk
+            dt = _step_sizes(steps.of(block), delta_softplus)
+            decay, states = _buffers(2, dt.shape[1], carried)
+            _compute_states(u[block], dt, A_log2, B[block], carried, decay, states, decay, grows, reverse)
+            _contract_states(C[block], states, y[block], add)
+            carried = states[:, 0 if reverse else -1].clone()
+        last_state[rows] = carried
+    return last_state
 
 
 def scan_backward(
     grad_y: Tensor,
     grad_state: Tensor,
     u: Tensor,
-    delta: Tensor,
+    steps: Steps,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     state: Tensor,
     delta_softplus: bool,
+    grad_u: Tensor,
+    reverse: bool = False,
+    add: bool = False,
 ) -> ScanGradients:
     """Gradients of `scan_forward` by the adjoint recurrence g_l = C_l * grad_y_l + exp(delta_{l+1} * A) * g_{l+1}.
+
+    `steps` gets the gradient of delta.
 
     Args:
         grad_y: Gradient of y.
         grad_state: Gradient of the state after the last step.
-        u, delta, A, B, C, state, delta_softplus: The arguments of `scan_forward`.
+        u, steps, A, B, C, state, delta_softplus, reverse: The arguments of `scan_forward`.
+        grad_u: Where to write the gradient of u, with any strides.
+        add: Add to grad_u instead.
     """
-    grad_u, grad_delta, grad_B, grad_C = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, B, C)
-    )
+    grad_B, grad_C = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (B, C))
     grad_A = torch.zeros_like(A, memory_format=torch.contiguous_format)
     grad_initial = torch.empty_like(state)
     A_log2 = A * _LOG2_E
-    grows = _grows(A, delta, delta_softplus)
-    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel())
+    grows = _grows(A, steps, delta_softplus)
+    batches, chunks = _cut(u.shape[0], u.shape[1], A.numel(), reverse)
+    # Buffers have one step more than a chunk: for the state before it, and a decay of one into the step after it.
+    own, other, last = (slice(1, None), slice(-1), 0) if reverse else (slice(-1), slice(1, None), -1)
     for rows in batches:
         starts = [state[rows]]
-        entries = (u[rows], delta[rows], A_log2, B[rows], state[rows], chunks[:-1], delta_softplus, grows)
-        starts += [states[:, -1].clone() for _, states in _walk_chunks(*entries)]
+        for chunk in chunks[:-1]:
+            block = rows, chunk
+            dt = _step_sizes(steps.of(block), delta_softplus)
+            decay, states = _buffers(2, dt.shape[1], starts[-1])
+            _compute_states(u[block], dt, A_log2, B[block], starts[-1], decay, states, decay, grows, reverse)
+            starts.append(states[:, last].clone())
         grad_carried = grad_state[rows]
         for chunk, start in zip(reversed(chunks), reversed(starts)):
             block = rows, chunk
             u_chunk, B_chunk, grad_y_chunk = u[block], B[block], grad_y[block]
-            dt = softplus(delta[block]) if delta_softplus else delta[block]
-            # One step more than the chunk has: the state before it, and a decay of one into the step after it.
+            delta = steps.of(block)
+            dt = _step_sizes(delta, delta_softplus)
             decay, states, products, adjoint = _buffers(4, dt.shape[1] + 1, start)
-            states[:, 0] = start
-            decay[:, -1] = 1
-            _compute_states(u_chunk, dt, A_log2, B_chunk, start, decay[:, :-1], states[:, 1:], products[:, :-1], grows)
-            _contract_channels(states[:, 1:], grad_y_chunk, out=grad_C[block])
+            states[:, -1 - last] = start
+            decay[:, last] = 1
+            entries = start, decay[:, own], states[:, other], products[:, own], grows, reverse
+            _compute_states(u_chunk, dt, A_log2, B_chunk, *entries)
+            _contract_channels(states[:, other], grad_y_chunk, out=grad_C[block])
 
             adjoint = adjoint[:, 1:]
             torch.mul(C[block].unsqueeze(-1), grad_y_chunk.unsqueeze(-2), out=adjoint)
-            linear_recurrence_(decay[:, 1:], adjoint, grad_carried, products[:, 1:], grows, reverse=True)
-            grad_carried = decay[:, 0] * adjoint[:, 0]
+            linear_recurrence_(decay[:, other], adjoint, grad_carried, products[:, 1:], grows, not reverse)
+            grad_carried = decay[:, -1 - last] * adjoint[:, -1 - last]
 
             _contract_channels(adjoint, dt * u_chunk, out=grad_B[block])
             grad_input = torch.empty_like(dt, memory_format=torch.contiguous_format)
-            _contract_states(B_chunk, adjoint, out=grad_input)
-            torch.mul(grad_input, dt, out=grad_u[block])
+            _contract_states(B_chunk, adjoint, grad_input)
+            if add:
+                grad_u[block].addcmul_(grad_input, dt)
+            else:
+                torch.mul(grad_input, dt, out=grad_u[block])
 
-            grad_exponent = adjoint.mul_(states[:, :-1]).mul_(decay[:, :-1])
+            grad_exponent = adjoint.mul_(states[:, own]).mul_(decay[:, own])
             grad_dt = torch.mul(grad_exponent, A, out=products[:, 1:]).sum(dim=-2).addcmul_(grad_input, u_chunk)
             if delta_softplus:
-                grad_dt.mul_(torch.sigmoid(delta[block]))
-            grad_delta[block] = grad_dt
+                grad_dt.mul_(torch.sigmoid(delta))
+            steps.add_gradient(block, grad_dt)
             grad_A += grad_exponent.mul_(dt.unsqueeze(-2)).sum(dim=(0, 1))
         grad_initial[rows] = grad_carried
-    return ScanGradients(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial)
+    return ScanGradients(grad_A, grad_B, grad_C, grad_initial)
 
 
-def routed_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor) -> Tensor:
+def routed_scan(
+    u: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    y: Tensor,
+    reverse: bool = False,
+    add: bool = False,
+) -> None:
     """Selective scans along K routes at once, each with its own parameters.
 
     On route k, with dt, B, C = split(x_dbl, [R, N, N]) and delta = softplus(dt_weight @ dt + dt_bias):
@@ -136,33 +239,36 @@ def routed_scan(u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A:
         dt_weight: [K, D, R].
         dt_bias: [K, D].
         A: [K, D, N].
-
-    Returns:
-        y [B, L, K, D], in memory that the next call of the thread overwrites.
+        y: Where to write [B, L, K, D], with any strides.
+        reverse: Walk from the last step to the first.
+        add: Add to y instead.
     """
-    dt, B, C = _split(x_dbl, dt_weight, A)
-    y, _ = scan_forward(u, _project_dt(dt, dt_weight, dt_bias), *_core_arguments(A, B, C), delta_softplus=True)
-    return y
+    scan_forward(u, *_core_arguments(x_dbl, dt_weight, dt_bias, A), True, y, reverse, add)
 
 
 def routed_scan_backward(
-    grad_y: Tensor, u: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, x_dbl, dt_weight, dt_bias and A of `routed_scan`, in the computing dtype."""
-    dt, B, C = _split(x_dbl, dt_weight, A)
-    delta = _project_dt(dt, dt_weight, dt_bias)
-    A_core, B, C, state = _core_arguments(A, B, C)
-    grads = scan_backward(grad_y, torch.zeros_like(state), u, delta, A_core, B, C, state, delta_softplus=True)
+    grad_y: Tensor,
+    u: Tensor,
+    x_dbl: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    grad_u: Tensor,
+    reverse: bool = False,
+    add: bool = False,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x_dbl, dt_weight, dt_bias and A of `routed_scan`, in the computing dtype.
 
-    grad_delta = grads.delta.flatten(0, 1).transpose(0, 1)  # [B, L, K, D] -> [K, B * L, D]
-    grad_dt = (grad_delta @ dt_weight.to(u.dtype)).transpose(0, 1).unflatten(0, dt.shape[:2])
-    return (
-        grads.u,
-        torch.cat([grad_dt, grads.B, grads.C], dim=-1),
-        grad_delta.transpose(1, 2) @ dt.flatten(0, 1).transpose(0, 1),
-        grad_delta.sum(dim=1),
-        grads.A.transpose(-2, -1),
-    )
+    Args:
+        grad_y: Gradient of y.
+        u, x_dbl, dt_weight, dt_bias, A, reverse: The arguments of `routed_scan`.
+        grad_u: Where to write the gradient of u, with any strides.
+        add: Add to grad_u instead.
+    """
+    steps, A, B, C, state = _core_arguments(x_dbl, dt_weight, dt_bias, A)
+    grads = scan_backward(grad_y, torch.zeros_like(state), u, steps, A, B, C, state, True, grad_u, reverse, add)
+    grad_dt, grad_weight, grad_bias = steps.grads
+    return torch.cat([grad_dt, grads.B, grads.C], dim=-1), grad_weight, grad_bias, grads.A.transpose(-2, -1)
 
 
 def linear_recurrence_(
@@ -199,7 +305,12 @@ def linear_recurrence_(
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) in scratch memory; on a CPU logaddexp is three times as fast as softplus, and as exact."""
+    """log(1 + exp(x)) in scratch memory."""
+    if x.device.type == 'cpu':
+        # In PyTorch's log1p for AVX-512 a masked load reads the result for -0. While that constant's page is not
+        # mapped, the processor stops at each such load, although the mask is empty: the function takes ten times as
+        # long. So -0 is computed first, by enough numbers for vector instructions.
+        torch.log1p(x.new_full((64,), -0.0))
     return torch.logaddexp(x, x.new_zeros(()), out=scratch('dt', x, x.shape))
 
 
@@ -220,47 +331,35 @@ def scratch(slot: str, like: Tensor, shape: Tuple[int, ...]) -> Tensor:
     return buffer[:size].view(shape)
 
 
-def _grows(A: Tensor, delta: Tensor, delta_softplus: bool) -> Optional[bool]:
+def _grows(A: Tensor, steps: Steps, delta_softplus: bool) -> Optional[bool]:
     """Whether a decay exp(delta * A) may be above 1; None on other devices than a CPU, which would have to wait."""
     if A.device.type != 'cpu':
         return None
-    return bool((A > 0).any()) or not (delta_softplus or bool((delta >= 0).all()))
+    positive = delta_softplus or isinstance(steps, GivenSteps) and bool((steps.delta >= 0).all())
+    return not positive or bool((A > 0).any())
 
 
-def _cut(batch: int, steps: int, width: int) -> Tuple[List[slice], List[slice]]:
-    """Cuts a scan into pieces of bounded memory: entries of the batch, and chunks of steps, in order.
+def _step_sizes(delta: Tensor, delta_softplus: bool) -> Tensor:
+    return softplus(delta) if delta_softplus else delta
+
+
+def _cut(batch: int, steps: int, width: int, reverse: bool = False) -> Tuple[List[slice], List[slice]]:
+    """Cuts a scan into pieces of bounded memory: entries of the batch, and chunks of steps, in walking order.
 
     Args:
         batch: Entries of the batch.
         steps: Number of steps.
         width: Elements of one step of one entry.
+        reverse: Walk from the last step to the first.
     """
     rows = max(_CHUNK_WIDTH // max(width, 1), 1)
     length = max(_CHUNK_ELEMENTS // (min(rows, max(batch, 1)) * max(width, 1)), 8)
-    return _slices(batch, rows), _slices(steps, length)
+    chunks = _slices(steps, length)
+    return _slices(batch, rows), chunks[::-1] if reverse else chunks
 
 
 def _slices(total: int, length: int) -> List[slice]:
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]
-
-
-def _walk_chunks(
-    u: Tensor,
-    delta: Tensor,
-    A_log2: Tensor,
-    B: Tensor,
-    state: Tensor,
-    chunks: List[slice],
-    delta_softplus: bool,
-    grows: Optional[bool],
-) -> Iterator[Tuple[slice, Tensor]]:
-    """Yields each chunk of L with its states [batch, S, G, N, D/G], which the next chunk's states overwrite."""
-    for chunk in chunks:
-        dt = softplus(delta[:, chunk]) if delta_softplus else delta[:, chunk]
-        decay, states = _buffers(2, dt.shape[1], state)
-        _compute_states(u[:, chunk], dt, A_log2, B[:, chunk], state, decay, states, decay, grows)
-        state = states[:, -1].clone()
-        yield chunk, states
 
 
 def _buffers(count: int, steps: int, state: Tensor) -> Tensor:
@@ -279,22 +378,27 @@ def _compute_states(
     states: Tensor,
     products: Tensor,
     grows: Optional[bool],
+    reverse: bool,
 ) -> None:
     """Fills decay and states [batch, S, G, N, D/G] of one chunk; its decays are lost if `products` is decay."""
     torch.mul(dt.unsqueeze(-2), A_log2, out=decay).exp2_()
     dt_u = torch.mul(dt, u, out=scratch('dt_u', u, u.shape))
     torch.mul(B.unsqueeze(-1), dt_u.unsqueeze(-2), out=states)
-    linear_recurrence_(decay, states, state, products, grows)
+    linear_recurrence_(decay, states, state, products, grows, reverse)
 
 
-def _contract_states(weight: Tensor, states: Tensor, out: Tensor) -> None:
-    """out[..., d] = sum_n weight[..., n] * states[..., n, d]"""
-    if weight.shape[-1] == 1:
+def _contract_states(weight: Tensor, states: Tensor, out: Tensor, add: bool = False) -> None:
+    """out[..., d] = sum_n weight[..., n] * states[..., n, d], or added to it"""
+    if weight.shape[-1] == 1 and add:
+        out.addcmul_(weight, states.squeeze(-2))
+    elif weight.shape[-1] == 1:
         torch.mul(weight, states.squeeze(-2), out=out)
-    elif _is_small(states):
-        torch.sum(weight.unsqueeze(-1) * states, dim=-2, out=out)
     else:
-        out.copy_(torch.matmul(weight.unsqueeze(-2), states).squeeze(-2))
+        if _is_small(states):
+            total = torch.sum(weight.unsqueeze(-1) * states, dim=-2)
+        else:
+            total = torch.matmul(weight.unsqueeze(-2), states).squeeze(-2)
+        torch.add(out, total, out=out) if add else out.copy_(total)
 
 
 def _contract_channels(states: Tensor, channels: Tensor, out: Tensor) -> None:
@@ -340,25 +444,16 @@ def _reduce_(decay: Tensor, value: Tensor, reverse: bool, bounded: bool) -> None
     value[:, between].addcmul_(decay[:, between], value[:, solved])
 
 
-def _split(x_dbl: Tensor, dt_weight: Tensor, A: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def _routes_first(x: Tensor) -> Tensor:
+    """[batch, L, K, E] -> [K, batch * L, E]"""
+    return x.flatten(0, 1).transpose(0, 1)
+
+
+def _core_arguments(
+    x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor
+) -> Tuple[ProjectedSteps, Tensor, Tensor, Tensor, Tensor]:
+    """The steps, A, B, C and a zero initial state as `scan_forward` takes them."""
     dstate = A.shape[-1]
     dt, B, C = x_dbl.split([dt_weight.shape[-1], dstate, dstate], dim=-1)
-    return dt, B.contiguous(), C.contiguous()
-
-
-def _project_dt(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """delta before its softplus, [B, L, K, D], in scratch memory."""
-    delta = scratch('delta', dt, (*dt.shape[:-1], weight.shape[1]))
-    torch.baddbmm(
-        bias.to(dt.dtype).unsqueeze(1),  # [K, 1, D]
-        dt.flatten(0, 1).transpose(0, 1),  # [B, L, K, R] -> [K, B * L, R]
-        weight.to(dt.dtype).transpose(1, 2),  # [K, R, D]
-        out=delta.flatten(0, 1).transpose(0, 1),
-    )
-    return delta
-
-
-def _core_arguments(A: Tensor, B: Tensor, C: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, C and a zero initial state as `scan_forward` takes them."""
     A = A.to(B.dtype).transpose(-2, -1).contiguous()  # [K, D, N] -> [K, N, D]
-    return A, B, C, A.new_zeros(B.shape[0], *A.shape)
+    return ProjectedSteps(dt, dt_weight, dt_bias), A, B.contiguous(), C.contiguous(), A.new_zeros(len(B), *A.shape)

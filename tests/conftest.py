@@ -18,7 +18,7 @@ if INTERPRETED:
 
     speed_up()
 
-from vmamba.kernels import chunked, ss2d  # noqa: E402
+from vmamba.kernels import bimamba, chunked, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -44,7 +44,7 @@ def poisoned_memory(monkeypatch):
     """
     monkeypatch.setattr(deterministic, 'fill_uninitialized_memory', True)
     scratch = chunked.scratch
-    for module in (chunked, ss2d):
+    for module in (bimamba, chunked, ss2d):
         monkeypatch.setattr(module, 'scratch', lambda *args: scratch(*args).fill_(float('nan')))
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._check import check, check_that
 from .._launch import cdiv, runs_on_triton
 from .._operator import Operator
-from ..chunked import routed_scan, routed_scan_backward
+from ..chunked import routed_scan, routed_scan_backward, scratch
 from ..conv1d import MAX_TAPS, NUM_DIRECTIONS, bidirectional_conv1d
 from ..selective_scan.launch import MAX_STATES, PACKED
 from .launch import CoreOutputs, ProjectionLayout, core_backward, core_forward
@@ -121,8 +121,9 @@ def _forward_scan(
 ) -> Tuple[Tensor]:
     wide = torch.promote_types(u.dtype, torch.float32)
     u_wide = u.to(wide)
-    y = _turn(routed_scan(_turn(u_wide), _turn(x_dbl.to(wide)), dt_weight, dt_bias, A))
-    return (y.addcmul_(u_wide, D.to(wide)).sum(dim=2).to(u.dtype),)
+    y = scratch('y', u_wide, u.shape)
+    routed_scan(_turn(u_wide), _turn(x_dbl.to(wide)), dt_weight, dt_bias, A, y)
+    return (_turn(y).addcmul_(u_wide, D.to(wide)).sum(dim=2).to(u.dtype),)
 
 
 def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor]:
@@ -130,8 +131,9 @@ def _backward_scan(grads: tuple, inputs: tuple, saved: tuple) -> Sequence[Tensor
     wide = torch.promote_types(u.dtype, torch.float32)
     u_wide = u.to(wide)
     grad_y = grad_y.to(wide).unsqueeze(2).expand(-1, -1, NUM_DIRECTIONS, -1)
-    grad_u, grad_x_dbl, *grad_parameters = routed_scan_backward(
-        _turn(grad_y), _turn(u_wide), _turn(x_dbl.to(wide)), dt_weight, dt_bias, A
+    grad_u = scratch('grad_u', u_wide, u.shape)
+    grad_x_dbl, *grad_parameters = routed_scan_backward(
+        _turn(grad_y), _turn(u_wide), _turn(x_dbl.to(wide)), dt_weight, dt_bias, A, grad_u
     )
     grad_u = _turn(grad_u).addcmul_(grad_y, D.to(wide))
     return grad_u, _turn(grad_x_dbl), *grad_parameters, (grad_y * u_wide).sum(dim=(0, 1))

@@ -246,9 +246,10 @@ def _plain_forward(
     reverse: bool,
 ) -> Tensor:
     """Fills y; returns the last state."""
-    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, reverse)
-    out, last_state = chunked.scan_forward(*core, delta_softplus)
-    out = _to_sequence(out, reverse)
+    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state)
+    out = chunked.scratch('y', core[0], core[0].shape)
+    last_state = chunked.scan_forward(*core, delta_softplus, out, reverse)
+    out = _to_sequence(out)
     if D is not None:
         out.addcmul_(u.to(out.dtype), D.to(out.dtype).unsqueeze(-1))
     if z is not None:
@@ -272,12 +273,14 @@ def _plain_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> Sequence[Optional[Tensor]]:
-    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state, reverse)
+    core = _core_arguments(u, delta, A, B, C, delta_bias, initial_state)
     wide = core[0].dtype
     wide_u, grad_y = u.to(wide), grad_y.to(wide)
     grad_D = grad_z = grad_delta_bias = None
     if z is not None:
-        y = _to_sequence(chunked.scan_forward(*core, delta_softplus)[0], reverse)
+        y = chunked.scratch('y', core[0], core[0].shape)
+        chunked.scan_forward(*core, delta_softplus, y, reverse)
+        y = _to_sequence(y)
         if D is not None:
             y.addcmul_(wide_u, D.to(wide).unsqueeze(-1))
         wide_z = z.to(wide)
@@ -289,15 +292,16 @@ def _plain_backward(
         grad_state = torch.zeros_like(core[-1])
     else:
         grad_state = grad_last.to(wide).unflatten(1, (groups, -1)).transpose(-2, -1)
-    grads = chunked.scan_backward(_to_groups(grad_y, groups, reverse), grad_state, *core, delta_softplus)
-    grad_u, grad_delta = _to_sequence(grads.u, reverse), _to_sequence(grads.delta, reverse)
+    grad_u = torch.empty_like(core[0])
+    grads = chunked.scan_backward(_to_groups(grad_y, groups), grad_state, *core, delta_softplus, grad_u, reverse)
+    grad_u, grad_delta = _to_sequence(grad_u), _to_sequence(core[1].grad)
     if D is not None:
         grad_D = (grad_y * wide_u).sum(dim=(0, 2))
         grad_u.addcmul_(grad_y, D.to(wide).unsqueeze(-1))
     if delta_bias is not None:
         grad_delta_bias = grad_delta.sum(dim=(0, 2))
     grad_A = grads.A.transpose(-2, -1).flatten(0, 1)
-    grad_B, grad_C = _to_projection(grads.B, reverse), _to_projection(grads.C, reverse)
+    grad_B, grad_C = (grad.permute(0, 2, 3, 1) for grad in (grads.B, grads.C))  # [batch, L, G, N] -> [batch, G, N, L]
     grad_initial = None if initial_state is None else _to_state(grads.initial_state)
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_delta_bias, grad_initial
 
@@ -310,9 +314,8 @@ def _core_arguments(
     C: Tensor,
     delta_bias: Optional[Tensor],
     initial_state: Optional[Tensor],
-    reverse: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of `chunked.scan_forward`, in walking order."""
+) -> Tuple[Tensor, chunked.GivenSteps, Tensor, Tensor, Tensor, Tensor]:
+    """What `chunked.scan_forward` takes."""
     wide = torch.promote_types(u.dtype, torch.float32)
     groups = B.shape[1]
     delta = delta.to(wide)
@@ -323,30 +326,21 @@ def _core_arguments(
         state = u.new_zeros(u.shape[0], *A.shape, dtype=wide)
     else:
         state = initial_state.to(wide).unflatten(1, (groups, -1)).transpose(-2, -1).contiguous()
-    B, C = (tensor.to(wide).permute(0, 3, 1, 2) for tensor in (B, C))  # [batch, G, N, L] -> [batch, L, G, N]
-    B, C = (tensor.flip(1) if reverse else tensor.contiguous() for tensor in (B, C))
-    u, delta = (_to_groups(tensor.to(wide), groups, reverse) for tensor in (u, delta))
-    return u, delta, A, B, C, state
+    B, C = (tensor.to(wide).permute(0, 3, 1, 2).contiguous() for tensor in (B, C))  # -> [batch, L, G, N]
+    u, delta = (_to_groups(tensor.to(wide), groups) for tensor in (u, delta))
+    return u, chunked.GivenSteps(delta), A, B, C, state
 
 
-def _to_groups(sequence: Tensor, groups: int, reverse: bool) -> Tensor:
-    """[batch, dim, L] -> [batch, L, G, dim/G], in walking order."""
-    grouped = sequence.transpose(1, 2).unflatten(-1, (groups, -1))
-    return grouped.flip(1) if reverse else grouped.contiguous()
+def _to_groups(sequence: Tensor, groups: int) -> Tensor:
+    """[batch, dim, L] -> a contiguous [batch, L, G, dim/G]"""
+    return sequence.transpose(1, 2).unflatten(-1, (groups, -1)).contiguous()
 
 
-def _to_sequence(grouped: Tensor, reverse: bool) -> Tensor:
-    """[batch, L, G, dim/G] in walking order -> [batch, dim, L]"""
-    if reverse:
-        grouped = grouped.flip(1)
+def _to_sequence(grouped: Tensor) -> Tensor:
+    """[batch, L, G, dim/G] -> [batch, dim, L]"""
     return grouped.flatten(2).transpose(1, 2)
 
 
 def _to_state(grouped: Tensor) -> Tensor:
     """[batch, G, N, dim/G] -> a new contiguous [batch, dim, N]"""
     return grouped.transpose(-2, -1).clone(memory_format=torch.contiguous_format).flatten(1, 2)
-
-
-def _to_projection(grouped: Tensor, reverse: bool) -> Tensor:
-    """[batch, L, G, N] in walking order -> [batch, G, N, L]"""
-    return (grouped.flip(1) if reverse else grouped).permute(0, 2, 3, 1)

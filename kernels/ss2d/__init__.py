@@ -15,6 +15,7 @@ from .._launch import runs_on_triton
 from .._operator import Operator
 from ..chunked import routed_scan, routed_scan_backward, scratch
 from ..norm import layer_norm
+from ..onednn import linear
 from .launch import (
     NUM_ROUTES,
     Device,
@@ -28,6 +29,8 @@ from .launch import (
 )
 
 __all__ = ['NUM_ROUTES', 'ss2d_core', 'ss2d_scan']
+
+_SMALL_MAPS = 2**21  # elements in both orders
 
 
 def ss2d_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def ss2d_core(
     check('ss2d_core', sizes, x=(x, 'B H W D'), **weights, norm_bias=(norm_bias, 'D'))
     if runs_on_triton(x):
         return _core(x, x_proj_weight, dt_weight, dt_bias, A, D, norm_weight, norm_bias, norm_eps)
-    x_dbl = F.linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
+    x_dbl = linear(x, x_proj_weight.to(x.dtype)).unflatten(-1, (NUM_ROUTES, -1))
     y = ss2d_scan(x, x_dbl, dt_weight, dt_bias, A, D)
     return layer_norm(y, norm_weight, norm_bias, norm_eps, x.dtype)
 
@@ -262,61 +265,81 @@ def _whole_words(x_dbl: Tensor, x: Tensor) -> Tensor:
     return x_dbl if x_dbl.data_ptr() % 4 == 0 else x_dbl.clone()
 
 
+# Routes 0 and 2 walk the pixels by rows, there and back, routes 1 and 3 by columns: opposite routes share a map in one
+# order. Small maps are laid out in both orders side by side, for fewer and larger operations, large maps in one order
+# after the other, for less memory.
+
+
 def _plain_scan(x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    x_wide = x.to(wide)
-    y = routed_scan(_cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A)
-    merged = _merge(y, *x.shape[1:3]).addcmul_(x_wide, D.to(wide).sum(dim=0))
-    return merged.to(x.dtype)
+    x_wide, x_dbl = x.to(wide), x_dbl.to(wide)
+    out = x_wide * D.to(wide).sum(dim=0)
+    for orders in _orders(x):
+        u = _lay_out([x_wide] * len(orders), orders, 'u')
+        by_rows = orders == range(1)
+        y = out.flatten(1, 2).unsqueeze(2) if by_rows else scratch('y', u, u.shape)
+        for reverse in (False, True):
+            routes = _routes(orders, reverse)
+            projections = _lay_out(x_dbl[..., routes, :].unbind(3), orders, 'x_dbl')
+            parameters = dt_weight[routes], dt_bias[routes], A[routes]
+            routed_scan(u, projections, *parameters, y, reverse, add=reverse or by_rows)
+        if not by_rows:
+            for part in _on_map(y, orders, *x.shape[1:3]):
+                out.add_(part)
+    return out.to(x.dtype)
 
 
 def _plain_scan_backward(
     grad_y: Tensor, x: Tensor, x_dbl: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
 ) -> Sequence[Tensor]:
-    height, width = x.shape[1:3]
+    size = x.shape[1:3]
     wide = torch.promote_types(x.dtype, torch.float32)
-    x_wide, grad_y = x.to(wide), grad_y.to(wide)
-    grad_u, grad_x_dbl, *grad_parameters = routed_scan_backward(
-        _cross_scan(grad_y, 'grad_y'), _cross_scan(x_wide, 'u'), _route(x_dbl.to(wide), 'x_dbl'), dt_weight, dt_bias, A
-    )
-    grad_x = _merge(grad_u, height, width).addcmul_(grad_y, D.to(wide).sum(dim=0))
+    x_wide, x_dbl, grad_y = x.to(wide), x_dbl.to(wide), grad_y.to(wide)
+    grad_x = grad_y * D.to(wide).sum(dim=0)
+    grad_x_dbl = torch.empty_like(x_dbl, memory_format=torch.contiguous_format)
+    grad_parameters = [torch.empty_like(parameter, dtype=wide) for parameter in (dt_weight, dt_bias, A)]
+    for orders in _orders(x):
+        u, grad = (_lay_out([t] * len(orders), orders, slot) for t, slot in ((x_wide, 'u'), (grad_y, 'grad_y')))
+        grad_u = scratch('grad_u', u, u.shape)
+        for reverse in (False, True):
+            routes = _routes(orders, reverse)
+            projections = _lay_out(x_dbl[..., routes, :].unbind(3), orders, 'x_dbl')
+            parameters = dt_weight[routes], dt_bias[routes], A[routes]
+            own, *grads = routed_scan_backward(grad, u, projections, *parameters, grad_u, reverse, add=reverse)
+            for i, part in zip(range(NUM_ROUTES)[routes], _on_map(own, orders, *size)):
+                grad_x_dbl[..., i, :] = part
+            for target, part in zip(grad_parameters, grads):
+                target[routes] = part
+        for part in _on_map(grad_u, orders, *size):
+            grad_x.add_(part)
     grad_D = (grad_y * x_wide).sum(dim=(0, 1, 2)).expand(NUM_ROUTES, -1)
-    return grad_x, _unroute(grad_x_dbl, height, width), *grad_parameters, grad_D
+    return grad_x, grad_x_dbl, *grad_parameters, grad_D
 
 
-def _cross_scan(x: Tensor, slot: str) -> Tensor:
-    """The same map on every route: [B, H, W, D] -> [B, L, 4, D], in scratch memory."""
-    return _route(x.unsqueeze(3).expand(-1, -1, -1, NUM_ROUTES, -1), slot)
+def _orders(x: Tensor) -> Sequence[range]:
+    """The orders of pixels, 0 by rows and 1 by columns, in ranges that are laid out together."""
+    return [range(2)] if 2 * x.numel() <= _SMALL_MAPS else [range(1), range(1, 2)]
 
 
-def _route(x: Tensor, slot: str) -> Tensor:
-    """A map for each route, in its order: [B, H, W, 4, E] -> [B, L, 4, E], in scratch memory."""
-    batch, height, width, _, dim = x.shape
-    routed = scratch(slot, x, (batch, height * width, NUM_ROUTES, dim))
-    by_row, by_column = _by_row_and_column(routed, height, width)
-    by_row[:, :, :, 0] = x[:, :, :, 0]
-    by_column[:, :, :, 1] = x[:, :, :, 1]
-    by_row[:, :, :, 2] = x[:, :, :, 2].flip(1, 2)
-    by_column[:, :, :, 3] = x[:, :, :, 3].flip(1, 2)
-    return routed
+def _routes(orders: range, reverse: bool) -> slice:
+    """The routes that walk in these orders."""
+    return slice(orders.start + 2 * reverse, orders.stop + 2 * reverse)
 
 
-def _unroute(routed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `_route`."""
-    by_row, by_column = _by_row_and_column(routed, height, width)
-    return torch.stack(
-        [by_row[..., 0, :], by_column[..., 1, :], by_row[..., 2, :].flip(1, 2), by_column[..., 3, :].flip(1, 2)], dim=3
-    )
+def _lay_out(maps: Sequence[Tensor], orders: range, slot: str) -> Tensor:
+    """A map [B, H, W, E] for each order -> [B, L, K, E], in scratch memory or a view."""
+    if orders == range(1):
+        return maps[0].flatten(1, 2).unsqueeze(2)
+    batch, height, width, channels = maps[0].shape
+    laid_out = scratch(slot, maps[0], (batch, height * width, len(maps), channels))
+    for target, part in zip(_on_map(laid_out, orders, height, width), maps):
+        target.copy_(part)
+    return laid_out
 
 
-def _by_row_and_column(routed: Tensor, height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """Views of [B, L, K, E] as maps [B, H, W, K, E], for routes by rows and by columns."""
-    return routed.unflatten(1, (height, width)), routed.unflatten(1, (width, height)).transpose(1, 2)
-
-
-def _merge(routed: Tensor, height: int, width: int) -> Tensor:
-    """Sums the routes at the pixels they visit: [B, L, 4, D] -> [B, H, W, D]."""
-    paired = scratch('paired', routed, (*routed.shape[:2], 2, routed.shape[3]))
-    torch.add(routed[:, :, :2], routed[:, :, 2:].flip(1), out=paired)
-    by_row, by_column = _by_row_and_column(paired, height, width)
-    return torch.add(by_row[:, :, :, 0], by_column[:, :, :, 1], out=routed.new_empty(by_row[:, :, :, 0].shape))
+def _on_map(laid_out: Tensor, orders: range, height: int, width: int) -> Sequence[Tensor]:
+    """The inverse of `_lay_out`, as views."""
+    return [
+        part.unflatten(1, (width, height)).transpose(1, 2) if order else part.unflatten(1, (height, width))
+        for order, part in zip(orders, laid_out.unbind(2))
+    ]

@@ -132,7 +132,8 @@ def test_decays_of_which_it_is_not_known_whether_they_grow(reverse):
     oracles.assert_matches(recurrence(2 * decay, value, state, reverse, grows=None), expected, torch.float64)
     zeros = torch.zeros_like(value)
     assert not recurrence(1e100 + decay, zeros, torch.zeros_like(state), reverse, grows=None).any()
-    assert chunked._grows(torch.ones(1, device='meta'), torch.ones(1, device='meta'), False) is None
+    ones = torch.ones(1, device='meta')
+    assert chunked._grows(ones, chunked.GivenSteps(ones), False) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_decays_may_grow_by_the_sign_of_A_or_of_a_step(A, delta, softplus, expec
     """One is enough."""
     rates, steps = -torch.ones(2, 3, 4), torch.ones(1, 5, 2, 4)
     rates[1, 2, 3], steps[0, 4, 1, 3] = A, delta
-    assert chunked._grows(rates, steps, softplus) is expected
+    assert chunked._grows(rates, chunked.GivenSteps(steps), softplus) is expected
 
 
 @both_ways
