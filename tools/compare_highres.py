@@ -8,6 +8,7 @@ measures all cases of a model, on a CPU each case has its own.
     vmamba compare highres --models vmamba_t --precision fp16 bf16 --compile off on --cuda-graph off on
     vmamba compare highres --paper
     vmamba compare highres --latency
+    vmamba compare highres --cpu
     vmamba compare highres --benchmarks --docs docs/benchmarks.md
 """
 
@@ -37,6 +38,7 @@ PRESETS = {
         '--batch-sizes 8'
     ],
     'latency': [f'{_FAST} --sizes 224 --batch-sizes 1 --cuda-graph on'],
+    'cpu': [f'{_FAST} --sizes 224 448 672 --batch-sizes 1 --device cpu'],
     'benchmarks': [
         '--sizes 224 1248 2048 4096 --batch-sizes 128 8 4 1',
         f'{_FAST} --sizes 224 1248 224 --batch-sizes 128 8 1 --cuda-graph on',
@@ -56,6 +58,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     helps = {
         'paper': "Vim's paper: DeiT-T and Vim-T, 512 to 1248, batch 8",
         'latency': 'one image of 224 pixels in a CUDA graph',
+        'cpu': 'one image of 224 to 672 pixels on the CPU',
         'benchmarks': 'all that docs/benchmarks.md shows; needs a GPU',
     }
     group = parser.add_mutually_exclusive_group()
@@ -124,7 +127,7 @@ def grid_of(args: argparse.Namespace) -> List[Case]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args, cases, console = parse_args(argv), cases_of(argv), open_console()
-    name = f'highres_{args.preset}' if args.preset in ('paper', 'latency') else 'highres'
+    name = f'highres_{args.preset}' if args.preset in ('paper', 'latency', 'cpu') else 'highres'
     for model in args.models:
         split_name(model)
     table, picture = args.output / f'{name}.csv', args.output / f'{name}.png'

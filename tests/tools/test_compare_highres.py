@@ -234,6 +234,13 @@ def test_the_latency_of_one_image(gpu):
     assert not any(case.cuda_graph for case in chosen('--latency', '--cuda-graph', 'off'))
 
 
+def test_one_image_on_the_cpu_of_a_machine_with_a_gpu(gpu):
+    cases = chosen('--cpu')
+    assert list(dict.fromkeys(case.model for case in cases)) == list(compare_highres.FAST_MODELS)
+    assert {(case.size, case.batch_size) for case in cases} == {(224, 1), (448, 1), (672, 1)}
+    assert {(case.device, case.precision) for case in cases} == {('cpu', 'fp32')}
+
+
 def test_docs_of_one_size_have_no_picture():
     report = report_of(frame_of(pair for pair in MIXED if pair[0].size == 224), 'highres_latency', 1)
     assert (report.title, report.picture) == ('Latency of one image', '')

@@ -48,6 +48,7 @@ TITLES = {
     'highres': 'Feature extraction at rising resolutions',
     'highres_paper': "Feature extraction in the setting of Vim's paper",
     'highres_latency': 'Latency of one image',
+    'highres_cpu': 'One image on a CPU',
 }
 NOTES = """\
 The forward pass of a batch of random images in inference mode, without classifier. Parameters and images are fp32; bf16
