@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := pyproject.toml setup.py
 TIMM = $(shell $(BIN)/python -c 'import timm; print(timm.__version__)')
 
-.PHONY: demo demo-medical demo-mm test test-fast test-medical test-targets test-export test-timm lint docs clean
+.PHONY: demo demo-medical demo-mm test test-fast test-medical test-transformers test-targets test-export test-timm lint docs clean
 
 demo: .venv/.tools
 	$(BIN)/python tools/demo.py --output demo
@@ -32,6 +32,12 @@ test-fast: .venv/.dev
 test-medical: .venv-medical/.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-medical/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
 		-k "not triton" tests/medical tests/layers tests/models
+
+# What needs transformers, in an environment on top of .venv: with torch 2.14, dispatch modes of later tests in the same
+# process end in segmentation faults.
+test-transformers: .venv-transformers/.done
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-transformers/bin/python -m pytest tests/models/test_hub.py \
+		tests/models/test_transformers.py tests/tools/test_push.py tests/sequence/test_pretrained.py
 
 # Compiles every kernel of the models for each GPU architecture, without a GPU. Takes an hour on two cores.
 test-targets: .venv/.dev
@@ -65,6 +71,14 @@ clean:
 .venv-medical/.done: $(PACKAGING) | $(BIN)/pip
 	$(PYTHON) -m venv --without-pip .venv-medical
 	$(BIN)/python -m pip --python .venv-medical/bin/python install -e '.[medical]' 'pytest>=8' pytest-xdist
+	touch $@
+
+.venv-transformers/.done: .venv/.dev
+	$(PYTHON) -m venv --without-pip .venv-transformers
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv-transformers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dev.pth
+	$(BIN)/python -m pip --python .venv-transformers/bin/python install 'transformers>=5'
+	$(BIN)/python -m pip --python .venv-transformers/bin/python install --no-deps --no-build-isolation -e .
 	touch $@
 
 # Some systems ship Python without ensurepip: there, pip installs itself into the environment.

@@ -33,11 +33,14 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if not _uses_onednn(tensors):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        return _Linear.apply(x, weight, bias)
+        # A view that is made within a Function cannot be changed in place later.
+        return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
     return _multiply(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
+    """[rows, in], [out, in], [out] -> [rows, out]"""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -47,15 +50,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, weight.t())
         if ctx.needs_input_grad[1]:
             # oneDNN transposes its second matrix: the narrower one.
-            wide = grads.shape[1] > rows.shape[1]
-            grad_weight = linear(rows.t(), grads.t()).t() if wide else linear(grads.t(), rows.t())
+            wide = grad.shape[1] > x.shape[1]
+            grad_weight = linear(x.t(), grad.t()).t() if wide else linear(grad.t(), x.t())
         if ctx.needs_input_grad[2]:
-            grad_bias = grads.sum(dim=0)
+            grad_bias = grad.sum(dim=0)
         return grad_x, grad_weight, grad_bias
 
 

@@ -128,6 +128,14 @@ def test_what_is_left_to_torch(call, products):
     assert not products
 
 
+def test_results_can_be_changed_in_place(products):
+    x, weight, bias = arguments(2, 9)
+    linear(x, weight, bias).permute(0, 2, 1).relu_().sum().backward()
+    assert products
+    expected = torch.autograd.grad(F.linear(x, weight, bias).relu().sum(), x)
+    assert_close([x.grad], [expected[0].double()])
+
+
 def test_operations_are_counted(products):
     with FlopCounterMode(display=False) as counter:
         linear(*arguments(7))
