@@ -22,6 +22,11 @@ from vmamba.kernels import bimamba, chunked, ss2d  # noqa: E402
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Autograd counts devices once, at its first backward pass. Exporters register devices that are not there, and with
+    # any, autograd refuses to run in the processes that tests fork.
+    torch.ones(1, requires_grad=True).backward()
+
 # Kernels that are compiled cannot be interpreted, see `make test-targets`; `make test-export` takes hours.
 collect_ignore = ['targets', 'exports']
 
