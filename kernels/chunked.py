@@ -130,11 +130,8 @@ def scan_forward(
     for rows in batches:
         carried = state[rows]
         for chunk in chunks:
-            block = rows, chunk
-            dt = _step_sizes(steps.of(block), delta_softplus)
-            decay, states = _buffers(2, dt.shape[1], carried)
-            _compute_states(u[block], dt, A_log2, B[block], carried, decay, states, decay, grows, reverse)
-            _contract_states(C[block], states, y[block], add)
+            states = _states_of(u, steps, A_log2, B, (rows, chunk), carried, delta_softplus, grows, reverse)
+            _contract_states(C[rows, chunk], states, y[rows, chunk], add)
             carried = states[:, 0 if reverse else -1].clone()
         last_state[rows] = carried
     return last_state
@@ -176,10 +173,7 @@ def scan_backward(
     for rows in batches:
         starts = [state[rows]]
         for chunk in chunks[:-1]:
-            block = rows, chunk
-            dt = _step_sizes(steps.of(block), delta_softplus)
-            decay, states = _buffers(2, dt.shape[1], starts[-1])
-            _compute_states(u[block], dt, A_log2, B[block], starts[-1], decay, states, decay, grows, reverse)
+            states = _states_of(u, steps, A_log2, B, (rows, chunk), starts[-1], delta_softplus, grows, reverse)
             starts.append(states[:, last].clone())
         grad_carried = grad_state[rows]
         for chunk, start in zip(reversed(chunks), reversed(starts)):
@@ -366,6 +360,24 @@ def _buffers(count: int, steps: int, state: Tensor) -> Tensor:
     """`count` buffers [batch, steps, G, N, D/G] in one piece of scratch memory."""
     batch, *sizes = state.shape
     return scratch('states', state, (count, batch, steps, *sizes))
+
+
+def _states_of(
+    u: Tensor,
+    steps: Steps,
+    A_log2: Tensor,
+    B: Tensor,
+    block: Block,
+    carried: Tensor,
+    delta_softplus: bool,
+    grows: Optional[bool],
+    reverse: bool,
+) -> Tensor:
+    """States [batch, S, G, N, D/G] of a block after the carried one, in scratch memory."""
+    dt = _step_sizes(steps.of(block), delta_softplus)
+    decay, states = _buffers(2, dt.shape[1], carried)
+    _compute_states(u[block], dt, A_log2, B[block], carried, decay, states, decay, grows, reverse)
+    return states
 
 
 def _compute_states(
