@@ -7,7 +7,6 @@ vmamba bench export --runs runs/int8/vmamba_nano runs/int8/vim_nano --docs docs/
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 import textwrap
@@ -27,14 +26,13 @@ from torch import Tensor, nn
 import vmamba
 from vmamba.export import OnnxFile, export_onnx
 from vmamba.tools import weights
-from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.report import Report, facts_of
 from vmamba.tools.benchmarks.timing import MIB
-from vmamba.tools.devices import device_name
 from vmamba.tools.images.batches import Images
 from vmamba.tools.terminal import open_console
 from vmamba.tools.training.config import load_config
 from vmamba.tools.training.splits import load_datasets
-from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
+from vmamba.tools.user_errors import Parser, as_user_error, one_line_errors, positive
 
 import psutil
 from rich.progress import track
@@ -82,12 +80,10 @@ def export(name: str, model: nn.Module, x: Tensor, folder: Path, dynamic_batch: 
     Raises:
         UserError: If the model cannot be exported.
     """
-    try:
+    with as_user_error(name, ValueError):
         return {
             kind: export_onnx(model, x, folder / f'{kind}.onnx', dynamic_batch, int8=kind == 'int8') for kind in WEIGHTS
         }
-    except ValueError as error:
-        raise UserError(f'{name}: {error}') from error
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -122,10 +118,8 @@ def elapsed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
 def accuracy(run: Path, folder: Path) -> List[Dict[str, Any]]:
     """Rows of a folder of `vmamba train`, one for each kind of weights."""
     config = load_config(run / 'config.yaml', {})
-    try:
+    with as_user_error(str(run), RuntimeError, ValueError):
         model = vmamba.load(run / 'best.pt')
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f'{run}: {error}') from error
     images = Images(load_datasets(config)[1], resolve_data_config(model=model), BATCH, 0, CPU, config.skip_bad_images)
     batches = [(x.numpy(), labels.numpy()) for _, x, labels in images]
     files = export(str(run), model, torch.from_numpy(batches[0][0][:1]), folder, dynamic_batch=True)
@@ -171,11 +165,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += accuracy(item, Path(folder)) if args.runs else measure(item, args.repeats, args.wall, Path(folder))
     load, *_ = psutil.getloadavg()
-    facts = {
-        'machine': f'{device_name(CPU).rpartition(",")[0]}, {psutil.cpu_count()} cores, load average {load:.1f}',
-        'versions': f'{versions()}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}',
-        'command': shlex.join(['vmamba', 'bench', 'export', *argv]),
-    }
+    facts = facts_of(CPU, 'bench export', argv)
+    facts['machine'] = f'{facts["machine"].rpartition(",")[0]}, {psutil.cpu_count()} cores, load average {load:.1f}'
+    facts['versions'] += f', onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}'
     name, title, notes = 'bench_export', 'Exported models', NOTES.format(repeats=args.repeats, wall=WALL * args.wall)
     if args.runs:
         name, title, notes = f'{name} accuracy', 'Accuracy with int8 weights', ACCURACY_NOTES.format(batch=BATCH)

@@ -6,7 +6,6 @@ vmamba bench scaling --device cpu --model vmamba_nano --batch-size 4 --updates 2
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,9 @@ import pandas as pd
 import torch
 
 from vmamba.configs import FOLDER
-from vmamba.tools.benchmarks.report import Report, versions
+from vmamba.tools.benchmarks.report import Report, facts_of
 from vmamba.tools.benchmarks.trainings import SCRIPT, epochs_of, last_error
-from vmamba.tools.devices import add_device_option, device_name
+from vmamba.tools.devices import add_device_option
 from vmamba.tools.terminal import open_console
 from vmamba.tools.user_errors import Parser, UserError, one_line_errors, positive
 
@@ -72,12 +71,14 @@ def command(count: int, args: argparse.Namespace, output: Path) -> List[str]:
     return [sys.executable, *launcher, str(SCRIPT), str(CONFIG), *values, *switches]
 
 
-def report_of(epochs: pd.DataFrame, args: argparse.Namespace, command: str) -> Report:
+def report_of(epochs: pd.DataFrame, args: argparse.Namespace, argv: Sequence[str]) -> Report:
     how = 'Several share the weights by FSDP2.' if args.shard else 'Several average their gradients by DDP.'
     how += ' The model is compiled.' if args.compile else ''
     memory = ", by PyTorch's allocator" if args.device.type == 'cuda' else ', with all that Python takes'
     modes = [mode for mode in ('shard', 'compile') if getattr(args, mode)]
-    gpus = f'{torch.cuda.device_count()} x ' if args.device.type == 'cuda' else ''
+    facts = facts_of(args.device, 'bench scaling', argv)
+    if args.device.type == 'cuda':
+        facts['machine'] = f'{torch.cuda.device_count()} x {facts["machine"]}'
     runs = epochs.groupby('processes')
     table = pd.DataFrame({'images/s': runs.images_per_second.median(), 'peak MiB per process': runs.memory_mib.max()})
     table.insert(0, 'images per step', args.batch_size * table.index)
@@ -85,7 +86,7 @@ def report_of(epochs: pd.DataFrame, args: argparse.Namespace, command: str) -> R
     return Report(
         ' '.join(['bench_scaling', *modes]),
         f'Scaling of training{" with --" if modes else ""}{" --".join(modes)}',
-        {'machine': f'{gpus}{device_name(args.device)}', 'versions': versions(), 'command': command},
+        facts,
         [table.reset_index()],
         textwrap.fill(NOTES.format(**vars(args), how=how, memory=memory), width=120, break_on_hyphens=False),
     )
@@ -128,7 +129,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     epochs = measure(process_counts(args), args)
-    report_of(epochs, args, shlex.join(['vmamba', 'bench', 'scaling', *argv])).publish(open_console(), args.docs)
+    report_of(epochs, args, argv).publish(open_console(), args.docs)
 
 
 if __name__ == '__main__':

@@ -42,7 +42,7 @@ def test_runs_alternate_and_their_epochs_are_pooled_without_the_first(monkeypatc
     epochs = bench_scaling.measure([1, 2, 4], args)
     assert order == [1, 2, 4, 4, 2, 1]
     args.batch_size = 8
-    (table,) = bench_scaling.report_of(epochs, args, 'a command').tables
+    (table,) = bench_scaling.report_of(epochs, args, []).tables
     assert list(table['images/s']) == [18, 2 * 17.5, 4 * 17]
     assert list(table.iloc[1]) == [2, 16, 35, pytest.approx(35 / 36), 7]
 

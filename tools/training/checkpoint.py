@@ -17,7 +17,7 @@ from vmamba.tools.user_errors import UserError, changes
 
 from .config import Config
 
-# Keys that may change at a resume: where, how and how long the run is. The size of an update is checked separately.
+# Keys that may change when a run is resumed: where, how and how long it runs. Images per step are checked separately.
 FREE_KEYS = {
     *('output', 'workers', 'log', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'device', 'compile', 'epochs'),
     *('batch_size', 'accumulate', 'val_batch_size', 'data_dir', 'skip_bad_images', 'grad_checkpointing', 'shard'),
